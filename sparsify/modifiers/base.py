@@ -1,0 +1,214 @@
+"""What a recipe can ask for (`Modifier`, data) and what does it (`Active`, work), and what that work may touch (`Run`).
+
+To add a modifier, write one file with a `Modifier` subclass and an `Active` subclass. The class registers itself under its
+name, which is its tag in a recipe; each field's `description` is its reference documentation and its JSON schema.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from sparsify.errors import RecipeError, StateError, did_you_mean
+from sparsify.schedule import Clock, Window
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+    from torch.optim import Optimizer
+
+    from sparsify.graph import Trace
+    from sparsify.masking import Masker
+    from sparsify.modifiers.ledger import LearningRateLedger
+    from sparsify.modifiers.log import RunLog
+
+__all__ = ["Active", "Modifier"]
+
+Kind = Literal[
+    "range",
+    "learning_rate",
+    "pruning",
+    "quantization",
+    "distillation",
+    "parameters",
+    "structure",
+    "regularization",
+    "logging",
+]
+
+Epoch = Annotated[float, Field(allow_inf_nan=False)]
+Names = str | list[str]
+
+
+class Modifier(BaseModel, ABC):
+    """One `- !Name {fields}` of a recipe: what it says and nothing else. Frozen, comparable, free of run state.
+
+    A subclass declares its fields and `kind`, and implements `attach`. Nothing here knows the manager, the recipe or
+    another modifier.
+
+    Raises:
+        RecipeError: on construction, for an unknown field, a wrong type or a value out of range; `field` names it.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False, use_attribute_docstrings=False)
+
+    registry: ClassVar[dict[str, type[Modifier]]] = {}
+    """Every concrete modifier by its name in recipes."""
+    kind: ClassVar[Kind]
+    runs: ClassVar[bool] = True
+    """False for a modifier that loads, saves and checks but cannot run yet."""
+    without_effect: ClassVar[frozenset[str]] = frozenset()
+    """Fields of older recipe files that are read, said once to be without effect, and dropped."""
+
+    start_epoch: Epoch = Field(default=-1.0, description="The epoch at which it starts; -1: at once.")
+    end_epoch: Epoch = Field(default=-1.0, description="The epoch at which it ends; -1: never.")
+
+    @classmethod
+    def __pydantic_init_subclass__(cls, **kwargs: Any) -> None:
+        super().__pydantic_init_subclass__(**kwargs)
+        if not getattr(cls, "__abstractmethods__", None):
+            Modifier.registry[cls.__name__] = cls
+
+    def __init__(self, **fields: Any) -> None:
+        try:
+            super().__init__(**fields)
+        except ValidationError as error:
+            raise _recipe_error(type(self), error) from None
+
+    @model_validator(mode="after")
+    def _epochs_in_order(self) -> Modifier:
+        for name in ("start_epoch", "end_epoch"):
+            value = getattr(self, name)
+            if value < 0 and value != -1:
+                raise FieldProblem(name, f"{value} is not an epoch; give 0 or more, or -1 for {_OPEN[name]}")
+        if self.end_epoch != -1 and self.start_epoch > self.end_epoch:
+            raise FieldProblem("start_epoch", f"{self.start_epoch} lies after end_epoch {self.end_epoch}")
+        return self
+
+    @property
+    def window(self) -> Window:
+        """When it is at work."""
+        return Window.of(self.start_epoch, self.end_epoch)
+
+    def names(self) -> list[str]:
+        """The names and patterns of parameters or layers that it says, before a model is known."""
+        return []
+
+    def targets(self, model: nn.Module) -> Mapping[str, nn.Parameter | nn.Module]:
+        """What those names are in `model`; touches nothing.
+
+        Raises:
+            TargetError: a name that matches nothing or cannot be used.
+        """
+        return {}
+
+    @abstractmethod
+    def attach(self, run: Run) -> Active:
+        """Its work on one model. Checks everything that can be wrong, and changes nothing yet: `Active.update` does.
+
+        Raises:
+            TargetError, DataError, ArgumentError, StateError: what it needs is missing or does not fit.
+        """
+
+
+class Active:
+    """One modifier at work on one model; all run state lives here. Overrides only what it needs.
+
+    Order in a step: every `before_step`; the optimizer steps; every `after_step`; masks are applied; the clock ticks; every
+    `update`. So `update` prepares what the *next* forward and step see.
+    """
+
+    needs_outputs: ClassVar[bool] = False
+    """True where `loss` reads the model's inputs or outputs, which are then captured."""
+
+    def update(self, clock: Clock) -> None:
+        """Puts in force what is due at `clock`. Called on attach, after every tick and after loading; idempotent."""
+
+    def before_step(self) -> None:
+        """Just before the optimizer steps. Gradients are those of this step (or none: LBFGS). May be called twice."""
+
+    def after_step(self) -> None:
+        """Just after a real optimizer step, before masks are applied. Called once a step."""
+
+    def loss(self, loss: Tensor, *, outputs: Any, inputs: Any, labels: Any) -> Tensor:
+        """`loss` with what this modifier adds to it."""
+        return loss
+
+    def structure(self, epoch: float, state: Mapping[str, Any] | None) -> None:
+        """Gives the model the structure (quantized layers, removed channels) that it has at `epoch` or had in `state`."""
+
+    def detach(self) -> None:
+        """Ends the work and leaves a usable model; may be called at any moment, and twice."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain ints, floats, strings, lists, dicts and tensors; empty where the clock says it all."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continues from `state`, first putting the model into the structure that it had."""
+
+
+@dataclass
+class Run:
+    """What a modifier may touch. One for all modifiers of a manager.
+
+    `model` is the user's module without DDP's or torch.compile's wrapper; names are given without their prefixes. `on_inputs` calls back with (args, kwargs)
+    of the model: at once where `sample_inputs` were given, otherwise at the first forward, before it computes.
+    """
+
+    model: nn.Module
+    optimizer: Optimizer | None
+    masker: Masker
+    learning_rates: LearningRateLedger
+    log: RunLog
+    on_inputs: Callable[[Callable[[tuple[Any, ...], dict[str, Any]], None]], None]
+    trace: Callable[[tuple[Any, ...], dict[str, Any]], Trace]
+    """The traced view on these inputs, taken once and shared."""
+    teacher: nn.Module | Literal["self"] | None = None
+    grad_sampler: Any = None
+    calibration_data: Iterable[Any] | None = None
+    steps_per_epoch: int | None = None
+    extra: dict[str, Any] = field(default_factory=dict)
+
+
+class FieldProblem(ValueError):
+    """Raised in a validator that sees several fields: names the one that is wrong."""
+
+    def __init__(self, field: str, message: str) -> None:
+        super().__init__(message)
+        self.field = field
+
+
+def not_yet(modifier: Modifier) -> StateError:
+    """What a modifier that cannot run yet raises in `attach`."""
+    return StateError(
+        f"{type(modifier).__name__} cannot run yet: recipes that use it load, save and check, but modify() does not take "
+        "them. Remove it from the recipe to train now."
+    )
+
+
+_OPEN = {"start_epoch": "at once", "end_epoch": "never"}
+
+
+def _recipe_error(cls: type[Modifier], error: ValidationError) -> RecipeError:
+    """The first problem of a pydantic error in plain words, with the field's name and a way out."""
+    problem = error.errors(include_url=False)[0]
+    path = [str(part) for part in problem["loc"]]
+    cause = problem.get("ctx", {}).get("error")
+    if isinstance(cause, FieldProblem):
+        path = [cause.field]
+    name = ".".join(path)
+    top = path[0] if path else ""
+    value = problem["input"]
+    if problem["type"] == "extra_forbidden":
+        text = f"no such field.{did_you_mean(top, cls.model_fields)} It has: {', '.join(cls.model_fields)}."
+    elif problem["type"] == "missing":
+        text = "is required and was not given."
+    elif cause is not None:
+        text = str(cause)
+    else:
+        text = f"{value!r}: {problem['msg'][0].lower()}{problem['msg'][1:]}."
+    return RecipeError(f"{cls.__name__}{'.' if name else ''}{name}: {text}", field=name or None)
