@@ -195,7 +195,8 @@ _OPEN = {"start_epoch": "at once", "end_epoch": "never"}
 
 def _recipe_error(cls: type[Modifier], error: ValidationError) -> RecipeError:
     """The first problem of a pydantic error in plain words, with the field's name and a way out."""
-    problem = error.errors(include_url=False)[0]
+    # A misspelled field is missing under its right name as well: the misspelling is what its writer looks for.
+    problem = min(error.errors(include_url=False), key=lambda p: p["type"] != "extra_forbidden")
     path = [str(part) for part in problem["loc"]]
     cause = problem.get("ctx", {}).get("error")
     if isinstance(cause, FieldProblem):
