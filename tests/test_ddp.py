@@ -1,0 +1,123 @@
+"""Two processes over gloo: the same masks on every rank, and a typed error where they differ (promise 6)."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from sparsify import ScheduledModifierManager
+from sparsify.errors import StateError
+
+RECIPE = """
+modifiers:
+  - !GMPruningModifier
+    params: __ALL_PRUNABLE__
+    init_sparsity: 0.1
+    final_sparsity: 0.8
+    start_epoch: 0.0
+    end_epoch: 2.0
+    update_frequency: 0.5
+"""
+QAT = "modifiers:\n  - !QuantizationModifier\n    start_epoch: 0.0\n"
+
+
+def _network() -> nn.Module:
+    torch.manual_seed(3)
+    return nn.Sequential(nn.Linear(12, 16), nn.ReLU(), nn.Linear(16, 4))
+
+
+def _train(rank: int, folder: str) -> None:
+    model = DistributedDataParallel(_network())
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+    manager = ScheduledModifierManager.from_yaml(RECIPE)
+    optimizer = manager.modify(model, optimizer, steps_per_epoch=4)
+    generator = torch.Generator().manual_seed(100 + rank)
+    for _ in range(8):
+        optimizer.zero_grad()
+        model(torch.randn(5, 12, generator=generator)).square().sum().backward()
+        optimizer.step()
+    manager.finalize(model)
+    torch.save(model.module.state_dict(), Path(folder) / f"{rank}.pt")
+
+
+def _differ(rank: int, folder: str) -> None:
+    model = _network()
+    if rank == 1:
+        with torch.no_grad():
+            model[0].weight.mul_(torch.randn(16, 12))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    try:
+        ScheduledModifierManager.from_yaml(RECIPE).modify(model, optimizer, steps_per_epoch=4)
+    except StateError as error:
+        (Path(folder) / f"{rank}.txt").write_text(str(error))
+
+
+def _observe(rank: int, folder: str) -> None:
+    model = _network()
+    generator = torch.Generator().manual_seed(100 + rank)
+    inputs = torch.randn(64, 12, generator=generator) * (1 + 3 * rank)
+    manager = ScheduledModifierManager.from_yaml(QAT)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    manager.modify(model, optimizer, steps_per_epoch=4, sample_inputs=(inputs,))
+    wrapped = DistributedDataParallel(model)
+    for _ in range(3):
+        optimizer.zero_grad()
+        wrapped(inputs).square().sum().backward()
+        optimizer.step()
+    manager.finalize(model)
+    torch.save(model.state_dict(), Path(folder) / f"{rank}.pt")
+
+
+def _on_rank(rank: int, port: int, work: Callable[[int, str], None], folder: str) -> None:
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", rank=rank, world_size=2)
+    try:
+        work(rank, folder)
+    finally:
+        dist.destroy_process_group()
+
+
+def _two_ranks(work: Callable[[int, str], None], folder: Path) -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    mp.start_processes(_on_rank, (port, work, str(folder)), nprocs=2, start_method="spawn")
+
+
+def test_masks_and_weights_are_the_same_on_both_ranks(tmp_path: Path) -> None:
+    _two_ranks(_train, tmp_path)
+    first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1))
+    assert first.keys() == _network().state_dict().keys()
+    for name in first:
+        assert torch.equal(first[name], second[name]), name
+    assert int((first["0.weight"] == 0).sum()) == round(0.8 * 16 * 12)
+
+
+def test_masks_that_differ_between_ranks_are_refused_by_name(tmp_path: Path) -> None:
+    _two_ranks(_differ, tmp_path)
+    messages = [path.read_text() for path in tmp_path.glob("*.txt")]
+    assert len(messages) == 2 and all("0.weight" in message and "rank" in message for message in messages)
+
+
+def test_ranges_of_activations_are_the_same_on_both_ranks(tmp_path: Path) -> None:
+    _two_ranks(_observe, tmp_path)
+    first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1))
+    assert any("scale" in name for name in first)
+    for name in first:
+        assert torch.equal(first[name], second[name]), name
+
+
+@pytest.fixture(autouse=True)
+def _gloo() -> None:
+    if not dist.is_available() or not dist.is_gloo_available():
+        pytest.skip("torch was built without gloo")
