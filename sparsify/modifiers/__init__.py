@@ -1,0 +1,19 @@
+"""What a recipe can ask for: one file a subject, every modifier registered under its name when its file is imported."""
+
+from sparsify.modifiers import base, distillation, epochs, learning_rate, logging, pruning, training
+from sparsify.modifiers.base import *
+from sparsify.modifiers.distillation import *
+from sparsify.modifiers.epochs import *
+from sparsify.modifiers.learning_rate import *
+from sparsify.modifiers.logging import *
+from sparsify.modifiers.pruning import *
+from sparsify.modifiers.training import *
+
+__all__: list[str] = []
+__all__ += base.__all__
+__all__ += distillation.__all__
+__all__ += epochs.__all__
+__all__ += learning_rate.__all__
+__all__ += logging.__all__
+__all__ += pruning.__all__
+__all__ += training.__all__
