@@ -1,0 +1,146 @@
+"""What a recipe may ask of quantization, in its own words: how many bits, where, and where not."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+from torch import nn
+
+from sparsify.targets import resolve_layers
+
+__all__: list[str] = []
+
+Bits = Annotated[int, Field(ge=2, le=8)]
+Named = Literal["default", "deepsparse", "tensorrt"]
+
+
+class ActivationScheme(BaseModel):
+    """How the values that flow between layers are quantized: one scale per tensor."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    num_bits: Bits = Field(default=8, description="Bits of a value, 2 to 8; exported in 8-bit storage.")
+    symmetric: bool = Field(
+        default=False,
+        description="True: signed, zero point 0 (int8). False: affine, unsigned (uint8); zero is exact, and the zero point "
+        "0 after a ReLU.",
+    )
+    strategy: Literal["tensor"] = Field(default="tensor", description="One scale per tensor.")
+    kwargs: dict[str, Any] = Field(
+        default_factory=dict,
+        description="`averaging_constant` (0.01): the share of a batch in the moving range. Other keys, of torch's "
+        "observers, are without effect.",
+    )
+
+
+class WeightScheme(BaseModel):
+    """How weights are quantized: symmetric, so that a zero stays exactly zero."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    num_bits: Bits = Field(default=8, description="Bits of a weight, 2 to 8; exported in 8-bit storage.")
+    symmetric: bool = Field(
+        default=True,
+        description="Weights are symmetric whatever is said: a zero point would cost speed and move zeros.",
+    )
+    strategy: Literal["tensor", "channel"] = Field(
+        default="channel",
+        description="One scale per output channel, or one for the whole tensor. With a folded BatchNorm the exported "
+        "scales are per channel either way.",
+    )
+    kwargs: dict[str, Any] = Field(
+        default_factory=dict,
+        description="`reduce_range`: one bit less, for CPUs without VNNI. Other keys, of torch's observers, are without "
+        "effect.",
+    )
+
+
+class Scheme(BaseModel):
+    """What is quantized around a layer; null leaves it in float.
+
+    >>> Scheme(weights={"num_bits": 4}).weights.strategy
+    'channel'
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    input_activations: ActivationScheme | None = Field(
+        default=ActivationScheme(), description="The tensor that a layer reads; quantized once where it is made."
+    )
+    weights: WeightScheme | None = Field(default=WeightScheme(), description="The weights of layers.")
+    output_activations: ActivationScheme | None = Field(
+        default=None,
+        description="What a layer gives, quantized even where no quantized layer reads it. Residual adds, ReLUs and pools "
+        "of convolutional blocks are quantized without it.",
+    )
+
+
+NAMED: dict[str, Scheme] = {
+    "default": Scheme(),
+    "deepsparse": Scheme(),
+    "tensorrt": Scheme(input_activations=ActivationScheme(symmetric=True)),
+}
+"""default and deepsparse: uint8 activations, int8 weights per channel. tensorrt: int8, symmetric activations."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """All that a plan is made from besides the trace: the scheme, its exceptions, and where to look.
+
+    Attributes:
+        overrides: name or type of a layer -> the scheme there, whose missing fields are those of `scheme`; None: float.
+        ignore: names or types left in float, with all that is below them.
+        within: only layers at or below these; None: everywhere.
+        strict: whether a name in `overrides`, `ignore` or `within` that matches nothing is an error.
+    """
+
+    scheme: Scheme = NAMED["default"]
+    overrides: Mapping[str, Scheme | None] = field(default_factory=dict)
+    ignore: tuple[str, ...] = ()
+    within: tuple[str, ...] | None = None
+    reduce_range: bool = False
+    strict: bool = True
+    where: str = "quantize"
+
+    def per_layer(self, model: nn.Module, layers: Iterable[str]) -> dict[str, Scheme | None]:
+        """The scheme of each of `layers` (clean names of modules of `model`); None where it is ignored.
+
+        Exact names beat types and patterns, the longer name beats the shorter, the later of two patterns wins.
+
+        Raises:
+            TargetError: `strict`, and a name matches nothing.
+        """
+        layers = list(layers)
+        ignored = resolve_layers(model, self.ignore, where=f"{self.where}.ignore", strict=self.strict)
+        chosen: dict[str, Scheme | None] = {name: None if below(name, ignored) else self.scheme for name in layers}
+        if self.within is not None:
+            within = resolve_layers(model, self.within, where=f"{self.where}.submodules", strict=self.strict)
+            chosen = {name: scheme if below(name, within) else None for name, scheme in chosen.items()}
+        won: dict[str, tuple[bool, int]] = {}
+        for key, override in self.overrides.items():
+            found = resolve_layers(model, [key], where=f"{self.where}.scheme_overrides", strict=self.strict)
+            for name in layers:
+                parents = [parent for parent in found if below(name, [parent])]
+                if not parents or chosen[name] is None and name not in won:
+                    continue
+                rank = (key in found, max(map(len, parents)))
+                if rank >= won.get(name, (False, 0)):
+                    won[name] = rank
+                    chosen[name] = None if override is None else self._filled(override)
+        return chosen
+
+    def _filled(self, override: Scheme) -> Scheme:
+        given = {name: getattr(override, name) for name in override.model_fields_set}
+        return self.scheme.model_copy(update=given)
+
+
+def below(name: str, parents: Iterable[str]) -> bool:
+    """Whether `name` is one of `parents` or lies below one.
+
+    >>> below("layer1.0.conv1", ["layer1.0"]), below("layer10", ["layer1"])
+    (True, False)
+    """
+    return any(name == parent or name.startswith(f"{parent}.") for parent in parents)
