@@ -91,5 +91,8 @@ def did_you_mean(name: str, known: Iterable[str], count: int = 3) -> str:
     >>> did_you_mean("x", ["final_sparsity"])
     ''
     """
-    near = get_close_matches(name, list(known), n=count, cutoff=0.6)
+    # Comparing takes time in the product of the lengths: a recipe of a megabyte must not hang in its error message.
+    if len(name) > 100:
+        return ""
+    near = get_close_matches(name, [k for k in known if len(k) <= 100][:1000], n=count, cutoff=0.6)
     return f" Did you mean {' or '.join(repr(n) for n in near)}?" if near else ""
