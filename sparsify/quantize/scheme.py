@@ -25,8 +25,8 @@ class ActivationScheme(BaseModel):
     num_bits: Bits = Field(default=8, description="Bits of a value, 2 to 8; exported in 8-bit storage.")
     symmetric: bool = Field(
         default=False,
-        description="True: signed, zero point 0 (int8). False: affine, unsigned (uint8); zero is exact, and the zero point "
-        "0 after a ReLU.",
+        description="True: signed, zero point 0 (int8). False: affine, unsigned (uint8); zero is exact, and the zero "
+        "point 0 after a ReLU.",
     )
     strategy: Literal["tensor"] = Field(default="tensor", description="One scale per tensor.")
     kwargs: dict[str, Any] = Field(
@@ -53,8 +53,8 @@ class WeightScheme(BaseModel):
     )
     kwargs: dict[str, Any] = Field(
         default_factory=dict,
-        description="`reduce_range`: one bit less, for CPUs without VNNI. Other keys, of torch's observers, are without "
-        "effect.",
+        description="`reduce_range`: one bit less, for CPUs without VNNI. Other keys, of torch's observers, are "
+        "without effect.",
     )
 
 
@@ -73,8 +73,8 @@ class Scheme(BaseModel):
     weights: WeightScheme | None = Field(default=WeightScheme(), description="The weights of layers.")
     output_activations: ActivationScheme | None = Field(
         default=None,
-        description="What a layer gives, quantized even where no quantized layer reads it. Residual adds, ReLUs and pools "
-        "of convolutional blocks are quantized without it.",
+        description="What a layer gives, quantized even where no quantized layer reads it. Residual adds, ReLUs and "
+        "pools of convolutional blocks are quantized without it.",
     )
 
 
@@ -124,7 +124,7 @@ class Settings:
             found = resolve_layers(model, [key], where=f"{self.where}.scheme_overrides", strict=self.strict)
             for name in layers:
                 parents = [parent for parent in found if below(name, [parent])]
-                if not parents or chosen[name] is None and name not in won:
+                if not parents or (chosen[name] is None and name not in won):
                     continue
                 rank = (key in found, max(map(len, parents)))
                 if rank >= won.get(name, (False, 0)):
