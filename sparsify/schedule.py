@@ -1,7 +1,7 @@
 """Pure floats: curves, epoch windows and the grid of updates. No torch, no state.
 
-An epoch is a float; 2.5 is the middle of the third epoch. Where a recipe writes -1 for a start it means "at once", for an
-end "never", and `Window.of` turns both into numbers that can be compared.
+An epoch is a float; 2.5 is the middle of the third epoch. Where a recipe writes -1 for a start it means "at once", for
+an end "never", and `Window.of` turns both into numbers that can be compared.
 """
 
 from __future__ import annotations

@@ -1,38 +1,298 @@
-"""Names in a recipe -> the parameters and layers of a model that they mean."""
+"""Names in a recipe -> the parameters and layers of a model that they mean.
+
+A name is exact ("layer1.0.conv1", "layer1.0.conv1.weight"), a pattern ("re:layer1.*weight", matched from the start),
+the type of a layer ("Linear"), `__ALL__`, or `__ALL_PRUNABLE__`. Prefixes that wrappers add are transparent, and a tied
+parameter is one parameter, found under each of its names.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import re
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from difflib import get_close_matches
+from typing import TypeVar
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+
+from sparsify.errors import DataError, SparsifyWarning, TargetError
 
 __all__: list[str] = []
 
+ALL = "__ALL__"
+ALL_PRUNABLE = "__ALL_PRUNABLE__"
+
+# What DataParallel and DDP, torch.compile, FSDP and activation checkpointing put into the path of a parameter.
+_WRAPPERS = frozenset({"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
+_PRUNABLE = (
+    nn.Linear,
+    nn.Conv1d,
+    nn.Conv2d,
+    nn.Conv3d,
+    nn.ConvTranspose1d,
+    nn.ConvTranspose2d,
+    nn.ConvTranspose3d,
+    nn.Embedding,
+)
+_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+T = TypeVar("T")
+
 
 def clean_name(name: str) -> str:
-    """`name` without the prefixes that wrappers add."""
-    raise NotImplementedError
+    """`name` without the path components that wrappers add.
+
+    >>> clean_name("module._orig_mod.fc.weight"), clean_name("modules.fc.weight")
+    ('fc.weight', 'modules.fc.weight')
+    """
+    return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
 
 
 def named_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Every parameter under its clean name; a tied one once, under its first."""
-    raise NotImplementedError
+    """Every parameter under its clean name, in the model's order; a tied one once, under its first name."""
+    return by_clean_name(model.named_parameters(remove_duplicate=True))
 
 
 def named_modules(model: nn.Module) -> dict[str, nn.Module]:
-    """Every module but the model itself under its clean name; a shared one once, under its first."""
-    raise NotImplementedError
+    """Every module below `model` under its clean name; a shared one once, under its first. Wrappers are left out."""
+    return {name: module for name, module in by_clean_name(model.named_modules(remove_duplicate=True)).items() if name}
 
 
 def resolve_parameters(
     model: nn.Module, names: str | Iterable[str], *, where: str, strict: bool = True, ignore: Iterable[str] = ()
 ) -> dict[str, nn.Parameter]:
-    """The parameters that `names` mean, in the model's order."""
-    raise NotImplementedError
+    """The parameters that `names` mean, under their clean names, in the model's order.
+
+    A layer's name or type means its weight; a pattern is matched against the names of parameters and, where it matches
+    none, of layers.
+
+    Args:
+        where: what the names were written in, "GMPruningModifier.params"; errors begin with it.
+        strict: False warns of a name that matches nothing instead of raising.
+        ignore: names, in the same forms, that are taken out again; they may match nothing.
+
+    Raises:
+        TargetError: a name matches nothing, or a layer whose weight is not a parameter of its own.
+    """
+    parameters = named_parameters(model)
+    first = {id(parameter): name for name, parameter in parameters.items()}
+    aliases = {
+        name: first[id(parameter)]
+        for name, parameter in by_clean_name(model.named_parameters(remove_duplicate=False)).items()
+    }
+    layers = _aliased_modules(model)
+
+    def weight_of(name: str) -> str | None:
+        own = getattr(layers[name], "weight", None)
+        return first.get(id(own)) if isinstance(own, nn.Parameter) else None
+
+    def find(name: str) -> list[str]:
+        if name == ALL:
+            return list(parameters)
+        exact = name if name in aliases or name in layers else clean_name(name)
+        if exact in aliases:
+            return [aliases[exact]]
+        if exact in layers:
+            weight = weight_of(exact)
+            _refuse_recomputed(model, exact, layers[exact], where)
+            if weight is None:
+                raise TargetError(
+                    f"{where}: {name!r} is a {type(layers[exact]).__name__} without a weight of its own. Name one "
+                    "of its "
+                    f"parameters{_listing(p for p in parameters if p.startswith(exact + '.'))}."
+                )
+            return [weight]
+        if name.startswith("re:"):
+            match = _pattern(name, where).match
+            found = [aliases[alias] for alias in aliases if match(alias)]
+            return found or [w for layer in layers if match(layer) and (w := weight_of(layer)) is not None]
+        of_type = [layer for layer, module in layers.items() if _is(module, name)]
+        for layer in of_type:
+            _refuse_recomputed(model, layer, layers[layer], where)
+        if not of_type and "." in exact:
+            owner = exact.rpartition(".")[0]
+            if owner in layers:
+                _refuse_recomputed(model, owner, layers[owner], where)
+        return [w for layer in of_type if (w := weight_of(layer)) is not None]
+
+    chosen = _choose(model, names, find, (*aliases, *layers), where=where, strict=strict, ignore=ignore)
+    return {name: parameter for name, parameter in parameters.items() if name in chosen}
 
 
 def resolve_layers(
     model: nn.Module, names: str | Iterable[str], *, where: str, strict: bool = True, ignore: Iterable[str] = ()
 ) -> dict[str, nn.Module]:
-    """The layers that `names` mean, in the model's order."""
-    raise NotImplementedError
+    """The layers that `names` mean, under their clean names, in the model's order.
+
+    The name of a parameter means its layer; `__ALL__` means the layers without children, and the prunable ones whatever
+    they hold. Arguments and errors as in `resolve_parameters`.
+    """
+    modules = named_modules(model)
+    first = {id(module): name for name, module in modules.items()}
+    layers = _aliased_modules(model)
+    parameters = set(by_clean_name(model.named_parameters(remove_duplicate=False)))
+
+    def find(name: str) -> list[str]:
+        if name == ALL:
+            whole = [n for n, module in modules.items() if is_prunable_layer(module)]
+            inside = tuple(f"{n}." for n in whole)
+            leaves = [n for n, m in modules.items() if not any(m.children()) and not n.startswith(inside)]
+            return [*whole, *leaves]
+        exact = name if name in layers else clean_name(name)
+        if exact in layers:
+            return [first[id(layers[exact])]]
+        if exact in parameters and (owner := exact.rpartition(".")[0]) in layers:
+            return [first[id(layers[owner])]]
+        if name.startswith("re:"):
+            match = _pattern(name, where).match
+            return [first[id(module)] for layer, module in layers.items() if match(layer)]
+        return [first[id(module)] for module in layers.values() if _is(module, name)]
+
+    chosen = _choose(model, names, find, tuple(layers), where=where, strict=strict, ignore=ignore)
+    return {name: module for name, module in modules.items() if name in chosen}
+
+
+def is_prunable_layer(module: nn.Module) -> bool:
+    """Whether `__ALL_PRUNABLE__` means this layer: Linear, convolutions, Embedding, transformers' Conv1D, and what was
+    derived from them (a quantized layer is a subclass)."""
+    # transformers' Conv1D by name: importing transformers for an isinstance costs seconds.
+    return isinstance(module, _PRUNABLE) or _is(module, "Conv1D")
+
+
+def input_dim(module: nn.Module) -> int:
+    """The dimension of the weight of `module` along which its input channels lie."""
+    transposed = isinstance(module, nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d)
+    return 0 if transposed or _is(module, "Conv1D") else 1
+
+
+def owners(model: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:
+    """The clean name of every parameter, the module that holds it, and what it is called there."""
+    held: dict[int, tuple[nn.Module, str]] = {}
+    for module in model.modules():
+        for own, parameter in module._parameters.items():
+            if parameter is not None:
+                held.setdefault(id(parameter), (module, own))
+    for name, parameter in named_parameters(model).items():
+        yield name, *held[id(parameter)]
+
+
+def refuse_unusable(parameters: Mapping[str, Tensor], *, where: str, values: bool = True) -> None:
+    """Checks that weights can be ranked and masked.
+
+    Raises:
+        TargetError: a parameter without a shape yet, or of a dtype that cannot be ranked.
+        DataError: with `values`, a parameter that holds NaN or infinity.
+    """
+    for name, parameter in parameters.items():
+        if is_lazy(parameter):
+            raise TargetError(
+                f"{where}: {name!r} has no shape yet (a lazy module). Run one batch through the model before modify()."
+            )
+        if parameter.dtype not in _FLOATS:
+            raise TargetError(
+                f"{where}: {name!r} is {str(parameter.dtype).removeprefix('torch.')}; only float16, bfloat16, "
+                "float32 and "
+                "float64 weights can be pruned. Leave it out."
+            )
+        if values and not parameter.is_meta and not _finite(parameter):
+            raise DataError(
+                f"{where}: {name!r} holds NaN or infinity, which cannot be ranked. Load weights that are finite, or "
+                "find the "
+                "step at which training diverged."
+            )
+
+
+def _finite(parameter: Tensor) -> bool:
+    # A sum is several times faster than isfinite().all(), and finite unless a value is not, or it overflows: then look.
+    values = parameter.detach()
+    return bool(values.sum(dtype=torch.float64).isfinite()) or bool(values.isfinite().all())
+
+
+def by_clean_name(pairs: Iterable[tuple[str, T]]) -> dict[str, T]:
+    """By clean name. Where a model calls its own layer "module", two names may become one: the later stays raw."""
+    named: dict[str, T] = {}
+    for raw, value in pairs:
+        clean = clean_name(raw)
+        # The outermost comes first, and a wrapper and what it wraps have one name: the innermost is the user's module.
+        if clean in named and isinstance(value, nn.Module) and raw != clean and raw.rpartition(".")[2] in _WRAPPERS:
+            named[clean] = value
+        else:
+            named[clean if clean not in named else raw] = value
+    return named
+
+
+def _aliased_modules(model: nn.Module) -> dict[str, nn.Module]:
+    return {n: module for n, module in by_clean_name(model.named_modules(remove_duplicate=False)).items() if n}
+
+
+def _is(module: nn.Module, type_name: str) -> bool:
+    """Whether `type_name` is the class of `module`, or one that it was derived from, below nn.Module."""
+    if type_name == ALL_PRUNABLE:
+        return is_prunable_layer(module)
+    for cls in type(module).__mro__:
+        if cls is nn.Module:
+            return False
+        if cls.__name__ == type_name:
+            return True
+    return False
+
+
+def _pattern(name: str, where: str) -> re.Pattern[str]:
+    try:
+        return re.compile(name.removeprefix("re:"))
+    except re.error as error:
+        raise TargetError(f"{where}: {name!r} is no regular expression: {error}.") from None
+
+
+def _refuse_recomputed(model: nn.Module, name: str, module: nn.Module, where: str) -> None:
+    by_parametrization = "weight" in getattr(module, "parametrizations", {})
+    by_hook = isinstance(getattr(module, "weight", None), Tensor) and (
+        "weight_g" in module._parameters or "weight_orig" in module._parameters
+    )
+    if by_parametrization or by_hook:
+        kind = "a parametrization" if by_parametrization else "a hook (weight_norm, torch's own pruning)"
+        raise TargetError(
+            f"{where}: the weight of {name!r} is recomputed before every forward by {kind}, so zeros in it would "
+            "not last. "
+            "Remove it first (torch.nn.utils.parametrize.remove_parametrizations, remove_weight_norm), or leave the "
+            "layer out."
+        )
+
+
+def _choose(
+    model: nn.Module,
+    names: str | Iterable[str],
+    find: Callable[[str], list[str]],
+    known: Iterable[str],
+    *,
+    where: str,
+    strict: bool,
+    ignore: Iterable[str],
+) -> set[str]:
+    chosen: set[str] = set()
+    for name in [names] if isinstance(names, str) else names:
+        found = find(name)
+        if not found:
+            message = _nothing(model, name, known, where)
+            if strict:
+                raise TargetError(message)
+            warnings.warn(message, SparsifyWarning, stacklevel=4)
+        chosen.update(found)
+    for name in [ignore] if isinstance(ignore, str) else ignore:
+        chosen.difference_update(find(name))
+    return chosen
+
+
+def _nothing(model: nn.Module, name: str, known: Iterable[str], where: str) -> str:
+    text = f"{where}: {name!r} matches nothing in {type(model).__name__}."
+    types = {type(module).__name__ for module in model.modules()}
+    near = get_close_matches(name.removeprefix("re:"), [*known, *types], n=3, cutoff=0.5)
+    hint = "" if name.startswith("re:") else " Use 're:...' for a regular expression."
+    return f"{text}\n  Closest: {', '.join(map(repr, near))}.{hint}" if near else f"{text}{hint}"
+
+
+def _listing(names: Iterable[str]) -> str:
+    first = list(names)[:3]
+    return f", like {', '.join(map(repr, first))}" if first else ""

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import math
 import re
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from sparsify import targets
-from sparsify.modifiers.base import Active, Epoch, FieldProblem, Kind, Modifier, Names, Run, not_yet
-from sparsify.schedule import Curve
+from sparsify import ranks, targets
+from sparsify.errors import SparsifyWarning, StateError, TargetError
+from sparsify.masking import MaskType, prune
+from sparsify.modifiers.base import Active, Epoch, FieldProblem, Kind, Modifier, Names, Run
+from sparsify.schedule import Clock, Curve, Grid, between
 
 if TYPE_CHECKING:
-    from torch import nn
+    from torch import Tensor, nn
 
 __all__ = [
     "ConstantPruningModifier",
@@ -25,7 +29,6 @@ __all__ = [
 ]
 
 FROM_PARAM = "__FROM_PARAM__"
-MaskType = str | list[int]
 ScoreType = Literal["magnitude", "movement", "obs", "mfac"]
 
 _MASK_NAME = re.compile(r"unstructured|block\d*|tensorrt|filter|channel|[1-9]\d*:[1-9]\d*")
@@ -56,18 +59,18 @@ class GradualPruning(Modifier, ABC):
         description="The fraction of zeros, 0 to 1, at start_epoch; __FROM_PARAM__: what is there when it starts."
     )
     final_sparsity: float | dict[float, Names] = Field(
-        description="The fraction of zeros, 0 to 1, at end_epoch; or {fraction: [names of parameters]} with `params: []`."
+        description="The fraction of zeros, 0 to 1, at end_epoch; or {fraction: [names]} with `params: []`."
     )
     params: Names = Field(
         default=[],
-        description="What to prune: names of parameters or layers, re:patterns, layer types, __ALL__, __ALL_PRUNABLE__.",
+        description="What to prune: names of parameters or layers, re:patterns, types, __ALL__, __ALL_PRUNABLE__.",
     )
     leave_enabled: bool = Field(
         default=True,
         description="Whether the masks stay after end_epoch; False: the weights may grow back from zero then.",
     )
     inter_func: Curve = Field(default="cubic", description="The curve from init_sparsity to final_sparsity.")
-    mask_type: MaskType = Field(
+    mask_type: str | list[int] = Field(
         default="unstructured",
         description="What becomes zero together: unstructured; block4 (1x4 along the input channels); [a, b] blocks of "
         "a output by b input channels, -1 for all of them; N:M, of every M along the input channels N stay; tensorrt, "
@@ -76,7 +79,9 @@ class GradualPruning(Modifier, ABC):
     global_sparsity: bool = Field(
         default=False, description="Whether all parameters are ranked together, or each by itself."
     )
-    score_type: ScoreType = Field(default="magnitude", description="What a weight is worth: those worth least go first.")
+    score_type: ScoreType = Field(
+        default="magnitude", description="What a weight is worth: those worth least go first."
+    )
     strict: bool = Field(
         default=True,
         description="Whether a name that matches nothing, or a layer that the mask type does not fit, is an error; "
@@ -102,7 +107,9 @@ class GradualPruning(Modifier, ABC):
     def _final_type(cls, value: Any) -> Any:
         for sparsity in value if isinstance(value, dict) else (value,):
             if isinstance(sparsity, bool) or not isinstance(sparsity, int | float):
-                raise FieldProblem("final_sparsity", f"{value!r} is neither a fraction in [0, 1] nor {{fraction: [names]}}")
+                raise FieldProblem(
+                    "final_sparsity", f"{value!r} is neither a fraction in [0, 1] nor {{fraction: [names]}}"
+                )
         return value
 
     @field_validator("final_sparsity")
@@ -123,15 +130,18 @@ class GradualPruning(Modifier, ABC):
 
     @field_validator("mask_type")
     @classmethod
-    def _mask(cls, value: MaskType) -> MaskType:
+    def _mask(cls, value: str | list[int]) -> str | list[int]:
         if isinstance(value, list):
             if len(value) != 2 or any(size < 1 and size != -1 for size in value):
-                raise FieldProblem("mask_type", f"{value} is no block; give [output channels, input channels], like [1, 4]")
+                raise FieldProblem(
+                    "mask_type", f"{value} is no block; give [output channels, input channels], like [1, 4]"
+                )
             return value
         if not _MASK_NAME.fullmatch(value) or value == "block0":
             raise FieldProblem(
                 "mask_type",
-                f"{value!r} is no mask type; give unstructured, block4, [1, 4], 2:4 (any N:M), tensorrt, filter or channel",
+                f"{value!r} is no mask type; give unstructured, block4, [1, 4], 2:4 (any N:M), tensorrt, filter or "
+                "channel",
             )
         if ":" in value:
             keep, of = map(int, value.split(":"))
@@ -147,13 +157,17 @@ class GradualPruning(Modifier, ABC):
             if self.params:
                 raise FieldProblem("params", "final_sparsity names the parameters already; give params: [] with it")
             if self.global_sparsity and len(self.final_sparsity) > 1:
-                raise FieldProblem("final_sparsity", "one ranking over all parameters has one sparsity; give a single number")
+                raise FieldProblem(
+                    "final_sparsity", "one ranking over all parameters has one sparsity; give a single number"
+                )
         elif not self.params:
             raise FieldProblem("params", "names nothing to prune; give names, patterns or __ALL_PRUNABLE__")
         if not isinstance(self.init_sparsity, str):
             for final in self.final_by_names():
                 if self.init_sparsity > final:
-                    raise FieldProblem("init_sparsity", f"{self.init_sparsity} lies above final_sparsity {final}: a mask only grows")
+                    raise FieldProblem(
+                        "init_sparsity", f"{self.init_sparsity} lies above final_sparsity {final}: a mask only grows"
+                    )
         return self
 
     def final_by_names(self) -> dict[float, list[str]]:
@@ -179,14 +193,14 @@ class GMPruningModifier(GradualPruning):
     """Gradual magnitude pruning (Zhu & Gupta 2017, https://arxiv.org/abs/1710.01878): the smallest weights go first."""
 
     def attach(self, run: Run) -> Active:
-        raise not_yet(self)
+        return _Gradual(self, run)
 
 
 class MagnitudePruningModifier(GradualPruning):
     """GMPruningModifier, each parameter ranked by itself."""
 
     def attach(self, run: Run) -> Active:
-        raise not_yet(self)
+        return _Gradual(self, run)
 
 
 class GlobalMagnitudePruningModifier(GradualPruning):
@@ -197,7 +211,7 @@ class GlobalMagnitudePruningModifier(GradualPruning):
     )
 
     def attach(self, run: Run) -> Active:
-        raise not_yet(self)
+        return _Gradual(self, run)
 
 
 class ConstantPruningModifier(Modifier):
@@ -216,7 +230,200 @@ class ConstantPruningModifier(Modifier):
         return [self.params] if isinstance(self.params, str) else list(self.params)
 
     def targets(self, model: nn.Module) -> Mapping[str, nn.Parameter | nn.Module]:
-        return targets.resolve_parameters(model, self.names(), where=f"{type(self).__name__}.params", strict=self.strict)
+        return targets.resolve_parameters(
+            model, self.names(), where=f"{type(self).__name__}.params", strict=self.strict
+        )
 
     def attach(self, run: Run) -> Active:
-        raise not_yet(self)
+        return _Constant(self, run)
+
+
+class _Gradual(Active):
+    """A gradual magnitude pruning at work.
+
+    Checkpoint: the point of the grid that is in force, whether the masks were released, and the sparsity that was
+    found at the start. The masks are the Masker's.
+    """
+
+    def __init__(self, modifier: GradualPruning, run: Run) -> None:
+        self.modifier = modifier
+        self.run = run
+        self.grid = Grid(modifier.window, modifier.update_frequency)
+        self.mask_type = MaskType.parse(modifier.mask_type)
+        if self.mask_type.kind in ("filter", "channel") or modifier.score_type != "magnitude":
+            field = "score_type" if modifier.score_type != "magnitude" else "mask_type"
+            raise StateError(
+                f"{type(modifier).__name__}.{field}: {getattr(modifier, field)!r} cannot run yet. Use score_type "
+                "magnitude, and "
+                "mask_type unstructured, a block or N:M."
+            )
+        self.finals, self.input_dims = self._targets()
+        self.point: float | None = None
+        self.released = False
+        self.initials: dict[str, float] = {}
+
+    def _targets(self) -> tuple[dict[str, float], dict[str, int]]:
+        """The final sparsity and the dimension of the input channels by parameter, in the model's order; all is
+        checked here."""
+        modifier, model = self.modifier, self.run.model
+        where = f"{type(modifier).__name__}.{'params' if modifier.params else 'final_sparsity'}"
+        finals: dict[str, float] = {}
+        for final, names in modifier.final_by_names().items():
+            parameters = targets.resolve_parameters(model, names, where=where, strict=modifier.strict)
+            for name in parameters:
+                if name in finals:
+                    raise TargetError(
+                        f"{where}: {name!r} has two sparsities, {finals[name]} and {final}. Name it once."
+                    )
+                finals[name] = final
+            targets.refuse_unusable(parameters, where=where)
+        found: dict[str, float] = {}
+        dims: dict[str, int] = {}
+        for name, module, attribute in targets.owners(model):
+            parameter = module._parameters[attribute]
+            if name not in finals or parameter is None or not parameter.numel():
+                continue
+            dim = targets.input_dim(module)
+            problem = self.mask_type.why_unfit(parameter.shape, dim)
+            if problem is None:
+                exact = 1.0 - self.mask_type.keep / self.mask_type.of
+                if self.mask_type.kind == "n_of_m" and abs(finals[name] - exact) > 0.005:
+                    raise TargetError(
+                        f"{where}: {name!r}: mask_type {self.mask_type.text} ends at sparsity {exact:g}, but "
+                        "final_sparsity is "
+                        f"{finals[name]}. Give final_sparsity: {exact:g}."
+                    )
+                # A final 2/3 may be written .667: the ramp ends at the exact share.
+                found[name] = exact if self.mask_type.kind == "n_of_m" else finals[name]
+                dims[name] = dim
+                continue
+            message = f"{where}: mask_type {self.mask_type.text} does not fit: {name!r} {problem}."
+            if modifier.strict:
+                raise TargetError(f"{message} Leave it out of params, or give strict: False to have it left out.")
+            warnings.warn(f"{message} Left out.", SparsifyWarning, stacklevel=2)
+        return found, dims
+
+    def update(self, clock: Clock) -> None:
+        point = self.grid.latest(clock)
+        if point is None or self.released or point == self.point:
+            return
+        self.run.masker.refresh()
+        parameters = targets.named_parameters(self.run.model)
+        if self.point is None:
+            self._start({name: parameters[name] for name in self.finals})
+        progress = self.modifier.window.progress(point)
+        self._prune({name: parameters[name] for name in self.initials}, progress, clock)
+        self.point = point
+        if point >= self.modifier.window.end and not self.modifier.leave_enabled:
+            for name in self.initials:
+                self.run.masker.remove(name)
+            self.released = True
+
+    def _start(self, parameters: Mapping[str, nn.Parameter]) -> None:
+        """Fixes what is pruned and from which sparsity on: read when the modifier starts, not when it is attached."""
+        parameters = _trainable(parameters, type(self.modifier).__name__)
+        self.initials = {}
+        zeros = {name: int(p.numel() - p.detach().count_nonzero()) for name, p in parameters.items()}
+        overall = sum(zeros.values()) / max(sum(p.numel() for p in parameters.values()), 1)
+        for name, parameter in parameters.items():
+            initial = self.modifier.init_sparsity
+            if isinstance(initial, str):
+                initial = overall if self.modifier.global_sparsity else zeros[name] / parameter.numel()
+                if initial > self.finals[name]:
+                    warnings.warn(
+                        f"{type(self.modifier).__name__}: {name!r} starts with {initial:.4f} zeros, above its "
+                        "final_sparsity "
+                        f"{self.finals[name]}. It is held at that; give a higher final_sparsity to hold all of its "
+                        "zeros.",
+                        SparsifyWarning,
+                        stacklevel=2,
+                    )
+                    initial = self.finals[name]
+            self.initials[name] = initial
+
+    def _prune(self, parameters: Mapping[str, nn.Parameter], progress: float, clock: Clock) -> None:
+        masker = self.run.masker
+        together = self.modifier.global_sparsity
+        masks: dict[str, Tensor] = {}
+        for group in [list(parameters)] if together and parameters else [[name] for name in parameters]:
+            sparsity = between(self.modifier.inter_func, self.initials[group[0]], self.finals[group[0]], progress)
+            masks |= prune(
+                {name: parameters[name] for name in group},
+                sparsity,
+                self.mask_type,
+                previous={name: masker.masks[name] for name in group if name in masker},
+                input_dims=self.input_dims,
+                together=together,
+            )
+        ranks.check_same(masks)
+        for name, mask in masks.items():
+            masker.set(name, mask)
+        done = masker.sparsity()
+        for name in masks:
+            self.run.log.scalar(f"sparsity/{name}", done[name], clock.step)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "point": -1.0 if self.point is None else self.point,
+            "released": self.released,
+            "initials": dict(self.initials),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.point = None if state["point"] < 0 else float(state["point"])
+        self.released = bool(state["released"])
+        self.initials = {name: float(value) for name, value in state["initials"].items() if name in self.finals}
+
+
+class _Constant(Active):
+    """Zeros being held. Checkpoint: whether it has started and ended; the masks are the Masker's."""
+
+    def __init__(self, modifier: ConstantPruningModifier, run: Run) -> None:
+        self.modifier = modifier
+        self.run = run
+        self.held: list[str] = []
+        self.started = self.released = False
+        where = f"{type(modifier).__name__}.params"
+        parameters = targets.resolve_parameters(run.model, modifier.names(), where=where, strict=modifier.strict)
+        targets.refuse_unusable(parameters, where=where)
+        self.names = [name for name, parameter in parameters.items() if parameter.numel()]
+
+    def update(self, clock: Clock) -> None:
+        window, masker = self.modifier.window, self.run.masker
+        if not self.started and clock.reached(window.start):
+            masker.refresh()
+            parameters = targets.named_parameters(self.run.model)
+            masks = {}
+            for name in _trainable({name: parameters[name] for name in self.names}, type(self.modifier).__name__):
+                mask = parameters[name].detach() != 0
+                masks[name] = mask & masker.masks[name] if name in masker else mask
+            ranks.check_same(masks)
+            for name, mask in masks.items():
+                masker.set(name, mask)
+                self.run.log.scalar(f"sparsity/{name}", masker.sparsity()[name], clock.step)
+            self.held = list(masks)
+            self.started = True
+        if self.started and not self.released and math.isfinite(window.end) and clock.reached(window.end):
+            for name in self.held:
+                masker.remove(name)
+            self.released = True
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"started": self.started, "released": self.released, "held": list(self.held)}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.started, self.released = bool(state["started"]), bool(state["released"])
+        self.held = [name for name in state["held"] if name in self.names]
+
+
+def _trainable(parameters: Mapping[str, nn.Parameter], who: str) -> dict[str, nn.Parameter]:
+    """Those that are trained; a frozen one is left alone, and that is said."""
+    frozen = [name for name, parameter in parameters.items() if not parameter.requires_grad]
+    if frozen:
+        warnings.warn(
+            f"{who}: {len(frozen)} frozen parameter{'s are' if len(frozen) > 1 else ' is'} left alone: "
+            f"{', '.join(frozen[:5])}{', ...' if len(frozen) > 5 else ''}. Set requires_grad to prune them.",
+            SparsifyWarning,
+            stacklevel=2,
+        )
+    return {name: parameter for name, parameter in parameters.items() if parameter.requires_grad}
