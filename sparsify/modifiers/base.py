@@ -62,6 +62,8 @@ class Modifier(BaseModel, ABC):
     kind: ClassVar[Kind]
     runs: ClassVar[bool] = True
     """False for a modifier that loads, saves and checks but cannot run yet."""
+    holds: ClassVar[bool] = False
+    """True for one that changes nothing between its start and its end, but keeps what is there."""
     without_effect: ClassVar[frozenset[str]] = frozenset()
     """Fields of older recipe files that are read, said once to be without effect, and dropped."""
 

@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar
+import copy
+import inspect
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, ClassVar
 
+import torch
 from pydantic import Field
+from torch import Tensor, nn
+from torch.nn import functional
 
+from sparsify.errors import ArgumentError, StateError
 from sparsify.modifiers.base import Active, Kind, Modifier, Names, Run, not_yet
+from sparsify.schedule import Clock
 
 __all__ = ["DistillationModifier", "PerLayerDistillationModifier"]
 
@@ -16,7 +24,8 @@ Key = str | int
 class DistillationModifier(Modifier):
     """(1 - hardness) * loss + hardness * T^2 * KL(teacher, student) / N, N the number of rows of the outputs.
 
-    Hinton 2015, https://arxiv.org/abs/1503.02531. The teacher is `distillation_teacher` of `modify`: a module, or "self".
+    Hinton 2015, https://arxiv.org/abs/1503.02531. The teacher is `distillation_teacher` of `modify`, a module or
+    "self".
     """
 
     kind: ClassVar[Kind] = "distillation"
@@ -29,15 +38,25 @@ class DistillationModifier(Modifier):
     )
     distill_output_keys: list[Key] | None = Field(
         default=None,
-        description="Keys (or positions) of the outputs that are compared, where a model returns several; null: all of them.",
+        description="Keys (or positions) of the outputs that are compared, where a model returns several; null: all.",
     )
     teacher_input_keys: list[str] | None = Field(
         default=None, description="Names of the inputs that the teacher gets; null: the same inputs as the student."
     )
 
     def attach(self, run: Run) -> Active:
-        """Takes the teacher."""
-        raise NotImplementedError
+        """Takes the teacher; "self" is copied now, before anything changes the model."""
+        # Without an optimizer there is no loss: a structure can be rebuilt without the teacher.
+        if run.teacher is None and run.optimizer is not None:
+            raise ArgumentError(
+                f'{type(self).__name__} needs a teacher: pass distillation_teacher= to modify(), a module or "self".'
+            )
+        if isinstance(run.teacher, nn.Module) and any(module is run.model for module in run.teacher.modules()):
+            raise ArgumentError(
+                "distillation_teacher is the model that is trained; it would be its own moving target. Pass "
+                '"self" for a frozen copy of it as it is now.'
+            )
+        return _Distilling(self, run)
 
 
 class PerLayerDistillationModifier(Modifier):
@@ -48,13 +67,167 @@ class PerLayerDistillationModifier(Modifier):
     without_effect: ClassVar[frozenset[str]] = frozenset({"log_types", "update_frequency"})
     gain: Annotated[float, Field(ge=0.0)] = Field(default=1.5, description="What the features' loss is multiplied by.")
     normalize: bool = Field(default=True, description="Whether it is divided by the teacher's mean square.")
-    student_layer_names: Names | None = Field(default=None, description="Layers of the student; null: all that have a partner.")
-    teacher_layer_names: Names | None = Field(default=None, description="Layers of the teacher, in the student's order.")
+    student_layer_names: Names | None = Field(
+        default=None, description="Layers of the student; null: all that have a partner."
+    )
+    teacher_layer_names: Names | None = Field(
+        default=None, description="Layers of the teacher, in the student's order."
+    )
     project_features: bool = Field(
-        default=True, description="Whether features of another width are brought to the teacher's by a learned projection."
+        default=True,
+        description="Whether features of another width are brought to the teacher's by a learned projection.",
     )
     epsilon: Annotated[float, Field(gt=0.0)] = Field(default=1e-6, description="Keeps the division finite.")
 
     def attach(self, run: Run) -> Active:
         """Says that it cannot run yet."""
         raise not_yet(self)
+
+
+class _Distilling(Active):
+    """Runs the teacher on the student's inputs and adds the divergence of their outputs to the loss.
+
+    Checkpoint: the weights of a "self" teacher; the student of a resumed run starts with other ones.
+    """
+
+    needs_outputs: ClassVar[bool] = True
+
+    def __init__(self, modifier: DistillationModifier, run: Run) -> None:
+        self._modifier, self._student = modifier, run.model
+        self._on = False
+        self._own = run.teacher == "self"
+        self._modes: list[tuple[nn.Module, bool]] = []
+        self._teacher: nn.Module | None = None
+        if isinstance(run.teacher, nn.Module):
+            self._teacher = run.teacher
+        elif self._own:
+            self._teacher = copy.deepcopy(run.model).requires_grad_(False).eval()
+
+    def update(self, clock: Clock) -> None:
+        window = self._modifier.window
+        self._on = clock.reached(window.start) and not clock.reached(window.end)
+
+    def loss(self, loss: Tensor, *, outputs: Any, inputs: Any, labels: Any) -> Tensor:
+        hardness = self._modifier.hardness
+        if not self._on or hardness == 0.0:
+            return loss
+        name = type(self._modifier).__name__
+        for given, what in ((outputs, "outputs"), (inputs, "inputs")):
+            if given is None:
+                raise StateError(
+                    f"{name}: the model's {what} were not captured: there was no forward with gradients since the last "
+                    "step, or the model is compiled and calls no hooks. Pass them: "
+                    "manager.update_loss(loss, outputs=outputs, inputs=inputs)."
+                )
+        student = logits(outputs, self._modifier.distill_output_keys, f"{name}: the student")
+        teacher = logits(self._taught(inputs, student), list(student), f"{name}: the teacher")
+        parts = []
+        for key, mine in student.items():
+            if mine.shape != teacher[key].shape:
+                raise StateError(
+                    f"{name}: output {key!r} of the student has shape {tuple(mine.shape)}, that of the teacher "
+                    f"{tuple(teacher[key].shape)}. Choose outputs that fit with distill_output_keys."
+                )
+            parts.append(divergence(mine, teacher[key], self._modifier.temperature))
+        return (1.0 - hardness) * loss + hardness * (sum(parts[1:], parts[0]) / len(parts))
+
+    def _taught(self, inputs: tuple[tuple[Any, ...], dict[str, Any]], student: Mapping[Key, Tensor]) -> Any:
+        teacher = self._teacher
+        if teacher is None:
+            raise StateError("there is no teacher: pass distillation_teacher= to modify() or initialize().")
+        if teacher.training:
+            # Remembered per module: a user's teacher gets its modes back.
+            self._modes = [(module, module.training) for module in teacher.modules()]
+            teacher.eval()
+        if self._own:
+            device = next(iter(student.values())).device
+            if any(parameter.device != device for parameter in teacher.parameters()):
+                teacher.to(device)
+        args, kwargs = chosen(self._student, *inputs, self._modifier.teacher_input_keys)
+        with torch.no_grad():
+            return teacher(*args, **kwargs)
+
+    def detach(self) -> None:
+        for module, training in self._modes:
+            module.training = training
+        self._modes = []
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"teacher": dict(self._teacher.state_dict())} if self._own and self._teacher is not None else {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        if self._own and self._teacher is not None and "teacher" in state:
+            self._teacher.load_state_dict(state["teacher"])
+
+
+def divergence(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
+    """T^2 KL(teacher, student) / N for logits (..., classes), N = numel / classes; 0 where they agree.
+
+    KL = sum p (log p - log q), p = softmax(teacher / T), q = softmax(student / T). T^2 keeps the gradients' size.
+
+    >>> student, teacher = torch.tensor([[1.0, 2, 3], [0, 0, 1]]), torch.tensor([[4.0, 1, 0], [2, 0, 0]])
+    >>> round(divergence(student, teacher, 2.0).item(), 5)
+    1.91924
+    """
+    # In float32: a batch of bfloat16 logits sums to two digits.
+    p = functional.log_softmax(teacher.float() / temperature, dim=-1)
+    q = functional.log_softmax(student.float() / temperature, dim=-1)
+    rows = student.numel() / student.shape[-1]
+    return functional.kl_div(q, p, reduction="sum", log_target=True) * (temperature**2 / rows)
+
+
+def logits(outputs: Any, keys: Sequence[Key] | None, whose: str) -> dict[Key, Tensor]:
+    """The tensors of a model's outputs that are compared: of a tensor, a tuple or list, or a mapping.
+
+    Args:
+        outputs: what the model returned.
+        keys: which, by name or position; None: every floating-point tensor of one dimension or more.
+        whose: stands in front of a message.
+
+    Raises:
+        StateError: a key is not there, or there is nothing to compare.
+    """
+    named: dict[Key, Any]
+    if isinstance(outputs, Tensor):
+        named = {0: outputs}
+    elif isinstance(outputs, Mapping):
+        named = dict(outputs)
+        # An output of transformers can be asked by position too.
+        named |= {i: outputs[k] for i, k in enumerate(outputs) if keys is not None and i in keys and i not in named}
+    elif isinstance(outputs, tuple | list):
+        named = dict(enumerate(outputs))
+    else:
+        named = {}
+    usable = {
+        key: value
+        for key, value in named.items()
+        if isinstance(value, Tensor) and value.is_floating_point() and value.dim()
+    }
+    missing = [key for key in keys or () if key not in usable]
+    if missing or not usable:
+        what = f"{missing[0]!r} is no tensor of logits" if missing else "there is no tensor of logits"
+        raise StateError(f"{whose} returned a {type(outputs).__name__} with {sorted(map(str, named))}; {what} in it.")
+    return usable if keys is None else {key: usable[key] for key in keys}
+
+
+def chosen(
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], keys: Sequence[str] | None
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The inputs named `keys` of a call of `model`; all of them, as they are, where `keys` is None.
+
+    Raises:
+        StateError: the call has no input of that name.
+    """
+    if keys is None:
+        return args, kwargs
+    one = args[0] if len(args) == 1 and not kwargs else None
+    named = one if isinstance(one, Mapping) else inspect.signature(model.forward).bind(*args, **kwargs).arguments
+    # **kwargs of a forward stand one level deeper.
+    named = {**named, **kwargs}
+    missing = [key for key in keys if key not in named]
+    if missing:
+        raise StateError(
+            f"teacher_input_keys: there is no input {missing[0]!r}; the model was called with {sorted(named)}."
+        )
+    selected = {key: named[key] for key in keys}
+    return ((selected,), {}) if isinstance(one, Mapping) else ((), selected)

@@ -7,7 +7,10 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
+from sparsify.errors import did_you_mean
 from sparsify.modifiers.base import Active, Epoch, FieldProblem, Kind, Modifier, Run
+from sparsify.modifiers.ledger import Entry
+from sparsify.schedule import TOLERANCE, Clock, Window, between
 
 __all__ = ["LearningRateFunctionModifier", "LearningRateModifier", "SetLearningRateModifier"]
 
@@ -30,8 +33,13 @@ class SetLearningRateModifier(Modifier):
     )
 
     def attach(self, run: Run) -> Active:
-        """Enters the ledger."""
-        raise NotImplementedError
+        """Enters the ledger, which asks for the value at every step."""
+        name = type(self).__name__
+        groups = None if self.param_groups is None else tuple(self.param_groups)
+        run.learning_rates.add(
+            Entry(name, self.window.start, lambda _: self.learning_rate, False, groups, self.constant_logging)
+        )
+        return Active()
 
 
 class LearningRateFunctionModifier(Modifier):
@@ -42,7 +50,7 @@ class LearningRateFunctionModifier(Modifier):
     start_epoch: Epoch = Field(description="The epoch at which the learning rate is `init_lr`; -1: at once.")
     end_epoch: Epoch = Field(description="The epoch at which the learning rate is `final_lr`, and stays.")
     lr_func: Literal["linear", "cosine", "cyclic_linear"] = Field(
-        description="linear; cosine (half a period); cyclic_linear (linear within every `cycle_epochs`, then back to `init_lr`)."
+        description="linear; cosine (half a period); cyclic_linear (linear within every cycle, then back to `init_lr`)."
     )
     init_lr: Rate = Field(description="The learning rate at the start.")
     final_lr: Rate = Field(description="The learning rate at the end.")
@@ -54,12 +62,25 @@ class LearningRateFunctionModifier(Modifier):
     @model_validator(mode="after")
     def _ends(self) -> LearningRateFunctionModifier:
         if self.end_epoch == -1:
-            raise FieldProblem("end_epoch", "-1 (never) is no end for a learning rate that moves; give the epoch of final_lr.")
+            raise FieldProblem("end_epoch", "-1 (never) ends no schedule; give the epoch that reaches final_lr")
         return self
 
+    def value(self, clock: Clock) -> float:
+        """The learning rate at `clock`, from x, the fraction of the window (or of the cycle) that has passed.
+
+        linear, cyclic_linear: init + (final - init) x. cosine: init + (final - init) (1 - cos(pi x)) / 2.
+        """
+        if self.lr_func == "cyclic_linear":
+            progress = _into_cycle(clock, self.window, self.cycle_epochs)
+            return between("linear", self.init_lr, self.final_lr, progress)
+        return between(self.lr_func, self.init_lr, self.final_lr, self.window.progress(clock.epoch))
+
     def attach(self, run: Run) -> Active:
-        """Enters the ledger."""
-        raise NotImplementedError
+        """Enters the ledger, which asks for the value at every step."""
+        name = type(self).__name__
+        groups = None if self.param_groups is None else tuple(self.param_groups)
+        run.learning_rates.add(Entry(name, self.window.start, self.value, True, groups))
+        return Active()
 
 
 class LearningRateModifier(Modifier):
@@ -68,12 +89,13 @@ class LearningRateModifier(Modifier):
     kind: ClassVar[Kind] = "learning_rate"
     without_effect: ClassVar[frozenset[str]] = frozenset({"log_types", "update_frequency"})
     lr_class: Literal["StepLR", "MultiStepLR", "ExponentialLR", "CosineAnnealingWarmRestarts"] = Field(
-        description="StepLR, MultiStepLR and ExponentialLR move at whole epochs from the start; CosineAnnealingWarmRestarts at every step."
+        description="StepLR, MultiStepLR and ExponentialLR move at whole epochs from the start, "
+        "CosineAnnealingWarmRestarts at every step."
     )
     lr_kwargs: dict[str, Any] = Field(
         default_factory=dict,
-        description="In epochs. StepLR: step_size, gamma (0.1). MultiStepLR: milestones (absolute epochs), gamma (0.1). "
-        "ExponentialLR: gamma. CosineAnnealingWarmRestarts: cycle_epochs, lr_min (0.0).",
+        description="Its arguments, in epochs. StepLR: step_size, gamma (0.1). MultiStepLR: milestones (absolute), "
+        "gamma (0.1). ExponentialLR: gamma. CosineAnnealingWarmRestarts: cycle_epochs, lr_min (0.0).",
     )
     init_lr: Rate = Field(description="The learning rate at the start.")
     param_groups: Groups | None = Field(
@@ -83,6 +105,80 @@ class LearningRateModifier(Modifier):
         default=False, description="Whether the learning rate is logged at every step, not only where it changes."
     )
 
+    @model_validator(mode="after")
+    def _arguments(self) -> LearningRateModifier:
+        known, needed = _ARGUMENTS[self.lr_class]
+        for name, value in self.lr_kwargs.items():
+            if name not in known:
+                raise FieldProblem(
+                    "lr_kwargs",
+                    f"{self.lr_class} has no {name!r}.{did_you_mean(name, known)} It takes {' and '.join(known)}, in "
+                    "epochs",
+                )
+            values = value if name == "milestones" and isinstance(value, list) else [value]
+            if isinstance(value, list) != (name == "milestones") or not all(_is_number(v) for v in values):
+                raise FieldProblem("lr_kwargs", f"{name}: {value!r} is not {known[name]}")
+            if name in ("step_size", "cycle_epochs") and value == 0:
+                raise FieldProblem("lr_kwargs", f"{name}: 0 is not {known[name]}")
+        if needed not in self.lr_kwargs:
+            raise FieldProblem("lr_kwargs", f"{self.lr_class} needs {needed!r}, {known[needed]}")
+        return self
+
+    def value(self, clock: Clock) -> float:
+        """The learning rate at `clock`: init_lr at the start, and from then on
+
+        StepLR: init gamma^floor(k / step_size), with k whole epochs since the start. ExponentialLR: init gamma^k.
+        MultiStepLR: init gamma^n, with n milestones <= start + k. CosineAnnealingWarmRestarts: from init to lr_min in
+        half a cosine within every cycle (Loshchilov & Hutter 2017, https://arxiv.org/abs/1608.03983).
+
+        Unlike torch's classes it does not multiply from step to step, so it has no state and does not drift.
+        """
+        window, given = self.window, self.lr_kwargs
+        if self.lr_class == "CosineAnnealingWarmRestarts":
+            progress = _into_cycle(clock, window, given["cycle_epochs"])
+            return between("cosine", self.init_lr, float(given.get("lr_min", 0.0)), progress)
+        whole = math.floor(max(0.0, min(clock.epoch, window.end) - window.start) + _tolerance(clock))
+        gamma = float(given.get("gamma", 0.1))
+        if self.lr_class == "StepLR":
+            return float(self.init_lr * gamma ** math.floor(whole / given["step_size"] + 1e-9))
+        if self.lr_class == "MultiStepLR":
+            return float(self.init_lr * gamma ** sum(m <= window.start + whole for m in given["milestones"]))
+        return float(self.init_lr * gamma**whole)
+
     def attach(self, run: Run) -> Active:
-        """Enters the ledger."""
-        raise NotImplementedError
+        """Enters the ledger, which asks for the value at every step."""
+        name = type(self).__name__
+        groups = None if self.param_groups is None else tuple(self.param_groups)
+        run.learning_rates.add(Entry(name, self.window.start, self.value, True, groups, self.constant_logging))
+        return Active()
+
+
+# lr_class -> what it takes, and which of that has no default.
+_ARGUMENTS = {
+    "StepLR": ({"step_size": "a number of epochs above 0", "gamma": "a factor"}, "step_size"),
+    "MultiStepLR": ({"milestones": "a list of epochs", "gamma": "a factor"}, "milestones"),
+    "ExponentialLR": ({"gamma": "a factor"}, "gamma"),
+    "CosineAnnealingWarmRestarts": (
+        {"cycle_epochs": "a number of epochs above 0", "lr_min": "a learning rate"},
+        "cycle_epochs",
+    ),
+}
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) and value >= 0
+
+
+def _tolerance(clock: Clock) -> float:
+    """How far before its moment a change may come, in epochs."""
+    return TOLERANCE / (clock.steps_per_epoch or 1)
+
+
+def _into_cycle(clock: Clock, window: Window, length: float) -> float:
+    """The fraction of the cycle at hand that has passed, 0..1; 1 only at the end of a window that ends with a cycle."""
+    tolerance = _tolerance(clock) / length
+    cycles = max(0.0, min(clock.epoch, window.end) - window.start) / length
+    done = math.floor(cycles + tolerance)
+    progress = max(0.0, cycles - done)
+    # A last cycle that is complete is not rewound: nothing comes after it.
+    return 1.0 if clock.reached(window.end) and done > 0 and progress <= tolerance else progress

@@ -1,4 +1,4 @@
-"""Where a run reports what it does: the standard `logging` module and, where the user gives one, a TensorBoard-like writer."""
+"""Where a run reports what it does: the `logging` module and, where the user gives one, a TensorBoard-like writer."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ class RunLog:
     """Numbers and notes of one run. Numbers are logged at level DEBUG, notes at INFO, both under the name "sparsify".
 
     Args:
-        writer: an object with `add_scalar(tag, value, step)`, and `add_text(tag, text, step)` where it has that; None: no
+        writer: an object with `add_scalar(tag, value, step)`, and `add_text(tag, text, step)` where it has that; None:
+        no
             writer. It is asked for nothing else, so that a `SummaryWriter` and a ten-line class of one's own both do.
 
     Raises:
@@ -26,7 +27,8 @@ class RunLog:
     def __init__(self, writer: Any = None) -> None:
         if writer is not None and not callable(getattr(writer, "add_scalar", None)):
             raise ArgumentError(
-                f"writer: {type(writer).__name__} has no add_scalar(tag, value, step). Give a TensorBoard-like writer, or "
+                f"writer: {type(writer).__name__} has no add_scalar(tag, value, step). Give a TensorBoard-like writer, "
+                "or "
                 'None: everything is also logged through logging.getLogger("sparsify").'
             )
         self.writer = writer

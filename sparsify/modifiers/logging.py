@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
+import torch
 from pydantic import Field, model_validator
 
 from sparsify.modifiers.base import Active, Epoch, FieldProblem, Kind, Modifier, Run
+from sparsify.schedule import Clock, Grid
+from sparsify.targets import resolve_parameters
 
 __all__ = ["SparsificationLoggingModifier"]
+
+
+_FREQUENCY = "give epochs above 0, or -1 for every step"
 
 
 class SparsificationLoggingModifier(Modifier):
@@ -22,11 +29,41 @@ class SparsificationLoggingModifier(Modifier):
     @model_validator(mode="after")
     def _moves(self) -> SparsificationLoggingModifier:
         if self.update_frequency <= 0 and self.update_frequency != -1:
-            raise FieldProblem(
-                "update_frequency", f"{self.update_frequency} is no distance in epochs; give more than 0, or -1 for every step."
-            )
+            raise FieldProblem("update_frequency", f"{self.update_frequency} is no frequency; {_FREQUENCY}")
         return self
 
     def attach(self, run: Run) -> Active:
         """Logs at its own points of time."""
-        raise NotImplementedError
+        return _Logging(self, run)
+
+
+class _Logging(Active):
+    """Counts zeros at the points of its grid; the only moments at which it waits for the device.
+
+    Checkpoint: the last point, so that a resumed run does not log it twice.
+    """
+
+    def __init__(self, modifier: SparsificationLoggingModifier, run: Run) -> None:
+        self._grid = Grid(modifier.window, modifier.update_frequency)
+        self._model, self._log = run.model, run.log
+        self._last: float | None = None
+
+    def update(self, clock: Clock) -> None:
+        point = self._grid.latest(clock)
+        if point is None or point == self._last:
+            return
+        self._last = point
+        zeros = weights = 0
+        for name, parameter in resolve_parameters(
+            self._model, "__ALL_PRUNABLE__", where="SparsificationLoggingModifier", strict=False
+        ).items():
+            count = parameter.numel() - int(torch.count_nonzero(parameter.detach()))
+            zeros, weights = zeros + count, weights + parameter.numel()
+            self._log.scalar(f"sparsity/{name}", count / max(1, parameter.numel()), clock.step)
+        self._log.scalar("sparsity/model", zeros / max(1, weights), clock.step)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"last": self._last}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self._last = state["last"]

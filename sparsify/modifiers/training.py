@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar
+from collections.abc import Callable, Mapping
+from typing import Annotated, Any, ClassVar
 
+import torch
 from pydantic import Field, model_validator
+from torch import nn
 
+from sparsify import targets
 from sparsify.modifiers.base import Active, Epoch, FieldProblem, Kind, Modifier, Names, Run
-from sparsify.schedule import Curve
+from sparsify.modifiers.ledger import check_groups
+from sparsify.schedule import Clock, Curve, Grid, between
 
 __all__ = ["GradualParamModifier", "SetParamModifier", "SetWeightDecayModifier", "TrainableParamsModifier"]
 
 Finite = Annotated[float, Field(allow_inf_nan=False)]
+
+
+_FREQUENCY = "give epochs above 0, or -1 for every step"
 
 
 class SetWeightDecayModifier(Modifier):
@@ -26,7 +34,9 @@ class SetWeightDecayModifier(Modifier):
 
     def attach(self, run: Run) -> Active:
         """Sets `weight_decay` at the start."""
-        raise NotImplementedError
+        if run.optimizer is not None:
+            check_groups(run.optimizer, self.param_groups, f"{type(self).__name__}.param_groups")
+        return _WeightDecay(self, run)
 
 
 class TrainableParamsModifier(Modifier):
@@ -38,9 +48,15 @@ class TrainableParamsModifier(Modifier):
     trainable: bool = Field(default=True, description="Whether they learn.")
     params_strict: bool = Field(default=True, description="Whether a name that matches nothing is an error.")
 
+    def names(self) -> list[str]:
+        return _listed(self.params)
+
+    def targets(self, model: nn.Module) -> Mapping[str, nn.Parameter | nn.Module]:
+        return _found(model, self.params, type(self), self.params_strict)
+
     def attach(self, run: Run) -> Active:
         """Finds the parameters."""
-        raise NotImplementedError
+        return _Trainable(self, list(self.targets(run.model)), run.model)
 
 
 class SetParamModifier(Modifier):
@@ -53,9 +69,19 @@ class SetParamModifier(Modifier):
     val: Finite = Field(description="The value of every element.")
     params_strict: bool = Field(default=True, description="Whether a name that matches nothing is an error.")
 
+    def names(self) -> list[str]:
+        return _listed(self.params)
+
+    def targets(self, model: nn.Module) -> Mapping[str, nn.Parameter | nn.Module]:
+        return _found(model, self.params, type(self), self.params_strict)
+
     def attach(self, run: Run) -> Active:
         """Finds the parameters."""
-        raise NotImplementedError
+        return _Value(
+            list(self.targets(run.model)),
+            run.model,
+            lambda clock: self.val if clock.reached(self.window.start) else None,
+        )
 
 
 class GradualParamModifier(Modifier):
@@ -75,13 +101,128 @@ class GradualParamModifier(Modifier):
     @model_validator(mode="after")
     def _moves(self) -> GradualParamModifier:
         if self.end_epoch == -1:
-            raise FieldProblem("end_epoch", "-1 (never) is no end for a value that moves; give the epoch of final_val.")
+            raise FieldProblem("end_epoch", "-1 (never) ends no schedule; give the epoch that reaches final_val")
         if self.update_frequency <= 0 and self.update_frequency != -1:
-            raise FieldProblem(
-                "update_frequency", f"{self.update_frequency} is no distance in epochs; give more than 0, or -1 for every step."
-            )
+            raise FieldProblem("update_frequency", f"{self.update_frequency} is no frequency; {_FREQUENCY}")
         return self
+
+    def names(self) -> list[str]:
+        return _listed(self.params)
+
+    def targets(self, model: nn.Module) -> Mapping[str, nn.Parameter | nn.Module]:
+        return _found(model, self.params, type(self), self.params_strict)
+
+    def value(self, clock: Clock) -> float | None:
+        """The value at the last point of the grid that is due; None before the start."""
+        point = Grid(self.window, self.update_frequency).latest(clock)
+        return (
+            None
+            if point is None
+            else between(self.inter_func, self.init_val, self.final_val, self.window.progress(point))
+        )
 
     def attach(self, run: Run) -> Active:
         """Finds the parameters."""
-        raise NotImplementedError
+        return _Value(list(self.targets(run.model)), run.model, self.value)
+
+
+class _WeightDecay(Active):
+    """Sets weight decay when it is due.
+
+    Checkpoint: nothing; it is set again after loading, to the same value.
+    """
+
+    def __init__(self, modifier: SetWeightDecayModifier, run: Run) -> None:
+        self._modifier, self._optimizer, self._log = modifier, run.optimizer, run.log
+        self._set = False
+
+    def update(self, clock: Clock) -> None:
+        if self._set or self._optimizer is None or not clock.reached(self._modifier.window.start):
+            return
+        chosen = self._modifier.param_groups
+        for index, group in enumerate(self._optimizer.param_groups):
+            if chosen is None or index in chosen:
+                group["weight_decay"] = self._modifier.weight_decay
+        self._log.scalar("weight_decay", self._modifier.weight_decay, clock.step)
+        self._set = True
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self._set = False
+
+
+class _Trainable(Active):
+    """Sets requires_grad inside its window, and puts back what was there.
+
+    Checkpoint: what was there when it started.
+    """
+
+    def __init__(self, modifier: TrainableParamsModifier, names: list[str], model: nn.Module) -> None:
+        self._modifier, self._names, self._model = modifier, names, model
+        self._before: dict[str, bool] | None = None
+
+    def update(self, clock: Clock) -> None:
+        window = self._modifier.window
+        inside = clock.reached(window.start) and not clock.reached(window.end)
+        if not inside:
+            self.detach()
+        elif self._before is None:
+            parameters = targets.named_parameters(self._model)
+            before = {name: parameters[name].requires_grad for name in self._names}
+            # Remembered first: Ctrl-C between the two can be undone.
+            self._before = before
+            for name in self._names:
+                parameters[name].requires_grad_(self._modifier.trainable)
+
+    def detach(self) -> None:
+        if self._before is not None:
+            parameters = targets.named_parameters(self._model)
+            for name, learned in self._before.items():
+                if name in parameters:
+                    parameters[name].requires_grad_(learned)
+            self._before = None
+
+    def state_dict(self) -> dict[str, Any]:
+        return {} if self._before is None else {"before": dict(self._before)}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.detach()
+        if "before" in state:
+            parameters = targets.named_parameters(self._model)
+            self._before = {name: bool(state["before"][name]) for name in self._names if name in state["before"]}
+            for name in self._before:
+                parameters[name].requires_grad_(self._modifier.trainable)
+
+
+class _Value(Active):
+    """Fills parameters with a value whenever the schedule moves to another one.
+
+    Checkpoint: the last value that was put in force, so that a resumed run does not undo what was learned since.
+    """
+
+    def __init__(self, names: list[str], model: nn.Module, value: Callable[[Clock], float | None]) -> None:
+        self._names, self._model, self._value = names, model, value
+        self._last: float | None = None
+
+    def update(self, clock: Clock) -> None:
+        value = self._value(clock)
+        if value is None or value == self._last:
+            return
+        parameters = targets.named_parameters(self._model)
+        with torch.no_grad():
+            for name in self._names:
+                parameters[name].fill_(value)
+        self._last = value
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"last": self._last}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self._last = state["last"]
+
+
+def _listed(names: Names) -> list[str]:
+    return [names] if isinstance(names, str) else list(names)
+
+
+def _found(model: nn.Module, names: Names, cls: type[Modifier], strict: bool) -> dict[str, nn.Parameter]:
+    return targets.resolve_parameters(model, names, where=f"{cls.__name__}.params", strict=strict)

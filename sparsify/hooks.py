@@ -1,0 +1,222 @@
+"""Hooks on what belongs to the user: called around every step of any optimizer, and at forward of a model; undone by
+handle.
+
+A copy of the user's object (deepcopy, pickle) works without us: hooks that were copied along are inert.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
+
+from sparsify.errors import ArgumentError
+
+__all__: list[str] = []
+
+
+class Callback:
+    """Calls a method; a copy of it calls nothing.
+
+    Args:
+        method: a bound method; None: inert.
+        weak: whether it lets the method's owner go. A user's model outlives the run and must not keep it alive.
+    """
+
+    __slots__ = ("_method", "_weak")
+
+    def __init__(self, method: Any = None, *, weak: bool = False) -> None:
+        self._weak = weak
+        self._method = weakref.WeakMethod(method) if weak and method is not None else method
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        # Compiled code would keep a hook of its first call for ever and ignore later ones: it gets none at all.
+        if self._method is None or torch.compiler.is_compiling():
+            return None
+        method = self._method() if self._weak else self._method
+        return None if method is None else method(*args, **kwargs)
+
+    def __copy__(self) -> Callback:
+        return Callback()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Callback:
+        return Callback()
+
+    def __reduce__(self) -> tuple[type[Callback], tuple[()]]:
+        return (Callback, ())
+
+
+class StepHooks:
+    """`before()` and `after()` around every step of `optimizer`, and `loaded()` when its state was loaded.
+
+    An optimizer that calls `super().step()` calls them twice, inner ones inside the outer; after a step that raised,
+    `after` is missing. `torch.compile(optimizer.step)` calls them outside the compiled code.
+
+    Attributes:
+        optimizer: the object whose `param_groups` are real: the torch Optimizer inside a wrapper, or what was given.
+        given: what the user goes on with: the very object that was given, or a `SteppedOptimizer` around one that is no
+            torch Optimizer.
+
+    Raises:
+        ArgumentError: `optimizer` is nothing that steps.
+    """
+
+    def __init__(
+        self,
+        optimizer: Any,
+        before: Callable[[], None],
+        after: Callable[[], None],
+        loaded: Callable[[], None],
+    ) -> None:
+        self.optimizer = steps(optimizer)
+        self.given = optimizer
+        self._handles: list[RemovableHandle] = []
+        self._hook: Callback | None = None
+        if not _hookable(self.optimizer):
+            self.given = SteppedOptimizer(optimizer, before, after)
+            return
+        # A compiled step would trace our Python: disabled, it is called between the compiled parts (0.2 microseconds).
+        before, after = _uncompiled(before), _uncompiled(after)
+        self._hook = Callback(lambda *_: before())
+        self._handles = [
+            self.optimizer.register_step_pre_hook(self._hook),
+            self.optimizer.register_step_post_hook(Callback(lambda *_: after())),
+            self.optimizer.register_load_state_dict_post_hook(Callback(lambda _: loaded())),
+        ]
+
+    @property
+    def attached(self) -> bool:
+        """Whether the hooks are still there; deepcopy and pickle of an optimizer drop them without a word."""
+        if isinstance(self.given, SteppedOptimizer):
+            return self.given.watched
+        return any(hook is self._hook for hook in self.optimizer._optimizer_step_pre_hooks.values())
+
+    def remove(self) -> None:
+        """Takes the hooks off again; may be called twice."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+        if isinstance(self.given, SteppedOptimizer):
+            self.given.release()
+
+
+class SteppedOptimizer:
+    """Stands before an optimizer that is no torch Optimizer and tells of its steps; all else is the optimizer's."""
+
+    def __init__(
+        self, optimizer: Any, before: Callable[[], None] | None = None, after: Callable[[], None] | None = None
+    ) -> None:
+        self.__dict__.update(_optimizer=optimizer, _before=before, _after=after)
+
+    def step(self, *args: Any, **kwargs: Any) -> Any:
+        """The optimizer's step; what it returns."""
+        before, after = self.__dict__["_before"], self.__dict__["_after"]
+        if before is not None:
+            before()
+        result = self.__dict__["_optimizer"].step(*args, **kwargs)
+        if after is not None:
+            after()
+        return result
+
+    @property
+    def watched(self) -> bool:
+        """Whether steps are told to somebody."""
+        return self.__dict__["_after"] is not None
+
+    def release(self) -> None:
+        """From now on it only passes on."""
+        self.__dict__.update(_before=None, _after=None)
+
+    def __getattr__(self, name: str) -> Any:
+        # Unpickling asks for attributes before there are any.
+        if "_optimizer" not in self.__dict__:
+            raise AttributeError(name)
+        return getattr(self.__dict__["_optimizer"], name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        setattr(self.__dict__["_optimizer"], name, value)
+
+    def __reduce__(self) -> tuple[type[SteppedOptimizer], tuple[Any]]:
+        return (SteppedOptimizer, (self.__dict__["_optimizer"],))
+
+
+def steps(optimizer: Any) -> Any:
+    """The object inside `optimizer` that really steps: the torch Optimizer that a wrapper holds, or `optimizer` itself.
+
+    Some wrappers subclass Optimizer without initializing it (accelerate's), and registering a hook on them fails; they
+    hold the real one as `.optimizer`. Others are no Optimizer, but share the `param_groups` of one.
+
+    Raises:
+        ArgumentError: it has no `step` and `param_groups`.
+    """
+    inner, seen = optimizer, set()
+    while not _hookable(inner) and id(inner) not in seen:
+        seen.add(id(inner))
+        deeper = getattr(inner, "optimizer", None)
+        if isinstance(inner, Optimizer) or (
+            isinstance(deeper, Optimizer) and getattr(inner, "param_groups", None) is deeper.param_groups
+        ):
+            inner = deeper
+    if _hookable(inner):
+        return inner
+    if isinstance(optimizer, type) or not (
+        callable(getattr(optimizer, "step", None)) and isinstance(getattr(optimizer, "param_groups", None), list)
+    ):
+        raise ArgumentError(
+            f"optimizer: {_named(optimizer)} is no optimizer; it needs a step() and a list of param_groups. Give a "
+            "torch.optim.Optimizer, or use initialize(model) where there is none."
+        )
+    return optimizer
+
+
+def _uncompiled(function: Callable[[], None]) -> Callable[[], None]:
+    disabled: Callable[[], None] = torch.compiler.disable(function)  # type: ignore[no-untyped-call]
+    return disabled
+
+
+def _hookable(optimizer: Any) -> bool:
+    return isinstance(optimizer, Optimizer) and "_optimizer_step_pre_hooks" in vars(optimizer)
+
+
+def _named(value: Any) -> str:
+    return f"the class {value.__name__}" if isinstance(value, type) else f"an object of type {type(value).__name__}"
+
+
+def skipped(optimizer: Any) -> bool:
+    """Whether the step at hand changes nothing because gradients overflowed.
+
+    A fused optimizer under GradScaler runs its hooks on such steps too; the flag is then on the optimizer. Reading it
+    waits for the device: the one flag a step that nothing else can tell.
+    """
+    found_inf = getattr(optimizer, "found_inf", None)
+    return isinstance(found_inf, torch.Tensor) and bool(found_inf.item())
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The user's module inside DistributedDataParallel, DataParallel, torch.compile and FSDP, in any order."""
+    return _layers(model)[-1]
+
+
+def compiled(model: nn.Module) -> bool:
+    """Whether calls of `model` run compiled code, in which hooks are not called."""
+    return any("_orig_mod" in layer._modules or layer._compiled_call_impl is not None for layer in _layers(model))
+
+
+def _layers(model: nn.Module) -> list[nn.Module]:
+    """`model`, what it wraps, and so on inward."""
+    found = [model]
+    while True:
+        inside = found[-1]._modules
+        if isinstance(found[-1], nn.parallel.DistributedDataParallel | nn.DataParallel):
+            inner = inside.get("module")
+        else:
+            # No `or`: an empty Sequential is false.
+            inner = inside["_orig_mod"] if "_orig_mod" in inside else inside.get("_fsdp_wrapped_module")
+        if inner is None:
+            return found
+        found.append(inner)

@@ -1,0 +1,330 @@
+"""A list of modifiers at work on one model: attached together, called around every step, taken off together."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from sparsify.errors import SparsifyWarning, StateError
+from sparsify.hooks import Callback, StepHooks, compiled, skipped, steps, unwrapped
+from sparsify.masking import Masker
+from sparsify.modifiers.base import Active, Modifier, Run
+from sparsify.modifiers.ledger import LearningRateLedger
+from sparsify.modifiers.log import RunLog
+from sparsify.targets import named_parameters
+from sparsify.timer import Timer
+
+__all__: list[str] = []
+
+Inputs = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+class Session:
+    """One model, one optimizer or none, and the modifiers at work on them.
+
+    On construction everything is checked and nothing changed; `start` puts in force what is due and hooks in; `finish`
+    ends it all and may be called at any moment, and again where it was interrupted.
+
+    Raises:
+        TargetError, DataError, ArgumentError, StateError: a modifier cannot work on this model.
+    """
+
+    def __init__(
+        self,
+        modifiers: Sequence[Modifier],
+        model: nn.Module,
+        optimizer: Any,
+        timer: Timer,
+        *,
+        teacher: nn.Module | Literal["self"] | None = None,
+        grad_sampler: Any = None,
+        calibration_data: Iterable[Any] | None = None,
+        sample_inputs: Any = None,
+        writer: Any = None,
+        waits_for_inputs: bool = True,
+    ) -> None:
+        self.model = unwrapped(model)
+        self.timer = timer
+        self.hooks: StepHooks | None = None
+        self._optimizer = None if optimizer is None else steps(optimizer)
+        self._given = optimizer
+        self._compiled = compiled(model) or compiled(self.model)
+        self._waits_for_inputs = waits_for_inputs
+        self._inputs: Inputs | None = None if sample_inputs is None else called_with(sample_inputs)
+        self._waiting: list[Callable[[tuple[Any, ...], dict[str, Any]], None]] = []
+        self._handles: list[RemovableHandle] = []
+        self._watch: RemovableHandle | None = None
+        self._trace: Any = None
+        self._due = False
+        self._skipped = False
+        self._seen: tuple[Inputs, Any] | None = None
+        self._said_detached = False
+
+        log = RunLog(writer)
+        self.ledger = LearningRateLedger(self._optimizer, log)
+        self.masker = Masker(self.model, self._optimizer)
+        run = Run(
+            model=self.model,
+            optimizer=self._optimizer,
+            masker=self.masker,
+            learning_rates=self.ledger,
+            log=log,
+            on_inputs=self._on_inputs,
+            trace=self._traced,
+            teacher=teacher,
+            grad_sampler=grad_sampler,
+            calibration_data=calibration_data,
+            steps_per_epoch=timer.given,
+        )
+        self.actives: dict[str, Active] = {}
+        try:
+            for key, modifier in keyed(modifiers).items():
+                self.actives[key] = modifier.attach(run)
+            self._check_optimizer()
+        except BaseException:
+            self.finish()
+            raise
+        working = list(self.actives.values())
+        # Only those that have something to do there: a step of a pruned model runs this Python 10,000 times an hour.
+        self._updates = [a.update for a in working if _has(a, "update")]
+        self._befores = [a.before_step for a in working if _has(a, "before_step")]
+        self._afters = [a.after_step for a in working if _has(a, "after_step")]
+        self._losses = [a for a in working if _has(a, "loss")]
+
+    def start(self) -> Any:
+        """Puts in force what is due and hooks in; gives the optimizer to go on with. Undoes itself where it fails."""
+        try:
+            if self._given is not None:
+                self.hooks = StepHooks(self._given, self._before, self._after, self._loaded)
+            if any(active.needs_outputs for active in self._losses):
+                watch = Callback(self._forward_done, weak=True)
+                self._handles.append(self.model.register_forward_hook(watch, with_kwargs=True))
+            self.update()
+        except BaseException:
+            self.finish()
+            raise
+        return None if self.hooks is None else self.hooks.given
+
+    def finish(self) -> None:
+        """Hooks off, modifiers detached, masks baked in; each of them, also where another one raises."""
+        undo: list[Callable[[], object]] = [handle.remove for handle in self._handles]
+        if self.hooks is not None:
+            undo.append(self.hooks.remove)
+        undo += [active.detach for active in reversed(self.actives.values())]
+        undo.append(self.masker.finalize)
+        self._waiting.clear()
+        self._seen = None
+        _all_of(undo)
+
+    # ------------------------------------------------------------------ around a step
+
+    def _before(self) -> None:
+        """Before the optimizer steps; may be called twice."""
+        if not self.timer.runs:
+            raise StateError(
+                "a step was taken, but how many make an epoch is not known. Pass steps_per_epoch to modify() "
+                "(optimizer steps in an epoch, or the loader), or train with `for epoch in manager.epochs():`."
+            )
+        if self._waiting:
+            raise StateError(
+                "a step was taken, but the model's inputs were never seen: it was called in compiled code, or not as a "
+                "whole. Pass sample_inputs to modify()."
+            )
+        self._skipped = skipped(self._optimizer)
+        self.ledger.hold()
+        if not self._skipped:
+            for before in self._befores:
+                before()
+        self._due = True
+
+    def _after(self) -> None:
+        """After the optimizer stepped; may be called twice, or not at all where the step raised."""
+        if self._skipped:
+            self._due = False
+            return
+        if not self._due:
+            # The outer one of two calls: the subclass may have moved weights after super().step().
+            self.masker.apply()
+            return
+        self._due = False
+        for after in self._afters:
+            after()
+        self.masker.apply()
+        self.timer.tick()
+        self._seen = None
+        self.update()
+
+    def _loaded(self) -> None:
+        self.ledger.restore()
+
+    def update(self) -> None:
+        """Puts in force what is due at the timer's clock."""
+        clock = self.timer.clock()
+        for update in self._updates:
+            update(clock)
+        self.ledger.update(clock)
+
+    # ------------------------------------------------------------------ inputs and outputs
+
+    def _on_inputs(self, callback: Callable[[tuple[Any, ...], dict[str, Any]], None]) -> None:
+        if self._inputs is not None:
+            callback(*self._inputs)
+            return
+        if not self._waits_for_inputs:
+            raise StateError(
+                "this recipe needs inputs to trace the model: pass sample_inputs, or state= of a saved run."
+            )
+        if self._compiled:
+            raise StateError(
+                "this recipe has to trace the model, and a compiled model shows no inputs: pass sample_inputs to "
+                "modify()."
+            )
+        if not self._waiting:
+            begins = Callback(self._forward_begins, weak=True)
+            self._watch = self.model.register_forward_pre_hook(begins, with_kwargs=True)
+            self._handles.append(self._watch)
+        self._waiting.append(callback)
+
+    def _forward_begins(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """The first forward: whoever waited for inputs gets them."""
+        while self._waiting:
+            self._waiting[0](args, kwargs)
+            self._waiting.pop(0)
+        if self._watch is not None:
+            self._watch.remove()
+
+    def _traced(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if self._trace is None:
+            # Here and not above: torch.export is slow to import, and pruning never asks for it.
+            from sparsify.graph import trace
+
+            self._trace = trace(self.model, args, kwargs)
+        return self._trace
+
+    def _forward_done(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        # An evaluation between forward and loss must not take the place of the batch in training.
+        if torch.is_grad_enabled():
+            self._seen = ((args, kwargs), output)
+
+    def update_loss(self, loss: Tensor, outputs: Any, inputs: Any, labels: Any) -> Tensor:
+        """`loss` with what every modifier adds to it."""
+        seen_inputs, seen_outputs = self._seen or (None, None)
+        if outputs is None:
+            outputs = seen_outputs
+        inputs = seen_inputs if inputs is None else called_with(inputs)
+        for active in self._losses:
+            loss = active.loss(loss, outputs=outputs, inputs=inputs, labels=labels)
+        return loss
+
+    # ------------------------------------------------------------------ saved and resumed
+
+    def state_dict(self) -> dict[str, Any]:
+        """The time, the masks, and what modifiers cannot recompute."""
+        return {
+            **self.timer.state_dict(),
+            "masks": self.masker.state_dict(),
+            "modifiers": {key: active.state_dict() for key, active in self.actives.items()},
+        }
+
+    def check_masks(self, saved: Mapping[str, Any]) -> None:
+        """Refuses masks that do not fit this model.
+
+        Raises:
+            StateError: names the first.
+        """
+        parameters = named_parameters(self.model)
+        for name, mask in saved["masks"].items():
+            here = tuple(parameters[name].shape) if name in parameters else None
+            if here != tuple(mask["shape"]):
+                what = "does not have" if here is None else f"has in shape {here}"
+                raise StateError(
+                    f"the state holds a mask of shape {tuple(mask['shape'])} for {name!r}, which "
+                    f"{type(self.model).__name__} {what}. Load the state of this model, or give strict=False to take "
+                    "over what fits."
+                )
+
+    def load_state_dict(self, state: Mapping[str, Any], strict: bool) -> None:
+        """Goes on from `state`, which was checked."""
+        self.timer.load_state_dict(state)
+        # Structure first: what follows is about parameters as they are then.
+        for key, active in self.actives.items():
+            if key in state["modifiers"]:
+                active.load_state_dict(state["modifiers"][key])
+        # The optimizer's own state says what it remembers of masked weights, whether it is loaded before or after this.
+        self.masker.bind(None)
+        try:
+            self.masker.load_state_dict(state["masks"], strict=strict)
+        finally:
+            self.masker.bind(self._optimizer)
+        self.update()
+
+    # ------------------------------------------------------------------ what can go wrong
+
+    @property
+    def attached(self) -> bool:
+        """Whether steps of the optimizer reach us; True where there is none."""
+        return self.hooks is None or self.hooks.attached
+
+    def warn_if_detached(self) -> None:
+        """Says once that the hooks are gone."""
+        if not self.attached and not self._said_detached:
+            self._said_detached = True
+            warnings.warn(
+                "the optimizer has lost the manager's hooks, so its steps are not seen and masks are not applied. Was "
+                "it rebuilt? Call finalize(), then modify() again with the optimizer that steps.",
+                SparsifyWarning,
+                stacklevel=4,
+            )
+
+    def _check_optimizer(self) -> None:
+        if self._optimizer is None:
+            return
+        mine = {id(parameter) for parameter in named_parameters(self.model).values()}
+        theirs = [p for group in self._optimizer.param_groups for p in group["params"]]
+        if mine and theirs and not any(id(parameter) in mine for parameter in theirs):
+            warnings.warn(
+                "none of the optimizer's parameters is a parameter of this model: was the model copied or moved after "
+                "the optimizer was made? Make the optimizer from model.parameters() of the model that is trained.",
+                SparsifyWarning,
+                stacklevel=4,
+            )
+
+
+def keyed(modifiers: Sequence[Modifier]) -> dict[str, Modifier]:
+    """Modifiers under names for saved state: the class, numbered from the second on, so that others may come and go."""
+    found: dict[str, Modifier] = {}
+    for modifier in modifiers:
+        name = type(modifier).__name__
+        count = sum(key.partition("#")[0] == name for key in found)
+        found[f"{name}#{count + 1}" if count else name] = modifier
+    return found
+
+
+def called_with(inputs: Any) -> Inputs:
+    """How a model is called with `inputs`: a tensor, a tuple or list of arguments, a mapping, or (args, kwargs)."""
+    if isinstance(inputs, tuple) and len(inputs) == 2 and isinstance(inputs[0], tuple) and isinstance(inputs[1], dict):
+        return inputs[0], inputs[1]
+    if isinstance(inputs, Mapping):
+        return (), dict(inputs)
+    return (tuple(inputs) if isinstance(inputs, tuple | list) else (inputs,)), {}
+
+
+def _has(active: Active, method: str) -> bool:
+    return getattr(type(active), method) is not getattr(Active, method)
+
+
+def _all_of(calls: Sequence[Callable[[], object]]) -> None:
+    """Makes every call, also after one that raises (Ctrl-C too); raises the first exception at the end."""
+    first: BaseException | None = None
+    for call in calls:
+        try:
+            call()
+        except BaseException as error:
+            first = first or error
+    if first is not None:
+        raise first
