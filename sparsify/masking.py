@@ -259,13 +259,13 @@ class Masker:
         self._zeros[name] = mask.numel() - int(mask.count_nonzero())
         self._places.pop(name, None)
         self._apply([name])
-        self._clear_optimizer_state(name)
+        self.clear_optimizer_state(name)
 
     def remove(self, name: str) -> None:
         """Ends the mask. The weights are zero, and the optimizer's state with them, until something moves them."""
         if name in self._masks:
             self._apply([name])
-            self._clear_optimizer_state(name)
+            self.clear_optimizer_state(name)
             self._forget(name)
 
     def apply(self) -> None:
@@ -459,7 +459,8 @@ class Masker:
             with torch.no_grad():
                 tensor.masked_fill_(~place.mask.to(tensor.device), 0)
 
-    def _clear_optimizer_state(self, name: str) -> None:
+    def clear_optimizer_state(self, name: str) -> None:
+        """Zeroes what the optimizer remembers of the masked weights: every state tensor of the parameter's shape."""
         if self.optimizer is None:
             return
         parameter = self._place(name).parameter

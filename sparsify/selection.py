@@ -164,7 +164,7 @@ class _Keys:
         draw = np.random.default_rng(0)
         found = []
         for part in self.parts:
-            size = math.ceil(_SAMPLE * part.bits.size / total)
+            size = math.ceil(min(_SAMPLE, total // 16) * part.bits.size / total)
             at = draw.integers(0, part.bits.size, size)
             bits, kept = part.bits[at], None if part.kept is None else part.kept[at]
             found.append(self.of(bits, kept, part.name, np.empty_like(bits), np.empty_like(bits)))
