@@ -1,12 +1,30 @@
 """What a recipe can ask for: one file a subject, every modifier registered under its name when its file is imported."""
 
-from sparsify.modifiers import base, distillation, epochs, learning_rate, logging, pruning, training
+from sparsify.modifiers import (
+    base,
+    distillation,
+    epochs,
+    learning_rate,
+    logging,
+    pruning,
+    quantization,
+    regularization,
+    second_order,
+    sparse_training,
+    structured,
+    training,
+)
 from sparsify.modifiers.base import *
 from sparsify.modifiers.distillation import *
 from sparsify.modifiers.epochs import *
 from sparsify.modifiers.learning_rate import *
 from sparsify.modifiers.logging import *
 from sparsify.modifiers.pruning import *
+from sparsify.modifiers.quantization import *
+from sparsify.modifiers.regularization import *
+from sparsify.modifiers.second_order import *
+from sparsify.modifiers.sparse_training import *
+from sparsify.modifiers.structured import *
 from sparsify.modifiers.training import *
 
 __all__: list[str] = []
@@ -16,4 +34,9 @@ __all__ += epochs.__all__
 __all__ += learning_rate.__all__
 __all__ += logging.__all__
 __all__ += pruning.__all__
+__all__ += quantization.__all__
+__all__ += regularization.__all__
+__all__ += second_order.__all__
+__all__ += sparse_training.__all__
+__all__ += structured.__all__
 __all__ += training.__all__
