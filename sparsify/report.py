@@ -135,23 +135,24 @@ class Table:
 
 
 def show(table: Table, file: TextIO | None = None) -> None:
-    """Prints a table: drawn by rich on a terminal that has it, otherwise as plain text."""
-    try:
-        from rich.console import Console
-        from rich.table import Table as Drawn
-    except ImportError:
-        print(table.text(), file=file)
-        return
-    drawn = Drawn(title=table.title)
-    for index, column in enumerate(table.columns):
-        drawn.add_column(column.title, justify="right" if index else "left")
-    for row in table.cells():
-        drawn.add_row(*row)
-    console = Console(file=file)
-    if not console.is_terminal:
-        # Without a terminal rich assumes 80 columns and cuts what is wider.
-        console.width = max(console.width, console.measure(drawn).maximum)
-    console.print(drawn)
+    """Prints a table: drawn by rich where there is a terminal and rich is installed, otherwise as plain text."""
+    file = file or sys.stdout
+    if file.isatty():
+        try:
+            from rich.console import Console
+            from rich.table import Table as Drawn
+            from rich.text import Text
+        except ImportError:
+            pass
+        else:
+            drawn = Drawn(title=Text(table.title))
+            for index, column in enumerate(table.columns):
+                drawn.add_column(Text(column.title), justify="right" if index else "left")
+            for row in table.cells():
+                drawn.add_row(*map(Text, row))
+            Console(file=file).print(drawn)
+            return
+    print(table.text(), file=file)
 
 
 def track(work: Iterable[Item], what: str, total: int | None = None) -> Iterator[Item]:
