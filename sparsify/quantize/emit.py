@@ -18,6 +18,9 @@ from torch import Tensor
 
 __all__: list[str] = []
 
+QUANTIZE_DEQUANTIZE = "sparsify::quantize_dequantize"
+"""What torch calls the operator, for those who watch for its calls."""
+
 
 def quantize_dequantize(x: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
     """`x` rounded to the grid of an activation: (clip(rint(x / scale) + zero_point) - zero_point) * scale, in float32.
@@ -90,9 +93,7 @@ def _operators() -> Any:
     library.define("dequantize(Tensor q, Tensor scale, int? axis) -> Tensor")
     library.impl("quantize_dequantize", _quantize_dequantize, "CompositeExplicitAutograd")
     library.impl("dequantize", _dequantize, "CompositeExplicitAutograd")
-    torch.library.register_fake(
-        "sparsify::quantize_dequantize", lambda x, scale, zero_point: torch.empty_like(x), lib=library
-    )
+    torch.library.register_fake(QUANTIZE_DEQUANTIZE, lambda x, scale, zero_point: torch.empty_like(x), lib=library)
     torch.library.register_fake(
         "sparsify::dequantize", lambda q, scale, axis: torch.empty_like(q, dtype=scale.dtype), lib=library
     )
