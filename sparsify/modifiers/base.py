@@ -76,7 +76,7 @@ class Modifier(BaseModel, ABC):
         if not getattr(cls, "__abstractmethods__", None):
             Modifier.registry[cls.__name__] = cls
 
-    def __init__(self, **fields: Any) -> None:
+    def __init__(self, /, **fields: Any) -> None:
         try:
             super().__init__(**fields)
         except ValidationError as error:

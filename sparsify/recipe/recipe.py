@@ -1,0 +1,309 @@
+"""Recipe: what a file says, as frozen values; read from text, written to text, checked against a model."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import math
+import os
+import stat
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any, TypeAlias
+
+from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny
+
+# Imported whole: every modifier registers itself under its name.
+import sparsify.modifiers  # noqa: F401
+from sparsify.errors import ArgumentError, RecipeError, RecipeFileError
+from sparsify.files import replacing
+from sparsify.modifiers.base import Modifier
+from sparsify.recipe import compose, grammar, schema, writer
+from sparsify.recipe.reader import overrides_of, read_parts
+
+if TYPE_CHECKING:
+    from torch import nn
+
+__all__ = ["Recipe"]
+
+Source: TypeAlias = "str | bytes | os.PathLike[str] | IO[str] | IO[bytes] | Recipe | Iterable[Modifier]"
+Variables: TypeAlias = "Mapping[str, Any] | str | None"
+
+
+class Stage(BaseModel):
+    """Modifiers under one name; a recipe without stages has one whose name is None.
+
+    `groups` are the lists of modifiers by the key that they stand under, as they were written.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=True)
+
+    name: str | None = None
+    variables: dict[str, Any] = Field(default_factory=dict)
+    metadata: Any = None
+    groups: dict[str, tuple[SerializeAsAny[Modifier], ...]]
+
+    @property
+    def modifiers(self) -> list[Modifier]:
+        """In the order of the text."""
+        return [modifier for group in self.groups.values() for modifier in group]
+
+
+class Recipe(BaseModel):
+    """What a recipe says: variables, metadata, and stages of modifiers. Frozen, and equal to what it saves.
+
+    Reading, writing and checking touch no model; one recipe can drive many.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    variables: dict[str, Any] = Field(default_factory=dict)
+    metadata: Any = None
+    stages: tuple[Stage, ...]
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str] | IO[str] | IO[bytes], recipe_variables: Variables = None) -> Recipe:
+        """From a file: YAML, or Markdown with the recipe in its front matter.
+
+        Args:
+            recipe_variables: values for variables of the recipe, as a mapping, JSON, or "name=value,other=value".
+
+        Raises:
+            RecipeError: what is wrong with it, with file and line; an OSError too where the file cannot be read.
+        """
+        if isinstance(path, str | os.PathLike):
+            return _read_path(Path(path), recipe_variables)
+        return read_recipe(path, recipe_variables)
+
+    @classmethod
+    def from_yaml(cls, text: str | bytes | IO[str] | IO[bytes], recipe_variables: Variables = None) -> Recipe:
+        """From the text of a recipe.
+
+        >>> recipe = Recipe.from_yaml("modifiers: [!EpochRangeModifier {start_epoch: 0, end_epoch: 5}]")
+        >>> recipe.max_epochs, recipe.modifiers[0].end_epoch
+        (5, 5.0)
+
+        Raises:
+            RecipeError: what is wrong with it, with the line.
+        """
+        if isinstance(text, str | bytes):
+            return _read_text(text, "recipe", recipe_variables)
+        return read_recipe(text, recipe_variables)
+
+    @classmethod
+    def from_modifiers(cls, modifiers: Iterable[Modifier], metadata: Any = None) -> Recipe:
+        """From modifiers built in Python.
+
+        Raises:
+            RecipeError: there are none, what is given is no modifier, or two prune one parameter at the same time.
+        """
+        found = list(modifiers)
+        for modifier in found:
+            if not isinstance(modifier, Modifier):
+                raise RecipeError(f"a recipe is made of modifiers; {grammar.shown(modifier)} is none.")
+        if not found:
+            raise RecipeError("a recipe needs at least one modifier.")
+        recipe = cls(metadata=metadata, stages=(Stage(groups={"modifiers": tuple(found)}),))
+        if conflict := _conflict(found):
+            raise RecipeError(conflict[1])
+        return recipe
+
+    @property
+    def modifiers(self) -> list[Modifier]:
+        """In the order in which they are updated: those that end first, then those that start first, then by name."""
+        found = [modifier for stage in self.stages for modifier in stage.modifiers]
+        return sorted(found, key=lambda m: (m.window.end, m.start_epoch, type(m).__name__))
+
+    @property
+    def staged(self) -> bool:
+        """Whether it has stages with names."""
+        return self.stages[0].name is not None
+
+    @property
+    def max_epochs(self) -> int:
+        """Epochs that training takes: the latest start or end of a modifier, rounded up."""
+        return max(0, *(math.ceil(epoch) for m in self.modifiers for epoch in (m.start_epoch, m.end_epoch)))
+
+    @property
+    def min_epochs(self) -> int:
+        """The earliest start of a modifier that says one, rounded down; 0 where none does."""
+        return min((math.floor(m.start_epoch) for m in self.modifiers if m.start_epoch != -1), default=0)
+
+    @property
+    def fingerprint(self) -> str:
+        """The SHA-256 of all that it says, defaults included: equal recipes have the same, however they are written."""
+        return hashlib.sha256(writer.to_yaml(self, everything=True).encode()).hexdigest()
+
+    def to_yaml(self) -> str:
+        """Its text: tags, the fields that were given in the order of their declaration, `eval(...)` as what it gave.
+
+        Reading it gives an equal recipe, and writing that one the same text.
+        """
+        return writer.to_yaml(self)
+
+    def __str__(self) -> str:
+        return self.to_yaml()
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes `to_yaml()` to `path`, which is the old file or the new one, never half of either.
+
+        Raises:
+            DataFileError: it cannot be written.
+        """
+        text = self.to_yaml()
+        with replacing(path) as temporary:
+            temporary.write_bytes(text.encode())
+
+    def check(self, model: nn.Module) -> None:
+        """Finds every name of every modifier in `model`, which it leaves as it is.
+
+        Raises:
+            TargetError: a name matches nothing in the model, or what it matches cannot be used.
+            RecipeError: two pruning modifiers are at work on one parameter at the same time.
+        """
+        found = self.modifiers
+        names = [list(modifier.targets(model)) if modifier.kind == "pruning" else [] for modifier in found]
+        for modifier in found:
+            if modifier.kind != "pruning":
+                modifier.targets(model)
+        if conflict := _conflict(found, names):
+            raise RecipeError(conflict[1])
+
+    @staticmethod
+    def json_schema() -> dict[str, Any]:
+        """The JSON schema of recipes, every modifier with its fields: editors complete and check recipes with it."""
+        return schema.json_schema()
+
+    @staticmethod
+    def compose(base: Source, additional: Source, keep_original_epochs: bool = False) -> Recipe:
+        """`base`, then `additional`, as stages of one recipe.
+
+        The epochs of `additional` are shifted by base.max_epochs, and what has no end in `base` ends there, unless
+        `keep_original_epochs`. Two recipes without stages become stage_0 and stage_1; one that follows n stages becomes
+        stage_{n + 1}; one before stages becomes pre_{name of the first}.
+
+        Raises:
+            RecipeError: two stages would have one name, or two pruning modifiers would work on one parameter.
+        """
+        first, second = read_recipe(base), read_recipe(additional)
+        stages = compose.staged(first, second, keep_original_epochs=keep_original_epochs)
+        recipe = Recipe(stages=tuple(Stage(**stage) for stage in stages))
+        if conflict := _conflict([m for stage in recipe.stages for m in stage.modifiers]):
+            raise RecipeError(conflict[1])
+        return recipe
+
+
+def read_recipe(source: Any, recipe_variables: Variables = None) -> Recipe:
+    """A recipe from whatever says one: a path, text, a file object, a list of modifiers, a Recipe, or what has one.
+
+    A text of one line is a path if such a file exists or if it does not look like YAML with modifiers.
+
+    Raises:
+        RecipeError: what is wrong with it.
+        ArgumentError: `source` is nothing of the kind.
+    """
+    if isinstance(source, Recipe) or isinstance(getattr(source, "recipe", None), Recipe):
+        recipe: Recipe = source if isinstance(source, Recipe) else source.recipe
+        # Variables are resolved when a text is read; a recipe that was read has no expressions left.
+        return recipe if not recipe_variables else _read_text(recipe.to_yaml(), "recipe", recipe_variables)
+    if isinstance(source, os.PathLike):
+        return _read_path(Path(source), recipe_variables)
+    if isinstance(source, bytes):
+        return _read_text(source, "recipe", recipe_variables)
+    if isinstance(source, str):
+        if "\n" in source or "\r" in source or ("modifiers" in source and ":" in source and not _is_file(source)):
+            return _read_text(source, "recipe", recipe_variables)
+        if not source.strip():
+            return _read_text("", "recipe", recipe_variables)
+        return _read_path(Path(source), recipe_variables)
+    if isinstance(source, io.IOBase) or callable(getattr(source, "read", None)):
+        name = getattr(source, "name", None)
+        data = source.read(grammar.LARGEST + 1)
+        if not isinstance(data, str | bytes):
+            raise ArgumentError(f"recipe: read() of {type(source).__name__} gives {type(data).__name__}, not text.")
+        name = name if isinstance(name, str) else "recipe"
+        return _read_text(data, Path(name).name, recipe_variables, markdown=name.lower().endswith(".md"))
+    if isinstance(source, list | tuple):
+        return Recipe.from_modifiers(source)
+    raise ArgumentError(
+        f"recipe: {grammar.shown(source)} is neither a path, text, a file, a Recipe nor a list of modifiers."
+    )
+
+
+def _is_file(text: str) -> bool:
+    try:
+        return Path(text).is_file()
+    except (OSError, ValueError):
+        return False
+
+
+def _read_path(path: Path, recipe_variables: Variables) -> Recipe:
+    try:
+        if str(path).startswith("zoo:"):
+            raise RecipeFileError(
+                f"{path}: stubs of a model zoo are not downloaded; save the recipe and give its path."
+            )
+        # A device or a pipe might never end.
+        if not stat.S_ISREG(os.stat(path).st_mode):
+            raise RecipeFileError(f"{path} is no file. Give the path of a recipe, or its text.")
+        with path.open("rb") as file:
+            data = file.read(grammar.LARGEST + 1)
+    except (OSError, ValueError) as error:
+        if isinstance(error, RecipeFileError):
+            raise
+        why = getattr(error, "strerror", None) or error
+        raise RecipeFileError(
+            f"cannot read the recipe {grammar.shown(str(path))}: {why}. Give the path of a recipe, or its text."
+        ) from None
+    return _read_text(data, path.name, recipe_variables, markdown=path.suffix.lower() == ".md")
+
+
+def _read_text(data: str | bytes, name: str, recipe_variables: Variables, *, markdown: bool = False) -> Recipe:
+    try:
+        top = grammar.read(data, markdown=markdown)
+        variables, metadata, parts = read_parts(top, overrides_of(recipe_variables))
+        found = [modifier for part in parts for group in part.groups.values() for modifier in group]
+        lines = [line for part in parts for line in part.lines]
+        if conflict := _conflict(found):
+            raise grammar.Problem(lines[conflict[0]], conflict[1])
+    except grammar.Problem as problem:
+        place = name if problem.line is None else f"{name}:{problem.line}"
+        raise RecipeError(f"{place}: {problem.message}") from None
+    stages = tuple(
+        Stage(
+            name=p.name, variables=p.variables, metadata=p.metadata, groups={k: tuple(g) for k, g in p.groups.items()}
+        )
+        for p in parts
+    )
+    return Recipe(variables=variables, metadata=metadata, stages=stages)
+
+
+def _conflict(modifiers: list[Modifier], names: list[list[str]] | None = None) -> tuple[int, str] | None:
+    """The first modifier that prunes what another one prunes at the same time: its position, and what to say.
+
+    `names` are the parameters of each in a model; without them the names that it says are compared as they stand.
+    """
+    windows: dict[str, list[tuple[float, float, int]]] = {}
+    for index, modifier in enumerate(modifiers):
+        if modifier.kind == "pruning":
+            said = modifier.names() if names is None else names[index]
+            # "conv1" is the weight of the layer conv1.
+            for name in {n if names or n.startswith("re:") else n.removesuffix(".weight") for n in said}:
+                windows.setdefault(name, []).append((modifier.window.start, modifier.window.end, index))
+    conflicts: list[tuple[int, int, str]] = []
+    for name, entries in windows.items():
+        entries.sort()
+        last = entries[0]
+        for entry in entries[1:]:
+            if entry[0] < last[1] and last[0] < entry[1]:
+                conflicts.append((max(entry[2], last[2]), min(entry[2], last[2]), name))
+            last = max(last, entry, key=lambda e: e[1])
+    if not conflicts:
+        return None
+    second, first, name = min(conflicts)
+    one, other = modifiers[first], modifiers[second]
+    return second, (
+        f"{type(other).__name__} prunes {grammar.shown(name)} from epoch {other.window.start:g} to "
+        f"{other.window.end:g}, but {type(one).__name__} does so from {one.window.start:g} to {one.window.end:g}. "
+        "Let one end where the other starts, or leave the name out of one."
+    )

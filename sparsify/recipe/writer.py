@@ -1,0 +1,93 @@
+"""Recipe -> text that reads well and is read back as an equal recipe."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+from sparsify.modifiers.base import Modifier
+from sparsify.recipe.grammar import Problem, plain
+from sparsify.recipe.reader import METADATA
+
+if TYPE_CHECKING:
+    from sparsify.recipe.recipe import Recipe, Stage
+
+__all__: list[str] = []
+
+
+def to_yaml(recipe: Recipe, *, everything: bool = False) -> str:
+    """The text of `recipe`; `everything`: also the fields that were not given."""
+    sections: list[dict[str, Any]] = []
+    if recipe.metadata is not None:
+        sections.append({METADATA: recipe.metadata})
+    if recipe.variables:
+        sections.append(recipe.variables)
+    for stage in recipe.stages:
+        body = _stage(stage, everything)
+        sections += [{stage.name: body}] if stage.name is not None else [{key: value} for key, value in body.items()]
+    return "\n".join(_text(section) for section in sections)
+
+
+def _stage(stage: Stage, everything: bool) -> dict[str, Any]:
+    body: dict[str, Any] = {} if stage.metadata is None else {METADATA: stage.metadata}
+    body |= stage.variables
+    for key, group in stage.groups.items():
+        body[key] = [_Tagged(type(modifier).__name__, fields(modifier, everything=everything)) for modifier in group]
+    return body
+
+
+def fields(modifier: Modifier, *, everything: bool = False) -> dict[str, Any]:
+    """What `modifier` says, in the order of declaration; `everything`: also where it is the default."""
+    return modifier.model_dump(exclude_unset=not everything)
+
+
+class _Tagged:
+    def __init__(self, tag: str, fields: dict[str, Any]) -> None:
+        self.tag = tag
+        self.fields = fields
+
+
+class _Dumper(yaml.SafeDumper):
+    def ignore_aliases(self, data: Any) -> bool:
+        return True
+
+    def increase_indent(self, flow: bool = False, indentless: bool = False) -> None:
+        # Items of a list stand indented under their key.
+        super().increase_indent(flow, False)
+
+
+def _represent_text(dumper: yaml.SafeDumper, text: str) -> yaml.Node:
+    try:
+        quoted = not isinstance(plain(text), str)
+    except Problem:
+        quoted = True
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style="'" if quoted else None)
+
+
+def _represent_tagged(dumper: yaml.SafeDumper, tagged: _Tagged) -> yaml.Node:
+    return dumper.represent_mapping(f"!{tagged.tag}", tagged.fields.items(), flow_style=not tagged.fields)
+
+
+def _represent_list(dumper: yaml.SafeDumper, values: list[Any] | tuple[Any, ...]) -> yaml.Node:
+    # Numbers and short lists in one line, names one under the other.
+    inline = all(not isinstance(v, str | list | dict | _Tagged) for v in values) or (
+        all(isinstance(v, str) for v in values) and sum(map(len, values)) < 60
+    )
+    return dumper.represent_sequence("tag:yaml.org,2002:seq", values, flow_style=inline)
+
+
+def _represent_mapping(dumper: yaml.SafeDumper, values: dict[Any, Any]) -> yaml.Node:
+    return dumper.represent_mapping("tag:yaml.org,2002:map", values.items(), flow_style=not values)
+
+
+_Dumper.add_representer(str, _represent_text)
+_Dumper.add_representer(list, _represent_list)
+_Dumper.add_representer(tuple, _represent_list)
+_Dumper.add_representer(dict, _represent_mapping)
+_Dumper.add_representer(_Tagged, _represent_tagged)
+
+
+def _text(section: dict[str, Any]) -> str:
+    text: str = yaml.dump(section, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
+    return text
