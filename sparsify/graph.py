@@ -66,7 +66,6 @@ _KINDS: dict[str, Kind] = {
     **dict.fromkeys(("cat", "concat", "concatenate"), "concat"),
     **dict.fromkeys(("matmul", "bmm", "mm", "addmm", "baddbmm", "einsum", "scaled_dot_product_attention"), "matmul"),
     **dict.fromkeys(("avg_pool1d", "avg_pool2d", "adaptive_avg_pool1d", "adaptive_avg_pool2d"), "average_pool"),
-    "mean": "average_pool",
     **dict.fromkeys(("max_pool1d", "max_pool2d", "max_pool3d", "adaptive_max_pool2d"), "max_pool"),
     "embedding": "embedding",
     **dict.fromkeys(("layer_norm", "group_norm", "instance_norm", "rms_norm", "native_layer_norm"), "norm"),
@@ -134,7 +133,7 @@ class Node:
 
 @dataclass(frozen=True)
 class Pair:
-    """A convolution or linear layer and the BatchNorm behind it; `why_not`: why the two cannot be one, None if they can."""
+    """A convolution or linear layer and the BatchNorm behind it; `why_not`: why they cannot be one, None: they can."""
 
     layer: str
     norm: str
@@ -257,8 +256,8 @@ def trace(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None
         except Exception as error:
             raise ArgumentError(
                 f"{type(model).__name__} cannot be traced on these inputs{_where(error)}: {type(error).__name__}: "
-                f"{_first_lines(error)}. Give sample_inputs that the model accepts as they are; control flow that depends "
-                "on the values of tensors, and custom extensions, cannot be traced."
+                f"{_first_lines(error)}. Give sample_inputs that the model accepts as they are; control flow that "
+                "depends on the values of tensors, and custom extensions, cannot be traced."
             ) from error
         finally:
             torch.backends.mha.set_fastpath_enabled(fast)
@@ -297,8 +296,6 @@ def _plain(program: Any) -> Trace:
         one = value if isinstance(value, Tensor) else None
         read = list(_in_order(node))
         shape = tuple(int(n) if isinstance(n, int) else -1 for n in one.shape) if one is not None else None
-        if op == "mean" and not (shape is not None and one is not None and _spatial_mean(node)):
-            kind = "other"
         nodes.append(
             Node(
                 name=node.name,
@@ -329,14 +326,6 @@ def _in_order(node: Any) -> Iterator[Any]:
 def _op_name(target: Any) -> str:
     name = getattr(target, "_opname", None) or getattr(target, "__name__", str(target))
     return str(name)
-
-
-def _spatial_mean(node: Any) -> bool:
-    """Whether a mean is over height and width of an image: an average pool in other words."""
-    read = node.args[0].meta.get("val")
-    if not isinstance(read, Tensor) or read.dim() != 4 or len(node.args) < 2:
-        return False
-    return sorted(d % 4 for d in node.args[1]) == [2, 3]
 
 
 def _calls(stack: dict[str, Any]) -> Iterator[Call]:

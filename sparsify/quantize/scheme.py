@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
@@ -105,6 +105,18 @@ class Settings:
     strict: bool = True
     where: str = "quantize"
 
+    def left_out(self, model: nn.Module) -> Callable[[str], bool]:
+        """Whether the module of a clean name stays in float: ignored, or not within where quantization was asked for.
+
+        Raises:
+            TargetError: `strict`, and a name matches nothing.
+        """
+        ignored = resolve_layers(model, self.ignore, where=f"{self.where}.ignore", strict=self.strict)
+        if self.within is None:
+            return lambda name: below(name, ignored)
+        within = resolve_layers(model, self.within, where=f"{self.where}.submodules", strict=self.strict)
+        return lambda name: below(name, ignored) or not below(name, within)
+
     def per_layer(self, model: nn.Module, layers: Iterable[str]) -> dict[str, Scheme | None]:
         """The scheme of each of `layers` (clean names of modules of `model`); None where it is ignored.
 
@@ -114,11 +126,8 @@ class Settings:
             TargetError: `strict`, and a name matches nothing.
         """
         layers = list(layers)
-        ignored = resolve_layers(model, self.ignore, where=f"{self.where}.ignore", strict=self.strict)
-        chosen: dict[str, Scheme | None] = {name: None if below(name, ignored) else self.scheme for name in layers}
-        if self.within is not None:
-            within = resolve_layers(model, self.within, where=f"{self.where}.submodules", strict=self.strict)
-            chosen = {name: scheme if below(name, within) else None for name, scheme in chosen.items()}
+        out = self.left_out(model)
+        chosen: dict[str, Scheme | None] = {name: None if out(name) else self.scheme for name in layers}
         won: dict[str, tuple[bool, int]] = {}
         for key, override in self.overrides.items():
             found = resolve_layers(model, [key], where=f"{self.where}.scheme_overrides", strict=self.strict)

@@ -1,0 +1,141 @@
+"""The model as it is deployed: a copy with integer weights, BatchNorm folded, that exports to ONNX.
+
+Computes bit for bit what the trained model computes in eval mode.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from sparsify.quantize.emit import dequantize
+from sparsify.quantize.fake import FakeQuantize, fixed_grid, weight_integers, weight_scale
+from sparsify.quantize.layers import (
+    QuantizedConv1d,
+    QuantizedConv2d,
+    QuantizedConvTranspose2d,
+    QuantizedEmbedding,
+    QuantizedLayer,
+    QuantizedLinear,
+    QuantizedNorm,
+    integers,
+    quantizers,
+)
+
+__all__: list[str] = []
+
+
+class DeployedLayer(QuantizedLayer):
+    """A layer whose weights are the int8 buffer `weight_int8` and whose bias is the int32 buffer `bias_int32`.
+
+    Scales are the float32 buffers `weight_scale` and `bias_scale`, of rank 0 or (C,). `float_bias` instead of the two
+    of the bias where what the layer reads is not quantized.
+    """
+
+    def forward(self, x: Tensor, output_size: list[int] | None = None) -> Tensor:
+        x = self._input(x)
+        buffers = cast(Any, self._buffers)
+        weight = dequantize(buffers["weight_int8"], buffers["weight_scale"], self._wiring.axis)
+        bias = buffers.get("float_bias")
+        if "bias_int32" in buffers:
+            scale = buffers["bias_scale"]
+            bias = dequantize(buffers["bias_int32"], scale, None if scale.dim() == 0 else 0)
+        return self._output(self._compute(x, weight, bias, output_size))
+
+
+class DeployedLinear(DeployedLayer, QuantizedLinear):
+    pass
+
+
+class DeployedConv1d(DeployedLayer, QuantizedConv1d):
+    pass
+
+
+class DeployedConv2d(DeployedLayer, QuantizedConv2d):
+    pass
+
+
+class DeployedConvTranspose2d(DeployedLayer, QuantizedConvTranspose2d):
+    pass
+
+
+class DeployedEmbedding(QuantizedEmbedding):
+    """Looks up int8 rows, and the scale of each: a table in float is never made."""
+
+    def forward(self, ids: Tensor) -> Tensor:
+        buffers = cast(Any, self._buffers)
+        rows = F.embedding(ids, buffers["weight_int8"]).to(torch.float32)
+        scale = buffers["weight_scale"]
+        return self._output(rows * (scale if scale.dim() == 0 else F.embedding(ids, scale.unsqueeze(1))))
+
+
+class DeployedQuantize(FakeQuantize):
+    """A quantizer whose grid is fixed: QuantizeLinear and DequantizeLinear in the file."""
+
+    def _compute(self, x: Tensor) -> Tensor:
+        with torch._C.DisableTorchFunction():
+            x = self._rectified(x)
+            return fixed_grid(x, self.scale, self.zero_point, self.first, self.last) if self.enabled else x
+
+
+_DEPLOYED: dict[type[nn.Module], type[nn.Module]] = {
+    QuantizedLinear: DeployedLinear,
+    QuantizedConv1d: DeployedConv1d,
+    QuantizedConv2d: DeployedConv2d,
+    QuantizedConvTranspose2d: DeployedConvTranspose2d,
+    QuantizedEmbedding: DeployedEmbedding,
+    FakeQuantize: DeployedQuantize,
+}
+
+
+def deployment_copy(model: nn.Module) -> nn.Module:
+    """A copy of `model` in eval mode in which quantized layers hold integers; of a model without any, a plain copy.
+
+    Raises:
+        StateError: a quantizer never observed anything.
+        DataError: a range, or a weight, is not finite.
+    """
+    for quantizer in quantizers(model):
+        if quantizer.enabled:
+            quantizer.require_range()
+    deployed = copy.deepcopy(getattr(model, "_orig_mod", model)).eval()
+    layers = [module for module in deployed.modules() if isinstance(module, (QuantizedLayer, QuantizedEmbedding))]
+    # First all integers: a layer is made of its BatchNorm and of the quantizer before it.
+    whole = {
+        layer: _embedding(layer) if isinstance(layer, QuantizedEmbedding) else integers(layer)
+        for layer in layers
+        if layer._wiring.largest
+    }
+    for layer, found in whole.items():
+        for name in list(layer._parameters):
+            del layer._parameters[name]
+        buffers: dict[str, Tensor | None] = {"weight_int8": found[0], "weight_scale": found[1]}
+        if not isinstance(layer, QuantizedEmbedding):
+            layer._wiring.axis = found[2]
+            if found[3] is not None:
+                buffers.update(bias_int32=found[3], bias_scale=found[4])
+            elif found[5] is not None:
+                buffers.update(float_bias=found[5])
+        for name, value in buffers.items():
+            layer.register_buffer(name, value)
+        cast(Any, layer).__class__ = _DEPLOYED[type(layer)]
+    for module in deployed.modules():
+        if isinstance(module, FakeQuantize):
+            module.__class__ = DeployedQuantize
+        elif isinstance(module, QuantizedNorm) and module._wiring.layer is not None:
+            for name in list(module._parameters):
+                module._parameters[name] = None
+            for name in list(module._buffers):
+                module._buffers[name] = None
+    return deployed
+
+
+def _embedding(layer: QuantizedEmbedding) -> tuple[Any, ...]:
+    with torch.no_grad():
+        weight = layer.weight.detach().float()
+        scale = weight_scale(weight, axis=layer._wiring.axis, largest=layer._wiring.largest)
+        return weight_integers(weight, scale).to(torch.int8), scale.reshape(() if scale.dim() == 0 else (-1,))

@@ -1,0 +1,166 @@
+"""Operations in a user's own forward: adds, concatenations, F.relu and average pools, quantized where they stand.
+
+The module whose forward they stand in is retyped to a class that watches the functions it calls. They are known by
+their kind and their order within one call of that module, which is the order of the trace; where the counts disagree,
+what stands there stays in float.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+from functools import cache
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn, overrides
+from torch.nn import functional as F
+
+from sparsify.errors import SparsifyWarning
+from sparsify.quantize.layers import Retyped, Wiring, retype
+
+__all__: list[str] = []
+
+KINDS: tuple[str, ...] = ("add", "concat", "relu", "average_pool")
+"""The kinds of operations that are counted, by their names in a trace."""
+
+_ADDS = (torch.add, Tensor.add, Tensor.add_, Tensor.__add__, Tensor.__radd__, Tensor.__iadd__)
+_RELUS = (F.relu, torch.relu, torch.relu_, Tensor.relu, Tensor.relu_, F.relu6)
+_KIND_OF: dict[Any, str] = {
+    **dict.fromkeys(_ADDS, "add"),
+    **dict.fromkeys((torch.cat, torch.concat, torch.concatenate), "concat"),
+    **dict.fromkeys(_RELUS, "relu"),
+    **dict.fromkeys(
+        (F.avg_pool1d, F.avg_pool2d, F.adaptive_avg_pool1d, F.adaptive_avg_pool2d, torch.adaptive_avg_pool1d),
+        "average_pool",
+    ),
+}
+_WRITES: frozenset[Any] = frozenset((Tensor.add_, Tensor.__iadd__, torch.relu_, Tensor.relu_))
+
+
+def child_name(kind: str, index: int) -> str:
+    """The name of the quantizer of the `index`-th operation of a kind in its module."""
+    return f"{kind}_{index}_quantizer"
+
+
+class Watched(Retyped):
+    """A module whose own operations are counted, and quantized where it holds a quantizer for them."""
+
+    _counts: dict[str, int]
+    """How many operations of each kind the trace has; empty: it only keeps its operations from those who call it."""
+    _off: bool = False
+    """Whether the trace and the calls disagreed: everything in float since."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if self._off:
+            return super().forward(*args, **kwargs)
+        watch = _Watch(self)
+        stack: Any = overrides._get_current_function_mode_stack
+        above = [mode for mode in stack() if isinstance(mode, _Watch)]
+        for mode in above:
+            mode.depth += 1
+        try:
+            with watch:
+                result = super().forward(*args, **kwargs)
+        finally:
+            for mode in above:
+                mode.depth -= 1
+        if self._counts and watch.seen != self._counts:
+            self.disagree(watch.seen)
+        return result
+
+    def disagree(self, seen: dict[str, int]) -> None:
+        """Leaves its operations in float from now on, with one warning."""
+        switch_off(self)
+        warnings.warn(
+            f"{self._wiring.original.__name__}.forward computed {_listing(seen)}, where its trace has "
+            f"{_listing(self._counts)}. Its adds, concatenations, ReLUs and pools stay in float from now on. Give "
+            "sample_inputs that take the same way through the model as training does.",
+            SparsifyWarning,
+            stacklevel=3,
+        )
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        # The class is made at run time: a pickle names the class that it was made of.
+        made, (_, *rest), *state = cast(Any, super().__reduce_ex__(2))
+        del made, rest
+        return (_unpickled, (self._wiring.original,), *state)
+
+
+class _Watch(overrides.TorchFunctionMode):
+    """One call of a `Watched` module's forward.
+
+    `depth` counts the watched modules that are at work inside: their operations are not ours.
+    """
+
+    def __init__(self, module: Watched) -> None:
+        super().__init__()
+        self.module = module
+        self.depth = 0
+        self.seen: dict[str, int] = dict.fromkeys(module._counts, 0)
+
+    def __torch_function__(
+        self, func: Any, types: Sequence[Any], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        kind = _KIND_OF.get(func)
+        if kind is None or self.depth or kind not in self.seen:
+            return func(*args, **kwargs)
+        index = self.seen[kind]
+        quantizer = cast(Any, self.module._modules.get(child_name(kind, index)))
+        if quantizer is None:
+            result = func(*args, **kwargs)
+            # An integer add (BatchNorm's counter) is nobody's.
+            if isinstance(result, Tensor) and result.is_floating_point():
+                self.seen[kind] = index + 1
+            return result
+        target = kwargs.get("out")
+        if func in _WRITES or kwargs.get("inplace") or (kind == "relu" and len(args) > 1 and args[1]):
+            target = args[0]
+        if target is not None and not target.is_floating_point():
+            return func(*args, **kwargs)
+        if kind == "relu":
+            result = quantizer(args[0] if args else kwargs["input"])
+        else:
+            kwargs.pop("out", None)
+            # Out of place, whatever was written: the quantizer may keep what it gets, which must not change below.
+            result = torch.add(*args, **kwargs) if kind == "add" else func(*args, **kwargs)
+            if not result.is_floating_point():
+                return result if target is None else target.copy_(result)
+            result = quantizer(result)
+        self.seen[kind] = index + 1
+        # x.add_(y) as a statement: whoever ignores what it gives looks at x.
+        return result if target is None or result is target else target.copy_(result)
+
+
+def watch(module: nn.Module, counts: dict[str, int]) -> Wiring:
+    """Retypes a user's module, in place, to one that counts its operations."""
+    wiring = retype(module, watched(cast(Any, type(module))))
+    module.__dict__["_counts"] = dict(counts)
+    return wiring
+
+
+def switch_off(module: Watched) -> None:
+    """Leaves the operations of this module in float; layers that read them have float inputs from now on."""
+    module.__dict__["_off"] = True
+    for name, child in module._modules.items():
+        if child is not None and any(name.startswith(f"{kind}_") for kind in KINDS) and name.endswith("_quantizer"):
+            cast(Any, child).enabled = False
+
+
+@cache
+def watched(original: type[nn.Module]) -> type[Watched]:
+    """The watched form of a user's class: a subclass of it, made once."""
+    made: Callable[..., type[Watched]] = type
+    return made(
+        f"Quantized{original.__name__}", (Watched, original), {"__module__": __name__, "__doc__": original.__doc__}
+    )
+
+
+def _unpickled(original: type[nn.Module]) -> nn.Module:
+    cls = watched(cast(Any, original))
+    return cls.__new__(cls)
+
+
+def _listing(counts: dict[str, int]) -> str:
+    return ", ".join(f"{count} {kind.replace('_', ' ')}{'' if count == 1 else 's'}" for kind, count in counts.items())

@@ -1,0 +1,384 @@
+"""Quantized layers: a user's own layer, retyped in place. Parameters, hooks, aliases stay; the state_dict gains keys.
+
+In training the weights are fake-quantized and BatchNorm is left alone. In eval mode a layer computes exactly what is
+deployed: BatchNorm folded into integer weights, the bias on the grid of 32-bit sums.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from sparsify.quantize.emit import dequantize
+from sparsify.quantize.fake import FakeQuantize, fake_weight, replaced, weight_integers, weight_scale
+
+__all__: list[str] = []
+
+
+@dataclass
+class Wiring:
+    """What a retyped module knows of others. A plain object, so that what it points to is no child of the module.
+
+    Attributes:
+        original: the class that it had.
+        axis: the dimension of the weight with a scale for each index; None: one scale.
+        largest: the largest integer of a weight; 0: weights stay in float.
+        source: the quantizer of the tensor that it reads; None: that is float.
+        shared: a quantizer for its input that another layer holds; None: it has its own, or none.
+        norm: of a layer, the BatchNorm that is folded into it.
+        layer: of a BatchNorm, the layer that it is folded into.
+        frozen: of a BatchNorm, whether it uses its running statistics in training.
+        kept: attributes that were overwritten, to be put back.
+    """
+
+    original: type[nn.Module]
+    axis: int | None = None
+    largest: int = 0
+    source: FakeQuantize | None = None
+    shared: FakeQuantize | None = None
+    norm: Any = None
+    layer: nn.Module | None = None
+    frozen: bool = False
+    kept: dict[str, Any] = field(default_factory=dict)
+
+
+class Integers(NamedTuple):
+    """What is deployed of one layer, BatchNorm folded.
+
+    Attributes:
+        weight: int8. scale: float32 of rank 0, or (C,) along `axis`. axis: None with rank 0.
+        bias: int32 (C,), or None. bias_scale: of the shape of `scale`.
+        float_bias: (C,), where what the layer reads is not quantized, so that there is no grid for a bias.
+    """
+
+    weight: Tensor
+    scale: Tensor
+    axis: int | None
+    bias: Tensor | None
+    bias_scale: Tensor
+    float_bias: Tensor | None
+
+
+class Retyped(nn.Module):
+    """What every retyped module has in common."""
+
+    _wiring: Wiring
+
+    def _input(self, x: Tensor) -> Tensor:
+        quantizer = self._wiring.shared if self._wiring.shared is not None else self._modules.get("input_quantizer")
+        return x if quantizer is None else quantizer(x)
+
+    def _output(self, y: Tensor) -> Tensor:
+        quantizer = self._modules.get("output_quantizer")
+        return y if quantizer is None else quantizer(y)
+
+
+class QuantizedLayer(Retyped):
+    """A layer with weights: `_compute` is the operation, everything around it is here."""
+
+    def _compute(self, x: Tensor, weight: Tensor, bias: Tensor | None, output_size: list[int] | None = None) -> Tensor:
+        raise NotImplementedError
+
+    def forward(self, x: Tensor, output_size: list[int] | None = None) -> Tensor:
+        x = self._input(x)
+        if self.training:
+            wiring = self._wiring
+            weight: Tensor = self.weight  # type: ignore[assignment]
+            if wiring.largest:
+                # Not under autocast: half of the bits of a scale would be gone. The operation casts what comes out.
+                with torch._C.DisableTorchFunction():
+                    weight = fake_weight(weight, axis=wiring.axis, largest=wiring.largest)
+            y = self._compute(x, weight, self._parameters["bias"], output_size)
+        else:
+            with torch._C.DisableTorchFunction():
+                weight, bias = folded(self)
+            y = self._compute(x, weight, bias, output_size)
+        return self._output(y)
+
+
+class QuantizedLinear(QuantizedLayer, nn.Linear):
+    def _compute(self, x: Tensor, weight: Tensor, bias: Tensor | None, output_size: list[int] | None = None) -> Tensor:
+        return F.linear(x, weight, bias)
+
+
+class QuantizedConv1d(QuantizedLayer, nn.Conv1d):
+    def _compute(self, x: Tensor, weight: Tensor, bias: Tensor | None, output_size: list[int] | None = None) -> Tensor:
+        y: Tensor = self._conv_forward(x, weight, bias)
+        return y
+
+
+class QuantizedConv2d(QuantizedLayer, nn.Conv2d):
+    def _compute(self, x: Tensor, weight: Tensor, bias: Tensor | None, output_size: list[int] | None = None) -> Tensor:
+        y: Tensor = self._conv_forward(x, weight, bias)
+        return y
+
+
+class QuantizedConvTranspose2d(QuantizedLayer, nn.ConvTranspose2d):
+    def _compute(self, x: Tensor, weight: Tensor, bias: Tensor | None, output_size: list[int] | None = None) -> Tensor:
+        padding = self._output_padding(
+            x,
+            output_size,
+            self.stride,  # type: ignore[arg-type]
+            self.padding,  # type: ignore[arg-type]
+            self.kernel_size,  # type: ignore[arg-type]
+            2,
+            self.dilation,  # type: ignore[arg-type]
+        )
+        return F.conv_transpose2d(
+            x,
+            weight,
+            bias,
+            self.stride,
+            self.padding,  # type: ignore[arg-type]
+            padding,
+            self.groups,
+            self.dilation,
+        )
+
+
+class QuantizedEmbedding(Retyped, nn.Embedding):
+    """Rows are looked up and then quantized, each by its scale: the same as the other way round, without the table."""
+
+    def forward(self, ids: Tensor) -> Tensor:
+        wiring = self._wiring
+        if wiring.axis is None:
+            with torch._C.DisableTorchFunction():
+                table = fake_weight(self.weight, axis=None, largest=wiring.largest)
+            return self._output(self._rows(ids, table))
+        rows = self._rows(ids, self.weight)
+        with torch._C.DisableTorchFunction():
+            flat = rows.reshape(-1, rows.shape[-1])
+            return self._output(fake_weight(flat, axis=0, largest=wiring.largest).view(rows.shape))
+
+    def _rows(self, ids: Tensor, table: Tensor) -> Tensor:
+        return F.embedding(
+            ids, table, self.padding_idx, self.max_norm, self.norm_type, self.scale_grad_by_freq, self.sparse
+        )
+
+
+class QuantizedNorm(Retyped):
+    """A BatchNorm: passes through in eval mode where it is folded into a layer."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        wiring = self._wiring
+        # The layer's mode counts, not ours: a user who trains with bn.eval() has a layer that is not folded.
+        if wiring.layer is not None and not wiring.layer.training:
+            return self._output(x)
+        if wiring.frozen and self.training:
+            return self._output(frozen_norm(self, x))
+        return self._output(super().forward(x))
+
+
+class QuantizedBatchNorm1d(QuantizedNorm, nn.BatchNorm1d):
+    pass
+
+
+class QuantizedBatchNorm2d(QuantizedNorm, nn.BatchNorm2d):
+    pass
+
+
+class QuantizedBatchNorm3d(QuantizedNorm, nn.BatchNorm3d):
+    pass
+
+
+class QuantizedSyncBatchNorm(QuantizedNorm, nn.SyncBatchNorm):
+    pass
+
+
+class QuantizedReLU(Retyped, nn.ReLU):
+    """The quantizer does the ReLU: the two are one function in training."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self._output(x)
+
+
+class QuantizedReLU6(Retyped, nn.ReLU6):
+    def forward(self, x: Tensor) -> Tensor:
+        return self._output(x)
+
+
+class QuantizedPool(Retyped):
+    """A pool whose output is quantized."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch._C.DisableTorchFunction():
+            y = super().forward(x)
+        return self._output(y)
+
+
+class QuantizedAvgPool1d(QuantizedPool, nn.AvgPool1d):
+    pass
+
+
+class QuantizedAvgPool2d(QuantizedPool, nn.AvgPool2d):
+    pass
+
+
+class QuantizedAdaptiveAvgPool1d(QuantizedPool, nn.AdaptiveAvgPool1d):
+    pass
+
+
+class QuantizedAdaptiveAvgPool2d(QuantizedPool, nn.AdaptiveAvgPool2d):
+    pass
+
+
+class SlowTransformerEncoderLayer(Retyped, nn.TransformerEncoderLayer):
+    """Without the fused path of eval mode, which reads the weights of its layers and does not call them."""
+
+
+WEIGHTED: dict[type[nn.Module], type[Retyped]] = {
+    nn.Linear: QuantizedLinear,
+    nn.Conv1d: QuantizedConv1d,
+    nn.Conv2d: QuantizedConv2d,
+    nn.ConvTranspose2d: QuantizedConvTranspose2d,
+    nn.Embedding: QuantizedEmbedding,
+}
+NORMS: dict[type[nn.Module], type[Retyped]] = {
+    nn.BatchNorm1d: QuantizedBatchNorm1d,
+    nn.BatchNorm2d: QuantizedBatchNorm2d,
+    nn.BatchNorm3d: QuantizedBatchNorm3d,
+    nn.SyncBatchNorm: QuantizedSyncBatchNorm,
+}
+POINTWISE: dict[type[nn.Module], type[Retyped]] = {
+    nn.ReLU: QuantizedReLU,
+    nn.ReLU6: QuantizedReLU6,
+    nn.AvgPool1d: QuantizedAvgPool1d,
+    nn.AvgPool2d: QuantizedAvgPool2d,
+    nn.AdaptiveAvgPool1d: QuantizedAdaptiveAvgPool1d,
+    nn.AdaptiveAvgPool2d: QuantizedAdaptiveAvgPool2d,
+}
+RETYPED: dict[type[nn.Module], type[Retyped]] = {
+    **WEIGHTED,
+    **NORMS,
+    **POINTWISE,
+    nn.TransformerEncoderLayer: SlowTransformerEncoderLayer,
+}
+
+
+def retype(module: nn.Module, quantized: type[Retyped] | None = None) -> Wiring:
+    """Makes `module` its quantized form, in place; a module that is one already stays as it is. Gives its wiring."""
+    if isinstance(module, Retyped):
+        return module._wiring
+    wiring = Wiring(original=type(module))
+    module.__class__ = quantized if quantized is not None else RETYPED[type(module)]
+    module.__dict__["_wiring"] = wiring
+    return wiring
+
+
+def restore(model: nn.Module) -> None:
+    """Undoes every `retype` below `model`: classes, children and attributes are as they were before."""
+    for module in list(model.modules()):
+        if isinstance(module, Retyped):
+            wiring: Wiring = module.__dict__.pop("_wiring")
+            for name in ("_counts", "_off"):
+                module.__dict__.pop(name, None)
+            for name, child in list(module._modules.items()):
+                if isinstance(child, FakeQuantize):
+                    del module._modules[name]
+            for name, value in wiring.kept.items():
+                setattr(module, name, value)
+            cast(Any, module).__class__ = wiring.original
+
+
+def quantizers(model: nn.Module) -> Iterator[FakeQuantize]:
+    """Every quantizer of activations below `model`, once."""
+    for module in model.modules():
+        if isinstance(module, FakeQuantize):
+            yield module
+
+
+def frozen_norm(norm: Any, x: Tensor) -> Tensor:
+    """BatchNorm by its running statistics, which stay as they are; its weight and bias learn."""
+    return F.batch_norm(x, norm.running_mean, norm.running_var, norm.weight, norm.bias, False, 0.0, norm.eps)
+
+
+def norm_factor(norm: Any) -> tuple[Tensor, Tensor]:
+    """BatchNorm in eval mode as x * c + d, both (C,): c = gamma / sqrt(var + eps), d = beta - mean c."""
+    factor = torch.rsqrt(norm.running_var.float() + norm.eps)
+    if norm.weight is not None:
+        factor = factor * norm.weight.float()
+    offset = -norm.running_mean.float() * factor
+    return factor, offset if norm.bias is None else offset + norm.bias.float()
+
+
+@torch.no_grad()
+def integers(layer: Any) -> Integers:
+    """What is deployed of a quantized layer with its BatchNorm folded.
+
+    With c = gamma / sqrt(var + eps) per channel: integers Q(w) sign(c), scale s |c|, bias (beta - mean c + c b) rounded
+    to the grid of scale_x s |c|. Exact, since rounding to a grid per channel commutes with a factor per channel.
+    """
+    wiring: Wiring = layer._wiring
+    weight = layer.weight.detach().float()
+    spread = weight_scale(weight, axis=wiring.axis, largest=wiring.largest)
+    q = weight_integers(weight, spread)
+    axis, scale = wiring.axis, spread.reshape(-1) if wiring.axis is not None else spread.reshape(())
+    bias = None if layer.bias is None else layer.bias.detach().float()
+    if wiring.norm is not None:
+        factor, offset = norm_factor(wiring.norm)
+        bias = offset if bias is None else offset + factor * bias
+        axis = channel_axis(layer)
+        q = q * along(torch.sign(factor), q, axis)
+        scale = scale * factor.abs()
+    source = wiring.source
+    if source is None or not source.enabled:
+        low = torch.full_like(scale, 1e-20)
+    else:
+        # A channel whose BatchNorm factor is (nearly) 0 gets a coarser grid, on which its bias still fits in 32 bits.
+        reach = torch.zeros_like(scale) if bias is None else bias.abs().max() if scale.dim() == 0 else bias.abs()
+        low = (reach / (source.scale * 2.0**30)).clamp(min=1e-20)
+    coarse = torch.maximum(scale, low)
+    shrunk = scale / coarse
+    q = (q * (shrunk if axis is None else along(shrunk, q, axis))).round()
+    scale = coarse
+    if bias is None or source is None or not source.enabled:
+        return Integers(q.to(torch.int8), scale, axis, None, scale, bias)
+    bias_scale = source.scale * scale
+    grid = (bias / bias_scale).round().clamp(-(2.0**31), 2.0**31 - 128).to(torch.int32)
+    return Integers(q.to(torch.int8), scale, axis, grid, bias_scale, None)
+
+
+def channel_axis(layer: nn.Module) -> int:
+    """The dimension of the weight along which the output channels lie."""
+    return 1 if isinstance(layer, nn.ConvTranspose2d) else 0
+
+
+def along(values: Tensor, like: Tensor, axis: int) -> Tensor:
+    """`values` (C,) in the shape that broadcasts along `axis` of `like`."""
+    shape = [1] * like.dim()
+    shape[axis] = -1
+    return values.reshape(shape)
+
+
+def folded(layer: Any) -> tuple[Tensor, Tensor | None]:
+    """Weight and bias of a layer in eval mode: what `integers` says, in float; with gradients where they are wanted."""
+    wiring: Wiring = layer._wiring
+    if not wiring.largest:
+        return _folded_float(layer)
+    whole = integers(layer)
+    weight = dequantize(whole.weight, whole.scale, whole.axis).to(layer.weight.dtype)
+    bias = whole.float_bias
+    if whole.bias is not None:
+        bias = dequantize(whole.bias, whole.bias_scale, None if whole.bias_scale.dim() == 0 else 0)
+    bias = None if bias is None else bias.to(layer.weight.dtype)
+    if torch.is_grad_enabled() and any(p.requires_grad for p in layer.parameters(recurse=False)):
+        exact_weight, exact_bias = _folded_float(layer)
+        weight = replaced(exact_weight, weight)
+        if bias is not None and exact_bias is not None:
+            bias = replaced(exact_bias, bias)
+    return weight, bias
+
+
+def _folded_float(layer: Any) -> tuple[Tensor, Tensor | None]:
+    wiring: Wiring = layer._wiring
+    if wiring.norm is None:
+        return layer.weight, layer.bias
+    factor, offset = norm_factor(wiring.norm)
+    weight = layer.weight * along(factor, layer.weight, channel_axis(layer)).to(layer.weight.dtype)
+    bias = offset if layer.bias is None else offset + factor * layer.bias
+    return weight, bias.to(layer.weight.dtype)

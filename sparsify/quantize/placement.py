@@ -1,0 +1,367 @@
+"""Which tensors of a model are quantized, and where their quantizers stand: a trace and a scheme in, a plan out.
+
+One quantizer per tensor. In convolutional blocks it stands where the tensor is made: behind every ReLU, behind what
+feeds a residual add, behind the add, concatenation or average pool itself; all who read it share it. Elsewhere, as in
+attention blocks, only what a layer reads is quantized, by one quantizer that the layers share, and who else reads the
+tensor sees floats: few quantized tensors are the fastest there.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import defaultdict
+from collections.abc import Iterable
+from functools import cached_property
+from typing import Any, Literal
+
+from torch import nn
+
+from sparsify.graph import Node, Trace
+from sparsify.quantize.functional import KINDS, child_name
+from sparsify.quantize.layers import NORMS, POINTWISE, WEIGHTED, channel_axis
+from sparsify.quantize.plan import Layer, Left, Plan, Site
+from sparsify.quantize.scheme import ActivationScheme, Scheme, Settings
+from sparsify.targets import named_modules
+
+__all__: list[str] = []
+
+Role = Literal["input", "output", "function"]
+
+
+def make_plan(model: nn.Module, trace: Trace, settings: Settings) -> Plan:
+    """What is to be quantized in `model` by `settings`; changes nothing.
+
+    Raises:
+        TargetError: a name in `settings` matches nothing.
+    """
+    return _Planner(model, trace, settings).plan()
+
+
+class _Planner:
+    def __init__(self, model: nn.Module, trace: Trace, settings: Settings) -> None:
+        self.trace = trace
+        self.settings = settings
+        self.modules = {"": model, **named_modules(model)}
+        self.out = settings.left_out(model)
+        self.left: list[Left] = []
+        candidates = [name for name, module in self.modules.items() if type(module) in WEIGHTED]
+        self.schemes = settings.per_layer(model, candidates)
+        self.layers: dict[str, Scheme] = {}
+        self.nodes: dict[str, list[Node]] = {}
+        for name in candidates:
+            why = self._why_not(name)
+            if why is None:
+                self.layers[name] = self.schemes[name] or settings.scheme
+            else:
+                self.left.append(Left(name, why))
+        for name, module in self.modules.items():
+            if type(module) in WEIGHTED or not isinstance(module, (*WEIGHTED, nn.MultiheadAttention, nn.Conv3d)):
+                continue
+            kind = type(module).__name__
+            if kind == "MultiheadAttention":
+                why = "MultiheadAttention computes its projections by itself, without layers"
+            elif kind == "NonDynamicallyQuantizableLinear":
+                continue
+            else:
+                why = f"{kind} is not one of {', '.join(cls.__name__ for cls in WEIGHTED)} exactly"
+            self.left.append(Left(name, why))
+        self.folds = self._find_folds()
+        # The node that gives what a layer gives: its BatchNorm where that is folded.
+        self.ends: dict[str, str] = {}
+        for name in self.layers:
+            for node in self.nodes[name]:
+                if node.kind in ("conv", "linear"):
+                    last = self.folds.get(name)
+                    self.ends[self._norm_node(node, last) if last else node.name] = name
+
+    def _why_not(self, name: str) -> str | None:
+        scheme = self.schemes[name]
+        module: Any = self.modules[name]
+        if scheme is None or (scheme.weights is None and scheme.input_activations is None):
+            return "left out by the recipe"
+        if name not in self.trace.calls:
+            return "was not called on the example inputs"
+        weight = module._parameters.get("weight")
+        if weight is None:
+            return "its weight is recomputed before every forward (weight_norm or a parametrization)"
+        if not weight.is_floating_point():
+            return f"its weight is {weight.dtype}"
+        kinds = ("embedding",) if isinstance(module, nn.Embedding) else ("conv", "linear")
+        self.nodes[name] = [node for node in self.trace.of_module(name) if node.kind in kinds and node.is_float]
+        if len(self.nodes[name]) != self.trace.calls[name]:
+            return "its forward is not the one of its class"
+        if isinstance(module, nn.Embedding) and scheme.weights is None:
+            return "left out by the recipe"
+        return None
+
+    def _find_folds(self) -> dict[str, str]:
+        folds: dict[str, str] = {}
+        for pair in self.trace.pairs:
+            if pair.layer not in self.layers:
+                continue
+            why = pair.why_not
+            norm: Any = self.modules.get(pair.norm)
+            layer: Any = self.modules[pair.layer]
+            if why is None and type(norm) not in NORMS:
+                why = f"{type(norm).__name__} is not a BatchNorm of torch exactly"
+            elif why is None and norm.running_mean is None:
+                why = "it has no running statistics"
+            elif why is None and isinstance(layer, nn.ConvTranspose2d) and layer.groups > 1:
+                why = "output channels of a grouped ConvTranspose2d share scales"
+            elif why is None and self.layers[pair.layer].weights is None:
+                why = "its layer's weights stay in float"
+            if why is None:
+                folds[pair.layer] = pair.norm
+            else:
+                self.left.append(Left(pair.norm, f"not folded into {pair.layer}: {why}"))
+        return folds
+
+    def _norm_node(self, node: Node, norm: str) -> str:
+        return next(reader.name for reader in self.trace.readers[node.name] if reader.owner == norm)
+
+    # Where a quantizer can stand
+
+    def _place(self, node: Node) -> tuple[str, str, Role] | None:
+        """Where the quantizer of what `node` gives can stand: (module, child, role); None: only at its readers."""
+        if node.name in self.ends:
+            layer = self.ends[node.name]
+            if self.trace.calls[layer] > 1:
+                return None
+            return self.folds.get(layer, layer), "output_quantizer", "output"
+        if node.kind not in KINDS or not node.is_float or self._ignored(node):
+            return None
+        if self._is_own_module(node):
+            return node.owner, "output_quantizer", "output"
+        owner = self._watched_owner(node)
+        counts = self._counts(owner)
+        if counts is None:
+            return None
+        return owner, child_name(node.kind, self._index(node, owner)), "function"
+
+    def _ignored(self, node: Node) -> bool:
+        return any(self.out(call.path) for call in node.stack if call.path) or (
+            not any(call.path for call in node.stack) and self.settings.within is not None
+        )
+
+    def _is_own_module(self, node: Node) -> bool:
+        """Whether `node` is all that a ReLU or a pool computes, called from one place."""
+        module = self.modules.get(node.owner)
+        return type(module) in POINTWISE and self.trace.calls.get(node.owner) == 1
+
+    def _watched_owner(self, node: Node) -> str:
+        """The user's module in whose forward the node stands: modules of torch without children are looked through."""
+        for call in reversed(node.stack):
+            module = self.modules.get(call.path)
+            if module is None:
+                continue
+            plain = type(module).__module__.startswith("torch.nn.")
+            if not plain or (any(True for _ in module.children()) and not isinstance(module, _CONTAINERS)):
+                return call.path
+        return ""
+
+    def _own_nodes(self, owner: str) -> dict[int, list[Node]]:
+        """The counted operations of a module, by call."""
+        return self._by_owner.get(owner, {})
+
+    @cached_property
+    def _by_owner(self) -> dict[str, dict[int, list[Node]]]:
+        by_owner: dict[str, dict[int, list[Node]]] = defaultdict(lambda: defaultdict(list))
+        for node in self.trace.nodes:
+            if node.kind in KINDS and node.is_float and not self._is_own_module(node):
+                path = self._watched_owner(node)
+                number = next((call.number for call in reversed(node.stack) if call.path == path), 0)
+                by_owner[path][number].append(node)
+        return by_owner
+
+    def _counts(self, owner: str) -> dict[str, int] | None:
+        """How many operations of each kind a module computes itself; None where that differs between its calls."""
+        calls = self._own_nodes(owner)
+        found = [{kind: sum(n.kind == kind for n in nodes) for kind in KINDS} for nodes in calls.values()]
+        if len(found) != self.trace.calls.get(owner, 1) or any(counts != found[0] for counts in found):
+            return None
+        return found[0]
+
+    def _index(self, node: Node, owner: str) -> int:
+        for nodes in self._own_nodes(owner).values():
+            if node in nodes:
+                return [n.name for n in nodes if n.kind == node.kind].index(node.name)
+        raise AssertionError(node.name)
+
+    # Which tensors are quantized
+
+    def plan(self) -> Plan:
+        trace = self.trace
+        base = self.settings.scheme.input_activations
+        demands: dict[str, list[tuple[str, ActivationScheme]]] = defaultdict(list)
+        own: list[tuple[str, ActivationScheme]] = []
+        for name, scheme in self.layers.items():
+            args = scheme.input_activations
+            if args is None or isinstance(self.modules[name], nn.Embedding):
+                continue
+            read = [trace.root(node.inputs[0]) for node in self.nodes[name]]
+            if len(read) > 1 or not trace.by_name[read[0]].is_float:
+                own.append((name, args))
+            else:
+                demands[read[0]].append((name, args))
+
+        required: dict[str, ActivationScheme] = {}
+        blocks: set[str] = set()
+        # Nodes of convolutional blocks whose values are integers.
+        quantized_adds: set[str] = set()
+        for name, scheme in self.layers.items():
+            if scheme.output_activations is not None:
+                for end in (end for end, layer in self.ends.items() if layer == name):
+                    required[end] = scheme.output_activations
+        for end, name in self.ends.items():
+            if self.layers[name].input_activations is not None and trace.by_name[self._layer_node(end)].kind == "conv":
+                blocks.add(end)
+        for node in trace.nodes:
+            if base is None or node.kind not in KINDS or not node.is_float or not node.inputs:
+                continue
+            roots = [trace.root(read) for read in node.inputs]
+            if node.kind == "relu" and roots[0] in blocks and trace.by_name[roots[0]].kind != "relu":
+                if self._place(node) is not None:
+                    blocks.add(node.name)
+                    required[node.name] = base
+            elif node.kind == "add" and any(root in blocks for root in roots):
+                why = self._why_no_add(node, roots, blocks)
+                if why is None:
+                    blocks.add(node.name)
+                    quantized_adds.add(node.name)
+                    for root in roots:
+                        required.setdefault(root, base)
+                else:
+                    self.left.append(Left(f"{node.owner or 'the model'}: {node.op}", why))
+            elif node.kind == "concat" and all(root in blocks for root in roots) and self._place(node) is not None:
+                if trace.users(node.name):
+                    blocks.add(node.name)
+                    required[node.name] = base
+                    for root in roots:
+                        required.setdefault(root, base)
+            elif node.kind == "average_pool" and roots[0] in blocks and self._place(node) is not None:
+                blocks.add(node.name)
+                required[node.name] = base
+                required.setdefault(roots[0], base)
+        # An add is quantized behind its ReLU where that is all that reads it.
+        for name in quantized_adds:
+            readers = trace.readers[name]
+            if len(readers) == 1 and readers[0].kind == "relu" and readers[0].name in required:
+                required.pop(name, None)
+            else:
+                required.setdefault(name, base if base is not None else ActivationScheme())
+
+        sites: list[Site] = []
+        source: dict[str, str] = {}
+        for root in [node.name for node in trace.nodes if node.name in required or node.name in demands]:
+            node = trace.by_name[root]
+            wanted = demands.get(root, [])
+            place = self._place(node)
+            asked = {name for name, _ in wanted}
+            others = [user for user in trace.users(root) if user.owner not in asked]
+            in_float = bool(others) or trace.leaves(root)
+            if place is not None and (root in required or not in_float):
+                args = required[root] if root in required else wanted[0][1]
+                site = self._site(node, place, args)
+                sites.append(site)
+                source.update((name, site.name) for name, _ in wanted)
+                continue
+            groups: dict[tuple[int, bool], list[tuple[str, ActivationScheme]]] = defaultdict(list)
+            for name, args in wanted:
+                groups[args.num_bits, args.symmetric].append((name, args))
+            for members in groups.values():
+                site = _site_at(members[0][0], "input_quantizer", members[0][1], readers=[n for n, _ in members[1:]])
+                sites.append(site)
+                source.update((name, site.name) for name, _ in members)
+        for name, args in own:
+            site = _site_at(name, "input_quantizer", args)
+            sites.append(site)
+            source[name] = site.name
+
+        layers = tuple(self._layer(name, scheme, source.get(name)) for name, scheme in self.layers.items())
+        return Plan(
+            layers=layers,
+            sites=tuple(sites),
+            watched=self._watched(sites),
+            norms=tuple(name for name, module in self.modules.items() if type(module) in NORMS),
+            slow=self._slow(),
+            left=tuple(dict.fromkeys(self.left)),
+        )
+
+    def _layer_node(self, end: str) -> str:
+        return next(node.name for node in self.nodes[self.ends[end]])
+
+    def _why_no_add(self, node: Node, roots: list[str], blocks: set[str]) -> str | None:
+        trace = self.trace
+        if len(roots) != 2 or self._place(node) is None:
+            return "not an add of two tensors that can be watched"
+        shapes = {trace.by_name[read].shape for read in node.inputs}
+        if len(shapes) != 1:
+            return f"its operands have the shapes {' and '.join(map(str, shapes))}"
+        for root in roots:
+            if root not in blocks and (
+                self._place(trace.by_name[root]) is None or trace.by_name[root].kind == "linear"
+            ):
+                return f"{trace.by_name[root].op} in {trace.by_name[root].owner or 'the model'} stays in float"
+        return None
+
+    def _site(self, node: Node, place: tuple[str, str, Role], args: ActivationScheme) -> Site:
+        module, child, role = place
+        relu = node.kind == "relu"
+        in_place, producer = True, None
+        if relu:
+            made = self.trace.by_name[node.inputs[0]]
+            alone = len(self.trace.readers[made.name]) == 1 and made.name not in self.trace.outputs
+            # What these give is not kept for their own backward; of other operations nobody knows.
+            in_place = alone and made.kind in ("conv", "linear", "batch_norm", "add")
+            writes = node.op.endswith("_")
+            producer = None if writes or made.kind == "add" else made.owner
+            if not writes and role == "function" and made.kind == "add":
+                in_place = False
+        return dataclasses.replace(
+            _site_at(module, child, args),
+            relu=relu,
+            ceiling=6.0 if node.op.startswith("relu6") else None,
+            in_place=in_place,
+            producer=producer,
+        )
+
+    def _layer(self, name: str, scheme: Scheme, source: str | None) -> Layer:
+        weights = scheme.weights
+        module = self.modules[name]
+        if weights is None:
+            return Layer(name, None, 0, source, None)
+        fewer = self.settings.reduce_range or bool(weights.kwargs.get("reduce_range"))
+        bits = weights.num_bits - (1 if fewer and weights.num_bits == 8 else 0)
+        per_channel = weights.strategy == "channel"
+        if isinstance(module, nn.ConvTranspose2d) and module.groups > 1:
+            per_channel = False
+        axis = channel_axis(module) if per_channel else None
+        return Layer(name, axis, 2 ** (bits - 1) - 1, source, self.folds.get(name))
+
+    def _watched(self, sites: list[Site]) -> dict[str, dict[str, int]]:
+        """The modules with quantized operations of their own, and those below them that compute such operations too."""
+        owners = {site.module for site in sites if site.child not in ("input_quantizer", "output_quantizer")}
+        watched = {owner: self._counts(owner) or {} for owner in owners}
+        for node in self.trace.nodes:
+            if node.kind in KINDS and node.is_float and not self._is_own_module(node):
+                path = self._watched_owner(node)
+                above = {call.path for call in node.stack} - {path}
+                if path not in watched and above & owners:
+                    watched[path] = {}
+        return dict(sorted(watched.items()))
+
+    def _slow(self) -> tuple[str, ...]:
+        changed = tuple(self.layers)
+        return tuple(
+            name
+            for name, module in self.modules.items()
+            if type(module) is nn.TransformerEncoderLayer and any(layer.startswith(f"{name}.") for layer in changed)
+        )
+
+
+_CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
+
+
+def _site_at(module: str, child: str, args: ActivationScheme, readers: Iterable[str] = ()) -> Site:
+    constant = args.kwargs.get("averaging_constant", 0.01)
+    return Site(module, child, args.num_bits, args.symmetric, float(constant), tuple(readers))

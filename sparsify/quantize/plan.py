@@ -1,0 +1,251 @@
+"""What is quantized where, and why not, as plain data; and putting it in force on a model.
+
+A plan is made once, from a trace and a scheme (`placement.make_plan`). It goes into a checkpoint and gives a fresh model
+its quantized layers without a trace.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sparsify.errors import StateError
+from sparsify.quantize.fake import FakeQuantize
+from sparsify.quantize.functional import Watched, watch
+from sparsify.quantize.layers import WEIGHTED, QuantizedLayer, retype
+from sparsify.targets import named_modules
+
+__all__: list[str] = []
+
+FORMAT = 1
+"""The version of a plan's state."""
+
+
+@dataclass(frozen=True)
+class Site:
+    """One quantized tensor.
+
+    Attributes:
+        module: the module that holds the quantizer. child: its name there.
+        readers: layers that call the quantizer on their input, besides `module`.
+        relu: the quantizer does the ReLU. ceiling: where that is cut off (ReLU6); None: nowhere.
+        in_place: whether the quantizer alone reads the tensor. producer: the module whose hooks could have kept it.
+    """
+
+    module: str
+    child: str
+    bits: int
+    symmetric: bool
+    averaging_constant: float
+    readers: tuple[str, ...] = ()
+    relu: bool = False
+    ceiling: float | None = None
+    in_place: bool = False
+    producer: str | None = None
+
+    @property
+    def name(self) -> str:
+        """The path of the quantizer."""
+        return f"{self.module}.{self.child}" if self.module else self.child
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One layer with quantized weights.
+
+    Attributes:
+        axis: the dimension of the weight that has a scale for each index; None: one scale.
+        largest: the largest integer of a weight, 2^(bits-1) - 1; 0: the weights stay in float.
+        source: the name of the site that it reads; None: it reads floats.
+        norm: the BatchNorm that is folded into it.
+    """
+
+    name: str
+    axis: int | None
+    largest: int
+    source: str | None
+    norm: str | None
+
+
+@dataclass(frozen=True)
+class Left:
+    """What stays in float, and why."""
+
+    what: str
+    why: str
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All that was decided.
+
+    Attributes:
+        watched: the modules whose own operations are counted -> how many of each kind the trace has.
+        norms: every BatchNorm, so that its statistics can be frozen, folded or not.
+        slow: TransformerEncoderLayers that must not take their fused path.
+        left: what stays in float, and why.
+    """
+
+    layers: tuple[Layer, ...] = ()
+    sites: tuple[Site, ...] = ()
+    watched: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
+    norms: tuple[str, ...] = ()
+    slow: tuple[str, ...] = ()
+    left: tuple[Left, ...] = ()
+
+    @property
+    def folds(self) -> dict[str, str]:
+        """Layer -> the BatchNorm that is folded into it."""
+        return {layer.name: layer.norm for layer in self.layers if layer.norm is not None}
+
+    def to_state(self) -> dict[str, Any]:
+        """As dicts, lists, strings and numbers."""
+        state: dict[str, Any] = _plain(dataclasses.asdict(self))
+        return {"format": FORMAT, **state}
+
+    @classmethod
+    def from_state(cls, state: Mapping[str, Any]) -> Plan:
+        """The plan that `to_state` described.
+
+        Raises:
+            StateError: it is none, or one of another version.
+        """
+        try:
+            if state["format"] != FORMAT:
+                raise StateError(f"the plan has format {state['format']!r}; this version of sparsify reads {FORMAT}.")
+            return cls(
+                layers=tuple(Layer(**layer) for layer in state["layers"]),
+                sites=tuple(Site(**{**site, "readers": tuple(site["readers"])}) for site in state["sites"]),
+                watched={path: dict(counts) for path, counts in state["watched"].items()},
+                norms=tuple(state["norms"]),
+                slow=tuple(state["slow"]),
+                left=tuple(Left(**left) for left in state["left"]),
+            )
+        except (KeyError, TypeError, AttributeError) as error:
+            raise StateError(
+                f"the state holds no plan of quantized layers: {error!r}. Load a manager's state."
+            ) from error
+
+    def __str__(self) -> str:
+        lines = [
+            f"{len(self.layers)} layers and {len(self.sites)} tensors quantized, {len(self.folds)} BatchNorms folded"
+        ]
+        return "\n".join([*lines, *(f"  in float: {left.what}: {left.why}" for left in self.left)])
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(key): _plain(one) for key, one in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(one) for one in value]
+    return value
+
+
+def apply_plan(model: nn.Module, plan: Plan) -> None:
+    """Retypes the layers of `model` in place as `plan` says. Parameters stay the same objects.
+
+    Raises:
+        StateError: a layer of the plan is missing or of another type; nothing is changed then.
+    """
+    modules: dict[str, Any] = {"": model, **named_modules(model)}
+    wanted = {layer.name for layer in plan.layers} | {site.module for site in plan.sites} | set(plan.watched)
+    missing = sorted(name for name in (wanted | set(plan.norms) | set(plan.slow)) if name not in modules)
+    if missing:
+        raise StateError(
+            f"the plan of quantized layers names {missing[0]!r}, which {type(model).__name__} does not have. It was "
+            "made for another model."
+        )
+    for layer in plan.layers:
+        if type(modules[layer.name]) not in WEIGHTED:
+            raise StateError(
+                f"{layer.name} is a {type(modules[layer.name]).__name__}, not one of "
+                f"{', '.join(cls.__name__ for cls in WEIGHTED)}: it is quantized already, or the plan is of another "
+                "model."
+            )
+    for path, counts in plan.watched.items():
+        watch(modules[path], dict(counts))
+    for name in plan.norms:
+        retype(modules[name])
+    for name in plan.slow:
+        module = modules[name]
+        retype(module)
+        module._wiring.kept["activation_relu_or_gelu"] = module.activation_relu_or_gelu
+        # The fused path asks for this first; nothing else reads it.
+        module.activation_relu_or_gelu = 0
+    for layer in plan.layers:
+        wiring = retype(modules[layer.name])
+        wiring.axis, wiring.largest = layer.axis, layer.largest
+        if layer.norm is not None:
+            wiring.norm = modules[layer.norm]
+            modules[layer.norm]._wiring.layer = modules[layer.name]
+    quantizers: dict[str, FakeQuantize] = {}
+    for site in plan.sites:
+        module = modules[site.module]
+        retype(module)
+        quantizer = FakeQuantize(
+            site.name,
+            bits=site.bits,
+            symmetric=site.symmetric,
+            averaging_constant=site.averaging_constant,
+            relu=site.relu,
+            ceiling=math.inf if site.ceiling is None else site.ceiling,
+            in_place=site.in_place,
+        )
+        if site.producer is not None:
+            quantizer._producer = (modules[site.producer],)
+        quantizer.to(_device(module, model)).train(module.training)
+        module.add_module(site.child, quantizer)
+        quantizers[site.name] = quantizer
+        for reader in site.readers:
+            modules[reader]._wiring.shared = quantizer
+        if site.readers:
+            quantizer.readers = 1 + len(site.readers)
+    for layer in plan.layers:
+        if layer.source is not None:
+            modules[layer.name]._wiring.source = quantizers[layer.source]
+
+
+def settle(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[str]:
+    """Runs a freshly quantized model once, without rounding, to see that watched operations come as traced.
+
+    Scripted functions and direct calls of operators are seen by the trace and not in training. Gives the paths of
+    modules whose operations now stay in float. Training modes, random states and buffers are as before.
+    """
+    watched = {
+        name: module for name, module in {"": model, **named_modules(model)}.items() if isinstance(module, Watched)
+    }
+    if not any(module._counts for module in watched.values()):
+        return []
+    modes = {module: module.training for module in model.modules()}
+    kept = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
+    devices = sorted({t.device.index for t in model.parameters() if t.is_cuda and t.device.index is not None})
+    with torch.random.fork_rng(devices=devices):
+        try:
+            for module in modes:
+                module.training = False
+            with torch.no_grad():
+                model(*args, **kwargs)
+        finally:
+            for module, mode in modes.items():
+                module.training = mode
+            with torch.no_grad():
+                for buffer, value in kept:
+                    if not torch.equal(buffer, value):
+                        buffer.copy_(value)
+    return [name for name, module in watched.items() if module._off]
+
+
+def _device(module: nn.Module, model: nn.Module) -> torch.device:
+    tensors: list[Tensor] = [*module.parameters(), *module.buffers(), *model.parameters()]
+    return tensors[0].device if tensors else torch.device("cpu")
+
+
+def is_quantized(model: nn.Module) -> bool:
+    """Whether some layer of `model` computes with quantized weights or activations."""
+    return any(isinstance(module, (QuantizedLayer, FakeQuantize)) for module in model.modules())
