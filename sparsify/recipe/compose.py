@@ -38,7 +38,7 @@ def staged(base: Recipe, additional: Recipe, *, keep_original_epochs: bool) -> l
 
 
 def shifted(modifier: Modifier, offset: float) -> Modifier:
-    """`modifier` with its moments `offset` epochs later: a start at once is then, an end that never comes still never."""
+    """`modifier` with its moments `offset` epochs later: a start at once is then, an open end stays open."""
     changes: dict[str, Any] = {}
     for name in _MOMENTS:
         value = getattr(modifier, name, None)

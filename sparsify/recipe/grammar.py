@@ -11,6 +11,7 @@ import codecs
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 import yaml
@@ -153,16 +154,9 @@ def _block(text: str, markdown: bool) -> tuple[str, int]:
     before = [line for line in lines[: fences[0]] if line.strip() and not line.lstrip().startswith("#")]
     if before and not markdown and _KEY_FIRST.match(before[0]):
         return text, 0
-    # Two fences of a kind enclose a block; after a block the search goes on behind it.
-    blocks: list[tuple[int, int]] = []
-    position = 0
-    while position + 1 < len(fences):
-        first, second = fences[position], fences[position + 1]
-        if lines[first].rstrip() == lines[second].rstrip():
-            blocks.append((first, second))
-            position += 1
-        position += 1
-    holding = [(a, b) for a, b in blocks if _HOLDS_MODIFIERS.search("\n".join(lines[a + 1 : b]))]
+    # Two fences of a kind enclose a block. A rule between paragraphs is a fence too, so every neighbouring pair is asked.
+    pairs = [(a, b) for a, b in pairwise(fences) if lines[a].rstrip() == lines[b].rstrip()]
+    holding = [(a, b) for a, b in pairs if _HOLDS_MODIFIERS.search("\n".join(lines[a + 1 : b]))]
     if not holding:
         # A mark of a document's start, or nothing to be found: what is wrong is said about the text as a whole.
         return ("\n".join(lines[fences[0] + 1 :]), fences[0] + 1) if len(fences) == 1 else (text, 0)
