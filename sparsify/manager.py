@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 from torch import Tensor, nn
@@ -51,7 +51,7 @@ class ScheduledModifierManager:
     """
 
     def __init__(self, recipe: Recipe | Sequence[Modifier]) -> None:
-        self._recipe = recipe if isinstance(recipe, Recipe) else Recipe.from_modifiers(list(recipe))
+        self._recipe: Recipe = read_recipe(recipe)
         self._session: Session | None = None
         self._ended: tuple[Clock, dict[str, float]] | None = None
 
@@ -74,7 +74,8 @@ class ScheduledModifierManager:
         Raises:
             RecipeError: the recipe says something that cannot be meant; with file and line.
         """
-        return cls(read_recipe(source, recipe_variables, add_modifiers=add_modifiers, metadata=metadata))
+        recipe = read_recipe(source, recipe_variables)
+        return cls(_extended(recipe, _modifiers_of(add_modifiers), metadata))
 
     @classmethod
     def compose_staged(cls, base: Any, additional: Any, keep_original_epochs: bool = False) -> ScheduledModifierManager:
@@ -89,7 +90,7 @@ class ScheduledModifierManager:
         Raises:
             RecipeError: the stages do not fit together.
         """
-        return cls(Recipe.compose(_recipe_of(base), _recipe_of(additional), keep_original_epochs=keep_original_epochs))
+        return cls(Recipe.compose(base, additional, keep_original_epochs=keep_original_epochs))
 
     # ------------------------------------------------------------------ what the recipe says
 
@@ -101,17 +102,17 @@ class ScheduledModifierManager:
     @property
     def modifiers(self) -> list[Modifier]:
         """The recipe's modifiers in the order in which they are updated."""
-        return list(self._recipe.modifiers)
+        return self._recipe.modifiers
 
     @property
     def max_epochs(self) -> int:
         """The epoch at which the recipe is through: the latest start or end, rounded up."""
-        return _outer(math.ceil, max, [e for m in self._recipe.modifiers for e in (m.start_epoch, m.end_epoch)])
+        return self._recipe.max_epochs
 
     @property
     def min_epochs(self) -> int:
         """The epoch of the earliest start, rounded down; 0 where none is given."""
-        return _outer(math.floor, min, [m.start_epoch for m in self._recipe.modifiers])
+        return self._recipe.min_epochs
 
     def qat_active(self, epoch: float) -> bool:
         """Whether quantization has started by the end of the first step of `epoch`."""
@@ -308,7 +309,13 @@ class ScheduledModifierManager:
             self._verify(state)
             epoch = float(state["epoch"])
         session = Session(
-            self._recipe.modifiers, model, None, Timer(None), sample_inputs=sample_inputs, waits_for_inputs=False
+            written(self._recipe),
+            self.modifiers,
+            model,
+            None,
+            Timer(None),
+            sample_inputs=sample_inputs,
+            waits_for_inputs=False,
         )
         for key, active in session.actives.items():
             active.structure(epoch, None if state is None else state["modifiers"].get(key))
@@ -463,7 +470,7 @@ class ScheduledModifierManager:
         if teacher is not None and teacher != "self" and not isinstance(teacher, nn.Module):
             raise ArgumentError(f'distillation_teacher: {teacher!r} is neither a module nor "self".')
         self._recipe.check(unwrapped(model))
-        session = Session(self._recipe.modifiers, model, optimizer, timer, teacher=teacher, **given)
+        session = Session(written(self._recipe), self.modifiers, model, optimizer, timer, teacher=teacher, **given)
         # From here on finalize() can undo it, also where Ctrl-C comes while it starts or undoes itself.
         self._session, self._ended = session, None
         try:
@@ -510,11 +517,28 @@ def _checked_model(model: Any) -> nn.Module:
     return model
 
 
-def _recipe_of(source: Any) -> Recipe:
-    return source.recipe if isinstance(source, ScheduledModifierManager) else read_recipe(source)
+def _modifiers_of(added: Any) -> list[Modifier]:
+    """Modifiers from a modifier, recipe text, or a list of both."""
+    if added is None or isinstance(added, Modifier):
+        return [] if added is None else [added]
+    if isinstance(added, list | tuple):
+        return [modifier for one in added for modifier in _modifiers_of(one)]
+    return written(read_recipe(added))
 
 
-def _outer(rounded: Callable[[float], int], outermost: Callable[[list[float]], float], epochs: list[float]) -> int:
-    """The outermost of `epochs`, rounded outward; -1 says none, and 0 comes back where all do."""
-    said = [epoch for epoch in epochs if epoch != -1]
-    return rounded(outermost(said)) if said else 0
+def _extended(recipe: Recipe, added: list[Modifier], metadata: Mapping[str, Any] | None) -> Recipe:
+    if metadata is not None:
+        kept = recipe.metadata if isinstance(recipe.metadata, Mapping) else {}
+        recipe = recipe.model_copy(update={"metadata": {**kept, **metadata}})
+    if not added:
+        return recipe
+    # Refuses what cannot stand together.
+    Recipe.from_modifiers([*written(recipe), *added])
+    last = recipe.stages[-1]
+    groups = {**last.groups, "added_modifiers": (*last.groups.get("added_modifiers", ()), *added)}
+    return recipe.model_copy(update={"stages": (*recipe.stages[:-1], last.model_copy(update={"groups": groups}))})
+
+
+def written(recipe: Recipe) -> list[Modifier]:
+    """The modifiers in the order of the recipe's text."""
+    return [modifier for stage in recipe.stages for modifier in stage.modifiers]

@@ -30,12 +30,17 @@ class Session:
     On construction everything is checked and nothing changed; `start` puts in force what is due and hooks in; `finish`
     ends it all and may be called at any moment, and again where it was interrupted.
 
+    Args:
+        written: the modifiers as they stand in the recipe.
+        modifiers: the same, in the order in which they are updated.
+
     Raises:
         TargetError, DataError, ArgumentError, StateError: a modifier cannot work on this model.
     """
 
     def __init__(
         self,
+        written: Sequence[Modifier],
         modifiers: Sequence[Modifier],
         model: nn.Module,
         optimizer: Any,
@@ -82,9 +87,12 @@ class Session:
             steps_per_epoch=timer.given,
         )
         self.actives: dict[str, Active] = {}
+        keys = {id(modifier): key for key, modifier in keyed(modifiers).items()}
         try:
-            for key, modifier in keyed(modifiers).items():
-                self.actives[key] = modifier.attach(run)
+            # Attached as written: where two learning rates start together, the later in the file governs.
+            for modifier in written:
+                self.actives[keys[id(modifier)]] = modifier.attach(run)
+            self.actives = {key: self.actives[key] for key in keys.values()}
             self._check_optimizer()
         except BaseException:
             self.finish()
@@ -160,7 +168,7 @@ class Session:
         self.update()
 
     def _loaded(self) -> None:
-        self.ledger.restore()
+        self.ledger.loaded()
 
     def update(self) -> None:
         """Puts in force what is due at the timer's clock."""

@@ -36,7 +36,6 @@ class Timer:
         self._mark_epoch = float(epoch)
         self._mark_step = 0
         self._limit = math.inf
-        self._partial = False
         if steps_per_epoch is not None and math.isfinite(epoch):
             self.step = round(epoch * steps_per_epoch)
             self._mark_step = self.step
@@ -70,16 +69,14 @@ class Timer:
     def begin(self, epoch: int) -> None:
         """Epoch `epoch` begins now; in the middle of it (a resumed run) the clock goes on from where it is."""
         self.marked = True
-        # Resumed in the middle: its count would be a part of an epoch only, unless nothing better is known.
-        self._partial = self.clock().epoch > epoch
-        if not self._partial and self._mark_epoch != epoch:
+        if self.clock().epoch <= epoch and self._mark_epoch != epoch:
             self._mark_epoch, self._mark_step = float(epoch), self.step
         self._limit = float(epoch + 1)
 
     def end(self, epoch: int) -> int:
         """Epoch `epoch` is over; gives the number of its steps since the mark."""
         done = self.step - self._mark_step
-        if done and (self.counted is None or not self._partial):
+        if done:
             self.counted = done
         self._mark_epoch, self._mark_step, self._limit = float(epoch + 1), self.step, math.inf
         return done

@@ -57,6 +57,7 @@ class LearningRateLedger:
         self._entries: list[Entry] = []
         self._in_force: dict[int, InForce] = {}
         self._warned = False
+        self._expected = False
 
     def __len__(self) -> int:
         return len(self._entries)
@@ -113,15 +114,16 @@ class LearningRateLedger:
                 found = float(rate)
                 self._put(index, group, known)
                 # Filled by somebody with the value it had: no quarrel. float32 holds about seven digits.
-                if abs(found - known.value) > 1e-6 * abs(known.value):
+                if abs(found - known.value) > 1e-6 * abs(known.value) and not self._expected:
                     self._warn(index, found, known)
+        self._expected = False
 
-    def restore(self) -> None:
-        """Puts the values in force back after the optimizer's state was loaded; loading is nobody's quarrel."""
-        if self._optimizer is not None:
-            for index, known in self._in_force.items():
-                if index < len(self._optimizer.param_groups):
-                    self._put(index, self._optimizer.param_groups[index], known)
+    def loaded(self) -> None:
+        """The optimizer's state was loaded: at the next step the recipe's values take its place without a quarrel.
+
+        Not at once: the manager's state may be loaded next, and may say that nobody governs now.
+        """
+        self._expected = True
 
     def _put(self, index: int, group: dict[str, Any], wanted: InForce) -> None:
         known, rate = self._in_force.get(index), group["lr"]
