@@ -9,7 +9,6 @@ file, in digits_resnet.yaml. Models, recipe, table and a plot of what happened w
 from __future__ import annotations
 
 import argparse
-import gzip
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +24,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sparsify import ScheduledModifierManager, benchmark_onnx, export_onnx
+from sparsify.benchmark import compare_onnx
 from sparsify.report import Column, Table, show, track
 
 RECIPE = Path(__file__).with_name("digits_resnet.yaml")
@@ -210,20 +210,20 @@ def zeros_in_file(path: Path) -> float:
 
 def measure(files: dict[str, Path], digits: Digits) -> list[Result]:
     """One row a file; the speed-up is against the first."""
-    results: list[Result] = []
+    results = []
+    first = next(iter(files.values()))
     for name, path in files.items():
-        content = path.read_bytes()
-        speed = benchmark_onnx(path, batch_size=1, threads=1, warmup=200, iterations=2000)
+        speed = benchmark_onnx(path, threads=1, warmup=100, iterations=1000)
         results.append(
             Result(
                 model=name,
                 accuracy=accuracy_in_onnxruntime(path, digits),
                 sparsity=zeros_in_file(path),
-                kilobytes=len(content) / 1024,
-                gzipped_kilobytes=len(gzip.compress(content, mtime=0)) / 1024,
-                p50_ms=speed.p50_ms,
-                p95_ms=speed.p95_ms,
-                speedup=(results[0].p50_ms if results else speed.p50_ms) / speed.p50_ms,
+                kilobytes=speed.size_bytes / 1024,
+                gzipped_kilobytes=speed.gzip_bytes / 1024,
+                p50_ms=speed.latency_p50_ms,
+                p95_ms=speed.latency_p95_ms,
+                speedup=compare_onnx(first, path, rounds=50, iterations=20).median,
             )
         )
     return results

@@ -61,10 +61,13 @@ def test_python_blocks_run(path: Path, tmp_path: Path, monkeypatch: pytest.Monke
     assert run_page(path) == expected
 
 
+CLAIM = "assert Path('a.txt').read_text() == 'goodbye'"
+
+
 def test_a_block_that_fails_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     page = tmp_path / "page.md"
-    page.write_text("```text a.txt\nhello\n```\n\n```python\nassert open('a.txt').read() == 'goodbye\\n'\n```\n")
+    page.write_text("```text a.txt\nhello\n```\n\n```python\nfrom pathlib import Path\n" + CLAIM + "\n```\n")
     with pytest.raises(AssertionError):
         run_page(page)
 
