@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar
 
 from pydantic import Field, model_validator
+from torch import nn
 
+from sparsify.errors import StateError, TargetError
 from sparsify.modifiers.base import Active, Epoch, FieldProblem, Kind, Modifier, Names, Run
-from sparsify.quantize.scheme import Bits, Named, Scheme
+from sparsify.quantize.calibrate import calibrate
+from sparsify.quantize.functional import switch_off_all, switched_off
+from sparsify.quantize.layers import WEIGHTED, freeze_norms, quantizers, restore
+from sparsify.quantize.placement import make_plan
+from sparsify.quantize.plan import Plan, apply_plan, is_quantized, settle
+from sparsify.quantize.scheme import NAMED, Bits, Named, Scheme, Settings
+from sparsify.schedule import Clock
+from sparsify.targets import named_modules
 
 __all__ = ["QuantizationModifier"]
 
@@ -104,11 +114,223 @@ class QuantizationModifier(Modifier):
         for name in ("disable_quantization_observer_epoch", "freeze_bn_stats_epoch"):
             value = getattr(self, name)
             if value is not None and value < 0 and value != -1:
-                raise FieldProblem(name, f"{value} is not an epoch; give 0 or more, -1 for the start, null for never.")
+                raise FieldProblem(name, f"{value} is not an epoch; give 0 or more, or null for never.")
         if self.tensorrt and self.scheme not in (None, "tensorrt"):
             raise FieldProblem("tensorrt", "true contradicts the scheme that is given; leave one of the two out.")
         return self
 
+    def settings(self) -> Settings:
+        """What it says, legacy fields included, in the terms of the planner."""
+        scheme = _scheme("tensorrt" if self.tensorrt else self.scheme)
+        scheme = scheme.model_copy(update=self._legacy(scheme))
+        overrides: dict[str, Scheme | None] = {}
+        for wanted, types in (
+            (self.quantize_linear_activations, ("Linear",)),
+            (self.quantize_conv_activations, ("Conv1d", "Conv2d", "ConvTranspose2d")),
+        ):
+            if not wanted:
+                overrides.update(dict.fromkeys(types, Scheme(input_activations=None, weights=scheme.weights)))
+        overrides.update({name: None if one is None else _scheme(one) for name, one in self.scheme_overrides.items()})
+        ignore = [self.ignore] if isinstance(self.ignore, str) else list(self.ignore)
+        return Settings(
+            scheme=scheme,
+            overrides=overrides,
+            ignore=tuple(ignore),
+            ignore_types=(
+                *(() if self.quantize_embeddings else ("Embedding",)),
+                *(self.exclude_module_types or ()),
+            ),
+            within=None if self.submodules is None else tuple(self.submodules),
+            reduce_range=self.reduce_range,
+            strict=self.strict,
+            where=type(self).__name__,
+        )
+
+    def _legacy(self, scheme: Scheme) -> dict[str, Any]:
+        """What the legacy fields change in `scheme`."""
+        changed: dict[str, Any] = {}
+        activations, weights = scheme.input_activations, scheme.weights
+        if activations is not None:
+            update: dict[str, Any] = {} if self.activation_bits == 8 else {"num_bits": self.activation_bits}
+            constant = (self.activation_qconfig_kwargs or {}).get("averaging_constant")
+            if constant is not None:
+                update["kwargs"] = {**activations.kwargs, "averaging_constant": constant}
+            changed["input_activations"] = activations.model_copy(update=update)
+        if weights is not None:
+            update = {} if self.weight_bits == 8 else {"num_bits": self.weight_bits}
+            if (self.weight_qconfig_kwargs or {}).get("reduce_range"):
+                update["kwargs"] = {**weights.kwargs, "reduce_range": True}
+            changed["weights"] = weights.model_copy(update=update)
+        return changed
+
+    def notes(self) -> list[str]:
+        """What was said and means nothing here, a sentence each."""
+        said = self.model_fields_set
+        notes = []
+        if self.model_fuse_fn_name is not None:
+            notes.append("model_fuse_fn_name has no effect: what can be folded is found in the traced model.")
+        if "exclude_batchnorm" in said:
+            notes.append(
+                "exclude_batchnorm has no effect: BatchNorm is folded where it can be, else it stays in float."
+            )
+        if self.custom_quantizable_module_types:
+            notes.append("custom_quantizable_module_types has no effect: the types that can be quantized are fixed.")
+        for name in ("activation_qconfig_kwargs", "weight_qconfig_kwargs"):
+            known = {"averaging_constant"} if name.startswith("activation") else {"reduce_range"}
+            others = sorted(set(getattr(self, name) or ()) - known)
+            if others:
+                notes.append(f"{name}: {', '.join(others)} have no effect.")
+        scheme = _scheme(self.scheme)
+        if scheme.weights is not None and not scheme.weights.symmetric:
+            notes.append("weights are quantized symmetrically: a zero point would move zeros and slow the model down.")
+        return notes
+
+    def targets(self, model: nn.Module) -> Mapping[str, nn.Parameter | nn.Module]:
+        """The layers that could be quantized; which of them can be is known once the model is traced."""
+        settings = self.settings()
+        layers = {name: module for name, module in named_modules(model).items() if type(module) in WEIGHTED}
+        schemes = settings.per_layer(model, layers)
+        return {name: module for name, module in layers.items() if schemes[name] is not None}
+
     def attach(self, run: Run) -> Active:
-        """Checks names; the model is traced and quantized at the start."""
-        raise NotImplementedError
+        """Checks names; the model is traced and quantized at the start.
+
+        Raises:
+            TargetError: a name matches nothing.
+            StateError: the model is quantized already.
+        """
+        self.targets(run.model)
+        _refuse_quantized(run.model)
+        for note in self.notes():
+            run.log.text("quantization", f"{type(self).__name__}: {note}")
+        return Quantization(self, run)
+
+
+class Quantization(Active):
+    """A QuantizationModifier at work.
+
+    Checkpoint: the plan, from which a fresh model gets its quantized layers, and the modules whose own operations
+    turned out to stay in float. Ranges are buffers of the model; what is frozen follows from the epoch.
+    """
+
+    def __init__(self, modifier: QuantizationModifier, run: Run) -> None:
+        self._modifier = modifier
+        self._run = run
+        self._plan: Plan | None = None
+        self._asked = False
+        self._clock: Clock | None = None
+        self._in_force: tuple[bool, bool] | None = None
+
+    def update(self, clock: Clock) -> None:
+        """Quantizes the model at the start; freezes ranges and statistics of batches at their epochs."""
+        self._clock = clock
+        if self._plan is None and not self._asked and clock.reached(self._modifier.window.start):
+            self._asked = True
+            self._run.on_inputs(self._begin)
+        self._freeze()
+
+    def _begin(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """On the inputs of one call of the model: decides what is quantized, and does it."""
+        if self._plan is not None:
+            return
+        model, log = self._run.model, self._run.log
+        _refuse_quantized(model)
+        plan = make_plan(model, self._run.trace(args, kwargs), self._modifier.settings())
+        if not plan.layers and not plan.sites:
+            raise TargetError(
+                f"{type(self._modifier).__name__}: nothing in {type(model).__name__} can be quantized. {plan}"
+            )
+        try:
+            apply_plan(model, plan)
+            # Here, not in training: scripted functions are seen by the trace and not when the model runs.
+            settle(model, args, kwargs)
+            self._calibrate()
+        except BaseException:
+            restore(model)
+            raise
+        self._plan = plan
+        log.text("quantization", str(plan))
+        self._freeze()
+
+    def _calibrate(self) -> None:
+        data, most = self._run.calibration_data, self._modifier.num_calibration_steps
+        if data is None:
+            if most is not None:
+                self._run.log.text(
+                    "quantization",
+                    f"num_calibration_steps is {most}, but no calibration_data was given: ranges come from training.",
+                )
+            return
+        calibrate(self._run.model, data, most)
+
+    def _freeze(self) -> None:
+        if self._plan is None or self._clock is None:
+            return
+        wanted = (
+            self._reached(self._modifier.disable_quantization_observer_epoch),
+            self._reached(self._modifier.freeze_bn_stats_epoch),
+        )
+        # Asked after every step: a walk over the modules only where something changes.
+        if wanted == self._in_force:
+            return
+        stop, frozen = wanted
+        freeze_norms(self._run.model, frozen)
+        waiting = False
+        for quantizer in quantizers(self._run.model):
+            # A range that was never seen cannot be frozen: the next step sees it.
+            unseen = stop and not quantizer.batches
+            waiting |= bool(unseen)
+            quantizer.observing = not stop or bool(unseen)
+            quantizer.check()
+        self._in_force = None if waiting else wanted
+
+    def _reached(self, epoch: float | None) -> bool:
+        return epoch is not None and epoch >= 0 and self._clock is not None and self._clock.reached(epoch)
+
+    def structure(self, epoch: float, state: Mapping[str, Any] | None) -> None:
+        """Quantized layers as the plan in `state` says; without it, by tracing, where they are due at `epoch`."""
+        if state is not None:
+            if "plan" in state:
+                self._rebuild(state)
+        elif epoch >= self._modifier.window.start and self._plan is None:
+            self._run.on_inputs(self._begin)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The plan, once the model is quantized."""
+        if self._plan is None:
+            return {}
+        return {"plan": self._plan.to_state(), "off": switched_off(self._run.model)}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Puts the model into the structure that it had: quantized by the saved plan, or not yet."""
+        if "plan" in state:
+            self._rebuild(state)
+        elif self._plan is not None:
+            restore(self._run.model)
+            self._plan, self._asked, self._in_force = None, False, None
+
+    def _rebuild(self, state: Mapping[str, Any]) -> None:
+        plan = Plan.from_state(state["plan"])
+        if plan != self._plan:
+            if self._plan is not None:
+                restore(self._run.model)
+                self._plan = None
+            apply_plan(self._run.model, plan)
+            self._plan, self._in_force = plan, None
+        switch_off_all(self._run.model, state.get("off", ()))
+        self._freeze()
+
+    def detach(self) -> None:
+        """Leaves quantized layers in place, ready for export."""
+
+
+def _scheme(given: Scheme | str | None) -> Scheme:
+    return given if isinstance(given, Scheme) else NAMED[given or "default"]
+
+
+def _refuse_quantized(model: nn.Module) -> None:
+    if is_quantized(model):
+        raise StateError(
+            f"{type(model).__name__} holds quantized layers already, and one model is quantized once. Load the weights "
+            "into a fresh model, or leave the second QuantizationModifier out."
+        )

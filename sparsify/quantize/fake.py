@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sparsify import ranks
 from sparsify.errors import DataError, StateError
 from sparsify.quantize.emit import quantize_dequantize
 
@@ -306,8 +307,10 @@ class FakeQuantize(nn.Module):
                 "model gives NaN or infinity: lower the learning rate, or find the layer at which training diverged."
             )
         low, high = min(batch_low, 0.0), min(max(batch_high, 0.0), self.ceiling)
-        if _several_ranks():
-            low, high = _over_ranks(torch.tensor([low, high])).tolist()
+        if ranks.count() > 1:
+            seen_low, seen_high = torch.tensor(low), torch.tensor(high)
+            ranks.reduce_range(seen_low, seen_high)
+            low, high = seen_low.item(), seen_high.item()
         if self.batches:
             share, low_before, high_before = self.averaging_constant, self.low.item(), self.high.item()
             low = low_before + share * (low - low_before)
@@ -338,8 +341,8 @@ class FakeQuantize(nn.Module):
 
     def _observe_on_device(self, low: Tensor, high: Tensor) -> None:
         # A range that is not finite makes everything NaN; `check` says why, without waiting for the device now.
-        if not torch.compiler.is_compiling() and _several_ranks():
-            low, high = _over_ranks(torch.stack([low, high])).unbind()
+        if not torch.compiler.is_compiling():
+            ranks.reduce_range(low, high)
         share = torch.where(self.batches > 0, self.averaging_constant, 1.0)
         self.low.copy_(torch.lerp(self.low, low, share))
         self.high.copy_(torch.lerp(self.high, high, share))
@@ -396,21 +399,6 @@ def _apply(function: Any, *args: Any) -> Tensor:
 def _readable(x: Tensor) -> bool:
     """Whether a value may be read into Python without waiting for a device or breaking a compiled or traced graph."""
     return x.device.type == "cpu" and not torch.compiler.is_compiling() and type(x) in (Tensor, nn.Parameter)
-
-
-def _several_ranks() -> bool:
-    return (
-        torch.distributed.is_available()
-        and torch.distributed.is_initialized()
-        and torch.distributed.get_world_size() > 1
-    )
-
-
-def _over_ranks(limits: Tensor) -> Tensor:
-    """[low, high] over the batches of all ranks, so that scales are the same on each."""
-    signed = limits * limits.new_tensor([-1.0, 1.0])
-    torch.distributed.all_reduce(signed, op=torch.distributed.ReduceOp.MAX)
-    return signed * limits.new_tensor([-1.0, 1.0])
 
 
 class _Replaced(torch.autograd.Function):

@@ -8,7 +8,7 @@ what stands there stays in float.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import cache
 from typing import Any, cast
 
@@ -18,6 +18,7 @@ from torch.nn import functional as F
 
 from sparsify.errors import SparsifyWarning
 from sparsify.quantize.layers import Retyped, Wiring, retype
+from sparsify.targets import named_modules
 
 __all__: list[str] = []
 
@@ -146,6 +147,21 @@ def switch_off(module: Watched) -> None:
     for name, child in module._modules.items():
         if child is not None and any(name.startswith(f"{kind}_") for kind in KINDS) and name.endswith("_quantizer"):
             cast(Any, child).enabled = False
+
+
+def switched_off(model: nn.Module) -> list[str]:
+    """The clean names of the modules whose own operations were left in float."""
+    modules = {"": model, **named_modules(model)}
+    return [name for name, module in modules.items() if isinstance(module, Watched) and module._off]
+
+
+def switch_off_all(model: nn.Module, names: Iterable[str]) -> None:
+    """`switch_off` for the modules of these names."""
+    modules = {"": model, **named_modules(model)}
+    for name in names:
+        module = modules.get(name)
+        if isinstance(module, Watched):
+            switch_off(module)
 
 
 @cache

@@ -292,6 +292,13 @@ def quantizers(model: nn.Module) -> Iterator[FakeQuantize]:
             yield module
 
 
+def freeze_norms(model: nn.Module, frozen: bool) -> None:
+    """Whether BatchNorms below `model` use their running statistics in training and leave them as they are."""
+    for module in model.modules():
+        if isinstance(module, QuantizedNorm):
+            module._wiring.frozen = frozen
+
+
 def frozen_norm(norm: Any, x: Tensor) -> Tensor:
     """BatchNorm by its running statistics, which stay as they are; its weight and bias learn."""
     return F.batch_norm(x, norm.running_mean, norm.running_var, norm.weight, norm.bias, False, 0.0, norm.eps)

@@ -1,7 +1,7 @@
 """What is quantized where, and why not, as plain data; and putting it in force on a model.
 
-A plan is made once, from a trace and a scheme (`placement.make_plan`). It goes into a checkpoint and gives a fresh model
-its quantized layers without a trace.
+A plan is made once, from a trace and a scheme (`placement.make_plan`). It goes into a checkpoint and gives a fresh
+model its quantized layers without a trace.
 """
 
 from __future__ import annotations
@@ -230,7 +230,8 @@ def settle(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> l
             for module in modes:
                 module.training = False
             with torch.no_grad():
-                model(*args, **kwargs)
+                # Not through __call__: this may run inside a hook of that very call.
+                model.forward(*args, **kwargs)
         finally:
             for module, mode in modes.items():
                 module.training = mode

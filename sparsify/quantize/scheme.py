@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
@@ -9,6 +10,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 from torch import nn
 
+from sparsify.errors import SparsifyWarning
 from sparsify.targets import resolve_layers
 
 __all__: list[str] = []
@@ -92,7 +94,8 @@ class Settings:
 
     Attributes:
         overrides: name or type of a layer -> the scheme there, whose missing fields are those of `scheme`; None: float.
-        ignore: names or types left in float, with all that is below them.
+        ignore: names or types left in float, with all that is below them. ignore_types: more of them, which may match
+            nothing.
         within: only layers at or below these; None: everywhere.
         strict: whether a name in `overrides`, `ignore` or `within` that matches nothing is an error.
     """
@@ -100,6 +103,7 @@ class Settings:
     scheme: Scheme = NAMED["default"]
     overrides: Mapping[str, Scheme | None] = field(default_factory=dict)
     ignore: tuple[str, ...] = ()
+    ignore_types: tuple[str, ...] = ()
     within: tuple[str, ...] | None = None
     reduce_range: bool = False
     strict: bool = True
@@ -112,6 +116,10 @@ class Settings:
             TargetError: `strict`, and a name matches nothing.
         """
         ignored = resolve_layers(model, self.ignore, where=f"{self.where}.ignore", strict=self.strict)
+        for name in self.ignore_types:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", SparsifyWarning)
+                ignored |= resolve_layers(model, [name], where=self.where, strict=False)
         if self.within is None:
             return lambda name: below(name, ignored)
         within = resolve_layers(model, self.within, where=f"{self.where}.submodules", strict=self.strict)
