@@ -21,34 +21,42 @@ __all__: list[str] = []
 
 
 class Callback:
-    """Calls a method; a copy of it calls nothing.
+    """A hook that calls a function; a copy of it (deepcopy, pickle) calls nothing."""
 
-    Args:
-        method: a bound method; None: inert.
-        weak: whether it lets the method's owner go. A user's model outlives the run and must not keep it alive.
-    """
+    __slots__ = ("_function",)
 
-    __slots__ = ("_method", "_weak")
-
-    def __init__(self, method: Any = None, *, weak: bool = False) -> None:
-        self._weak = weak
-        self._method = weakref.WeakMethod(method) if weak and method is not None else method
+    def __init__(self, function: Callable[..., Any] | None = None) -> None:
+        self._function = function
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        # Compiled code would keep a hook of its first call for ever and ignore later ones: it gets none at all.
-        if self._method is None or torch.compiler.is_compiling():
-            return None
-        method = self._method() if self._weak else self._method
-        return None if method is None else method(*args, **kwargs)
+        return None if self._function is None else self._function(*args, **kwargs)
 
     def __copy__(self) -> Callback:
-        return Callback()
+        return type(self)()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Callback:
-        return Callback()
+        return type(self)()
 
     def __reduce__(self) -> tuple[type[Callback], tuple[()]]:
-        return (Callback, ())
+        return (type(self), ())
+
+
+class ModelCallback(Callback):
+    """A hook of a model, to a bound method whose owner it does not keep alive: the model outlives the run.
+
+    Not called in compiled code, which would keep the hooks of its first call for ever and ignore later ones.
+    """
+
+    __slots__ = ()
+
+    def __init__(self, method: Any = None) -> None:
+        super().__init__(None if method is None else weakref.WeakMethod(method))
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if self._function is None or torch.compiler.is_compiling():
+            return None
+        method = self._function()
+        return None if method is None else method(*args, **kwargs)
 
 
 class StepHooks:

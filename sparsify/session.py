@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from sparsify.errors import SparsifyWarning, StateError
-from sparsify.hooks import Callback, StepHooks, compiled, skipped, steps, unwrapped
+from sparsify.hooks import ModelCallback, StepHooks, compiled, skipped, steps, unwrapped
 from sparsify.masking import Masker
 from sparsify.modifiers.base import Active, Modifier, Run
 from sparsify.modifiers.ledger import LearningRateLedger
@@ -72,7 +72,9 @@ class Session:
 
         log = RunLog(writer)
         self.ledger = LearningRateLedger(self._optimizer, log)
-        self.masker = Masker(self.model, self._optimizer)
+        # What is no torch Optimizer may keep no state, or where nobody knows.
+        self._stateful = self._optimizer if isinstance(getattr(self._optimizer, "state", None), Mapping) else None
+        self.masker = Masker(self.model, self._stateful)
         run = Run(
             model=self.model,
             optimizer=self._optimizer,
@@ -110,7 +112,7 @@ class Session:
             if self._given is not None:
                 self.hooks = StepHooks(self._given, self._before, self._after, self._loaded)
             if any(active.needs_outputs for active in self._losses):
-                watch = Callback(self._forward_done, weak=True)
+                watch = ModelCallback(self._forward_done)
                 self._handles.append(self.model.register_forward_hook(watch, with_kwargs=True))
             self.update()
         except BaseException:
@@ -193,7 +195,7 @@ class Session:
                 "modify()."
             )
         if not self._waiting:
-            begins = Callback(self._forward_begins, weak=True)
+            begins = ModelCallback(self._forward_begins)
             self._watch = self.model.register_forward_pre_hook(begins, with_kwargs=True)
             self._handles.append(self._watch)
         self._waiting.append(callback)
@@ -268,7 +270,7 @@ class Session:
         try:
             self.masker.load_state_dict(state["masks"], strict=strict)
         finally:
-            self.masker.bind(self._optimizer)
+            self.masker.bind(self._stateful)
         self.update()
 
     # ------------------------------------------------------------------ what can go wrong
