@@ -67,6 +67,7 @@ class Node:
     key_lines: dict[Any, int] = field(default_factory=dict)
     size: int = 1
     depth: int = 0
+    quoted: bool = False
 
     def line_of(self, path: str | None) -> int:
         """The line of the field `path`, "scheme.weights.num_bits", or of the part of it that there is."""
@@ -257,7 +258,7 @@ class _Tree:
             parent.value.append(node)
         elif around.key is None:
             # Where a key stands, a line is worth more than the anchor's.
-            around.key = Node(line, node.tag, node.value)
+            around.key = Node(line, node.tag, node.value, quoted=node.quoted)
         else:
             key, around.key = around.key, None
             self.enter(around, key, node)
@@ -265,7 +266,7 @@ class _Tree:
     def enter(self, around: _Open, key: Node, node: Node) -> None:
         if isinstance(key.value, list | dict) or key.tag is not None:
             raise Problem(key.line, "a key must be a name or a number.")
-        if key.value == "<<":
+        if key.value == "<<" and not key.quoted:
             around.merges.append((key.line, node))
             return
         mapping = around.node
@@ -343,7 +344,8 @@ def _scalar(event: yaml.ScalarEvent, line: int) -> Node:
     size = 1 + len(text) // CHARACTERS_IN_A_NODE
     if event.tag in (None, "!"):
         # implicit[0]: written without quotes, so that it may be a number.
-        return Node(line, None, plain(text, line) if event.implicit[0] and event.tag is None else text, size=size)
+        quoted = not event.implicit[0] or event.tag is not None
+        return Node(line, None, text if quoted else plain(text, line), size=size, quoted=quoted)
     if event.tag == _YAML + "str":
         return Node(line, None, text, size=size)
     if event.tag in (_YAML + "int", _YAML + "float", _YAML + "bool", _YAML + "null"):

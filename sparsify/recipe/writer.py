@@ -62,7 +62,9 @@ def _represent_text(dumper: yaml.SafeDumper, text: str) -> yaml.Node:
         quoted = not isinstance(plain(text), str)
     except Problem:
         quoted = True
-    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style="'" if quoted else None)
+    # A text of several lines, whatever YAML takes for a line's end, is kept as it is only with its breaks escaped.
+    style = '"' if len(text.splitlines()) > 1 or text[-1:].isspace() else "'" if quoted else None
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=style)
 
 
 def _represent_tagged(dumper: yaml.SafeDumper, tagged: _Tagged) -> yaml.Node:
