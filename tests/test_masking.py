@@ -555,3 +555,9 @@ def test_cuda_gives_the_cpu_s_masks_and_applies_them_without_a_synchronization(k
         masker.apply()
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("of", [4, 20])
+def test_in_a_group_of_equal_weights_the_first_go(of: int) -> None:
+    mask = prune({"w": torch.full((2, of), 0.5)}, 0.5, MaskType.parse(f"{of // 2}:{of}"))["w"]
+    assert mask.tolist() == [[False] * (of // 2) + [True] * (of // 2)] * 2

@@ -396,3 +396,31 @@ def test_the_same_field_set_is_shared_and_the_base_is_no_modifier() -> None:
     assert GlobalMagnitudePruningModifier(**fields()).global_sparsity
     assert not GMPruningModifier(**fields()).global_sparsity
     assert GMPruningModifier(**fields()).inter_func == "cubic"
+
+
+def test_a_kept_weight_that_is_zero_does_not_take_the_place_of_a_masked_one() -> None:
+    model = nn.Linear(10, 10)
+    manager = ScheduledModifierManager(
+        [GMPruningModifier(**fields(params="weight", init_sparsity=0.5, final_sparsity=0.52, end_epoch=1))]
+    )
+    optimizer = manager.modify(model, torch.optim.SGD(model.parameters(), lr=0.0), steps_per_epoch=1)
+    first = model.weight == 0
+    with torch.no_grad():
+        model.weight[~first] = 0.0  # all tie now: those that were masked stay masked, then the first kept ones go
+    optimizer.step()
+    with torch.no_grad():
+        model.weight.fill_(1.0)
+    optimizer.step()
+    after = model.weight == 0
+    assert int(after.sum()) == 52
+    assert (after | ~first).all()
+
+
+def test_from_param_of_one_ranking_is_the_share_over_all() -> None:
+    model = fresh()
+    with torch.no_grad():
+        model.a.weight.zero_()
+    manager, _ = attached(
+        model, GMPruningModifier(**fields(init_sparsity="__FROM_PARAM__", global_sparsity=True, final_sparsity=0.5))
+    )
+    assert manager.sparsity() == {"conv.weight": 0.0, "a.weight": 1.0, "b.weight": 0.0}

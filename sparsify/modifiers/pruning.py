@@ -218,6 +218,7 @@ class ConstantPruningModifier(Modifier):
     """Holds the zeros that are there when it starts."""
 
     kind: ClassVar[Kind] = "pruning"
+    holds: ClassVar[bool] = True
     without_effect: ClassVar[frozenset[str]] = frozenset({"log_types", "phased"})
 
     params: Names = Field(
@@ -344,6 +345,7 @@ class _Gradual(Active):
     def _prune(self, parameters: Mapping[str, nn.Parameter], progress: float, clock: Clock) -> None:
         masker = self.run.masker
         together = self.modifier.global_sparsity
+        before = masker.masks
         masks: dict[str, Tensor] = {}
         for group in [list(parameters)] if together and parameters else [[name] for name in parameters]:
             sparsity = between(self.modifier.inter_func, self.initials[group[0]], self.finals[group[0]], progress)
@@ -351,7 +353,7 @@ class _Gradual(Active):
                 {name: parameters[name] for name in group},
                 sparsity,
                 self.mask_type,
-                previous={name: masker.masks[name] for name in group if name in masker},
+                previous={name: before[name] for name in group if name in before},
                 input_dims=self.input_dims,
                 together=together,
             )
