@@ -144,9 +144,6 @@ def _model_proto(
 
     name = type(model).__name__
     deployed = deployed_copy(model)
-    size = sum(tensor.numel() * tensor.element_size() for tensor in [*deployed.parameters(), *deployed.buffers()])
-    if size > LARGEST:
-        raise ExportError(f"{name} has {_size(size)} of weights; one ONNX file holds {_size(LARGEST)}.")
     batched, tensors = _batched(call) if dynamic_batch else ([], list(call.inputs.values()))
     adapter = _Adapter(deployed, call).eval()
     tensors = [tensor.detach().cpu() for tensor in tensors]
@@ -198,16 +195,21 @@ def deployed_copy(model: nn.Module) -> nn.Module:
     """A copy on the CPU, in eval mode, that computes what the file computes.
 
     Raises:
-        ExportError: the model cannot be copied.
+        ExportError: the model cannot be copied, or is too large for a file.
     """
     from sparsify.quantize.deploy import deployment_copy
 
+    name = type(model).__name__
     try:
-        return deployment_copy(model).cpu().eval()
+        deployed = deployment_copy(model)
+        size = sum(tensor.numel() * tensor.element_size() for tensor in [*deployed.parameters(), *deployed.buffers()])
+        if size > LARGEST:
+            raise ExportError(f"{name} has {_size(size)} of weights; one ONNX file holds {_size(LARGEST)}.")
+        return deployed.cpu().eval()
     except SparsifyError:
         raise
     except Exception as error:
-        raise ExportError(f"{type(model).__name__} cannot be copied for export: {first_line(error)}") from error
+        raise ExportError(f"{name} cannot be copied for export: {first_line(error)}") from error
 
 
 @dataclass
@@ -386,8 +388,8 @@ def _exported(path: Path, proto: ModelProto, opset: int, size: int) -> ExportedM
         name = node.input[position]
         while name not in stored and name in producer and producer[name].op_type in ("DequantizeLinear", "Transpose"):
             name = producer[name].input[0]
-        # Vectors and scalars (positions, shapes, scales that are looked up) are no layer's weights.
-        if name not in stored or len(stored[name].dims) < 2:
+        # Vectors (positions, shapes, the scale of each row of an embedding) are no layer's weights.
+        if name not in stored or (node.op_type == "Gather" and sum(dim != 1 for dim in stored[name].dims) < 2):
             continue
         kind = stored[name].data_type
         if kind in (TensorProto.INT8, TensorProto.UINT8, TensorProto.INT4, TensorProto.UINT4):

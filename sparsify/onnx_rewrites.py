@@ -28,7 +28,6 @@ def rewrite(model: ModelProto) -> None:
     """All of them, and the metadata of tracing (stack traces with the paths of the exporting machine) removed."""
     clear_traces(model)
     reduce_mean_to_global_average_pool(model)
-    gather_integers(model)
     linear_as_gemm(model)
     quantize_before_reshape(model)
     dequantize_after_movement(model)
@@ -48,7 +47,11 @@ def clear_traces(model: ModelProto) -> None:
         if scopes is not None:
             # "['', 'layer1', 'layer1.conv', 'conv2d']": modules from the outermost inwards, then the operation.
             modules = re.findall(r"'([^']*)'", scopes)[:-1]
-            name = f"{modules[-1]}/{node.op_type}" if modules and modules[-1] else node.op_type
+            layer = modules[-1] if modules else ""
+            if node.op_type in _LAYERS and len(node.input) > 1 and node.input[1].endswith(".weight"):
+                # A convolution that took its BatchNorm in bears the scope of the latter; its weight knows better.
+                layer = node.input[1].removesuffix(".weight")
+            name = f"{layer}/{node.op_type}" if layer else node.op_type
             seen[name] += 1
             node.name = name if seen[name] == 1 else f"{name}_{seen[name]}"
         node.doc_string = ""
@@ -105,52 +108,18 @@ def reduce_mean_to_global_average_pool(model: ModelProto) -> None:
         if sorted(int(axis) % len(shape) for axis in axes.reshape(-1)) != list(range(2, len(shape))):
             continue
         source, target = node.input[0], node.output[0]
+        name = node.name.replace("ReduceMean", "GlobalAveragePool")
         if _integer(node, "keepdims", 1):
-            graph.replace(node, [helper.make_node("GlobalAveragePool", [source], [target], name=node.name)])
+            graph.replace(node, [helper.make_node("GlobalAveragePool", [source], [target], name=name)])
         else:
             pooled = graph.fresh(f"{target}_pooled")
             graph.replace(
                 node,
                 [
-                    helper.make_node("GlobalAveragePool", [source], [pooled], name=node.name),
-                    helper.make_node("Flatten", [pooled], [target], name=f"{node.name}/Flatten", axis=1),
+                    helper.make_node("GlobalAveragePool", [source], [pooled], name=name),
+                    helper.make_node("Flatten", [pooled], [target], name=f"{name}/Flatten", axis=1),
                 ],
             )
-    graph.finish()
-
-
-def gather_integers(model: ModelProto) -> None:
-    """An embedding looks its rows up as integers and dequantizes those, instead of the whole table at every call."""
-    graph = _Graph(model)
-    for node in list(model.graph.node):
-        if node.op_type != "Gather" or _integer(node, "axis", 0) != 0:
-            continue
-        table = graph.producer.get(node.input[0])
-        if table is None or table.op_type != "DequantizeLinear" or not graph.is_initializer(table.input[0]):
-            continue
-        scale, shape = graph.constant(table.input[1]), graph.shape(table.input[0])
-        if scale is None or shape is None or len(shape) != 2 or len(table.input) > 2:
-            continue
-        target, name = node.output[0], node.name
-        rows = graph.fresh(f"{target}_int8")
-        nodes = [helper.make_node("Gather", [table.input[0], node.input[1]], [rows], name=name, axis=0)]
-        axis = _integer(table, "axis", 1) % 2
-        if scale.ndim == 0:
-            nodes.append(helper.make_node("DequantizeLinear", [rows, table.input[1]], [target], name=table.name))
-        elif axis == 1:
-            nodes.append(
-                helper.make_node("DequantizeLinear", [rows, table.input[1]], [target], name=table.name, axis=-1)
-            )
-        else:
-            # One scale a row: DequantizeLinear cannot say that of looked-up rows.
-            scales, column, cast = (graph.fresh(f"{target}_{part}") for part in ("scales", "column", "float"))
-            nodes += [
-                helper.make_node("Gather", [table.input[1], node.input[1]], [scales], name=f"{name}_scales", axis=0),
-                helper.make_node("Unsqueeze", [scales, graph.int64([-1])], [column], name=f"{name}_column"),
-                helper.make_node("Cast", [rows], [cast], name=f"{name}_float", to=TensorProto.FLOAT),
-                helper.make_node("Mul", [cast, column], [target], name=f"{name}_dequantize"),
-            ]
-        graph.replace(node, nodes)
     graph.finish()
 
 
@@ -209,10 +178,16 @@ def linear_as_gemm(model: ModelProto) -> None:
 
 
 def quantize_before_reshape(model: ModelProto) -> None:
-    """QuantizeLinear moves up through Reshape and its kin to the operator whose result it quantizes."""
+    """QuantizeLinear moves up through Reshape and its kin to the integer operator whose result it quantizes."""
     graph = _Graph(model)
     for node in list(model.graph.node):
         if node.op_type != "QuantizeLinear" or not graph.per_tensor(node):
+            continue
+        top = graph.producer.get(node.input[0])
+        while top is not None and top.op_type in _RESHAPES:
+            top = graph.producer.get(top.input[0])
+        source = graph.producer.get(top.input[0]) if top is not None and top.op_type in _INTEGER else None
+        if source is None or source.op_type != "DequantizeLinear":
             continue
         while True:
             above = graph.producer.get(node.input[0])
@@ -322,6 +297,8 @@ def remove_unused(model: ModelProto) -> None:
     graph.node.extend(nodes)
 
 
+_LAYERS = frozenset({"Conv", "ConvTranspose", "Gemm", "MatMul"})
+_INTEGER = frozenset({"Conv", "ConvTranspose", "Gemm", "MatMul", "Add", "GlobalAveragePool"})
 _RESHAPES = frozenset({"Reshape", "Flatten", "Squeeze", "Unsqueeze", "Transpose"})
 _MOVEMENT = _RESHAPES | {"MaxPool", "Slice", "Gather", "DepthToSpace", "SpaceToDepth", "Expand", "Tile", "Identity"}
 
