@@ -252,7 +252,8 @@ class ScheduledModifierManager:
     ) -> nn.Module:
         """Everything that the recipe does up to `epoch`, at once and without training, then `finalize`.
 
-        Arguments and errors are those of `modify`.
+        Arguments and errors are those of `modify`. Where the model has to be traced and there are no `sample_inputs`,
+        the first batch of `calibration_data` is used.
 
         Returns:
             The same model.
@@ -267,6 +268,7 @@ class ScheduledModifierManager:
             calibration_data=calibration_data,
             sample_inputs=sample_inputs,
             writer=writer,
+            waits_for_inputs=False,
         )
         session = self._at_work()
         try:

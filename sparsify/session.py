@@ -4,24 +4,29 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import chain
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from sparsify.errors import SparsifyWarning, StateError
+from sparsify.errors import DataError, SparsifyWarning, StateError
 from sparsify.hooks import ModelCallback, StepHooks, compiled, skipped, steps, unwrapped
 from sparsify.masking import Masker
 from sparsify.modifiers.base import Active, Modifier, Run
 from sparsify.modifiers.ledger import LearningRateLedger
 from sparsify.modifiers.log import RunLog
+from sparsify.quantize.calibrate import called_with as batch_inputs
 from sparsify.targets import named_parameters
 from sparsify.timer import Timer
 
 __all__: list[str] = []
 
 Inputs = tuple[tuple[Any, ...], dict[str, Any]]
+
+# Kinds of modifiers that look at the traced model; asked for inputs when they start, which may be epochs later.
+_TRACING = frozenset({"quantization", "structure"})
 
 
 class Session:
@@ -75,7 +80,7 @@ class Session:
         # What is no torch Optimizer may keep no state, or where nobody knows.
         self._stateful = self._optimizer if isinstance(getattr(self._optimizer, "state", None), Mapping) else None
         self.masker = Masker(self.model, self._stateful)
-        run = Run(
+        self._run = run = Run(
             model=self.model,
             optimizer=self._optimizer,
             masker=self.masker,
@@ -89,6 +94,8 @@ class Session:
             steps_per_epoch=timer.given,
         )
         self.actives: dict[str, Active] = {}
+        if self._compiled and self._inputs is None and any(m.kind in _TRACING for m in modifiers) and waits_for_inputs:
+            raise self._compiled_needs_inputs()
         keys = {id(modifier): key for key, modifier in keyed(modifiers).items()}
         try:
             # Attached as written: where two learning rates start together, the later in the file governs.
@@ -182,23 +189,38 @@ class Session:
     # ------------------------------------------------------------------ inputs and outputs
 
     def _on_inputs(self, callback: Callable[[tuple[Any, ...], dict[str, Any]], None]) -> None:
+        if self._inputs is None and not self._waits_for_inputs:
+            self._inputs = self._first_of_calibration()
         if self._inputs is not None:
             callback(*self._inputs)
             return
-        if not self._waits_for_inputs:
-            raise StateError(
-                "this recipe needs inputs to trace the model: pass sample_inputs, or state= of a saved run."
-            )
         if self._compiled:
-            raise StateError(
-                "this recipe has to trace the model, and a compiled model shows no inputs: pass sample_inputs to "
-                "modify()."
-            )
+            raise self._compiled_needs_inputs()
         if not self._waiting:
             begins = ModelCallback(self._forward_begins)
             self._watch = self.model.register_forward_pre_hook(begins, with_kwargs=True)
             self._handles.append(self._watch)
         self._waiting.append(callback)
+
+    def _first_of_calibration(self) -> Inputs:
+        """Where no forward will come: the inputs of the first batch of calibration data."""
+        data = self._run.calibration_data
+        if data is None:
+            raise StateError(
+                "this recipe has to trace the model: pass sample_inputs (or calibration_data, or the state= of a saved "
+                "run, where there is such an argument)."
+            )
+        batches = iter(data)
+        first = next(batches, None)
+        if first is None:
+            raise DataError("calibration_data holds no batch.")
+        if batches is data:
+            # It can be gone through only once: the first batch is put back.
+            self._run.calibration_data = chain([first], batches)
+        return batch_inputs(self.model, first)
+
+    def _compiled_needs_inputs(self) -> StateError:
+        return StateError("this recipe has to trace the model, and a compiled one shows no inputs: pass sample_inputs.")
 
     def _forward_begins(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """The first forward: whoever waited for inputs gets them."""
