@@ -27,7 +27,8 @@ def staged(*names: str) -> str:
     text = "rate: 0.3\n"
     for number, name in enumerate(names):
         start, end = 2 * number, 2 * number + 2
-        text += f"{name}:\n  rate_{name}: 1\n  modifiers:\n    - !EpochRangeModifier {{start_epoch: {start}, end_epoch: {end}}}\n"
+        text += f"{name}:\n  rate_{name}: 1\n  modifiers:\n"
+        text += f"    - !EpochRangeModifier {{start_epoch: {start}, end_epoch: {end}}}\n"
     return text
 
 
@@ -51,14 +52,23 @@ def test_two_flat_recipes_become_stages_one_after_the_other() -> None:
 
 def test_original_epochs_can_be_kept() -> None:
     recipe = Recipe.compose(flat(4.0), flat(3.0), keep_original_epochs=True)
-    assert windows(recipe) == [("stage_0", 0.0, 4.0), ("stage_0", -1.0, -1.0), ("stage_1", 0.0, 3.0), ("stage_1", -1.0, -1.0)]
+    assert windows(recipe) == [
+        ("stage_0", 0.0, 4.0),
+        ("stage_0", -1.0, -1.0),
+        ("stage_1", 0.0, 3.0),
+        ("stage_1", -1.0, -1.0),
+    ]
 
 
 def test_names_of_stages() -> None:
     assert [s.name for s in Recipe.compose(staged("a", "b"), flat()).stages] == ["a", "b", "stage_3"]
     assert [s.name for s in Recipe.compose(flat(), staged("a", "b")).stages] == ["pre_a", "a", "b"]
     assert [s.name for s in Recipe.compose(staged("a"), staged("b")).stages] == ["a", "b"]
-    assert [s.name for s in Recipe.compose(Recipe.compose(flat(), flat()), flat()).stages] == ["stage_0", "stage_1", "stage_3"]
+    assert [s.name for s in Recipe.compose(Recipe.compose(flat(), flat()), flat()).stages] == [
+        "stage_0",
+        "stage_1",
+        "stage_3",
+    ]
 
 
 def test_stages_keep_the_variables_that_they_saw() -> None:
@@ -68,7 +78,11 @@ def test_stages_keep_the_variables_that_they_saw() -> None:
 
 @pytest.mark.parametrize(
     ("base", "additional", "name"),
-    [(staged("a"), staged("b", "a"), "a"), (staged("stage_2"), flat(), "stage_2"), (staged("x", "stage_3"), flat(), "stage_3")],
+    [
+        (staged("a"), staged("b", "a"), "a"),
+        (staged("stage_2"), flat(), "stage_2"),
+        (staged("x", "stage_3"), flat(), "stage_3"),
+    ],
 )
 def test_a_clash_of_names_is_an_error(base: str, additional: str, name: str) -> None:
     with pytest.raises(RecipeError, match=f"both recipes have a stage '{name}'"):
@@ -79,9 +93,15 @@ def test_every_moment_is_shifted_and_every_length_is_kept() -> None:
     additional = Recipe.from_modifiers(
         [
             LearningRateModifier(
-                lr_class="MultiStepLR", lr_kwargs={"milestones": [2, 4], "gamma": 0.1}, init_lr=0.1, start_epoch=1.0, end_epoch=5.0
+                lr_class="MultiStepLR",
+                lr_kwargs={"milestones": [2, 4], "gamma": 0.1},
+                init_lr=0.1,
+                start_epoch=1.0,
+                end_epoch=5.0,
             ),
-            LearningRateModifier(lr_class="StepLR", lr_kwargs={"step_size": 2, "gamma": 0.1}, init_lr=0.1, start_epoch=6.0),
+            LearningRateModifier(
+                lr_class="StepLR", lr_kwargs={"step_size": 2, "gamma": 0.1}, init_lr=0.1, start_epoch=6.0
+            ),
             QuantizationModifier(start_epoch=2.0, disable_quantization_observer_epoch=3.0, freeze_bn_stats_epoch=4.0),
             LayerThinningModifier(structure_type="filter", start_epoch=1.0, update_epochs=[2.0, 3.5]),
             DistillationModifier(),

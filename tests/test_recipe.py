@@ -178,7 +178,9 @@ def test_scalars_are_what_users_mean_and_survive_saving(text: str, value: object
     assert Recipe.from_yaml(recipe.to_yaml()) == recipe
 
 
-@pytest.mark.parametrize("text", ["a: b", "- x", "1e-3", "#no", "*x", "eval", "é\u2028\x85", "'", '"', " a ", "<<", "=", ""])
+@pytest.mark.parametrize(
+    "text", ["a: b", "- x", "1e-3", "#no", "*x", "eval", "é\u2028\x85", "'", '"', " a ", "<<", "=", ""]
+)
 def test_any_text_survives_saving(text: str) -> None:
     recipe = Recipe.from_modifiers([EpochRangeModifier(end_epoch=1), ConstantPruningModifier(params=[text, "1", text])])
     recipe = recipe.model_copy(update={"metadata": {text: [text, {"k": text}]}})
@@ -279,7 +281,9 @@ def test_old_fields_are_read_and_said_once_to_be_without_effect(caplog: pytest.L
     from sparsify.modifiers import base
 
     base._say_without_effect.cache_clear()
-    text = "modifiers:\n" + pruning("[a]", 0, 1).replace("}", ", log_types: __ALL__, phased: False, score_type: magnitude}")
+    text = "modifiers:\n" + pruning("[a]", 0, 1).replace(
+        "}", ", log_types: __ALL__, phased: False, score_type: magnitude}"
+    )
     first, second = Recipe.from_yaml(text), Recipe.from_yaml(text)
     assert first == second
     assert "log_types" not in first.to_yaml()
@@ -354,9 +358,8 @@ def test_check_finds_overlaps_of_patterns() -> None:
 
 def fits(value: Any, schema: dict[str, Any], root: dict[str, Any]) -> bool:
     """A reader of the part of JSON schema that ours uses, written for this test."""
-    if "$ref" in schema:
-        if not fits(value, root["$defs"][schema["$ref"].removeprefix("#/$defs/")], root):
-            return False
+    if "$ref" in schema and not fits(value, root["$defs"][schema["$ref"].removeprefix("#/$defs/")], root):
+        return False
     if "anyOf" in schema and not any(fits(value, option, root) for option in schema["anyOf"]):
         return False
     if "not" in schema and fits(value, schema["not"], root):
@@ -377,7 +380,7 @@ def fits(value: Any, schema: dict[str, Any], root: dict[str, Any]) -> bool:
     if "enum" in schema and value not in schema["enum"]:
         return False
     if isinstance(value, int | float):
-        if "minimum" in schema and value < schema["minimum"] or "maximum" in schema and value > schema["maximum"]:
+        if not schema.get("minimum", value) <= value <= schema.get("maximum", value):
             return False
         if "exclusiveMinimum" in schema and value <= schema["exclusiveMinimum"]:
             return False
@@ -426,7 +429,14 @@ def test_files_fit_the_json_schema(path: Path) -> None:
         {"type": "EpochRangeModifier", "end_epoch": "five"},
         {"type": "EpochRangeModifier", "end_epoch": 5, "start": 0},
         {"type": "DistillationModifier", "hardness": 50},
-        {"type": "LearningRateFunctionModifier", "start_epoch": 0, "end_epoch": 1, "lr_func": "cos", "init_lr": 1, "final_lr": 0},
+        {
+            "type": "LearningRateFunctionModifier",
+            "start_epoch": 0,
+            "end_epoch": 1,
+            "lr_func": "cos",
+            "init_lr": 1,
+            "final_lr": 0,
+        },
     ],
 )
 def test_wrong_modifiers_do_not_fit_the_json_schema(modifier: dict[str, Any]) -> None:

@@ -46,7 +46,12 @@ def test_the_example_of_the_style_guide(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("old", "new", "line", "text"),
     [
-        ("!GMPruningModifier", "!GMPruningModifer", 5, "there is no modifier 'GMPruningModifer'. Did you mean 'GMPruningModifier'"),
+        (
+            "!GMPruningModifier",
+            "!GMPruningModifer",
+            5,
+            "there is no modifier 'GMPruningModifer'. Did you mean 'GMPruningModifier'",
+        ),
         ("!GMPruningModifier", "!Xyz", 5, "there is no modifier 'Xyz'. There are: ACDCPruningModifier, "),
         ("final_sparsity", "final_sparcity", 10, "final_sparcity: no such field. Did you mean 'final_sparsity'"),
         ("    final_sparsity: 0.8\n", "", 5, "GMPruningModifier.final_sparsity: is required and was not given"),
@@ -55,22 +60,52 @@ def test_the_example_of_the_style_guide(tmp_path: Path) -> None:
         ("final_sparsity: 0.8", "final_sparsity: [0.8]", 10, "GMPruningModifier.final_sparsity"),
         ("update_frequency: 1.0", "update_frequency: 0", 8, "0.0 is no frequency; give epochs above 0, or -1"),
         ("update_frequency: 1.0", "update_frequency: true", 8, "true is not a number"),
-        ("update_frequency: 1.0", "update_frequency: '1'", 8, "'1' is text where a number belongs; write it without quotes"),
+        (
+            "update_frequency: 1.0",
+            "update_frequency: '1'",
+            8,
+            "'1' is text where a number belongs; write it without quotes",
+        ),
         ("update_frequency: 1.0", "update_frequency: .nan", 8, ".nan cannot stand in a recipe"),
         ("update_frequency: 1.0", "update_frequency: .inf", 8, ".inf cannot stand in a recipe"),
         ("update_frequency: 1.0", "update_frequency: nan", 8, "'nan' is text where a number belongs"),
         ("start_epoch: 1.0", "start_epoch: 9.5", 6, "start_epoch: 9.5 lies after end_epoch 9.0"),
-        ("start_epoch: 1.0", "start_epoch: -2", 6, "start_epoch: -2.0 is not an epoch; give 0 or more, or -1 for at once"),
+        (
+            "start_epoch: 1.0",
+            "start_epoch: -2",
+            6,
+            "start_epoch: -2.0 is not an epoch; give 0 or more, or -1 for at once",
+        ),
         ("    end_epoch: 9.0", "    end_epoch: -1", 7, "end_epoch: -1 (never) cannot end a ramp"),
-        ("    end_epoch: 9.0", "    end_epoch: 9.0\n    end_epoch: 8.0", 8, "the key 'end_epoch' stands here a second time; first in line 7"),
+        (
+            "    end_epoch: 9.0",
+            "    end_epoch: 9.0\n    end_epoch: 8.0",
+            8,
+            "the key 'end_epoch' stands here a second time; first in line 7",
+        ),
         ("[conv1.weight]", "[conv1.weight, 3]", 11, "GMPruningModifier.params"),
         ("[conv1.weight]", "*convs", 11, "*convs is not defined; &convs must stand before it"),
         ("[conv1.weight]", "eval(convs)", 11, "GMPruningModifier.params: eval(convs): there is no variable 'convs'"),
         ("[conv1.weight]", "!GMPruningModifier {}", 11, "!GMPruningModifier can only stand before a modifier"),
-        ("[conv1.weight]", "!!python/object:os.system []", 11, "the tag !!python/object:os.system cannot stand in a recipe"),
+        (
+            "[conv1.weight]",
+            "!!python/object:os.system []",
+            11,
+            "the tag !!python/object:os.system cannot stand in a recipe",
+        ),
         ("  end_epoch: 9.0", "\tend_epoch: 9.0", 7, "a tab in the indentation; YAML takes spaces"),
-        ("- !EpochRangeModifier\n    end_epoch: 10.0", "- end_epoch: 10.0\n    x: 1", 3, "an item of 'modifiers' is a modifier"),
-        ("!EpochRangeModifier\n    end_epoch: 10.0", "!EpochRangeModifier [1]", 3, "EpochRangeModifier takes a mapping of fields, not a list"),
+        (
+            "- !EpochRangeModifier\n    end_epoch: 10.0",
+            "- end_epoch: 10.0\n    x: 1",
+            3,
+            "an item of 'modifiers' is a modifier",
+        ),
+        (
+            "!EpochRangeModifier\n    end_epoch: 10.0",
+            "!EpochRangeModifier [1]",
+            3,
+            "EpochRangeModifier takes a mapping of fields, not a list",
+        ),
         ("!EpochRangeModifier\n", "!EpochRangeModifier\n    3: 4\n", 4, "the key 3 is no name of a field"),
         ("!EpochRangeModifier\n", "!EpochRangeModifier\n    self: 4\n", 4, "EpochRangeModifier.self: no such field"),
     ],
@@ -128,22 +163,31 @@ def test_lines_of_front_matter_and_of_other_spellings_are_those_of_the_file(tmp_
         ("x: &a [*a]\n" + RANGE, "recipe:1: *a stands inside of what it means"),
         ("x: {<<: 3}\n" + RANGE, "recipe:1: << takes a mapping"),
         ("x: 1e999\n" + RANGE, "recipe:1: '1e999' is beyond 1e308"),
-        ("x: " + "9" * 5000 + "\n" + RANGE, "beyond 1e308"),
+        ("x: " + "9" * 400 + "\n" + RANGE, "beyond 1e308"),
         ("\nx: \0\n" + RANGE, "recipe:2: the character NUL cannot stand in a recipe"),
         ("\nx: \ud800\n" + RANGE, "recipe:2: the character U+D800 cannot stand in a recipe"),
         ("x: 1\ny: caf\xe9\n".encode("latin-1"), "recipe:2: is not UTF-8"),
-        ("a: eval(b)\nb: eval(c + 1)\nc: eval(a)\n" + RANGE, "variables refer to each other in a circle: a -> b -> c -> a"),
+        (
+            "a: eval(b)\nb: eval(c + 1)\nc: eval(a)\n" + RANGE,
+            "variables refer to each other in a circle: a -> b -> c -> a",
+        ),
         ("a: eval(a)\n" + RANGE, "recipe:1: variables refer to each other in a circle: a -> a"),
         ("a: 1\nb: eval(aa)\n" + RANGE, "recipe:2: eval(aa): there is no variable 'aa'"),
-        ("epochs: 1\nb: [1,\n eval(epoch)]\n" + RANGE, "recipe:3: eval(epoch): there is no variable 'epoch'. Did you mean 'epochs'"),
+        (
+            "epochs: 1\nb: [1,\n eval(epoch)]\n" + RANGE,
+            "recipe:3: eval(epoch): there is no variable 'epoch'. Did you mean 'epochs'",
+        ),
         ("b: eval(9 ** 99999)\n" + RANGE, "recipe:1: eval(9 ** 99999): an exponent of 99999"),
         ("b: eval(1 +)\n" + RANGE, "recipe:1: eval(1 +): it ends too early"),
         ("a: [1]\nb: {eval(a): 1}\n" + RANGE, "recipe:2: a key must be a name or a number"),
-        (RANGE + "stage:\n  x_modifiers:\n    - !EpochRangeModifier {end_epoch: 1}\n", "recipe:1: 'modifiers' stands outside of the stages 'stage'"),
+        (
+            RANGE + "stage:\n  x_modifiers:\n    - !EpochRangeModifier {end_epoch: 1}\n",
+            "recipe:1: 'modifiers' stands outside of the stages 'stage'",
+        ),
         ("stage:\n  3: 4\n  x_modifiers: []\n", "recipe:2: stage: the key 3 is no name"),
         ("__metadata__: !X {}\n" + RANGE, "recipe:1: !X can only stand before a modifier"),
     ],
-)  # fmt: skip
+)
 def test_a_wrong_text_is_said_with_its_line(text: str | bytes, said: str) -> None:
     assert said in message(text)
 
@@ -151,7 +195,10 @@ def test_a_wrong_text_is_said_with_its_line(text: str | bytes, said: str) -> Non
 @pytest.mark.parametrize(
     ("variables", "said"),
     [
-        ({"epoch": 1}, "recipe_variables: there is no variable 'epoch' in the recipe. Did you mean 'epochs'? It has: epochs"),
+        (
+            {"epoch": 1},
+            "recipe_variables: there is no variable 'epoch' in the recipe. Did you mean 'epochs'? It has: epochs",
+        ),
         ({"epochs": object()}, "recipe_variables['epochs']: <object"),
         ({"epochs": float("nan")}, "recipe_variables['epochs']: nan is neither a finite number"),
         ({"epochs": float("inf")}, "recipe_variables['epochs']: inf is neither"),
@@ -188,7 +235,8 @@ def test_pruning_twice_at_a_time_is_refused_and_a_handover_is_not(first: Any, se
         assert re.match(r"recipe:3: ConstantPruningModifier prunes 'a' from epoch .* to .*, but ", said)
         with pytest.raises(RecipeError, match="prunes 'a'"):
             Recipe.from_modifiers(
-                ConstantPruningModifier(params=["a"], start_epoch=float(s), end_epoch=float(e)) for _, s, e in (first, second)
+                ConstantPruningModifier(params=["a"], start_epoch=float(s), end_epoch=float(e))
+                for _, s, e in (first, second)
             )
     else:
         assert len(Recipe.from_yaml(text).modifiers) == 2
@@ -211,7 +259,7 @@ def test_modifiers_built_in_python() -> None:
 
 @pytest.mark.parametrize("source", ["no/such/recipe.yaml", "recipe.md", Path("nothing"), "nothing at all", "x" * 5000])
 def test_a_missing_file_is_a_recipe_error_and_an_os_error(source: Any) -> None:
-    with pytest.raises(RecipeError, match="cannot read the recipe .*: .*Give the path of a recipe, or its text"):
+    with pytest.raises(RecipeError, match=r"cannot read the recipe .*: .*Give the path of a recipe, or its text"):
         read_recipe(source)
     with pytest.raises(OSError, match="cannot read"):
         read_recipe(source)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import codecs
 import re
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -24,6 +25,9 @@ DEEPEST = 32
 MOST_NODES = 20_000
 CHARACTERS_IN_A_NODE = 64
 """A long text counts as several nodes, so that aliases cannot blow it up."""
+
+LONGEST_NUMBER = 400
+"""Characters; what is longer is text."""
 
 INTEGER = re.compile(r"[-+]?[0-9][0-9_]*|0x[0-9a-fA-F_]+|0o[0-7_]+")
 FLOAT = re.compile(r"[-+]?(?:[0-9][0-9_]*\.?[0-9_]*|\.[0-9][0-9_]*)(?:[eE][-+]?[0-9]+)?")
@@ -155,7 +159,7 @@ def _block(text: str, markdown: bool) -> tuple[str, int]:
     before = [line for line in lines[: fences[0]] if line.strip() and not line.lstrip().startswith("#")]
     if before and not markdown and _KEY_FIRST.match(before[0]):
         return text, 0
-    # Two fences of a kind enclose a block. A rule between paragraphs is a fence too, so every neighbouring pair is asked.
+    # Two fences of a kind enclose a block. A rule between paragraphs is a fence too: every neighbouring pair is asked.
     pairs = [(a, b) for a, b in pairwise(fences) if lines[a].rstrip() == lines[b].rstrip()]
     holding = [(a, b) for a, b in pairs if _HOLDS_MODIFIERS.search("\n".join(lines[a + 1 : b]))]
     if not holding:
@@ -370,7 +374,8 @@ def plain(text: str, line: int | None = None) -> Any:
         return None
     if text in BOOLEANS:
         return BOOLEANS[text]
-    if not (text[0].isdigit() or text[0] in "+-."):
+    # The patterns take quadratic time, and no number is as long.
+    if not (text[0].isdigit() or text[0] in "+-.") or len(text) > LONGEST_NUMBER:
         return text
     if NO_NUMBER.fullmatch(text):
         raise Problem(line, f"{text} cannot stand in a recipe: numbers are finite.")
@@ -378,14 +383,9 @@ def plain(text: str, line: int | None = None) -> Any:
     if integer is None and FLOAT.fullmatch(text) is None:
         return text
     digits = text.replace("_", "")
-    number: int | float
-    if len(digits) > 400:
-        number = float("inf")
-    elif integer is None:
-        number = float(digits)
-    else:
-        number = int(digits, {"0x": 16, "0o": 8}.get(digits[:2], 10))
-    if abs(number) > 1e308:
+    base = {"0x": 16, "0o": 8}.get(digits[:2], 10)
+    number = float(digits) if integer is None else int(digits, base)
+    if abs(number) > sys.float_info.max:
         raise Problem(line, f"{shown(text)} is beyond 1e308.")
     return number
 

@@ -203,6 +203,7 @@ class _Budget:
     """What expressions may still bring in: a list through `eval(name)` counts as often as it is used."""
 
     left: int = grammar.MOST_NODES
+    characters: int = 200_000
 
     def spend(self, size: int, line: int) -> None:
         self.left -= size
@@ -272,6 +273,9 @@ class _Scope:
         inner = inside_eval(text)
         if inner is None:
             return None
+        self.budget.characters -= len(inner)
+        if self.budget.characters < 0:
+            raise Problem(line, "more than 100000 characters in eval(...).")
         try:
             return parse(inner)
         except RecipeError as error:
