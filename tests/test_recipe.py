@@ -302,6 +302,8 @@ def test_text_of_one_line_and_objects_that_hold_a_recipe() -> None:
             self.recipe = recipe
 
     assert read_recipe(Holder()) is recipe
+    with pytest.raises(ArgumentError, match="this recipe was read already, its variables are resolved"):
+        read_recipe(recipe, {"a": 1})
     assert read_recipe([EpochRangeModifier(end_epoch=5)]) == recipe
     with pytest.raises(ArgumentError, match="3 is neither a path, text, a file, a Recipe nor a list"):
         read_recipe(3)

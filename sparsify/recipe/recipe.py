@@ -203,9 +203,13 @@ def read_recipe(source: Any, recipe_variables: Variables = None) -> Recipe:
         ArgumentError: `source` is nothing of the kind.
     """
     if isinstance(source, Recipe) or isinstance(getattr(source, "recipe", None), Recipe):
-        recipe: Recipe = source if isinstance(source, Recipe) else source.recipe
-        # Variables are resolved when a text is read; a recipe that was read has no expressions left.
-        return recipe if not recipe_variables else _read_text(recipe.to_yaml(), "recipe", recipe_variables)
+        if recipe_variables:
+            # They would change the variables and none of the modifiers that were computed from them.
+            raise ArgumentError(
+                "recipe_variables: this recipe was read already, its variables are resolved. Give them where its text "
+                "is read."
+            )
+        return source if isinstance(source, Recipe) else source.recipe
     if isinstance(source, os.PathLike):
         return _read_path(Path(source), recipe_variables)
     if isinstance(source, bytes):
