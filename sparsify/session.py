@@ -118,6 +118,8 @@ class Session:
         try:
             if self._given is not None:
                 self.hooks = StepHooks(self._given, self._before, self._after, self._loaded)
+            watch = ModelCallback(self._model_loaded)
+            self._handles.append(self.model.register_load_state_dict_post_hook(watch))  # type: ignore[no-untyped-call]
             if any(active.needs_outputs for active in self._losses):
                 watch = ModelCallback(self._forward_done)
                 self._handles.append(self.model.register_forward_hook(watch, with_kwargs=True))
@@ -178,6 +180,11 @@ class Session:
 
     def _loaded(self) -> None:
         self.ledger.loaded()
+
+    def _model_loaded(self, *_: Any) -> None:
+        # What is due may hang on values: a range that was never seen is not frozen, and now it may have been seen.
+        # Masks wait for the next step: the manager's state may be loaded next, with other ones.
+        self.update()
 
     def update(self) -> None:
         """Puts in force what is due at the timer's clock."""

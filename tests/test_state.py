@@ -19,6 +19,7 @@ from sparsify.modifiers.distillation import DistillationModifier
 from sparsify.modifiers.epochs import EpochRangeModifier
 from sparsify.modifiers.learning_rate import LearningRateFunctionModifier, SetLearningRateModifier
 from sparsify.modifiers.pruning import ConstantPruningModifier, GMPruningModifier
+from sparsify.modifiers.quantization import QuantizationModifier
 from sparsify.modifiers.training import GradualParamModifier, SetWeightDecayModifier, TrainableParamsModifier
 from sparsify.state import checksum
 
@@ -178,6 +179,79 @@ def test_resuming_with_training_modifiers_and_a_teacher_that_is_itself() -> None
         train(model, optimizer, manager, range(step, STEPS))
         final = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "manager": manager.state_dict()}
         assert_same(final, end, f"resumed at step {step}")
+
+
+class Residual(nn.Module):
+    """A small network of convolutions with batch norm and an add, as quantization meets them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.norm = nn.Conv2d(2, 4, 3, padding=1, bias=False), nn.BatchNorm2d(4)
+        self.second, self.last = nn.Conv2d(4, 4, 3, padding=1), nn.Linear(4, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.norm(self.first(x)).relu()
+        x = (self.second(x) + x).relu()
+        return self.last(x.mean((2, 3)))  # type: ignore[no-any-return]
+
+
+def residual(seed: int = 0) -> nn.Module:
+    torch.manual_seed(seed)
+    return Residual()
+
+
+def convolve(model: nn.Module, optimizer: Any, manager: Any, steps: range, after: Any = None) -> None:
+    for step in steps:
+        inputs = torch.randn(4, 2, 5, 5, generator=torch.Generator().manual_seed(step))
+        optimizer.zero_grad()
+        manager.update_loss(model(inputs).square().mean()).backward()
+        optimizer.step()
+        if after is not None:
+            after(step + 1)
+
+
+QAT = QuantizationModifier(
+    start_epoch=1.0, disable_quantization_observer_epoch=2.0, freeze_bn_stats_epoch=2.5, end_epoch=-1.0
+)
+
+
+@pytest.mark.parametrize("modifiers", [[QAT], [*recipe(), QAT]], ids=["quantized", "pruned and quantized"])
+@pytest.mark.parametrize("name", ["sgd momentum", "adam", "adamw two groups", "rmsprop centered momentum"])
+def test_resuming_quantization_at_any_step_equals_never_stopping(name: str, modifiers: list[Modifier]) -> None:
+    def start(seed: int) -> tuple[nn.Module, Any, ScheduledModifierManager]:
+        model = residual(seed)
+        optimizer = FORMS[name](model)
+        manager = ScheduledModifierManager(modifiers)
+        manager.modify(model, optimizer, steps_per_epoch=STEPS_PER_EPOCH)
+        return model, optimizer, manager
+
+    found: dict[int, Any] = {}
+
+    def states(model: nn.Module, optimizer: Any, manager: Any) -> dict[str, Any]:
+        return {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "manager": manager.state_dict()}
+
+    model, optimizer, manager = start(0)
+    found[0] = saved(**states(model, optimizer, manager))
+    convolve(
+        model,
+        optimizer,
+        manager,
+        range(STEPS),
+        lambda step: found.__setitem__(step, saved(**states(model, optimizer, manager))),
+    )
+    assert any("scale" in key for key in found[STEPS]["model"]), "it was quantized"
+    for step in range(STEPS):
+        other, optimizer, manager = start(step + 1)
+        checkpoint = copy.deepcopy(found[step])
+        manager.load_state_dict(checkpoint["manager"])
+        other.load_state_dict(checkpoint["model"])
+        optimizer.load_state_dict(checkpoint["optimizer"])
+        convolve(other, optimizer, manager, range(step, STEPS))
+        assert_same(states(other, optimizer, manager), found[STEPS], f"{name}, resumed at step {step}")
+    plain = ScheduledModifierManager(modifiers).apply_structure(residual(3), state=found[STEPS]["manager"])
+    plain.load_state_dict(found[STEPS]["model"])
+    inputs = torch.randn(2, 2, 5, 5)
+    assert torch.equal(plain.eval()(inputs), model.eval()(inputs))
 
 
 @pytest.mark.parametrize("cut", [1, 5, 6, 9])
