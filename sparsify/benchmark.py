@@ -148,7 +148,8 @@ def compare_onnx(
 ) -> Comparison:
     """How much faster `second` is, in rounds that run `iterations` calls of each in turn, so that noise hits both.
 
-    Which one goes first alternates from round to round.
+    Which one goes first alternates from round to round; a round counts with the median of its calls, which a single
+    call that was held up does not move.
 
     Raises:
         As `benchmark_onnx`.
@@ -169,7 +170,7 @@ def compare_onnx(
     for i in range(rounds):
         spent = [0.0, 0.0]
         for which in (0, 1) if i % 2 == 0 else (1, 0):
-            spent[which] = sum(_timed(*runs[which]) for _ in range(iterations))
+            spent[which] = statistics.median(_timed(*runs[which]) for _ in range(iterations))
         ratios.append(spent[0] / spent[1])
     return Comparison(Path(first), Path(second), statistics.median(ratios), min(ratios), max(ratios), rounds)
 

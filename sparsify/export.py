@@ -143,6 +143,11 @@ def _model_proto(
     from sparsify import onnx_rewrites
 
     name = type(model).__name__
+    if any(parameter.dtype == torch.bfloat16 for parameter in model.parameters()):
+        raise ExportError(
+            f"{name} has weights in bfloat16, for which onnxruntime has no kernels on the CPU; "
+            "export copy.deepcopy(model).float()."
+        )
     deployed = deployed_copy(model)
     batched, tensors = _batched(call) if dynamic_batch else ([], list(call.inputs.values()))
     adapter = _Adapter(deployed, call).eval()
@@ -301,7 +306,12 @@ def _name(proto: ModelProto, call: Call, outputs: Sequence[str]) -> None:
     taken = set(names.values())
     # "model." is the adapter's.
     for tensor in graph.initializer:
-        if tensor.name.startswith("model.") and (short := tensor.name.removeprefix("model.")) not in taken:
+        # A weight that is an output as well bears the name of the output.
+        if (
+            tensor.name not in names
+            and tensor.name.startswith("model.")
+            and (short := tensor.name.removeprefix("model.")) not in taken
+        ):
             names[tensor.name] = short
             taken.add(short)
     for node in graph.node:

@@ -54,13 +54,13 @@ def clear_traces(model: ModelProto) -> None:
             name = f"{layer}/{node.op_type}" if layer else node.op_type
             seen[name] += 1
             node.name = name if seen[name] == 1 else f"{name}_{seen[name]}"
-        node.doc_string = ""
+        node.ClearField("doc_string")
         del node.metadata_props[:]
     graph = model.graph
     for values in (graph.input, graph.output, graph.initializer):
         for value in values:
             del value.metadata_props[:]
-            value.doc_string = ""
+            value.ClearField("doc_string")
     del graph.value_info[:]
     del graph.metadata_props[:]
     del model.metadata_props[:]

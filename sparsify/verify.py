@@ -30,6 +30,8 @@ __all__ = ["verify_onnx"]
 
 FLOAT_TOLERANCE = 1e-4
 """Of a float model: the largest difference, as a fraction of the largest value of the output."""
+HALF_TOLERANCE = 0.01
+"""Likewise, where weights are stored in float16."""
 QUANTIZED_TOLERANCE = 0.05
 """Of a quantized model: the root mean square of the difference, as a fraction of that of the output. A value that lies
 on the edge between two steps may fall either way, and what follows it differs by the whole step: 11.7 % of the values
@@ -136,8 +138,9 @@ def verify_onnx(
         path: its file.
         inputs: as `sample_inputs` of `export_onnx`, with any batch size that the file takes.
         tolerance: a float model agrees where the largest difference is at most this fraction of the largest value
-            (default 1e-4); a quantized one where the root mean square of the difference is at most this fraction of
-            that of the output (default 0.05), and an output that is quantized itself is off by at most 4 steps.
+            (default 1e-4; 0.01 in float16); a quantized one where the root mean square of the difference is at most
+            this fraction of that of the output (default 0.05), and an output that is quantized itself is off by at
+            most 4 steps.
 
     Raises:
         ArgumentError: inputs that do not fit the model or the file, or a tolerance that is no positive number.
@@ -153,7 +156,7 @@ def verify_onnx(
     proto = read_model(path)
     quantized = any(node.op_type in ("QuantizeLinear", "DequantizeLinear") for node in proto.graph.node)
     steps = _output_steps(proto)
-    limit = tolerance or (QUANTIZED_TOLERANCE if quantized else FLOAT_TOLERANCE)
+    limit = tolerance or (QUANTIZED_TOLERANCE if quantized else _float_tolerance(proto))
 
     expected = _eager(model, call)
     plain = open_session(path, optimized=False, model=proto)
@@ -175,12 +178,19 @@ def verify_onnx(
     return Verification(Path(path), quantized, limit, tuple(found), tuple(tensors))
 
 
+def _float_tolerance(proto: ModelProto) -> float:
+    from onnx import TensorProto
+
+    half = any(tensor.data_type == TensorProto.FLOAT16 for tensor in proto.graph.initializer)
+    return HALF_TOLERANCE if half else FLOAT_TOLERANCE
+
+
 def _eager(model: nn.Module, call: Call) -> dict[str, np.ndarray]:
     """The outputs of a copy of `model` in eval mode, on its own device, with the RNG put back."""
     model = copy.deepcopy(model).eval()
     device = next((tensor.device for tensor in [*model.parameters(), *model.buffers()]), torch.device("cpu"))
     args, kwargs = call.arguments([tensor.detach().to(device) for tensor in call.inputs.values()])
-    with torch.random.fork_rng(), torch.no_grad():
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), torch.no_grad():
         named, _ = named_outputs(model(*args, **kwargs))
     return {name: _array(tensor) for name, tensor in named.items()}
 
@@ -322,7 +332,7 @@ def _record(deployed: nn.Module, call: Call) -> dict[str, np.ndarray]:
             return result
 
     args, kwargs = call.arguments([tensor.detach().cpu() for tensor in call.inputs.values()])
-    with _module_stack(deployed) as inside, torch.random.fork_rng(), torch.no_grad(), cast(Any, Recorder)():
+    with _module_stack(deployed) as inside, torch.random.fork_rng(devices=[]), torch.no_grad(), cast(Any, Recorder)():
         deployed(*args, **kwargs)
     return recorded
 

@@ -24,9 +24,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import sparsify
+from sparsify import ScheduledModifierManager
 from sparsify.errors import ArgumentError, DataFileError, ExportError, SparsifyWarning
 from sparsify.export import ExportedModel, export_onnx
 from sparsify.runtime import open_session, optimized_operators, run_session
+from sparsify.verify import verify_onnx
 
 
 class Net(nn.Module):
@@ -197,6 +199,21 @@ def test_every_kind_of_output_is_flattened(path: Path, make: Any, names: list[st
         close(found, expected)
 
 
+def test_a_weight_can_be_an_output(path: Path) -> None:
+    class Shows(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(4, 2)
+
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            return self.layer(x), self.layer.weight
+
+    model, x = Shows(), torch.randn(3, 4)
+    assert list(export_onnx(model, torch.randn(2, 4), path).outputs) == ["output_0", "output_1"]
+    for found, expected in zip(run(path, x), model(x), strict=True):
+        close(found, expected)
+
+
 def test_an_output_that_is_no_tensor_is_left_out_with_a_warning(path: Path) -> None:
     with pytest.warns(SparsifyWarning, match=r"also returns cache: object, which an ONNX file cannot hold"):
         exported = export_onnx(Returns(lambda x, y: {"y": y, "cache": object()}), torch.randn(2, 4), path)
@@ -281,6 +298,57 @@ def test_an_encoder_runs_its_linear_layers_as_integer_gemms(path: Path) -> None:
         np.testing.assert_allclose(run(path, x)[0], model(x).detach().numpy(), atol=0.05)
 
 
+class Residual(nn.Module):
+    """A model as users write it, to be quantized by a recipe."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8), nn.ReLU())
+        self.conv1, self.bn1 = nn.Conv2d(8, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8)
+        self.conv2, self.bn2 = nn.Conv2d(8, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8)
+        self.head = nn.Linear(8, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.max_pool2d(self.stem(x), 2)
+        x = F.relu(x + self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x))))))
+        return self.head(F.adaptive_avg_pool2d(x, 1).flatten(1))
+
+
+def test_a_model_pruned_and_quantized_by_a_recipe_is_deployed_as_it_was_trained(path: Path) -> None:
+    torch.manual_seed(0)
+    model = Residual()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    manager = ScheduledModifierManager.from_yaml("""
+modifiers:
+  - !ConstantPruningModifier
+    start_epoch: 0.0
+    params: ["conv1.weight", "conv2.weight"]
+  - !QuantizationModifier
+    start_epoch: 0.0
+""")
+    with torch.no_grad():
+        for layer in (model.conv1, model.conv2):
+            layer.weight[torch.rand_like(layer.weight) < 0.7] = 0.0
+    manager.modify(model, optimizer, steps_per_epoch=2, sample_inputs=torch.randn(4, 3, 16, 16))
+    for _ in range(4):
+        optimizer.zero_grad()
+        model(torch.randn(4, 3, 16, 16)).square().mean().backward()
+        optimizer.step()
+    manager.finalize(model)
+    zeros = {name: getattr(model, name).weight.detach().numpy() == 0 for name in ("conv1", "conv2")}
+    model.train()
+    exported = export_onnx(model, torch.randn(2, 3, 16, 16), path)
+    assert model.training and exported.floating == () and len(exported.quantized) == 4
+    found = optimized_operators(path)
+    assert (found["QLinearConv"], found["QLinearAdd"], found["QGemm"]) == (3, 1, 1)
+    assert not {"Conv", "Add", "Relu", "Gemm", "MaxPool", "DequantizeLinear", "GlobalAveragePool"} & set(found)
+    stored = {t.name: numpy_helper.to_array(t) for t in onnx.load(path).graph.initializer}
+    for name, zero in zeros.items():
+        assert zero.mean() > 0.6 and (stored[f"{name}.weight_int8"][zero] == 0).all()
+    result = verify_onnx(model, path, torch.randn(5, 3, 16, 16))
+    assert result.ok and result.first_divergence is None and len(result.tensors) == 6, str(result)
+
+
 @pytest.mark.parametrize("opset", [18, 20, 21])
 def test_opsets_are_what_was_asked_for(path: Path, opset: int) -> None:
     torch.manual_seed(0)
@@ -323,6 +391,7 @@ class NoTranslation(nn.Module):
 @pytest.mark.parametrize(
     ("model", "message"),
     [
+        (nn.Conv1d(3, 3, 1).bfloat16(), r"Conv1d has weights in bfloat16"),
         (Branches(), r"Branches cannot be traced .*test_export.py:\d+, in forward"),
         (NoTranslation(), r"NoTranslation cannot be written as ONNX"),
     ],

@@ -164,6 +164,14 @@ def test_what_does_not_fit_is_said(path: Path) -> None:
         verify_onnx(model, path, torch.randn(2, 6))
 
 
+def test_half_precision_is_held_to_its_own_precision(path: Path) -> None:
+    torch.manual_seed(0)
+    model = nn.Linear(6, 3).half()
+    export_onnx(model, torch.randn(2, 6).half(), path)
+    result = verify_onnx(model, path, torch.randn(9, 6).half())
+    assert result.ok and result.tolerance == 0.01 and not result.quantized
+
+
 def test_a_file_with_a_fixed_batch_refuses_another(path: Path) -> None:
     model = Net()
     export_onnx(model, torch.randn(2, 6), path, dynamic_batch=False)

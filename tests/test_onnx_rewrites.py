@@ -1,0 +1,174 @@
+"""Each rewrite leaves the numbers as they were and does what it is there for."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from deployment_forms import IntegerWeights, Quantizer
+from onnx import ModelProto, TensorProto, helper, numpy_helper
+from onnx.reference import ReferenceEvaluator
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from sparsify import onnx_rewrites
+from sparsify.export import export_onnx
+from sparsify.runtime import open_session, optimized_operators, run_session
+
+
+def kinds(model: ModelProto | Path) -> Counter[str]:
+    graph = (onnx.load(model) if isinstance(model, Path) else model).graph
+    return Counter(node.op_type for node in graph.node)
+
+
+def model_of(nodes: list[onnx.NodeProto], shape: list[int | str], **constants: np.ndarray) -> ModelProto:
+    graph = helper.make_graph(
+        nodes,
+        "g",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, shape)],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, None)],
+        [numpy_helper.from_array(np.asarray(value), name) for name, value in constants.items()],
+    )
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
+
+
+def same_numbers(before: ModelProto, after: ModelProto, x: np.ndarray) -> None:
+    expected, found = (ReferenceEvaluator(model).run(None, {"x": x})[0] for model in (before, after))
+    np.testing.assert_allclose(found, expected, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("keepdims", [0, 1])
+@pytest.mark.parametrize("axes", [[2, 3], [-1, -2]])
+def test_a_mean_over_the_image_becomes_global_average_pool(keepdims: int, axes: list[int]) -> None:
+    nodes = [helper.make_node("ReduceMean", ["x", "axes"], ["y"], keepdims=keepdims)]
+    model = model_of(nodes, ["n", 3, 4, 5], axes=np.int64(axes))
+    before = ModelProto.FromString(model.SerializeToString())
+    onnx_rewrites.reduce_mean_to_global_average_pool(model)
+    assert kinds(model)["GlobalAveragePool"] == 1 and kinds(model)["ReduceMean"] == 0
+    same_numbers(before, model, np.random.default_rng(0).standard_normal((2, 3, 4, 5)).astype(np.float32))
+
+
+@pytest.mark.parametrize(("axes", "shape"), [([1, 2, 3], ["n", 3, 4, 5]), ([2], ["n", 3, 4, 5]), ([1], ["n", 3])])
+def test_other_means_stay(axes: list[int], shape: list[int | str]) -> None:
+    model = model_of([helper.make_node("ReduceMean", ["x", "axes"], ["y"])], shape, axes=np.int64(axes))
+    onnx_rewrites.reduce_mean_to_global_average_pool(model)
+    assert kinds(model) == {"ReduceMean": 1}
+
+
+class Chain(nn.Module):
+    """Two Linear layers with everything between them quantized, on rank 3."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = Quantizer(0.05, 128), Quantizer(0.04, 120)
+        self.one = IntegerWeights(6, 8, None, self.first.scale)
+        self.two = IntegerWeights(8, 4, None, self.second.scale)
+        self.last = Quantizer(0.03, 128)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.two(self.second(self.one(self.first(x)))))
+
+
+def test_between_quantized_linear_layers_everything_is_integer(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    path = tmp_path / "chain.onnx"
+    model, x = Chain().eval(), torch.randn(3, 5, 6)
+    export_onnx(model, x, path)
+    found = optimized_operators(path)
+    assert found["QGemm"] == 2 and not {"Gemm", "MatMul", "Add"} & set(found)
+    assert found["QuantizeLinear"] == found["DequantizeLinear"] == 1
+    for optimized in (False, True):
+        results = run_session(open_session(path, optimized=optimized), {"x": x.numpy()})
+        np.testing.assert_allclose(results["output"], model(x).numpy(), atol=0.031)
+
+
+class Pools(nn.Module):
+    """The output of a pool is quantized again, with the same grid."""
+
+    def __init__(self, scale: float) -> None:
+        super().__init__()
+        self.before, self.after = Quantizer(0.05, 7), Quantizer(scale, 7)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.after(F.max_pool2d(self.before(x), 2)).flatten(1)
+
+
+@pytest.mark.parametrize(("scale", "quantizers"), [(0.05, 1), (0.06, 2)])
+def test_quantizing_to_the_same_grid_again_is_nothing(tmp_path: Path, scale: float, quantizers: int) -> None:
+    path = tmp_path / "pools.onnx"
+    model, x = Pools(scale).eval(), torch.randn(2, 3, 4, 4)
+    export_onnx(model, x, path)
+    assert kinds(path)["QuantizeLinear"] == kinds(path)["DequantizeLinear"] == quantizers
+    found = run_session(open_session(path, optimized=False), {"x": x.numpy()})["output"]
+    np.testing.assert_allclose(found, model(x).numpy(), atol=1e-6)
+
+
+class Shared(nn.Module):
+    """One quantized tensor, read by a Linear of rank 3 and in float."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.quantizer = Quantizer(0.05, 128)
+        self.layer = IntegerWeights(6, 6, None, self.quantizer.scale)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.quantizer(x)
+        return x + self.layer(x)
+
+
+def test_a_float_reader_keeps_its_float(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    path = tmp_path / "shared.onnx"
+    model, x = Shared().eval(), torch.randn(2, 3, 5, 6)
+    export_onnx(model, x, path)
+    assert optimized_operators(path)["QGemm"] == 1
+    found = run_session(open_session(path), {"x": x.numpy()})["output"]
+    np.testing.assert_allclose(found, model(x).numpy(), atol=1e-4)
+
+
+def test_two_dynamic_axes_keep_their_shape() -> None:
+    weight = np.random.default_rng(0).integers(-127, 128, (6, 4)).astype(np.int8)
+    nodes = [
+        helper.make_node("QuantizeLinear", ["x", "s", "z"], ["q"]),
+        helper.make_node("DequantizeLinear", ["q", "s", "z"], ["d"], name="d"),
+        helper.make_node("DequantizeLinear", ["w", "ws"], ["dw"], name="dw", axis=1),
+        helper.make_node("MatMul", ["d", "dw"], ["y"], name="layer/MatMul"),
+    ]
+    constants = {"s": np.float32(0.1), "z": np.uint8(128), "w": weight, "ws": np.full(4, 0.01, np.float32)}
+    model = model_of(nodes, ["n", "t", 6], **constants)
+    before = ModelProto.FromString(model.SerializeToString())
+    onnx_rewrites.linear_as_gemm(model)
+    assert kinds(model)["Gemm"] == 1 and kinds(model)["MatMul"] == 0 and kinds(model)["Shape"] == 1
+    assert "layer/Gemm" in {node.name for node in model.graph.node}
+    same_numbers(before, model, np.random.default_rng(1).standard_normal((2, 5, 6)).astype(np.float32))
+
+
+def test_a_second_rewrite_changes_nothing(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    path = tmp_path / "chain.onnx"
+    export_onnx(Chain(), torch.randn(3, 5, 6), path)
+    model = onnx.load(path)
+    before = model.SerializeToString(deterministic=True)
+    onnx_rewrites.rewrite(model)
+    assert model.SerializeToString(deterministic=True) == before
+
+
+def test_what_no_output_needs_goes_and_subgraphs_keep_what_they_read() -> None:
+    branch = helper.make_graph(
+        [helper.make_node("Add", ["x", "kept"], ["inner"])],
+        "branch",
+        [],
+        [helper.make_tensor_value_info("inner", TensorProto.FLOAT, None)],
+    )
+    nodes = [
+        helper.make_node("If", ["yes"], ["y"], then_branch=branch, else_branch=branch),
+        helper.make_node("Add", ["x", "dropped"], ["unused"]),
+    ]
+    model = model_of(nodes, ["n", 3], yes=np.bool_(True), kept=np.float32([1, 2, 3]), dropped=np.float32([0, 0, 0]))
+    onnx_rewrites.remove_unused(model)
+    assert kinds(model) == {"If": 1}
+    assert {tensor.name for tensor in model.graph.initializer} == {"yes", "kept"}
