@@ -1,0 +1,110 @@
+"""Training loops that are not the user's own: Lightning's and transformers' (promise 2)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from sparsify.manager import ScheduledModifierManager
+from sparsify.modifiers.base import Modifier
+from sparsify.modifiers.pruning import GMPruningModifier
+
+# The frameworks warn about much of their own.
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
+
+
+def recipe() -> list[Modifier]:
+    return [
+        GMPruningModifier(
+            params="__ALL_PRUNABLE__",
+            init_sparsity=0.1,
+            final_sparsity=0.8,
+            start_epoch=0.0,
+            end_epoch=2.0,
+            update_frequency=0.5,
+        )
+    ]
+
+
+def network() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(6, 9), nn.Tanh(), nn.Linear(9, 4))
+
+
+def exact(model: nn.Sequential) -> bool:
+    return (int((model[0].weight == 0).sum()), int((model[2].weight == 0).sum())) == (43, 29)
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_lightning_counts_every_step(accumulation: int, precision: str, tmp_path: Path) -> None:
+    lightning = pytest.importorskip("lightning")
+
+    class Module(lightning.LightningModule):  # type: ignore[name-defined, misc]
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = network()
+            self.manager = ScheduledModifierManager(recipe())
+
+        def training_step(self, batch: Any, index: int) -> Any:
+            return self.manager.update_loss(self.model(batch[0]).square().mean())
+
+        def configure_optimizers(self) -> Any:
+            optimizer = torch.optim.SGD(self.model.parameters(), lr=0.1, momentum=0.9)
+            optimizer = self.manager.modify(self.model, optimizer, steps_per_epoch=8 // accumulation)
+            return [optimizer], [torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9)]
+
+    module = Module()
+    loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(torch.randn(32, 6)), batch_size=4)
+    trainer = lightning.Trainer(
+        max_epochs=3,
+        accelerator="cpu",
+        precision=precision,
+        accumulate_grad_batches=accumulation,
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        default_root_dir=tmp_path,
+    )
+    trainer.fit(module, loader)
+    assert module.manager.step == trainer.global_step == 24 // accumulation
+    assert module.manager.epoch == 3.0 and exact(module.model)
+    module.manager.finalize(module.model)
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_the_trainer_of_transformers_counts_every_step(accumulation: int, tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = network()
+
+        def forward(self, x: torch.Tensor, labels: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
+            outputs = self.layers(x)
+            return {"loss": outputs.square().mean(), "logits": outputs}
+
+    model = Model()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+    manager = ScheduledModifierManager(recipe())
+    manager.modify(model, optimizer, steps_per_epoch=8 // accumulation)
+    arguments = transformers.TrainingArguments(
+        output_dir=str(tmp_path),
+        num_train_epochs=3,
+        per_device_train_batch_size=4,
+        gradient_accumulation_steps=accumulation,
+        report_to=[],
+        save_strategy="no",
+        use_cpu=True,
+        disable_tqdm=True,
+    )
+    data = [{"x": torch.randn(6), "labels": torch.zeros(())} for _ in range(32)]
+    trainer = transformers.Trainer(model=model, args=arguments, train_dataset=data, optimizers=(optimizer, None))
+    trainer.train()
+    assert manager.step == trainer.state.global_step == 24 // accumulation
+    assert manager.epoch == 3.0 and exact(model.layers)
