@@ -244,11 +244,16 @@ def trace(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None
     modes = {module: module.training for module in model.modules()}
     buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
     fast = torch.backends.mha.get_fastpath_enabled()
+    # Hugging Face models that return a cache of keys and values: an object that no trace can return.
+    config = getattr(model, "config", None)
+    caches = getattr(config, "use_cache", None)
     devices = sorted({t.device.index for t in model.parameters() if t.is_cuda and t.device.index is not None})
     with torch.random.fork_rng(devices=devices):
         try:
             # The fast path of TransformerEncoderLayer is one opaque operator; training takes the other.
             torch.backends.mha.set_fastpath_enabled(False)
+            if caches is True:
+                config.use_cache = False  # type: ignore[union-attr]
             for module in modes:
                 module.training = False
             with torch.no_grad(), _quiet():
@@ -261,6 +266,8 @@ def trace(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None
             ) from error
         finally:
             torch.backends.mha.set_fastpath_enabled(fast)
+            if caches is True:
+                config.use_cache = True  # type: ignore[union-attr]
             for module, mode in modes.items():
                 module.training = mode
             with torch.no_grad():
@@ -268,13 +275,36 @@ def trace(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None
                     # By value only where it changed: a copy would bump version counters that autograd looks at.
                     if not torch.equal(buffer, value):
                         buffer.copy_(value)
-    return _plain(program)
+    return _plain(program, _Names(model))
 
 
-def _plain(program: Any) -> Trace:
+class _Names:
+    """The one clean name of what has several (shared modules, tied parameters), and calls counted by it."""
+
+    def __init__(self, model: nn.Module) -> None:
+        modules = {id(module): clean_name(name) for name, module in model.named_modules()}
+        self.modules = {name: modules[id(m)] for name, m in model.named_modules(remove_duplicate=False)}
+        parameters = {id(p): clean_name(name) for name, p in model.named_parameters()}
+        self.parameters = {name: parameters[id(p)] for name, p in model.named_parameters(remove_duplicate=False)}
+        self._numbers: dict[str, dict[tuple[str, ...], int]] = defaultdict(dict)
+
+    def calls(self, stack: dict[str, Any]) -> Iterator[Call]:
+        """The calls of modules that a node stands in; a call is known by the exporter's keys down to it."""
+        keys: tuple[str, ...] = ()
+        for key, (path, _) in stack.items():
+            keys = (*keys, key)
+            name = self.modules.get(path, clean_name(path))
+            numbers = self._numbers[name]
+            yield Call(name, numbers.setdefault(keys, len(numbers)))
+
+
+def _plain(program: Any, names: _Names) -> Trace:
     """Trace of an ExportedProgram."""
     signature = program.graph_signature
-    parameters = {name: clean_name(target) for name, target in signature.inputs_to_parameters.items()}
+    parameters = {
+        name: names.parameters.get(target, clean_name(target))
+        for name, target in signature.inputs_to_parameters.items()
+    }
     hidden = {*signature.inputs_to_buffers, *signature.inputs_to_lifted_tensor_constants}
     hidden |= set(getattr(signature, "inputs_to_lifted_custom_objs", {}))
     nodes: list[Node] = []
@@ -301,7 +331,7 @@ def _plain(program: Any) -> Trace:
                 name=node.name,
                 op=op,
                 kind=kind,  # type: ignore[arg-type]
-                stack=tuple(_calls(node.meta.get("nn_module_stack") or {})),
+                stack=tuple(names.calls(node.meta.get("nn_module_stack") or {})),
                 inputs=tuple(n.name for n in read if n.name not in parameters and n.name not in hidden),
                 parameters=tuple(dict.fromkeys(parameters[n.name] for n in read if n.name in parameters)),
                 shape=shape,
@@ -326,13 +356,6 @@ def _in_order(node: Any) -> Iterator[Any]:
 def _op_name(target: Any) -> str:
     name = getattr(target, "_opname", None) or getattr(target, "__name__", str(target))
     return str(name)
-
-
-def _calls(stack: dict[str, Any]) -> Iterator[Call]:
-    """The calls of modules that a node stands in. The exporter writes the n-th further call of a module as "path@n"."""
-    for key, (path, _) in stack.items():
-        number = key.rpartition("@")[2] if "@" in key else "0"
-        yield Call(clean_name(path), int(number) if number.isdigit() else 0)
 
 
 def _where(error: Exception) -> str:

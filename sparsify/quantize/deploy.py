@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from sparsify.quantize.emit import dequantize
-from sparsify.quantize.fake import FakeQuantize, fixed_grid, weight_integers, weight_scale
+from sparsify.quantize.emit import dequantize, quantize_dequantize
+from sparsify.quantize.fake import FakeQuantize, weight_integers, weight_scale
 from sparsify.quantize.layers import (
     QuantizedConv1d,
     QuantizedConv2d,
@@ -79,7 +79,14 @@ class DeployedQuantize(FakeQuantize):
     def _compute(self, x: Tensor) -> Tensor:
         with torch._C.DisableTorchFunction():
             x = self._rectified(x)
-            return fixed_grid(x, self.scale, self.zero_point, self.first, self.last) if self.enabled else x
+            if not self.enabled:
+                return x
+            limits = torch.iinfo(self.zero_point.dtype)
+            if (self.first, self.last) != (limits.min, limits.max):
+                # Fewer integers than the type holds: the operator would not clip to them.
+                low, high = ((edge - self.zero_point.float()) * self.scale for edge in (self.first, self.last))
+                x = x.clamp(low, high)
+            return quantize_dequantize(x.float(), self.scale, self.zero_point).to(x.dtype)
 
 
 _DEPLOYED: dict[type[nn.Module], type[nn.Module]] = {

@@ -15,7 +15,6 @@ from torch import Tensor, nn
 
 from sparsify import ranks
 from sparsify.errors import DataError, StateError
-from sparsify.quantize.emit import quantize_dequantize
 
 __all__: list[str] = []
 
@@ -141,15 +140,16 @@ class _OnDevice(torch.autograd.Function):
     """Fake-quant whose scale stays in a tensor: on an accelerator, where reading it would wait, or in compiled code."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, scale: Tensor, lowest: Tensor, highest: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, scale: Tensor, lowest: Tensor, highest: Tensor, relu: bool) -> Tensor:
         q = (x / scale).round()
-        ctx.save_for_backward((q >= lowest) & (q <= highest))
+        # Behind a ReLU as `_Clamped` does it: nothing for what became zero or the highest level.
+        ctx.save_for_backward((q > lowest) & (q < highest) if relu else (q >= lowest) & (q <= highest))
         return torch.minimum(torch.maximum(q, lowest), highest) * scale
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None]:
         (inside,) = ctx.saved_tensors
-        return grad * inside, None, None, None
+        return grad * inside, None, None, None, None
 
 
 class FakeQuantize(nn.Module):
@@ -256,7 +256,7 @@ class FakeQuantize(nn.Module):
         x = self._rectified(x)
         if not self.enabled:
             return x
-        y = fixed_grid(x, self.scale, self.zero_point, self.first, self.last)
+        y = on_grid(x, self.scale, self.zero_point, self.first, self.last)
         if torch.is_grad_enabled() and x.requires_grad:
             y = replaced(x, y)
         # Nothing was observed yet: there is no grid. Chosen by the device, where reading the count would wait.
@@ -266,7 +266,7 @@ class FakeQuantize(nn.Module):
 
     def _train(self, x: Tensor) -> Tensor:
         # A forward inside backward is activation checkpointing computing again: it must see what the first one saw.
-        watching = (self.observing or self.calibrating) and torch._C._current_graph_task_id() == -1
+        watching = (self.observing or self.calibrating) and not _in_backward()
         if not _readable(x):
             return self._train_on_device(x, watching)
         low, high = self._limits_of(x, watching)
@@ -296,9 +296,9 @@ class FakeQuantize(nn.Module):
             return 0.0, 0.0
         values = x.detach()
         if self.relu:
-            return 0.0, values.max().item()
-        low, high = values.aminmax()
-        return low.item(), high.item()
+            return 0.0, values.amax().item()
+        # On the CPU amax takes a third of the time of max, and the two less than aminmax.
+        return values.amin().item(), values.amax().item()
 
     def _observe(self, batch_low: float, batch_high: float) -> None:
         if not (math.isfinite(batch_low) and math.isfinite(batch_high)):
@@ -336,7 +336,8 @@ class FakeQuantize(nn.Module):
         if self.calibrating or not self.enabled:
             return x
         zero_point = self.zero_point.to(x.dtype)
-        y = _apply(_OnDevice, x, self.scale, self.first - zero_point, self.last - zero_point)
+        limits = (self.first - zero_point, self.last - zero_point)
+        y = _apply(_OnDevice, x, self.scale, *limits, self.relu and not self.symmetric)
         return y if watching else torch.where(self.batches > 0, y, x)
 
     def _observe_on_device(self, low: Tensor, high: Tensor) -> None:
@@ -396,6 +397,11 @@ def _apply(function: Any, *args: Any) -> Tensor:
     return result
 
 
+def _in_backward() -> bool:
+    # Compiled code has no such question, and computes nothing again but what it decided to.
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+
+
 def _readable(x: Tensor) -> bool:
     """Whether a value may be read into Python without waiting for a device or breaking a compiled or traced graph."""
     return x.device.type == "cpu" and not torch.compiler.is_compiling() and type(x) in (Tensor, nn.Parameter)
@@ -416,10 +422,10 @@ def replaced(x: Tensor, y: Tensor) -> Tensor:
     return _apply(_Replaced, x, y)
 
 
-def fixed_grid(x: Tensor, scale: Tensor, zero_point: Tensor, first: int, last: int) -> Tensor:
-    """`x` on a fixed grid, as the exported model computes it: also where its integers are fewer than the type holds."""
-    dtype, x = x.dtype, x.float()
-    limits = torch.iinfo(zero_point.dtype)
-    if (first, last) != (limits.min, limits.max):
-        x = x.clamp((first - zero_point.float()) * scale, (last - zero_point.float()) * scale)
-    return quantize_dequantize(x, scale, zero_point).to(dtype)
+def on_grid(x: Tensor, scale: Tensor, zero_point: Tensor, first: int, last: int) -> Tensor:
+    """(clip(rint(x / scale) + zero_point, first, last) - zero_point) * scale: what the exported model computes.
+
+    Divides where training multiplies by the reciprocal, as QuantizeLinear does; the two differ on ties.
+    """
+    offset = zero_point.float()
+    return ((x.float() / scale).round_().add_(offset).clamp_(first, last).sub_(offset)).mul_(scale).to(x.dtype)

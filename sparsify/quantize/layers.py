@@ -14,7 +14,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from sparsify.quantize.emit import dequantize
 from sparsify.quantize.fake import FakeQuantize, fake_weight, replaced, weight_integers, weight_scale
 
 __all__: list[str] = []
@@ -368,10 +367,11 @@ def folded(layer: Any) -> tuple[Tensor, Tensor | None]:
     if not wiring.largest:
         return _folded_float(layer)
     whole = integers(layer)
-    weight = dequantize(whole.weight, whole.scale, whole.axis).to(layer.weight.dtype)
+    scale = whole.scale if whole.axis is None else along(whole.scale, whole.weight, whole.axis)
+    weight = (whole.weight.float() * scale).to(layer.weight.dtype)
     bias = whole.float_bias
     if whole.bias is not None:
-        bias = dequantize(whole.bias, whole.bias_scale, None if whole.bias_scale.dim() == 0 else 0)
+        bias = whole.bias.float() * whole.bias_scale
     bias = None if bias is None else bias.to(layer.weight.dtype)
     if torch.is_grad_enabled() and any(p.requires_grad for p in layer.parameters(recurse=False)):
         exact_weight, exact_bias = _folded_float(layer)

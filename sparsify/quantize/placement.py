@@ -55,9 +55,10 @@ class _Planner:
             else:
                 self.left.append(Left(name, why))
         for name, module in self.modules.items():
-            if type(module) in WEIGHTED or not isinstance(module, (*WEIGHTED, nn.MultiheadAttention, nn.Conv3d)):
-                continue
             kind = type(module).__name__
+            known = isinstance(module, (*WEIGHTED, nn.MultiheadAttention, nn.Conv3d)) or kind == "Conv1D"
+            if type(module) in WEIGHTED or not known:
+                continue
             if kind == "MultiheadAttention":
                 why = "MultiheadAttention computes its projections by itself, without layers"
             elif kind == "NonDynamicallyQuantizableLinear":
@@ -133,8 +134,8 @@ class _Planner:
         if self._is_own_module(node):
             return node.owner, "output_quantizer", "output"
         owner = self._watched_owner(node)
-        counts = self._counts(owner)
-        if counts is None:
+        # A container runs or lists its children: a quantizer among them would be one more layer.
+        if isinstance(self.modules[owner], _CONTAINERS) or self._counts(owner) is None:
             return None
         return owner, child_name(node.kind, self._index(node, owner)), "function"
 
