@@ -14,6 +14,7 @@ from sparsify.manager import ScheduledModifierManager
 from sparsify.modifiers.base import Modifier
 from sparsify.modifiers.logging import SparsificationLoggingModifier
 from sparsify.modifiers.pruning import GMPruningModifier
+from sparsify.modifiers.quantization import QuantizationModifier
 from sparsify.modifiers.training import (
     GradualParamModifier,
     SetParamModifier,
@@ -189,3 +190,18 @@ def test_sparsity_is_logged_on_its_own_grid() -> None:
     assert writer.scalars["sparsity/model"] == [(0, 0.0), (6, pytest.approx(10 / 30)), (12, pytest.approx(10 / 30))]
     # The pruning says what it does as well.
     assert (6, 0.5) in writer.scalars["sparsity/first.weight"]
+
+
+def test_bits_of_quantized_weights_are_logged() -> None:
+    writer = Writer()
+    model = nn.Sequential(nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 2))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    manager = ScheduledModifierManager([QuantizationModifier(start_epoch=1.0), SparsificationLoggingModifier()])
+    manager.modify(model, optimizer, steps_per_epoch=2, writer=writer, sample_inputs=torch.randn(3, 4))
+    for _ in range(4):
+        model(torch.randn(3, 4)).sum().backward()
+        optimizer.step()
+    assert {tag: log for tag, log in writer.scalars.items() if tag.startswith("bits")} == {
+        "bits/0": [(4, 8)],
+        "bits/2": [(4, 8)],
+    }, "what starts later is updated later: at step 2 the layers were not quantized yet"

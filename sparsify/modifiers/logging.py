@@ -9,8 +9,9 @@ import torch
 from pydantic import Field, model_validator
 
 from sparsify.modifiers.base import Active, Epoch, FieldProblem, Kind, Modifier, Run
+from sparsify.quantize.layers import Retyped
 from sparsify.schedule import Clock, Grid
-from sparsify.targets import resolve_parameters
+from sparsify.targets import named_modules, resolve_parameters
 
 __all__ = ["SparsificationLoggingModifier"]
 
@@ -61,6 +62,10 @@ class _Logging(Active):
             zeros, weights = zeros + count, weights + parameter.numel()
             self._log.scalar(f"sparsity/{name}", count / max(1, parameter.numel()), clock.step)
         self._log.scalar("sparsity/model", zeros / max(1, weights), clock.step)
+        for name, module in named_modules(self._model).items():
+            if isinstance(module, Retyped) and module._wiring.largest:
+                # The largest integer of 8 bits is 127.
+                self._log.scalar(f"bits/{name}", module._wiring.largest.bit_length() + 1, clock.step)
 
     def state_dict(self) -> dict[str, Any]:
         return {"last": self._last}
