@@ -537,3 +537,61 @@ def test_a_run_is_logged(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.DEBUG, "sparsify"):
         at_work()
     assert any("sparsity/0.weight" in record.getMessage() for record in caplog.records)
+
+
+# ------------------------------------------------------------------------------------- recipes that trace the model
+
+
+def quantizing(start: float = 0.0) -> list[Modifier]:
+    return [pruning(), QuantizationModifier(start_epoch=start)]
+
+
+def quantized(model: nn.Module) -> bool:
+    return any("scale" in name for name in model.state_dict())
+
+
+@pytest.mark.parametrize("once", [False, True])
+def test_apply_quantizes_with_calibration_data_alone(once: bool) -> None:
+    batches = [(torch.randn(5, 6), torch.zeros(5)) for _ in range(3)]
+    model = network()
+    manager = ScheduledModifierManager(quantizing(start=2.0))
+    manager.apply(model, calibration_data=iter(batches) if once else batches)
+    assert quantized(model) and zeros(model) == 43
+    other = ScheduledModifierManager(quantizing(start=2.0)).apply(
+        network(), calibration_data=batches, sample_inputs=batches[0][0]
+    )
+    for name, value in other.state_dict().items():
+        assert torch.equal(value, model.state_dict()[name]), name
+
+
+def test_apply_without_inputs_says_what_to_pass_and_leaves_a_usable_model() -> None:
+    model = network()
+    manager = ScheduledModifierManager(quantizing())
+    with pytest.raises(StateError, match=r"has to trace the model: pass sample_inputs \(or calibration_data"):
+        manager.apply(model)
+    assert not manager.attached and not quantized(model)
+    model(torch.randn(5, 6))
+
+
+def test_apply_structure_needs_a_state_or_inputs() -> None:
+    model, optimizer, manager = at_work(*quantizing(), sample_inputs=torch.randn(5, 6))
+    step(model, optimizer, 3)
+    state, weights = manager.state_dict(), model.state_dict()
+    fresh = network()
+    with pytest.raises(StateError, match="pass sample_inputs"):
+        ScheduledModifierManager(quantizing()).apply_structure(fresh)
+    assert not quantized(fresh)
+    for given in ({"state": state}, {"sample_inputs": torch.randn(2, 6)}, {"sample_inputs": (torch.randn(2, 6),)}):
+        other = ScheduledModifierManager(quantizing()).apply_structure(network(), **given)
+        other.load_state_dict(weights, strict=True)
+    assert not quantized(ScheduledModifierManager(quantizing(3.0)).apply_structure(network(), epoch=2.0))
+
+
+@pytest.mark.parametrize("given", [{"sample_inputs": {"input": torch.randn(5, 6)}}, {}])
+def test_inputs_come_from_the_user_or_from_the_first_forward(given: dict[str, Any]) -> None:
+    model, optimizer, manager = at_work(*quantizing(), **given)
+    assert quantized(model) == bool(given)
+    step(model, optimizer)
+    assert quantized(model) and not model._forward_pre_hooks
+    manager.finalize(model)
+    assert quantized(model)
