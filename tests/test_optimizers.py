@@ -17,6 +17,7 @@ from sparsify.errors import ArgumentError, SparsifyWarning
 from sparsify.manager import ScheduledModifierManager
 from sparsify.modifiers.base import Active, Modifier
 from sparsify.modifiers.epochs import EpochRangeModifier
+from sparsify.modifiers.learning_rate import LearningRateFunctionModifier
 from sparsify.modifiers.pruning import GMPruningModifier
 
 
@@ -420,6 +421,32 @@ def test_an_optimizer_of_another_model_is_told() -> None:
     optimizer = torch.optim.SGD(copy.deepcopy(model).parameters(), lr=0.1)
     with pytest.warns(SparsifyWarning, match="none of the optimizer's parameters is a parameter of this model"):
         ScheduledModifierManager([pruning()]).modify(model, optimizer, steps_per_epoch=3)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("fused", [False, True])
+def test_between_updates_a_step_does_not_wait_for_the_device(fused: bool) -> None:
+    model = network().cuda()
+    rate = torch.tensor(0.1, device="cuda") if fused else 0.1
+    optimizer = torch.optim.AdamW(model.parameters(), lr=rate, fused=fused)
+    modifiers = [
+        pruning(end=1.0),
+        LearningRateFunctionModifier(lr_func="linear", init_lr=0.1, final_lr=0.01, start_epoch=0.0, end_epoch=4.0),
+    ]
+    manager = ScheduledModifierManager(modifiers)
+    manager.modify(model, optimizer, steps_per_epoch=8)
+    inputs = torch.randn(8, 6, device="cuda")
+    for count in range(1, 17):
+        optimizer.zero_grad()
+        manager.update_loss(model(inputs).square().mean()).backward()
+        # Updates of masks lie on multiples of 4, the last one on 8.
+        waits = count % 4 == 0 and count <= 8
+        torch.cuda.set_sync_debug_mode("default" if waits or count == 1 else "error")
+        try:
+            optimizer.step()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    assert int((weights(model)["0.weight"] == 0).sum()) == 43
 
 
 @pytest.mark.slow
