@@ -21,7 +21,6 @@ __all__: list[str] = []
 
 BATCH = "batch"
 """The name of the dynamic batch axis in a file."""
-MOVED = "_moved"
 
 
 def rewrite(model: ModelProto) -> None:
@@ -29,7 +28,6 @@ def rewrite(model: ModelProto) -> None:
     clear_traces(model)
     reduce_mean_to_global_average_pool(model)
     linear_as_gemm(model)
-    quantize_before_reshape(model)
     dequantize_after_movement(model)
     drop_requantization(model)
     state_zero_points(model)
@@ -177,36 +175,6 @@ def linear_as_gemm(model: ModelProto) -> None:
     graph.finish()
 
 
-def quantize_before_reshape(model: ModelProto) -> None:
-    """QuantizeLinear moves up through Reshape and its kin to the integer operator whose result it quantizes."""
-    graph = _Graph(model)
-    for node in list(model.graph.node):
-        if node.op_type != "QuantizeLinear" or not graph.per_tensor(node):
-            continue
-        top = graph.producer.get(node.input[0])
-        while top is not None and top.op_type in _RESHAPES:
-            top = graph.producer.get(top.input[0])
-        source = graph.producer.get(top.input[0]) if top is not None and top.op_type in _INTEGER else None
-        if source is None or source.op_type != "DequantizeLinear":
-            continue
-        while True:
-            above = graph.producer.get(node.input[0])
-            if above is None or above.op_type not in _RESHAPES or len(graph.readers(above.output[0])) != 1:
-                break
-            if graph.is_output(above.output[0]) or graph.is_initializer(above.input[0]):
-                break
-            quantized = graph.fresh(f"{above.input[0]}_int")
-            upper = helper.make_node("QuantizeLinear", [above.input[0], *node.input[1:]], [quantized])
-            # Another name: its values stand in another order now, and verify_onnx compares by name.
-            upper.name = f"{node.name.removesuffix(MOVED)}{MOVED}"
-            upper.attribute.extend(attribute for attribute in node.attribute if attribute.name == "saturate")
-            lower = _like(above, [quantized, *above.input[1:]], [node.output[0]])
-            graph.replace(above, [])
-            graph.replace(node, [upper, lower])
-            node = upper
-    graph.finish()
-
-
 def dequantize_after_movement(model: ModelProto) -> None:
     """MaxPool, Flatten, Reshape, Transpose and the like move the integers; DequantizeLinear follows them.
 
@@ -298,9 +266,8 @@ def remove_unused(model: ModelProto) -> None:
 
 
 _LAYERS = frozenset({"Conv", "ConvTranspose", "Gemm", "MatMul"})
-_INTEGER = frozenset({"Conv", "ConvTranspose", "Gemm", "MatMul", "Add", "GlobalAveragePool"})
-_RESHAPES = frozenset({"Reshape", "Flatten", "Squeeze", "Unsqueeze", "Transpose"})
-_MOVEMENT = _RESHAPES | {"MaxPool", "Slice", "Gather", "DepthToSpace", "SpaceToDepth", "Expand", "Tile", "Identity"}
+_MOVEMENT = frozenset({"Reshape", "Flatten", "Squeeze", "Unsqueeze", "Transpose", "MaxPool", "Slice", "Gather"})
+_MOVEMENT |= {"DepthToSpace", "SpaceToDepth", "Expand", "Tile", "Identity"}
 
 
 class _Graph:
