@@ -60,12 +60,11 @@ def test_digits_resnet_leaves_models_recipe_table_and_plot(tmp_path: Path) -> No
     }
     dense, pruned, int8 = json.loads((outputs / "table.json").read_text())["rows"]
     assert dense["sparsity"] < 0.01
-    # 90 % of all layers but the first, whose 288 weights stay.
-    assert pruned["sparsity"] == pytest.approx(0.9, abs=0.01)
-    assert int8["sparsity"] >= pruned["sparsity"] - 1e-6
-    assert int8["kilobytes"] < 0.5 * dense["kilobytes"]
-    assert int8["gzipped_kilobytes"] < 0.25 * dense["gzipped_kilobytes"]
-    assert dense["accuracy"] > 0.5 < int8["accuracy"]
+    assert pruned["sparsity"] == pytest.approx(0.9, abs=1e-5)
+    assert int8["sparsity"] >= pruned["sparsity"]
+    assert int8["kilobytes"] < 0.3 * dense["kilobytes"]
+    assert int8["gzipped_kilobytes"] < 0.1 * dense["gzipped_kilobytes"]
+    assert dense["accuracy"] > 0.5 and int8["accuracy"] > 0.5
     assert Recipe.load(outputs / "recipe.yaml").max_epochs == 4
     for row in (dense, pruned, int8):
         assert row["model"] in done.stdout
