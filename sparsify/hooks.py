@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ParamSpec
 
 import torch
 from torch import nn
@@ -18,6 +18,8 @@ from torch.utils.hooks import RemovableHandle
 from sparsify.errors import ArgumentError
 
 __all__: list[str] = []
+
+P = ParamSpec("P")
 
 
 class Callback:
@@ -60,7 +62,10 @@ class ModelCallback(Callback):
 
 
 class StepHooks:
-    """`before()` and `after()` around every step of `optimizer`, and `loaded()` when its state was loaded.
+    """`before(closure)` and `after()` around every step of `optimizer`, and `loaded()` when its state was loaded.
+
+    `closure` is whether the step was given a function: forward and backward are then inside the step (LBFGS; Lightning
+    steps every optimizer so), and what gradients stand there before it are old.
 
     An optimizer that calls `super().step()` calls them twice, inner ones inside the outer; after a step that raised,
     `after` is missing. `torch.compile(optimizer.step)` calls them outside the compiled code.
@@ -77,7 +82,7 @@ class StepHooks:
     def __init__(
         self,
         optimizer: Any,
-        before: Callable[[], None],
+        before: Callable[[bool], None],
         after: Callable[[], None],
         loaded: Callable[[], None],
     ) -> None:
@@ -90,7 +95,7 @@ class StepHooks:
             return
         # A compiled step would trace our Python: disabled, it is called between the compiled parts (0.2 microseconds).
         before, after = _uncompiled(before), _uncompiled(after)
-        self._hook = Callback(lambda *_: before())
+        self._hook = Callback(lambda _, args, kwargs: before(_has_closure(args, kwargs)))
         self._handles = [
             self.optimizer.register_step_pre_hook(self._hook),
             self.optimizer.register_step_post_hook(Callback(lambda *_: after())),
@@ -117,7 +122,7 @@ class SteppedOptimizer:
     """Stands before an optimizer that is no torch Optimizer and tells of its steps; all else is the optimizer's."""
 
     def __init__(
-        self, optimizer: Any, before: Callable[[], None] | None = None, after: Callable[[], None] | None = None
+        self, optimizer: Any, before: Callable[[bool], None] | None = None, after: Callable[[], None] | None = None
     ) -> None:
         self.__dict__.update(_optimizer=optimizer, _before=before, _after=after)
 
@@ -125,7 +130,7 @@ class SteppedOptimizer:
         """The optimizer's step; what it returns."""
         before, after = self.__dict__["_before"], self.__dict__["_after"]
         if before is not None:
-            before()
+            before(_has_closure(args, kwargs))
         result = self.__dict__["_optimizer"].step(*args, **kwargs)
         if after is not None:
             after()
@@ -182,9 +187,14 @@ def steps(optimizer: Any) -> Any:
     return optimizer
 
 
-def _uncompiled(function: Callable[[], None]) -> Callable[[], None]:
-    disabled: Callable[[], None] = torch.compiler.disable(function)  # type: ignore[no-untyped-call]
+def _uncompiled(function: Callable[P, None]) -> Callable[P, None]:
+    disabled: Callable[P, None] = torch.compiler.disable(function)  # type: ignore[no-untyped-call]
     return disabled
+
+
+def _has_closure(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether a step is called with a function that computes loss and gradients."""
+    return any(callable(argument) for argument in (*args, *kwargs.values()))
 
 
 def _hookable(optimizer: Any) -> bool:

@@ -142,18 +142,16 @@ class Session:
 
     # ------------------------------------------------------------------ around a step
 
-    def _before(self) -> None:
-        """Before the optimizer steps; may be called twice."""
+    def _before(self, closure: bool) -> None:
+        """Before the optimizer steps; may be called twice. With a closure forward and backward are still to come."""
         if not self.timer.runs:
             raise StateError(
                 "a step was taken, but how many make an epoch is not known. Pass steps_per_epoch to modify() "
                 "(optimizer steps in an epoch, or the loader), or train with `for epoch in manager.epochs():`."
             )
-        if self._waiting:
-            raise StateError(
-                "a step was taken, but the model's inputs were never seen: it was called in compiled code, or not as a "
-                "whole. Pass sample_inputs to modify()."
-            )
+        if not closure:
+            self._refuse_waiting()
+        self._run.closure = closure
         self._skipped = skipped(self._optimizer)
         self.ledger.hold()
         if not self._skipped:
@@ -171,12 +169,21 @@ class Session:
             self.masker.apply()
             return
         self._due = False
+        # With a closure the forward was inside the step.
+        self._refuse_waiting()
         for after in self._afters:
             after()
         self.masker.apply()
         self.timer.tick()
         self._seen = None
         self.update()
+
+    def _refuse_waiting(self) -> None:
+        if self._waiting:
+            raise StateError(
+                "a step was taken, but the model's inputs were never seen: it was called in compiled code, or not as a "
+                "whole. Pass sample_inputs to modify()."
+            )
 
     def _loaded(self) -> None:
         self.ledger.loaded()

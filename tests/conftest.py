@@ -14,4 +14,11 @@ torch.set_num_threads(1)
 quiet = [HealthCheck.too_slow, HealthCheck.data_too_large]
 settings.register_profile("default", deadline=None, derandomize=True, max_examples=50, suppress_health_check=quiet)
 settings.register_profile("all", deadline=None, max_examples=1000, suppress_health_check=quiet, print_blob=True)
+# torchvision for the CPU brings no operators of its own; with their names known, it and what imports it (timm,
+# torchmetrics) can be imported wherever they are installed.
+TORCHVISION = torch.library.Library("torchvision", "FRAGMENT")
+for name in ("nms", "qnms"):
+    if not hasattr(torch.ops.torchvision, name):
+        TORCHVISION.define(f"{name}(Tensor boxes, Tensor scores, float threshold) -> Tensor")
+
 settings.load_profile("all" if os.environ.get("SPARSIFY_TESTS") == "all" else "default")

@@ -12,6 +12,7 @@ from torch import nn
 from sparsify.manager import ScheduledModifierManager
 from sparsify.modifiers.base import Modifier
 from sparsify.modifiers.pruning import GMPruningModifier
+from sparsify.modifiers.quantization import QuantizationModifier
 
 # The frameworks warn about much of their own.
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
@@ -74,6 +75,37 @@ def test_lightning_counts_every_step(accumulation: int, precision: str, tmp_path
     assert module.manager.step == trainer.global_step == 24 // accumulation
     assert module.manager.epoch == 3.0 and exact(module.model)
     module.manager.finalize(module.model)
+
+
+def test_lightning_computes_forward_inside_the_step_and_quantizes_all_the_same(tmp_path: Path) -> None:
+    lightning = pytest.importorskip("lightning")
+
+    class Module(lightning.LightningModule):  # type: ignore[name-defined, misc]
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = network()
+            # Without sample_inputs: the trace waits for a forward, which comes after the step has begun.
+            self.manager = ScheduledModifierManager([QuantizationModifier(start_epoch=1.0)])
+
+        def training_step(self, batch: Any, index: int) -> Any:
+            return self.model(batch[0]).square().mean()
+
+        def configure_optimizers(self) -> Any:
+            optimizer = torch.optim.SGD(self.model.parameters(), lr=0.1)
+            return self.manager.modify(self.model, optimizer, steps_per_epoch=4)
+
+    module = Module()
+    loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(torch.randn(16, 6)), batch_size=4)
+    lightning.Trainer(
+        max_epochs=2,
+        accelerator="cpu",
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        default_root_dir=tmp_path,
+    ).fit(module, loader)
+    assert module.manager.step == 8
+    assert "QuantizedLinear" in {type(layer).__name__ for layer in module.model.modules()}
 
 
 @pytest.mark.parametrize("accumulation", [1, 2])

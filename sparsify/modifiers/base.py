@@ -145,7 +145,7 @@ class Active:
         """Puts in force what is due at `clock`. Called on attach, after every tick and after loading; idempotent."""
 
     def before_step(self) -> None:
-        """Just before the optimizer steps. Gradients are those of this step (or none: LBFGS). May be called twice."""
+        """Just before the optimizer steps, also twice. Gradients are those of this step, unless `Run.closure`."""
 
     def after_step(self) -> None:
         """Just after a real optimizer step, before masks are applied. Called once a step."""
@@ -187,6 +187,8 @@ class Run:
     teacher: nn.Module | Literal["self"] | None = None
     grad_sampler: Any = None
     calibration_data: Iterable[Any] | None = None
+    closure: bool = False
+    """Whether the step at hand computes its gradients itself: before it they are old, after it they are there."""
     steps_per_epoch: int | None = None
     extra: dict[str, Any] = field(default_factory=dict)
 
