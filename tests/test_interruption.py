@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import pytest
 import torch
@@ -100,10 +100,8 @@ def test_finalize_after_ctrl_c_leaves_a_usable_model(owner: type, method: str, c
     plain = copy.deepcopy(model)
     manager = ScheduledModifierManager.from_yaml(RECIPE)
     with _ctrl_c_at(owner, method, call):
-        try:
+        with suppress(KeyboardInterrupt):
             _train(model, manager)
-        except KeyboardInterrupt:
-            pass
     sparsity = dict(manager.sparsity()) if manager.attached else {}
     manager.finalize(model)
     manager.finalize(model)

@@ -1,7 +1,7 @@
-"""What a recipe can ask for (`Modifier`, data) and what does it (`Active`, work), and what that work may touch (`Run`).
+"""What a recipe can ask for (`Modifier`, data), what does it (`Active`, work), and what that work may touch (`Run`).
 
-To add a modifier, write one file with a `Modifier` subclass and an `Active` subclass. The class registers itself under its
-name, which is its tag in a recipe; each field's `description` is its reference documentation and its JSON schema.
+To add a modifier, write one file with a `Modifier` subclass and an `Active` subclass. The class registers itself under
+its name, which is its tag in a recipe; each field's `description` is its reference documentation and its JSON schema.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
@@ -55,7 +55,9 @@ class Modifier(BaseModel, ABC):
         RecipeError: on construction, for an unknown field, a wrong type or a value out of range; `field` names it.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False, use_attribute_docstrings=False)
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", strict=True, allow_inf_nan=False, use_attribute_docstrings=False
+    )
 
     registry: ClassVar[dict[str, type[Modifier]]] = {}
     """Every concrete modifier by its name in recipes."""
@@ -134,8 +136,8 @@ class Modifier(BaseModel, ABC):
 class Active:
     """One modifier at work on one model; all run state lives here. Overrides only what it needs.
 
-    Order in a step: every `before_step`; the optimizer steps; every `after_step`; masks are applied; the clock ticks; every
-    `update`. So `update` prepares what the *next* forward and step see.
+    Order in a step: every `before_step`; the optimizer steps; every `after_step`; masks are applied; the clock ticks;
+    every `update`. So `update` prepares what the *next* forward and step see.
     """
 
     needs_outputs: ClassVar[bool] = False
@@ -155,7 +157,7 @@ class Active:
         return loss
 
     def structure(self, epoch: float, state: Mapping[str, Any] | None) -> None:
-        """Gives the model the structure (quantized layers, removed channels) that it has at `epoch` or had in `state`."""
+        """Gives the model its structure (quantized layers, removed channels) at `epoch`, or the one in `state`."""
 
     def detach(self) -> None:
         """Ends the work and leaves a usable model; may be called at any moment, and twice."""
@@ -172,8 +174,8 @@ class Active:
 class Run:
     """What a modifier may touch. One for all modifiers of a manager.
 
-    `model` is the user's module without DDP's or torch.compile's wrapper; names are given without their prefixes. `on_inputs` calls back with (args, kwargs)
-    of the model: at once where `sample_inputs` were given, otherwise at the first forward, before it computes.
+    `model` is the user's module without DDP's or torch.compile's wrapper; names are given without their prefixes.
+    `on_inputs` calls back with (args, kwargs) of the model: at once where `sample_inputs` were given, otherwise at the first forward, before it computes.
     """
 
     model: nn.Module
@@ -190,7 +192,6 @@ class Run:
     closure: bool = False
     """Whether the step at hand computes its gradients itself: before it they are old, after it they are there."""
     steps_per_epoch: int | None = None
-    extra: dict[str, Any] = field(default_factory=dict)
 
 
 class FieldProblem(ValueError):
@@ -204,8 +205,8 @@ class FieldProblem(ValueError):
 def not_yet(modifier: Modifier) -> StateError:
     """What a modifier that cannot run yet raises in `attach`."""
     return StateError(
-        f"{type(modifier).__name__} cannot run yet: recipes that use it load, save and check, but modify() does not take "
-        "them. Remove it from the recipe to train now."
+        f"{type(modifier).__name__} cannot run yet: recipes that use it load, save and check, but modify() does not "
+        "take them. Remove it from the recipe to train now."
     )
 
 
