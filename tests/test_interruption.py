@@ -99,9 +99,8 @@ def test_finalize_after_ctrl_c_leaves_a_usable_model(owner: type, method: str, c
     model = _network()
     plain = copy.deepcopy(model)
     manager = ScheduledModifierManager.from_yaml(RECIPE)
-    with _ctrl_c_at(owner, method, call):
-        with suppress(KeyboardInterrupt):
-            _train(model, manager)
+    with _ctrl_c_at(owner, method, call), suppress(KeyboardInterrupt):
+        _train(model, manager)
     sparsity = dict(manager.sparsity()) if manager.attached else {}
     manager.finalize(model)
     manager.finalize(model)

@@ -175,7 +175,8 @@ class Run:
     """What a modifier may touch. One for all modifiers of a manager.
 
     `model` is the user's module without DDP's or torch.compile's wrapper; names are given without their prefixes.
-    `on_inputs` calls back with (args, kwargs) of the model: at once where `sample_inputs` were given, otherwise at the first forward, before it computes.
+    `on_inputs` calls back with (args, kwargs) of the model: at once where `sample_inputs` were given, otherwise at the
+    first forward, before it computes.
     """
 
     model: nn.Module
