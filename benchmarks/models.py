@@ -120,7 +120,7 @@ def mlp() -> nn.Module:
 
 
 MODELS: dict[str, tuple[Callable[[], nn.Module], Callable[[], Tensor], int]] = {
-    "ResNet-18 (batch 8, 112 px)": (resnet18, lambda: torch.randn(8, 3, 112, 112), 1000),
+    "ResNet-18 (batch 8, 224 px)": (resnet18, lambda: torch.randn(8, 3, 224, 224), 1000),
     "ResNet-20 (batch 32, 32 px)": (resnet20, lambda: torch.randn(32, 3, 32, 32), 10),
     "encoder 4 x 256 (batch 8, 128 tokens)": (Encoder, lambda: torch.randint(0, 1000, (8, 128)), 10),
     "MLP 784-1024-1024-10 (batch 64)": (mlp, lambda: torch.randn(64, 784), 10),
