@@ -316,6 +316,8 @@ def _plain(program: Any, names: _Names) -> Trace:
             op = kind = "input"
         elif node.op == "call_function":
             op = _op_name(node.target)
+            if op.rstrip("_") == "hardtanh" and tuple(node.args[1:3]) == (0.0, 6.0):
+                op = "relu6" + op.removeprefix("hardtanh")
             kind = _KINDS.get(op.rstrip("_"), "other")
         elif node.op == "output":
             outputs = [read.name for read in node.all_input_nodes]

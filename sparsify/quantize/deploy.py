@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from sparsify.errors import DataError
 from sparsify.quantize.emit import dequantize, quantize_dequantize
 from sparsify.quantize.fake import FakeQuantize, weight_integers, weight_scale
 from sparsify.quantize.layers import (
@@ -36,15 +37,15 @@ class DeployedLayer(QuantizedLayer):
     of the bias where what the layer reads is not quantized.
     """
 
-    def forward(self, x: Tensor, output_size: list[int] | None = None) -> Tensor:
-        x = self._input(x)
+    def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
+        input = self._input(input)
         buffers = cast(Any, self._buffers)
         weight = dequantize(buffers["weight_int8"], buffers["weight_scale"], self._wiring.axis)
         bias = buffers.get("float_bias")
         if "bias_int32" in buffers:
             scale = buffers["bias_scale"]
             bias = dequantize(buffers["bias_int32"], scale, None if scale.dim() == 0 else 0)
-        return self._output(self._compute(x, weight, bias, output_size))
+        return self._output(self._compute(input, weight, bias, output_size))
 
 
 class DeployedLinear(DeployedLayer, QuantizedLinear):
@@ -66,11 +67,11 @@ class DeployedConvTranspose2d(DeployedLayer, QuantizedConvTranspose2d):
 class DeployedEmbedding(QuantizedEmbedding):
     """Looks up int8 rows, and the scale of each: a table in float is never made."""
 
-    def forward(self, ids: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         buffers = cast(Any, self._buffers)
-        rows = F.embedding(ids, buffers["weight_int8"]).to(torch.float32)
+        rows = F.embedding(input, buffers["weight_int8"]).to(torch.float32)
         scale = buffers["weight_scale"]
-        return self._output(rows * (scale if scale.dim() == 0 else F.embedding(ids, scale.unsqueeze(1))))
+        return self._output(rows * (scale if scale.dim() == 0 else F.embedding(input, scale.unsqueeze(1))))
 
 
 class DeployedQuantize(FakeQuantize):
@@ -109,6 +110,13 @@ def deployment_copy(model: nn.Module) -> nn.Module:
     for quantizer in quantizers(model):
         if quantizer.enabled:
             quantizer.require_range()
+    for name, module in model.named_modules():
+        weight = module._parameters.get("weight")
+        if isinstance(module, (QuantizedLayer, QuantizedEmbedding)) and not cast(Tensor, weight).isfinite().all():
+            raise DataError(
+                f"{name}.weight holds NaN or infinity, of which no integers can be made. Load weights that are finite, "
+                "or find the step at which training diverged."
+            )
     deployed = copy.deepcopy(getattr(model, "_orig_mod", model)).eval()
     layers = [module for module in deployed.modules() if isinstance(module, (QuantizedLayer, QuantizedEmbedding))]
     # First all integers: a layer is made of its BatchNorm and of the quantizer before it.

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable, Sequence
-from functools import cache
+from functools import cache, wraps
 from typing import Any, cast
 
 import torch
@@ -52,9 +52,10 @@ class Watched(Retyped):
     _off: bool = False
     """Whether the trace and the calls disagreed: everything in float since."""
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
+    def _watch(self, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """What the user's `forward` gives, its operations watched."""
         if self._off:
-            return super().forward(*args, **kwargs)
+            return forward(self, *args, **kwargs)
         watch = _Watch(self)
         stack: Any = overrides._get_current_function_mode_stack
         above = [mode for mode in stack() if isinstance(mode, _Watch)]
@@ -62,7 +63,7 @@ class Watched(Retyped):
             mode.depth += 1
         try:
             with watch:
-                result = super().forward(*args, **kwargs)
+                result = forward(self, *args, **kwargs)
         finally:
             for mode in above:
                 mode.depth -= 1
@@ -105,6 +106,8 @@ class _Watch(overrides.TorchFunctionMode):
     ) -> Any:
         kwargs = kwargs or {}
         kind = _KIND_OF.get(func)
+        if func is F.hardtanh and (*args[1:3], *kwargs.values())[:2] == (0.0, 6.0):
+            kind = "relu"
         if kind is None or self.depth or kind not in self.seen:
             return func(*args, **kwargs)
         index = self.seen[kind]
@@ -116,7 +119,7 @@ class _Watch(overrides.TorchFunctionMode):
                 self.seen[kind] = index + 1
             return result
         target = kwargs.get("out")
-        if func in _WRITES or kwargs.get("inplace") or (kind == "relu" and len(args) > 1 and args[1]):
+        if func in _WRITES or kwargs.get("inplace") or (kind == "relu" and len(args) in (2, 4) and args[-1]):
             target = args[0]
         if target is not None and not target.is_floating_point():
             return func(*args, **kwargs)
@@ -167,9 +170,18 @@ def switch_off_all(model: nn.Module, names: Iterable[str]) -> None:
 @cache
 def watched(original: type[nn.Module]) -> type[Watched]:
     """The watched form of a user's class: a subclass of it, made once."""
+    inner = original.forward
+
+    # The signature is that of the user's: torch.export and trainers look at it.
+    @wraps(inner)
+    def forward(self: Watched, *args: Any, **kwargs: Any) -> Any:
+        return self._watch(inner, args, kwargs)
+
     made: Callable[..., type[Watched]] = type
     return made(
-        f"Quantized{original.__name__}", (Watched, original), {"__module__": __name__, "__doc__": original.__doc__}
+        f"Quantized{original.__name__}",
+        (Watched, original),
+        {"__module__": __name__, "__doc__": original.__doc__, "forward": forward},
     )
 
 

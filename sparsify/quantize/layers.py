@@ -83,8 +83,8 @@ class QuantizedLayer(Retyped):
     def _compute(self, x: Tensor, weight: Tensor, bias: Tensor | None, output_size: list[int] | None = None) -> Tensor:
         raise NotImplementedError
 
-    def forward(self, x: Tensor, output_size: list[int] | None = None) -> Tensor:
-        x = self._input(x)
+    def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
+        input = self._input(input)
         if self.training:
             wiring = self._wiring
             weight: Tensor = self.weight  # type: ignore[assignment]
@@ -92,11 +92,11 @@ class QuantizedLayer(Retyped):
                 # Not under autocast: half of the bits of a scale would be gone. The operation casts what comes out.
                 with torch._C.DisableTorchFunction():
                     weight = fake_weight(weight, axis=wiring.axis, largest=wiring.largest)
-            y = self._compute(x, weight, self._parameters["bias"], output_size)
+            y = self._compute(input, weight, self._parameters["bias"], output_size)
         else:
             with torch._C.DisableTorchFunction():
                 weight, bias = folded(self)
-            y = self._compute(x, weight, bias, output_size)
+            y = self._compute(input, weight, bias, output_size)
         return self._output(y)
 
 
@@ -143,13 +143,13 @@ class QuantizedConvTranspose2d(QuantizedLayer, nn.ConvTranspose2d):
 class QuantizedEmbedding(Retyped, nn.Embedding):
     """Rows are looked up and then quantized, each by its scale: the same as the other way round, without the table."""
 
-    def forward(self, ids: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         wiring = self._wiring
         if wiring.axis is None:
             with torch._C.DisableTorchFunction():
                 table = fake_weight(self.weight, axis=None, largest=wiring.largest)
-            return self._output(self._rows(ids, table))
-        rows = self._rows(ids, self.weight)
+            return self._output(self._rows(input, table))
+        rows = self._rows(input, self.weight)
         with torch._C.DisableTorchFunction():
             flat = rows.reshape(-1, rows.shape[-1])
             return self._output(fake_weight(flat, axis=0, largest=wiring.largest).view(rows.shape))
@@ -163,14 +163,14 @@ class QuantizedEmbedding(Retyped, nn.Embedding):
 class QuantizedNorm(Retyped):
     """A BatchNorm: passes through in eval mode where it is folded into a layer."""
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         wiring = self._wiring
         # The layer's mode counts, not ours: a user who trains with bn.eval() has a layer that is not folded.
         if wiring.layer is not None and not wiring.layer.training:
-            return self._output(x)
+            return self._output(input)
         if wiring.frozen and self.training:
-            return self._output(frozen_norm(self, x))
-        return self._output(super().forward(x))
+            return self._output(frozen_norm(self, input))
+        return self._output(super().forward(input))
 
 
 class QuantizedBatchNorm1d(QuantizedNorm, nn.BatchNorm1d):
@@ -192,21 +192,21 @@ class QuantizedSyncBatchNorm(QuantizedNorm, nn.SyncBatchNorm):
 class QuantizedReLU(Retyped, nn.ReLU):
     """The quantizer does the ReLU: the two are one function in training."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self._output(x)
+    def forward(self, input: Tensor) -> Tensor:
+        return self._output(input)
 
 
 class QuantizedReLU6(Retyped, nn.ReLU6):
-    def forward(self, x: Tensor) -> Tensor:
-        return self._output(x)
+    def forward(self, input: Tensor) -> Tensor:
+        return self._output(input)
 
 
 class QuantizedPool(Retyped):
     """A pool whose output is quantized."""
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         with torch._C.DisableTorchFunction():
-            y = super().forward(x)
+            y = super().forward(input)
         return self._output(y)
 
 

@@ -1,0 +1,164 @@
+"""Small models that are quantized in tests, and the way there without a recipe."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from sparsify.graph import trace
+from sparsify.quantize.placement import make_plan
+from sparsify.quantize.plan import Plan, apply_plan, settle
+from sparsify.quantize.scheme import Settings
+
+
+class Block(nn.Module):
+    """One in-place ReLU module at two places, and `out += x`: the residual block as everybody writes it."""
+
+    def __init__(self, channels: int = 4, bias: bool = False) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(channels, channels, 3, padding=1, bias=bias)
+        self.bn1 = nn.BatchNorm2d(channels)
+        self.conv2 = nn.Conv2d(channels, channels, 3, padding=1, bias=bias)
+        self.bn2 = nn.BatchNorm2d(channels)
+        self.relu = nn.ReLU(inplace=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.relu(self.bn1(self.conv1(x)))
+        out = self.bn2(self.conv2(out))
+        out += x
+        return self.relu(out)
+
+
+class Net(nn.Module):
+    """A residual network with functional ReLU and pools."""
+
+    def __init__(self, classes: int = 5) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 4, 3)
+        self.bn = nn.BatchNorm2d(4)
+        self.first = Block()
+        self.second = Block(bias=True)
+        self.fc = nn.Linear(4, classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.max_pool2d(F.relu(self.bn(self.stem(x))), 2)
+        x = F.adaptive_avg_pool2d(self.second(self.first(x)), 1)
+        return self.fc(torch.flatten(x, 1))
+
+
+class Inverted(nn.Module):
+    """MobileNetV2's block: ReLU6, depthwise, and an add without a ReLU behind it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.expand = nn.Sequential(nn.Conv2d(3, 8, 1, bias=False), nn.BatchNorm2d(8), nn.ReLU6(inplace=True))
+        self.depthwise = nn.Sequential(
+            nn.Conv2d(8, 8, 3, padding=1, groups=8, bias=False), nn.BatchNorm2d(8), nn.ReLU6(inplace=True)
+        )
+        self.project = nn.Sequential(nn.Conv2d(8, 8, 1, bias=False), nn.BatchNorm2d(8))
+        self.again = nn.Sequential(nn.Conv2d(8, 8, 1, bias=False), nn.BatchNorm2d(8))
+        self.head = nn.Linear(8, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.project(self.depthwise(self.expand(x)))
+        x = x + self.again(x)
+        return self.head(x.mean((2, 3)))
+
+
+class Attention(nn.Module):
+    """One encoder layer in the manner of BERT, on token ids."""
+
+    def __init__(self, width: int = 16, heads: int = 2) -> None:
+        super().__init__()
+        self.heads = heads
+        self.embed = nn.Embedding(20, width, padding_idx=0)
+        self.query = nn.Linear(width, width)
+        self.key = nn.Linear(width, width)
+        self.value = nn.Linear(width, width)
+        self.out = nn.Linear(width, width)
+        self.norm1 = nn.LayerNorm(width)
+        self.up = nn.Linear(width, 2 * width)
+        self.down = nn.Linear(2 * width, width)
+        self.norm2 = nn.LayerNorm(width)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.norm1(self.embed(ids))
+        batch, length, width = x.shape
+
+        def split(t: Tensor) -> Tensor:
+            return t.view(batch, length, self.heads, -1).transpose(1, 2)
+
+        mixed = F.scaled_dot_product_attention(split(self.query(x)), split(self.key(x)), split(self.value(x)))
+        x = self.norm2(x + self.out(mixed.transpose(1, 2).reshape(batch, length, width)))
+        return x + self.down(F.gelu(self.up(x)))
+
+
+class Up(nn.Module):
+    """Transposed and one-dimensional convolutions, a concatenation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.left = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.ReLU())
+        self.right = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.ReLU())
+        self.up = nn.ConvTranspose2d(8, 6, 2, stride=2, bias=False)
+        self.bn = nn.BatchNorm2d(6)
+        self.line = nn.Conv1d(6, 4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.bn(self.up(torch.cat([self.left(x), self.right(x)], 1)))
+        return self.line(F.relu(x).flatten(2))
+
+
+def mlp() -> nn.Module:
+    return nn.Sequential(
+        nn.Linear(6, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Dropout(0.2), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 3)
+    )
+
+
+def images(size: int = 4) -> Tensor:
+    return torch.randn(size, 3, 12, 12)
+
+
+ZOO: dict[str, tuple[Any, Any]] = {
+    "residual": (Net, images),
+    "inverted": (Inverted, images),
+    "attention": (Attention, lambda: torch.randint(0, 20, (3, 7))),
+    "up": (Up, images),
+    "mlp": (mlp, lambda: torch.randn(16, 6)),
+}
+"""Name -> (constructor, one batch)."""
+
+
+def quantized(model: nn.Module, *inputs: Any, settings: Settings | None = None) -> Plan:
+    """Quantizes `model` in place as its trace on `inputs` says; gives the plan."""
+    plan = make_plan(model, trace(model, inputs), settings or Settings())
+    apply_plan(model, plan)
+    settle(model, inputs, {})
+    return plan
+
+
+def trained(name: str, steps: int = 4, settings: Settings | None = None, lr: float = 0.05) -> tuple[nn.Module, Tensor]:
+    """A quantized model of the zoo after a few steps, in training mode, and a batch."""
+    build, batch = ZOO[name]
+    torch.manual_seed(0)
+    model = build()
+    inputs = batch()
+    quantized(model, inputs, settings=settings)
+    train(model, inputs, steps, lr)
+    return model, inputs
+
+
+def train(model: nn.Module, inputs: Any, steps: int, lr: float = 0.05) -> list[float]:
+    """A few steps of SGD with momentum; gives the losses."""
+    optimizer = torch.optim.SGD(model.parameters(), lr=lr, momentum=0.9)
+    losses = []
+    for _ in range(steps):
+        optimizer.zero_grad()
+        loss = (model(inputs) - 1.0).square().mean()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return losses

@@ -1,0 +1,163 @@
+"""The deployment copy: integers that compute bit for bit what the trained model computes in eval mode."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from quantized_models import ZOO, Net, images, mlp, quantized, train, trained
+from torch import Tensor, nn
+
+from sparsify.errors import DataError, StateError
+from sparsify.quantize.deploy import deployment_copy
+from sparsify.quantize.layers import WEIGHTED, QuantizedLayer, integers
+from sparsify.quantize.scheme import NAMED, ActivationScheme, Scheme, Settings, WeightScheme
+
+SETTINGS = {
+    "default": Settings(),
+    "tensorrt": Settings(scheme=NAMED["tensorrt"]),
+    "one scale": Settings(scheme=Scheme(weights=WeightScheme(strategy="tensor"))),
+    "4 bits": Settings(scheme=Scheme(input_activations=ActivationScheme(num_bits=4), weights=WeightScheme(num_bits=4))),
+    "weights alone": Settings(scheme=Scheme(input_activations=None)),
+    "7 bits": Settings(reduce_range=True),
+}
+
+
+@pytest.mark.parametrize("settings", SETTINGS)
+@pytest.mark.parametrize("name", ZOO)
+def test_eval_mode_and_deployment_copy_agree_to_the_bit(name: str, settings: str) -> None:
+    model, inputs = trained(name, settings=SETTINGS[settings])
+    keys = list(model.state_dict())
+    deployed = deployment_copy(model)
+    assert model.training and list(model.state_dict()) == keys
+    model.eval()
+    with torch.no_grad():
+        assert torch.equal(model(inputs), deployed(inputs))
+
+
+@pytest.mark.parametrize("name", ZOO)
+def test_it_holds_integers_and_no_float_weights(name: str) -> None:
+    model, _ = trained(name)
+    deployed = deployment_copy(model)
+    for path, module in model.named_modules():
+        if isinstance(module, tuple(WEIGHTED)):
+            buffers = dict(deployed.get_submodule(path).named_buffers(recurse=False))
+            assert buffers["weight_int8"].dtype == torch.int8
+            assert buffers["weight_int8"].abs().max() <= 127
+            assert not list(deployed.get_submodule(path).parameters(recurse=False))
+            if isinstance(module, nn.Embedding):
+                continue
+            assert buffers["bias_int32"].dtype == torch.int32
+            scale = buffers["weight_scale"] * module._wiring.source.scale  # type: ignore[union-attr]
+            assert torch.equal(buffers["bias_scale"], scale)
+
+
+def test_batch_norm_is_folded_exactly() -> None:
+    """Against the long way: fold in float64, then the integers of the unfolded weights."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6), nn.ReLU())
+    quantized(model, images())
+    train(model, images(), 3)
+    norm: Any = model[1]
+    with torch.no_grad():
+        norm.weight.copy_(torch.tensor([1.0, -0.5, 0.0, 2.0, -3.0, 1e-12]))
+        norm.bias.copy_(torch.randn(6))
+    whole = integers(model[0])
+    c = norm.weight.double() / (norm.running_var.double() + norm.eps).sqrt()
+    weight = model[0].weight.double()
+    scale = weight.abs().amax((1, 2, 3)) / 127
+    exact = (weight / scale.view(-1, 1, 1, 1)).round() * scale.view(-1, 1, 1, 1) * c.view(-1, 1, 1, 1)
+    got = whole.weight.double() * whole.scale.double().view(-1, 1, 1, 1)
+    torch.testing.assert_close(got, exact, rtol=1e-5, atol=1e-9)
+    bias = norm.bias.double() - norm.running_mean.double() * c + c * model[0].bias.double()
+    assert whole.bias is not None
+    error = (whole.bias.double() * whole.bias_scale.double() - bias).abs()
+    assert (error <= 0.51 * whole.bias_scale.double() + 1e-6 * bias.abs()).all()
+    assert (whole.scale > 0).all()
+
+
+def test_the_float_model_is_near() -> None:
+    model, inputs = trained("residual", steps=150, lr=0.01)
+    model.eval()
+    with torch.no_grad():
+        got = model(inputs)
+        from sparsify.quantize.layers import restore
+
+        restore(model)
+        expected = model(inputs)
+    assert ((got - expected).norm() / expected.norm()).item() < 0.1
+
+
+def test_pruned_zeros_are_zeros_of_the_integers() -> None:
+    model, inputs = trained("residual")
+    zeros: dict[str, Tensor] = {}
+    with torch.no_grad():
+        for path, module in model.named_modules():
+            if isinstance(module, QuantizedLayer):
+                zeros[path] = torch.rand_like(module.weight) < 0.8
+                module.weight[zeros[path]] = 0.0  # type: ignore[index]
+    model(inputs)
+    deployed = deployment_copy(model)
+    for path, mask in zeros.items():
+        q = dict(deployed.get_submodule(path).named_buffers())["weight_int8"]
+        assert (q[mask] == 0).all()
+
+
+def test_a_model_without_quantized_layers_gives_a_plain_copy() -> None:
+    model = Net().train()
+    deployed = deployment_copy(model)
+    assert not deployed.training and deployed is not model
+    inputs = images()
+    assert torch.equal(deployed(inputs), copy.deepcopy(model).eval()(inputs))
+
+
+def test_a_model_that_saw_nothing_is_refused() -> None:
+    model = Net()
+    quantized(model, images())
+    with pytest.raises(StateError, match="no values were ever observed"):
+        deployment_copy(model)
+
+
+def test_a_broken_range_is_refused() -> None:
+    model, _ = trained("mlp")
+    model[0].input_quantizer.high.fill_(float("nan"))
+    with pytest.raises(DataError, match=r"0\.input_quantizer"):
+        deployment_copy(model)
+
+
+def test_weights_that_are_not_finite_are_refused_by_name() -> None:
+    model, _ = trained("mlp")
+    with torch.no_grad():
+        model[4].weight[0, 0] = float("nan")
+    with pytest.raises(DataError, match=r"4\.weight"):
+        deployment_copy(model)
+
+
+@pytest.mark.parametrize("name", ZOO)
+def test_it_is_traced_by_torch_export_with_a_dynamic_batch(name: str) -> None:
+    model, inputs = trained(name)
+    deployed = deployment_copy(model)
+    program = torch.export.export(deployed, (inputs,), strict=False, dynamic_shapes=({0: torch.export.Dim.DYNAMIC},))
+    names = [str(node.target) for node in program.graph.nodes]
+    assert any("sparsify.dequantize" in n for n in names) and any("sparsify.quantize_dequantize" in n for n in names)
+    with torch.no_grad():
+        assert torch.equal(program.module()(inputs[:2]), deployed(inputs[:2]))
+
+
+def test_it_stays_the_same_when_the_model_trains_on() -> None:
+    model, inputs = trained("mlp")
+    deployed = deployment_copy(model)
+    before = deployed(inputs)
+    train(model, inputs, 2)
+    assert torch.equal(deployed(inputs), before)
+
+
+def test_a_model_in_another_dtype_keeps_float32_scales() -> None:
+    model = mlp()
+    inputs = torch.randn(16, 6)
+    quantized(model, inputs)
+    train(model, inputs, 2)
+    scale = model[0].input_quantizer.scale.clone()
+    assert torch.equal(copy.deepcopy(model).half()[0].input_quantizer.scale, scale)

@@ -1,0 +1,253 @@
+"""What is quantized where, and what is not, from trace and scheme; a plan as plain data."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from quantized_models import ZOO, Attention, Inverted, Net, Up, images, mlp, quantized
+from torch import Tensor, nn
+
+from sparsify.errors import StateError, TargetError
+from sparsify.graph import trace
+from sparsify.quantize.layers import quantizers
+from sparsify.quantize.placement import make_plan
+from sparsify.quantize.plan import Plan, apply_plan
+from sparsify.quantize.scheme import NAMED, ActivationScheme, Scheme, Settings, WeightScheme
+
+
+def plan_of(model: nn.Module, *inputs: Tensor, **settings: object) -> Plan:
+    return make_plan(model, trace(model, inputs), Settings(**settings))  # type: ignore[arg-type]
+
+
+def test_sites_of_a_residual_network_are_those_that_onnxruntime_fuses() -> None:
+    plan = plan_of(Net(), images())
+    assert [site.name for site in plan.sites] == [
+        "stem.input_quantizer",
+        "relu_0_quantizer",
+        "first.relu_0_quantizer",
+        "first.bn2.output_quantizer",
+        "first.relu_1_quantizer",
+        "second.relu_0_quantizer",
+        "second.bn2.output_quantizer",
+        "second.relu_1_quantizer",
+        "average_pool_0_quantizer",
+    ]
+    assert plan.folds == {
+        "stem": "bn",
+        "first.conv1": "first.bn1",
+        "first.conv2": "first.bn2",
+        "second.conv1": "second.bn1",
+        "second.conv2": "second.bn2",
+    }
+    sources = {layer.name: layer.source for layer in plan.layers}
+    assert sources["first.conv1"] == "relu_0_quantizer"
+    assert sources["fc"] == "average_pool_0_quantizer"
+    assert plan.left == ()
+
+
+def test_an_add_without_a_relu_has_a_quantizer_of_its_own() -> None:
+    plan = plan_of(Inverted(), images())
+    names = [site.name for site in plan.sites]
+    assert "project.1.output_quantizer" in names and "again.1.output_quantizer" in names
+    assert "add_0_quantizer" in names
+    assert {site.ceiling for site in plan.sites if site.relu} == {6.0}
+
+
+def test_in_attention_only_what_feeds_a_linear_is_quantized() -> None:
+    plan = plan_of(Attention(), torch.randint(0, 20, (2, 5)))
+    assert [(site.name, site.readers) for site in plan.sites] == [
+        ("query.input_quantizer", ("key", "value")),
+        ("out.input_quantizer", ()),
+        ("up.input_quantizer", ()),
+        ("down.input_quantizer", ()),
+    ]
+    assert plan.watched == {}
+
+
+def test_concatenations_and_transposed_convolutions() -> None:
+    plan = plan_of(Up(), images())
+    layers = {layer.name: layer for layer in plan.layers}
+    assert layers["up"].axis == 1 and layers["up"].norm == "bn"
+    assert layers["up"].source == "concat_0_quantizer"
+    assert layers["line"].source == "relu_0_quantizer"
+
+
+def test_a_shared_layer_has_one_quantizer_for_all_that_it_reads_and_is_not_folded() -> None:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(3, 3, 1)
+            self.bn = nn.BatchNorm2d(3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.bn(self.conv(torch.relu(self.conv(x))))
+
+    plan = plan_of(Twice(), images())
+    (layer,) = plan.layers
+    assert layer.source == "conv.input_quantizer" and layer.norm is None
+    assert any("is called 2 times" in left.why for left in plan.left)
+
+
+def test_what_is_left_in_float_is_named_with_the_reason() -> None:
+    class Odd(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.used = nn.Linear(4, 4)
+            self.unused = nn.Linear(4, 4)
+            self.sub = Sub(4, 4)
+            self.normed = torch.nn.utils.parametrizations.weight_norm(nn.Linear(4, 4))
+            self.attention = nn.MultiheadAttention(4, 2, batch_first=True)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.attention(*[self.normed(self.sub(self.used(x)))] * 3)[0]
+
+    class Sub(nn.Linear):
+        pass
+
+    plan = plan_of(Odd(), torch.randn(2, 3, 4))
+    why = {left.what: left.why for left in plan.left}
+    assert why["unused"] == "was not called on the example inputs"
+    assert "not one of" in why["sub"] and "not one of" in why["normed"]
+    assert "MultiheadAttention" in why["attention"]
+    assert [layer.name for layer in plan.layers] == ["used"]
+    assert "unused: was not called" in str(plan)
+
+
+@pytest.mark.parametrize("ignore", [("first",), ("re:first",), ("Block",)])
+def test_ignore_leaves_a_layer_and_all_below_it_in_float(ignore: tuple[str, ...]) -> None:
+    plan = plan_of(Net(), images(), ignore=ignore)
+    names = {layer.name for layer in plan.layers}
+    assert not any(name.startswith("first") for name in names)
+    assert not any(site.module.startswith("first") for site in plan.sites)
+    assert ("second.conv1" in names) == (ignore != ("Block",))
+    assert any(left.why == "left out by the recipe" for left in plan.left)
+
+
+def test_ignoring_relus_quantizes_at_the_layer_that_reads() -> None:
+    plan = plan_of(mlp(), torch.randn(4, 6), ignore=("ReLU",))
+    assert all(site.child == "input_quantizer" for site in plan.sites)
+    assert len(plan.sites) == 3
+
+
+def test_within_quantizes_only_there() -> None:
+    plan = plan_of(Net(), images(), within=("second",))
+    assert {layer.name for layer in plan.layers} == {"second.conv1", "second.conv2"}
+
+
+def test_overrides_by_name_beat_those_by_type_and_fill_in_the_rest() -> None:
+    settings = Settings(
+        overrides={
+            "Conv2d": Scheme(weights=WeightScheme(num_bits=4)),
+            "stem": Scheme(input_activations=None),
+            "fc": None,
+        }
+    )
+    model = Net()
+    plan = make_plan(model, trace(model, (images(),)), settings)
+    layers = {layer.name: layer for layer in plan.layers}
+    assert "fc" not in layers
+    assert layers["first.conv1"].largest == 7
+    assert layers["stem"].source is None and layers["stem"].largest == 127
+
+
+def test_tensorrt_reduce_range_and_one_scale() -> None:
+    plan = plan_of(mlp(), torch.randn(4, 6), scheme=NAMED["tensorrt"], reduce_range=True)
+    assert all(site.symmetric for site in plan.sites)
+    assert {layer.largest for layer in plan.layers} == {63}
+    one = Scheme(weights=WeightScheme(strategy="tensor"))
+    assert {layer.axis for layer in plan_of(mlp(), torch.randn(4, 6), scheme=one).layers} == {None}
+
+
+def test_weights_alone_and_outputs_as_well() -> None:
+    weights = plan_of(Net(), images(), scheme=Scheme(input_activations=None))
+    assert weights.sites == () and len(weights.layers) == 6
+    outputs = plan_of(mlp(), torch.randn(4, 6), scheme=Scheme(output_activations=ActivationScheme()))
+    assert "6.output_quantizer" in [site.name for site in outputs.sites]
+
+
+def test_a_name_that_matches_nothing_is_an_error_unless_not_strict() -> None:
+    with pytest.raises(TargetError, match=r"quantize\.ignore: 'frist'"):
+        plan_of(Net(), images(), ignore=("frist",))
+    with pytest.warns(UserWarning, match="frist"):
+        plan_of(Net(), images(), ignore=("frist",), strict=False)
+
+
+def test_containers_do_not_get_quantizers_among_their_layers() -> None:
+    class Listing(nn.ModuleDict):
+        def forward(self, x: Tensor) -> Tensor:
+            found = [torch.relu(layer(x)) for layer in self.values()]
+            return torch.cat(found, 1)
+
+    model = nn.Sequential(Listing({"a": nn.Conv2d(3, 2, 1), "b": nn.Conv2d(3, 2, 1)}), nn.Conv2d(4, 2, 1))
+    quantized(model, images())
+    assert list(model[0]) == ["a", "b"]
+    model(images())
+
+
+@pytest.mark.parametrize("name", ZOO)
+def test_a_plan_survives_as_plain_data_and_rebuilds_a_fresh_model(name: str) -> None:
+    build, batch = ZOO[name]
+    model, inputs = build(), batch()
+    plan = quantized(model, inputs)
+    again = Plan.from_state(json.loads(json.dumps(plan.to_state())))
+    assert again == plan
+    model(inputs)
+    fresh = build()
+    apply_plan(fresh, again)
+    fresh.load_state_dict(model.state_dict())
+    assert [type(m) for m in fresh.modules()] == [type(m) for m in model.modules()]
+    assert torch.equal(fresh.eval()(inputs), model.eval()(inputs))
+    assert len(list(quantizers(fresh))) == len(plan.sites)
+
+
+def test_a_plan_of_another_model_is_refused_before_anything_changes() -> None:
+    plan = plan_of(Net(), images())
+    other = mlp()
+    types = [type(module) for module in other.modules()]
+    with pytest.raises(StateError, match="does not have"):
+        apply_plan(other, plan)
+    assert [type(module) for module in other.modules()] == types
+    twice = Net()
+    apply_plan(twice, plan)
+    with pytest.raises(StateError, match="quantized already"):
+        apply_plan(twice, plan)
+
+
+@pytest.mark.parametrize("state", [{}, {"format": 99}, {"format": 1, "layers": [{}]}, {"format": 1, "layers": 3}])
+def test_a_state_that_holds_no_plan_is_refused(state: dict[str, object]) -> None:
+    with pytest.raises(StateError, match=r"plan"):
+        Plan.from_state(state)
+
+
+def test_a_convolution_read_by_others_is_not_folded_but_works() -> None:
+    class Leaks(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(3, 4, 1)
+            self.bn = nn.BatchNorm2d(4)
+
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            y = self.conv(x)
+            return self.bn(y), y
+
+    model = Leaks()
+    plan = quantized(model, images())
+    assert plan.folds == {}
+    assert any("also read by the model's output" in left.why for left in plan.left)
+    model(images())
+    model.eval()
+    normed, y = model(images())
+    assert torch.allclose(normed, model.bn(y))
+
+
+def test_the_trace_and_the_settings_are_all_that_a_plan_depends_on() -> None:
+    torch.manual_seed(0)
+    first = plan_of(Net(), images())
+    torch.manual_seed(1)
+    model = Net()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(3.0)
+    assert plan_of(model, images()) == first
