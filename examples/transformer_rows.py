@@ -22,7 +22,7 @@ from transformers import BertConfig, BertModel
 from sparsify import ScheduledModifierManager, export_onnx
 
 RECIPE = """
-end: 14.0
+end: 24.0
 quantization_start: eval(0.7 * end)
 
 modifiers:

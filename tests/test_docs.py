@@ -91,8 +91,9 @@ def test_links_lead_somewhere(path: Path) -> None:
 @pytest.mark.parametrize("path", PAGES, ids=page_id)
 def test_named_tests_and_commands_exist(path: Path) -> None:
     text = path.read_text(encoding="utf-8")
-    for name in re.findall(r"`((?:tests|benchmarks|examples|docs)/[\w/]+\.(?:py|yaml|md))", text):
+    for name, test in re.findall(r"`((?:tests|benchmarks|examples|docs)/[\w/]+\.(?:py|yaml|md))(?:::(\w+))?`", text):
         assert (ROOT / name).exists(), f"{page_id(path)} names {name}"
+        assert not test or f"def {test}(" in (ROOT / name).read_text(encoding="utf-8"), f"{name} has no {test}"
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
     for target in re.findall(r"`make ([\w-]+)", text):
         assert re.search(rf"^(?:[\w-]+ )*{target}(?: [\w-]+)*:", makefile, re.MULTILINE), f"no `make {target}`"
