@@ -19,6 +19,7 @@ from sparsify.modifiers.base import Active, Modifier
 from sparsify.modifiers.epochs import EpochRangeModifier
 from sparsify.modifiers.learning_rate import LearningRateFunctionModifier
 from sparsify.modifiers.pruning import GMPruningModifier
+from sparsify.modifiers.quantization import QuantizationModifier
 
 
 def pruning(final: float = 0.8, end: float = 2.0) -> Modifier:
@@ -181,6 +182,17 @@ def test_lbfgs_counts_one_step_a_call() -> None:
     for _ in range(3):
         optimizer.step(closure)
     assert manager.step == 3 < evaluations[0]
+
+
+@pytest.mark.parametrize("cls", [torch.optim.LBFGS, torch.optim.SGD])
+def test_the_first_forward_may_come_inside_the_step(cls: Any) -> None:
+    model = network()
+    optimizer = cls(model.parameters(), lr=0.1)
+    manager = ScheduledModifierManager([pruning(), QuantizationModifier(start_epoch=0.0)])
+    manager.modify(model, optimizer, steps_per_epoch=5)
+    for _ in range(3):
+        optimizer.step(batch(model, optimizer))
+    assert manager.step == 3 and any("scale" in name for name in model.state_dict())
 
 
 @pytest.mark.parametrize("accumulation", [1, 2, 5])
