@@ -18,6 +18,7 @@ from sparsify.errors import DataError, StateError
 
 __all__: list[str] = []
 
+SMALL = 1 << 16
 TINY = 1e-12
 """The least width of a range: a tensor of zeros has a scale > 0."""
 
@@ -29,16 +30,15 @@ def weight_scale(weight: Tensor, *, axis: int | None, largest: int) -> Tensor:
     """
     values = weight.detach()
     if axis is None:
-        high, low = values.amax(), values.amin()
+        widest = torch.maximum(values.amax(), values.amin().neg_())
     elif axis == 0:
-        # Two reductions of a matrix: aminmax(dim=1) takes 5-30 times as long.
         rows = values.reshape(values.shape[0], -1)
-        shape = (-1, *[1] * (values.dim() - 1))
-        high, low = rows.amax(1).view(shape), rows.amin(1).view(shape)
+        # Few weights: two operators less. Many: two reductions and no copy; aminmax(dim=1) takes 5-30 times as long.
+        widest = rows.abs().amax(1) if rows.numel() <= SMALL else torch.maximum(rows.amax(1), rows.amin(1).neg_())
+        widest = widest.view(-1, *[1] * (values.dim() - 1))
     else:
         others = [d for d in range(values.dim()) if d != axis]
-        high, low = values.amax(others, keepdim=True), values.amin(others, keepdim=True)
-    widest = torch.maximum(high, low.neg_())
+        widest = torch.maximum(values.amax(others, keepdim=True), values.amin(others, keepdim=True).neg_())
     if widest.dtype in (torch.float16, torch.bfloat16):
         widest = widest.float()
     return widest.clamp_(min=TINY).div_(largest)
