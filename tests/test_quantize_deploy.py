@@ -161,3 +161,26 @@ def test_a_model_in_another_dtype_keeps_float32_scales() -> None:
     train(model, inputs, 2)
     scale = model[0].input_quantizer.scale.clone()
     assert torch.equal(copy.deepcopy(model).half()[0].input_quantizer.scale, scale)
+
+
+def test_a_model_that_looks_at_its_layers_weights_in_forward_still_runs() -> None:
+    class Looks(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed = nn.Embedding(7, 6)
+            self.conv = nn.Conv1d(6, 6, 1)
+            self.out = nn.Linear(6, 3)
+
+        def forward(self, ids: Tensor) -> Tensor:
+            x = self.embed(ids).to(self.conv.weight.dtype)
+            x = self.conv(x.transpose(1, 2)).transpose(1, 2)
+            assert isinstance(self.out.weight, Tensor) and self.embed.weight.shape == (7, 6)
+            return self.out(x.to(self.out.bias.dtype))
+
+    torch.manual_seed(0)
+    ids = torch.randint(0, 7, (4, 5))
+    model = quantized(Looks(), ids)
+    train(model, ids, steps=2)
+    model.eval()
+    with torch.no_grad():
+        assert torch.equal(model(ids), deployment_copy(model)(ids))

@@ -37,15 +37,21 @@ class DeployedLayer(QuantizedLayer):
     of the bias where what the layer reads is not quantized.
     """
 
-    def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
-        input = self._input(input)
-        buffers = cast(Any, self._buffers)
-        weight = dequantize(buffers["weight_int8"], buffers["weight_scale"], self._wiring.axis)
-        bias = buffers.get("float_bias")
-        if "bias_int32" in buffers:
+    def __getattr__(self, name: str) -> Any:
+        # `weight` and `bias` are the integers in float. Also for models that look at a layer's weight in forward:
+        # transformers' ViT and T5 ask for its dtype.
+        buffers = self.__dict__["_buffers"]
+        if name == "weight":
+            return dequantize(buffers["weight_int8"], buffers["weight_scale"], self._wiring.axis)
+        if name == "bias":
+            if "bias_int32" not in buffers:
+                return buffers.get("float_bias")
             scale = buffers["bias_scale"]
-            bias = dequantize(buffers["bias_int32"], scale, None if scale.dim() == 0 else 0)
-        return self._output(self._compute(input, weight, bias, output_size))
+            return dequantize(buffers["bias_int32"], scale, None if scale.dim() == 0 else 0)
+        return super().__getattr__(name)
+
+    def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
+        return self._output(self._compute(self._input(input), self.weight, self.bias, output_size))
 
 
 class DeployedLinear(DeployedLayer, QuantizedLinear):
@@ -65,7 +71,13 @@ class DeployedConvTranspose2d(DeployedLayer, QuantizedConvTranspose2d):
 
 
 class DeployedEmbedding(QuantizedEmbedding):
-    """Looks up int8 rows, and the scale of each: a table in float is never made."""
+    """Looks up int8 rows, and the scale of each: a table in float is made only for who asks for `weight`."""
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "weight":
+            scale = self.__dict__["_buffers"]["weight_scale"]
+            return dequantize(self.__dict__["_buffers"]["weight_int8"], scale, None if scale.dim() == 0 else 0)
+        return super().__getattr__(name)
 
     def forward(self, input: Tensor) -> Tensor:
         buffers = cast(Any, self._buffers)
