@@ -179,7 +179,8 @@ def test_a_model_that_looks_at_its_layers_weights_in_forward_still_runs() -> Non
 
     torch.manual_seed(0)
     ids = torch.randint(0, 7, (4, 5))
-    model = quantized(Looks(), ids)
+    model = Looks()
+    quantized(model, ids)
     train(model, ids, steps=2)
     model.eval()
     with torch.no_grad():
