@@ -58,5 +58,14 @@ def reduce_range(minimum: Tensor, maximum: Tensor) -> None:
     maximum.copy_(both[1])
 
 
+def average(tensors: Mapping[str, Tensor]) -> None:
+    """Turns what was computed here into the mean over all processes, in place; the same names on every process."""
+    if count() == 1:
+        return
+    for name in sorted(tensors):
+        dist.all_reduce(tensors[name], op=dist.ReduceOp.SUM)
+        tensors[name].div_(count())
+
+
 def _salt(shape: tuple[int, ...]) -> bytes:
     return hashlib.blake2b(repr(shape).encode(), digest_size=16).digest()

@@ -178,6 +178,29 @@ def owners(model: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:
         yield name, *held[id(parameter)]
 
 
+class Held:
+    """Some parameters of a model, looked up at each call of `now`: a loaded checkpoint may have replaced the objects.
+
+    >>> Held(nn.Linear(2, 1), ["weight"]).now().keys()
+    dict_keys(['weight'])
+    """
+
+    def __init__(self, model: nn.Module, names: Iterable[str]) -> None:
+        self._model = model
+        self._names = set(names)
+        self._places: list[tuple[str, nn.Module, str]] = []
+        self.refresh()
+
+    def refresh(self) -> None:
+        """For a model in which modules were replaced."""
+        self._places = [place for place in owners(self._model) if place[0] in self._names]
+
+    def now(self) -> dict[str, nn.Parameter]:
+        """The parameters by name, in the model's order. Costs a dictionary's look-up for each."""
+        found = ((name, module._parameters.get(own)) for name, module, own in self._places)
+        return {name: parameter for name, parameter in found if parameter is not None}
+
+
 def refuse_unusable(parameters: Mapping[str, Tensor], *, where: str, values: bool = True) -> None:
     """Checks that weights can be ranked and masked.
 

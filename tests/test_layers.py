@@ -17,9 +17,9 @@ FLOORS = {
     5: {"manager", "session", "autorecipe", "oneshot"},
     4: {"recipe", "analysis", "export", "verify", "benchmark", "report"},
     3: {"modifiers"},
-    2: {"masking", "scoring", "shrink", "quantize", "palettize", "onnx_rewrites"},
+    2: {"masking", "scoring", "shrink", "quantize", "palettize", "onnx_rewrites", "gradients", "moments"},
     1: {"targets", "graph", "ranks", "hooks", "selection", "state", "timer", "runtime", "signature"},
-    0: {"errors", "files", "schedule"},
+    0: {"errors", "files", "schedule", "erdos_renyi"},
 }
 FLOOR = {room: floor for floor, rooms in FLOORS.items() for room in rooms}
 

@@ -193,14 +193,14 @@ class GMPruningModifier(GradualPruning):
     """Gradual magnitude pruning (Zhu & Gupta 2017, https://arxiv.org/abs/1710.01878): the smallest weights go first."""
 
     def attach(self, run: Run) -> Active:
-        return _Gradual(self, run)
+        return Gradual(self, run)
 
 
 class MagnitudePruningModifier(GradualPruning):
     """GMPruningModifier, each parameter ranked by itself."""
 
     def attach(self, run: Run) -> Active:
-        return _Gradual(self, run)
+        return Gradual(self, run)
 
 
 class GlobalMagnitudePruningModifier(GradualPruning):
@@ -211,7 +211,7 @@ class GlobalMagnitudePruningModifier(GradualPruning):
     )
 
     def attach(self, run: Run) -> Active:
-        return _Gradual(self, run)
+        return Gradual(self, run)
 
 
 class ConstantPruningModifier(Modifier):
@@ -239,20 +239,23 @@ class ConstantPruningModifier(Modifier):
         return _Constant(self, run)
 
 
-class _Gradual(Active):
-    """A gradual magnitude pruning at work.
+class Gradual(Active):
+    """A gradual pruning at work: by magnitude, or by what a subclass says a weight is worth.
 
     Checkpoint: the point of the grid that is in force, whether the masks were released, and the sparsity that was
     found at the start. The masks are the Masker's.
     """
+
+    score_types: ClassVar[frozenset[str]] = frozenset({"magnitude"})
+    """What `score_type` may say here."""
 
     def __init__(self, modifier: GradualPruning, run: Run) -> None:
         self.modifier = modifier
         self.run = run
         self.grid = Grid(modifier.window, modifier.update_frequency)
         self.mask_type = MaskType.parse(modifier.mask_type)
-        if self.mask_type.kind in ("filter", "channel") or modifier.score_type != "magnitude":
-            field = "score_type" if modifier.score_type != "magnitude" else "mask_type"
+        if self.mask_type.kind in ("filter", "channel") or modifier.score_type not in self.score_types:
+            field = "score_type" if modifier.score_type not in self.score_types else "mask_type"
             raise StateError(
                 f"{type(modifier).__name__}.{field}: {getattr(modifier, field)!r} cannot run yet. Use score_type "
                 "magnitude, and "
@@ -278,31 +281,7 @@ class _Gradual(Active):
                     )
                 finals[name] = final
             targets.refuse_unusable(parameters, where=where)
-        found: dict[str, float] = {}
-        dims: dict[str, int] = {}
-        for name, module, attribute in targets.owners(model):
-            parameter = module._parameters[attribute]
-            if name not in finals or parameter is None or not parameter.numel():
-                continue
-            dim = targets.input_dim(module)
-            problem = self.mask_type.why_unfit(parameter.shape, dim)
-            if problem is None:
-                exact = 1.0 - self.mask_type.keep / self.mask_type.of
-                if self.mask_type.kind == "n_of_m" and abs(finals[name] - exact) > 0.005:
-                    raise TargetError(
-                        f"{where}: {name!r}: mask_type {self.mask_type.text} ends at sparsity {exact:g}, but "
-                        "final_sparsity is "
-                        f"{finals[name]}. Give final_sparsity: {exact:g}."
-                    )
-                # A final 2/3 may be written .667: the ramp ends at the exact share.
-                found[name] = exact if self.mask_type.kind == "n_of_m" else finals[name]
-                dims[name] = dim
-                continue
-            message = f"{where}: mask_type {self.mask_type.text} does not fit: {name!r} {problem}."
-            if modifier.strict:
-                raise TargetError(f"{message} Leave it out of params, or give strict: False to have it left out.")
-            warnings.warn(f"{message} Left out.", SparsifyWarning, stacklevel=2)
-        return found, dims
+        return fitting(model, finals, self.mask_type, where=where, strict=modifier.strict)
 
     def update(self, clock: Clock) -> None:
         point = self.grid.latest(clock)
@@ -322,7 +301,7 @@ class _Gradual(Active):
 
     def _start(self, parameters: Mapping[str, nn.Parameter]) -> None:
         """Fixes what is pruned and from which sparsity on: read when the modifier starts, not when it is attached."""
-        parameters = _trainable(parameters, type(self.modifier).__name__)
+        parameters = trainable(parameters, type(self.modifier).__name__)
         self.initials = {}
         zeros = {name: int(p.numel() - p.detach().count_nonzero()) for name, p in parameters.items()}
         overall = sum(zeros.values()) / max(sum(p.numel() for p in parameters.values()), 1)
@@ -342,20 +321,26 @@ class _Gradual(Active):
                     initial = self.finals[name]
             self.initials[name] = initial
 
+    def scores(self, parameters: Mapping[str, nn.Parameter]) -> tuple[Mapping[str, Tensor], bool]:
+        """What each weight is worth, by parameter, and whether the absolute value counts."""
+        return parameters, True
+
     def _prune(self, parameters: Mapping[str, nn.Parameter], progress: float, clock: Clock) -> None:
         masker = self.run.masker
         together = self.modifier.global_sparsity
         before = masker.masks
+        scores, absolute = self.scores(parameters)
         masks: dict[str, Tensor] = {}
         for group in [list(parameters)] if together and parameters else [[name] for name in parameters]:
             sparsity = between(self.modifier.inter_func, self.initials[group[0]], self.finals[group[0]], progress)
             masks |= prune(
-                {name: parameters[name] for name in group},
+                {name: scores[name] for name in group},
                 sparsity,
                 self.mask_type,
                 previous={name: before[name] for name in group if name in before},
                 input_dims=self.input_dims,
                 together=together,
+                absolute=absolute,
             )
         ranks.check_same(masks)
         for name, mask in masks.items():
@@ -377,6 +362,40 @@ class _Gradual(Active):
         self.initials = {name: float(value) for name, value in state["initials"].items() if name in self.finals}
 
 
+def fitting(
+    model: nn.Module, finals: Mapping[str, float], mask_type: MaskType, *, where: str, strict: bool
+) -> tuple[dict[str, float], dict[str, int]]:
+    """The final sparsity and the dimension of the input channels of what the mask type fits, in the model's order.
+
+    Raises:
+        TargetError: one that it does not fit, unless `strict` is off: then that is a warning, and it is left out.
+    """
+    found: dict[str, float] = {}
+    dims: dict[str, int] = {}
+    for name, module, attribute in targets.owners(model):
+        parameter = module._parameters[attribute]
+        if name not in finals or parameter is None or not parameter.numel():
+            continue
+        dim = targets.input_dim(module)
+        problem = mask_type.why_unfit(parameter.shape, dim)
+        if problem is None:
+            exact = 1.0 - mask_type.keep / mask_type.of
+            if mask_type.kind == "n_of_m" and abs(finals[name] - exact) > 0.005:
+                raise TargetError(
+                    f"{where}: {name!r}: mask_type {mask_type.text} ends at sparsity {exact:g}, but final_sparsity is "
+                    f"{finals[name]}. Give final_sparsity: {exact:g}."
+                )
+            # A final 2/3 may be written .667: the ramp ends at the exact share.
+            found[name] = exact if mask_type.kind == "n_of_m" else finals[name]
+            dims[name] = dim
+            continue
+        message = f"{where}: mask_type {mask_type.text} does not fit: {name!r} {problem}."
+        if strict:
+            raise TargetError(f"{message} Leave it out of params, or give strict: False to have it left out.")
+        warnings.warn(f"{message} Left out.", SparsifyWarning, stacklevel=2)
+    return found, dims
+
+
 class _Constant(Active):
     """Zeros being held. Checkpoint: whether it has started and ended; the masks are the Masker's."""
 
@@ -396,7 +415,7 @@ class _Constant(Active):
             masker.refresh()
             parameters = targets.named_parameters(self.run.model)
             masks = {}
-            for name in _trainable({name: parameters[name] for name in self.names}, type(self.modifier).__name__):
+            for name in trainable({name: parameters[name] for name in self.names}, type(self.modifier).__name__):
                 mask = parameters[name].detach() != 0
                 masks[name] = mask & masker.masks[name] if name in masker else mask
             ranks.check_same(masks)
@@ -418,7 +437,7 @@ class _Constant(Active):
         self.held = [name for name in state["held"] if name in self.names]
 
 
-def _trainable(parameters: Mapping[str, nn.Parameter], who: str) -> dict[str, nn.Parameter]:
+def trainable(parameters: Mapping[str, nn.Parameter], who: str) -> dict[str, nn.Parameter]:
     """Those that are trained; a frozen one is left alone, and that is said."""
     frozen = [name for name, parameter in parameters.items() if not parameter.requires_grad]
     if frozen:
