@@ -33,12 +33,7 @@ class Callback:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return None if self._function is None else self._function(*args, **kwargs)
 
-    def __copy__(self) -> Callback:
-        return type(self)()
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Callback:
-        return type(self)()
-
+    # Asked by copy, deepcopy and pickle alike.
     def __reduce__(self) -> tuple[type[Callback], tuple[()]]:
         return (type(self), ())
 
@@ -94,13 +89,19 @@ class StepHooks:
             self.given = SteppedOptimizer(optimizer, before, after)
             return
         # A compiled step would trace our Python: disabled, it is called between the compiled parts (0.2 microseconds).
-        before, after = _uncompiled(before), _uncompiled(after)
-        self._hook = Callback(lambda _, args, kwargs: before(_has_closure(args, kwargs)))
-        self._handles = [
-            self.optimizer.register_step_pre_hook(self._hook),
-            self.optimizer.register_step_post_hook(Callback(lambda *_: after())),
-            self.optimizer.register_load_state_dict_post_hook(Callback(lambda _: loaded())),
-        ]
+        self._before, self._after = _uncompiled(before), _uncompiled(after)
+        self._loaded = loaded
+        self._hook = Callback(lambda _, args, kwargs: self._before(_has_closure(args, kwargs)))
+
+    def attach(self) -> None:
+        """Hooks in; until then nothing of the optimizer is touched."""
+        if self._hook is None:
+            return
+        # One by one: what Ctrl-C leaves behind can be removed.
+        real = self.optimizer
+        self._handles.append(real.register_step_pre_hook(self._hook))
+        self._handles.append(real.register_step_post_hook(Callback(lambda *_: self._after())))
+        self._handles.append(real.register_load_state_dict_post_hook(Callback(lambda _: self._loaded())))
 
     @property
     def attached(self) -> bool:

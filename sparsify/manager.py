@@ -473,7 +473,7 @@ class ScheduledModifierManager:
             raise ArgumentError(f'distillation_teacher: {teacher!r} is neither a module nor "self".')
         self._recipe.check(unwrapped(model))
         session = Session(written(self._recipe), self.modifiers, model, optimizer, timer, teacher=teacher, **given)
-        # From here on finalize() can undo it, also where Ctrl-C comes while it starts or undoes itself.
+        # From here on finalize() can undo it, also where Ctrl-C comes while it starts or while that is undone.
         self._session, self._ended = session, None
         try:
             return session.start()

@@ -114,19 +114,16 @@ class Session:
         self._losses = [a for a in working if _has(a, "loss")]
 
     def start(self) -> Any:
-        """Puts in force what is due and hooks in; gives the optimizer to go on with. Undoes itself where it fails."""
-        try:
-            if self._given is not None:
-                self.hooks = StepHooks(self._given, self._before, self._after, self._loaded)
-            watch = ModelCallback(self._model_loaded)
-            self._handles.append(self.model.register_load_state_dict_post_hook(watch))  # type: ignore[no-untyped-call]
-            if any(active.needs_outputs for active in self._losses):
-                watch = ModelCallback(self._forward_done)
-                self._handles.append(self.model.register_forward_hook(watch, with_kwargs=True))
-            self.update()
-        except BaseException:
-            self.finish()
-            raise
+        """Puts in force what is due and hooks in; gives the optimizer to go on with. Where it fails, call `finish`."""
+        if self._given is not None:
+            self.hooks = StepHooks(self._given, self._before, self._after, self._loaded)
+            self.hooks.attach()
+        watch = ModelCallback(self._model_loaded)
+        self._handles.append(self.model.register_load_state_dict_post_hook(watch))  # type: ignore[no-untyped-call]
+        if any(active.needs_outputs for active in self._losses):
+            watch = ModelCallback(self._forward_done)
+            self._handles.append(self.model.register_forward_hook(watch, with_kwargs=True))
+        self.update()
         return None if self.hooks is None else self.hooks.given
 
     def finish(self) -> None:

@@ -20,7 +20,12 @@ from sparsify.modifiers.epochs import EpochRangeModifier
 from sparsify.modifiers.learning_rate import LearningRateFunctionModifier, SetLearningRateModifier
 from sparsify.modifiers.pruning import ConstantPruningModifier, GMPruningModifier
 from sparsify.modifiers.quantization import QuantizationModifier
-from sparsify.modifiers.training import GradualParamModifier, SetWeightDecayModifier, TrainableParamsModifier
+from sparsify.modifiers.training import (
+    GradualParamModifier,
+    SetParamModifier,
+    SetWeightDecayModifier,
+    TrainableParamsModifier,
+)
 from sparsify.state import checksum
 
 STEPS_PER_EPOCH = 4
@@ -291,6 +296,21 @@ def test_resuming_with_marked_epochs_equals_never_stopping(cut: int) -> None:
 
 
 # ---------------------------------------------------------------------------------------------- what is in it
+
+
+def test_values_that_were_set_are_not_set_again_over_what_was_learned() -> None:
+    modifiers: list[Modifier] = [
+        SetParamModifier(params="4.bias", val=0.5),
+        GradualParamModifier(params="0.bias", init_val=0.5, final_val=-0.5, start_epoch=0.0, end_epoch=1.0),
+    ]
+    model, _, manager = at_work(modifiers)
+    checkpoint = saved(model=model.state_dict(), manager=manager.state_dict())
+    other = network(seed=5)
+    resumed = ScheduledModifierManager(modifiers)
+    resumed.modify(other, FORMS["adam"](other), steps_per_epoch=STEPS_PER_EPOCH)
+    other.load_state_dict(checkpoint["model"])
+    resumed.load_state_dict(checkpoint["manager"])
+    assert_same(other.state_dict(), checkpoint["model"], "")
 
 
 def at_work(modifiers: list[Modifier] | None = None, steps: int = 6) -> tuple[nn.Module, Any, ScheduledModifierManager]:
