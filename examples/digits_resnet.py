@@ -259,6 +259,8 @@ def plot(history: list[Epoch], dense_accuracy: float, path: Path) -> None:
 def run(seed: int, outputs: Path, *, quick: bool = False) -> list[Result]:
     """The whole way for one seed: train, compress, export, measure; writes everything to `outputs`."""
     outputs.mkdir(parents=True, exist_ok=True)
+    # One thread: the figures do not depend on the number of cores, and a busy machine does not stall two at a time.
+    torch.set_num_threads(1)
     torch.manual_seed(seed)
     digits = Digits.load(seed)
     variables = {"pruning_end": 2.0, "quantization_start": 3.0, "num_epochs": 4.0} if quick else None
