@@ -35,7 +35,7 @@ class Block(nn.Module):
 
 
 class ResNet(nn.Module):
-    """A residual network of `Block`s: `depths` blocks of `widths` channels, each stage but the first halving the image."""
+    """A residual network: `depths` blocks of `widths` channels, each stage but the first halving the image."""
 
     def __init__(
         self, widths: tuple[int, ...], depths: tuple[int, ...], classes: int, *, stem: str, channels: int = 3

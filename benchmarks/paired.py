@@ -71,4 +71,5 @@ def machine(*packages: str) -> str:
     import torch
 
     versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "numpy", *packages))
-    return f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} thread(s), Python {platform.python_version()}, {versions}"
+    processor = platform.processor() or platform.machine()
+    return f"{processor}, {torch.get_num_threads()} thread(s), Python {platform.python_version()}, {versions}"

@@ -2,9 +2,9 @@
 
     python benchmarks/step_overhead.py [--quick] [--threads N] [--only NAME]
 
-Both models start from the same weights and take whole steps (zero_grad, forward, loss, backward, optimizer) on the same
-batch, in turn. Bars (medians, one thread): pruning 1.01 on ResNet-18 and the encoder, 1.08 on the MLP; quantization 1.20 on
-ResNet-20 and the encoder, 1.45 on the MLP.
+Both models start from the same weights and take whole steps (zero_grad, forward, loss, backward, optimizer) on the
+same batch, in turn. Bars (medians, one thread): pruning 1.01 on ResNet-18 and the encoder, 1.08 on the MLP;
+quantization 1.20 on ResNet-20 and the encoder, 1.45 on the MLP.
 """
 
 from __future__ import annotations
