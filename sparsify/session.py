@@ -109,8 +109,10 @@ class Session:
         working = list(self.actives.values())
         # Only those that have something to do there: a step of a pruned model runs this Python 10,000 times an hour.
         self._updates = [a.update for a in working if _has(a, "update")]
-        self._befores = [a.before_step for a in working if _has(a, "before_step")]
-        self._afters = [a.after_step for a in working if _has(a, "after_step")]
+        outside_in = sorted(working, key=lambda active: active.innermost)
+        inside_out = sorted(working, key=lambda active: not active.innermost)
+        self._befores = [a.before_step for a in outside_in if _has(a, "before_step")]
+        self._afters = [a.after_step for a in inside_out if _has(a, "after_step")]
         self._losses = [a for a in working if _has(a, "loss")]
 
     def start(self) -> Any:

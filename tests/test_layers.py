@@ -26,7 +26,7 @@ FLOOR = {room: floor for floor, rooms in FLOORS.items() for room in rooms}
 # The rooms that carry the public names out, and every room may be read from there.
 ENTRANCE = {"sparsify"}
 # What modifiers may share with each other and with the manager.
-COMMON = {"sparsify.modifiers.base", "sparsify.modifiers.ledger", "sparsify.modifiers.log"}
+COMMON = {f"sparsify.modifiers.{name}" for name in ("base", "ledger", "log", "moving_masks")}
 LINES = 550
 
 

@@ -140,6 +140,9 @@ class Active:
     every `update`. So `update` prepares what the *next* forward and step see.
     """
 
+    innermost: ClassVar[bool] = False
+    """True where `before_step` changes the variables in which the optimizer steps: it is the last one before the
+    step, and its `after_step` the first one after."""
     needs_outputs: ClassVar[bool] = False
     """True where `loss` reads the model's inputs or outputs, which are then captured."""
 

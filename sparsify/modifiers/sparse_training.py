@@ -1,23 +1,24 @@
-"""Sparse training: what is zero changes while training goes on, by movement, by phases or by regrowth.
-
-These modifiers load, save and check; they do not run yet.
-"""
+"""Sparse training: what is zero changes while training goes on, by movement, by phases or by regrowth."""
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
+import math
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, Field, field_validator, model_validator
+import torch
+from pydantic import Field, field_validator, model_validator
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
-from sparsify import targets
-from sparsify.masking import MaskType
-from sparsify.modifiers.base import Active, Epoch, FieldProblem, Kind, Modifier, Names, Run, not_yet
-from sparsify.modifiers.pruning import GradualPruning
-
-if TYPE_CHECKING:
-    from torch import nn
+from sparsify import erdos_renyi, gradients, ranks, targets
+from sparsify.hooks import ModelCallback
+from sparsify.modifiers.base import Active, FieldProblem, Run
+from sparsify.modifiers.moving_masks import Fraction, MaskName, Moving, SparseTraining
+from sparsify.modifiers.pruning import Gradual, GradualPruning, ScoreType
+from sparsify.moments import forget
+from sparsify.schedule import TOLERANCE, Clock
+from sparsify.selection import without_lowest
 
 __all__ = [
     "ACDCPruningModifier",
@@ -26,87 +27,38 @@ __all__ = [
     "TopKASTPruningModifier",
 ]
 
-Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
-
-
-def _mask_type(value: str | list[int]) -> str | list[int]:
-    try:
-        MaskType.parse(value)
-    except (ValueError, IndexError):
-        choices = "unstructured, block4, [1, 4], 2:4 (any N:M), tensorrt, filter or channel"
-        raise ValueError(f"{value!r} is no mask type; give {choices}.") from None
-    return value
-
-
-MaskName = Annotated[str | list[int], AfterValidator(_mask_type)]
-
 
 class MovementPruningModifier(GradualPruning):
-    """Pruning by movement: weights that training moves towards zero go first (Sanh 2020, arXiv 2005.07683).
+    """Pruning by movement: weights that training moves towards zero go first (Sanh 2020,
+    https://arxiv.org/abs/2005.07683).
 
-    The score of a weight accumulates -0.01 * gradient * weight over the steps; the rest is as GMPruningModifier.
+    The score of a weight accumulates -0.01 * gradient * weight over the steps since `modify`; the rest is as
+    GMPruningModifier. What differs from the paper: the scores are that sum, and no parameters that an optimizer
+    trains; a mask only grows; and before the first step, when no score is there, the smallest weights go first.
     """
 
-    runs: ClassVar[bool] = False
-
-    def attach(self, run: Run) -> Active:
-        """Says that it cannot run yet."""
-        raise not_yet(self)
-
-
-class SparseTraining(Modifier, ABC):
-    """The fields of every modifier that trains at a constant sparsity with masks that move."""
-
-    kind: ClassVar[Kind] = "pruning"
-    runs: ClassVar[bool] = False
-    without_effect: ClassVar[frozenset[str]] = frozenset({"log_types", "phased"})
-
-    start_epoch: Epoch = Field(description="The epoch at which it starts; -1: epoch 0.")
-    end_epoch: Epoch = Field(description="The epoch from which the masks no longer move.")
-    update_frequency: Annotated[float, Field(allow_inf_nan=False)] = Field(
-        description="Epochs between two updates of the masks; -1: every optimizer step."
-    )
-    params: Names = Field(
-        description="What to prune: names of parameters or layers, re:patterns, layer types, __ALL__, __ALL_PRUNABLE__."
-    )
-    leave_enabled: bool = Field(
-        default=True,
-        description="Whether the masks stay after end_epoch; False: the weights may grow back from zero then.",
+    score_type: ScoreType = Field(
+        default="movement", description="Always movement; magnitude is read from older files, and means the same."
     )
 
-    @field_validator("update_frequency")
+    @field_validator("score_type")
     @classmethod
-    def _frequency(cls, value: float) -> float:
-        if value == -1 or value > 0:
+    def _only_movement(cls, value: ScoreType) -> ScoreType:
+        if value in ("movement", "magnitude"):
             return value
-        raise FieldProblem("update_frequency", f"{value} is no frequency; give epochs above 0, or -1 for every step")
+        raise FieldProblem("score_type", f"{value!r} is another modifier's; leave it out here")
 
-    @model_validator(mode="after")
-    def _ends(self) -> SparseTraining:
-        if self.end_epoch == -1:
-            raise FieldProblem("end_epoch", "-1 (never) is no end for masks that move; give the epoch of the last move")
-        if not self.params:
-            raise FieldProblem("params", "names nothing to prune; give names, patterns or __ALL_PRUNABLE__")
-        return self
-
-    def names(self) -> list[str]:
-        """What `params` says, as a list."""
-        return [self.params] if isinstance(self.params, str) else list(self.params)
-
-    def targets(self, model: nn.Module) -> Mapping[str, nn.Parameter | nn.Module]:
-        """The parameters that `params` means in `model`."""
-        return targets.resolve_parameters(model, self.names(), where=f"{type(self).__name__}.params")
-
-    @abstractmethod
     def attach(self, run: Run) -> Active:
-        """Its work on one model."""
+        return _Movement(self, run)
 
 
 class ACDCPruningModifier(SparseTraining):
-    """Alternating compressed and decompressed phases, of `update_frequency` epochs each (Peste 2021, arXiv 2106.12379).
+    """Alternating compressed and decompressed phases, of `update_frequency` epochs each (Peste 2021).
 
     Phases are counted from the start; an even one is dense, unless less than one phase is left before the end, an odd
-    one is sparse: so it ends sparse.
+    one is sparse: so it ends sparse. In a dense phase all weights are trained, those that were pruned from zero on.
+    Paper: https://arxiv.org/abs/2106.12379. What differs: `momentum_buffer_reset` holds for any optimizer, Adam's
+    moments and their count of steps included.
     """
 
     compression_sparsity: Fraction = Field(description="The fraction of zeros, 0 to 1, in a sparse phase.")
@@ -114,21 +66,32 @@ class ACDCPruningModifier(SparseTraining):
         default=True, description="Whether all parameters are ranked together, or each by itself."
     )
     momentum_buffer_reset: bool = Field(
-        default=True, description="Whether the optimizer's state is set to zero where a phase begins."
+        default=True, description="Whether the optimizer forgets what it remembers of the weights when they go dense."
     )
     mask_type: MaskName = Field(
         default="unstructured", description="What becomes zero together, as in GMPruningModifier."
     )
 
+    @model_validator(mode="after")
+    def _phases_have_a_length(self) -> ACDCPruningModifier:
+        if self.update_frequency == -1:
+            raise FieldProblem("update_frequency", "-1 (every step) is no length of a phase; give epochs, 5 is usual")
+        return self
+
     def attach(self, run: Run) -> Active:
-        """Says that it cannot run yet."""
-        raise not_yet(self)
+        return _ACDC(self, run)
 
 
 class RigLPruningModifier(SparseTraining):
-    """Constant sparsity whose masks move: drop by magnitude, grow by gradient (Evci 2020, arXiv 1911.11134).
+    """Constant sparsity whose masks move: drop by magnitude, grow by gradient (Evci 2020,
+    https://arxiv.org/abs/1911.11134).
 
-    The fraction that is dropped and grown at epoch t of T is init_update_fraction * (1 + cos(pi t / T)) / 2.
+    At epoch t of T, the fraction init_update_fraction * (1 + cos(pi t / T)) / 2 of the weights that are kept is
+    dropped, the smallest first, and as many are grown from zero where the gradient is largest; a weight that was just
+    dropped may be among them, and then keeps its value. Gradients are those of the last `num_grads` steps of
+    training, or of losses that the `grad_sampler` given to modify() yields, then of the masked weights as they are
+    now. What differs from the paper: the first masks keep the largest weights and are not random; what the optimizer
+    remembers of a grown weight is forgotten, under Adam both moments.
     """
 
     final_sparsity: Fraction = Field(description="The fraction of zeros, 0 to 1, over all parameters, from the start.")
@@ -150,14 +113,18 @@ class RigLPruningModifier(SparseTraining):
     )
 
     def attach(self, run: Run) -> Active:
-        """Says that it cannot run yet."""
-        raise not_yet(self)
+        return _RigL(self, run)
 
 
 class TopKASTPruningModifier(SparseTraining):
-    """Forward with few weights, backward with more, so that others may come in (Jayakumar 2020, arXiv 2106.03517).
+    """Forward with few weights, backward with more, so that others may come in (Jayakumar 2020).
 
-    Between steps, and so in every checkpoint, the model holds the weights of the forward set alone.
+    The forward set are the largest weights, the backward set is larger and trained too; both are chosen anew every
+    `update_frequency`, from all weights: those in neither set keep the values they had (paper:
+    https://arxiv.org/abs/2106.03517). Between steps, and so in every checkpoint and at the end, the model holds the
+    weights of the forward set alone; the others live in the manager's state, and are given up at end_epoch.
+    What differs from the paper: the penalty is added to the gradients, as weight decay; the last choice stays.
+    Optimizers that compute the loss inside of their step (LBFGS, closures) are refused.
     """
 
     forward_sparsity: Fraction = Field(description="The fraction of zeros, 0 to 1, in the forward pass.")
@@ -187,5 +154,368 @@ class TopKASTPruningModifier(SparseTraining):
         return self
 
     def attach(self, run: Run) -> Active:
-        """Says that it cannot run yet."""
-        raise not_yet(self)
+        return _TopKAST(self, run)
+
+
+class _Movement(Gradual):
+    """Movement pruning at work. Checkpoint: that of Gradual, and the scores until the end is reached."""
+
+    score_types = frozenset({"movement", "magnitude"})
+
+    def __init__(self, modifier: MovementPruningModifier, run: Run) -> None:
+        super().__init__(modifier, run)
+        self.held = targets.Held(run.model, self.finals)
+        self.gradients = gradients.StepGradients(run.optimizer)
+        self.sums: dict[str, Tensor] = {}
+        self.step: dict[str, Tensor] = {}
+        self.weights: dict[str, Tensor] = {}
+
+    @property
+    def done(self) -> bool:
+        """Whether no mask will change any more, so that no score is needed."""
+        return self.point is not None and self.point >= self.modifier.window.end
+
+    def update(self, clock: Clock) -> None:
+        point = self.point
+        super().update(clock)
+        if self.point != point:
+            self.held.refresh()
+        if self.done:
+            self.sums.clear()
+
+    def before_step(self) -> None:
+        if self.done:
+            return
+        parameters = self.held.now()
+        found = self.gradients.before(parameters)
+        self.step = {name: _moved_to_zero(gradient, parameters[name]) for name, gradient in found.items()}
+        # The step will compute gradients of the weights as they are now.
+        self.weights = {} if found else {name: p.detach().clone() for name, p in parameters.items()}
+
+    def after_step(self) -> None:
+        if self.done:
+            return
+        parameters = self.held.now()
+        late = self.gradients.after(parameters)
+        if late is not None:
+            weights = self.weights or parameters
+            self.step = {name: _moved_to_zero(gradient, weights[name]) for name, gradient in late.items()}
+        for name, change in self.step.items():
+            self.sums[name] = self.sums[name].add_(change) if name in self.sums else change
+        self.step, self.weights = {}, {}
+
+    def scores(self, parameters: Mapping[str, nn.Parameter]) -> tuple[Mapping[str, Tensor], bool]:
+        if not self.sums:
+            return parameters, True
+        # One that no gradient ever reached has moved nowhere.
+        return {n: self.sums[n] if n in self.sums else torch.zeros_like(p) for n, p in parameters.items()}, False
+
+    def detach(self) -> None:
+        self.sums.clear()
+        self.step, self.weights = {}, {}
+
+    def state_dict(self) -> dict[str, Any]:
+        return {**super().state_dict(), "scores": dict(self.sums)}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        super().load_state_dict(state)
+        self.sums = _taken_over(state["scores"], self.held.now())
+
+
+def _moved_to_zero(gradient: Tensor, weight: Tensor) -> Tensor:
+    """-0.01 * gradient * weight, in float32 or better: a sum in half precision stands still after 2,000 steps."""
+    wide = torch.promote_types(weight.dtype, torch.float32)
+    return (-0.01 * gradient.to(wide)) * weight.detach().to(wide)
+
+
+def _taken_over(saved: Mapping[str, Tensor], parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
+    """Copies of saved tensors on the device of the parameters whose shape they have."""
+    fits = {name: value for name, value in saved.items() if name in parameters}
+    return {n: v.to(parameters[n].device, copy=True) for n, v in fits.items() if v.shape == parameters[n].shape}
+
+
+class _ACDC(Moving):
+    """Dense and sparse phases at work. Checkpoint: that of masks that move."""
+
+    modifier: ACDCPruningModifier
+
+    def __init__(self, modifier: ACDCPruningModifier, run: Run) -> None:
+        super().__init__(modifier, run, modifier.compression_sparsity, modifier.mask_type)
+
+    def move(self, parameters: Mapping[str, nn.Parameter], point: float, clock: Clock) -> bool:
+        modifier, masker = self.modifier, self.run.masker
+        window, length = modifier.window, modifier.update_frequency
+        phase = math.floor((point - window.start) / length + TOLERANCE)
+        left = window.end - point
+        if point < window.end and phase % 2 == 0 and left >= length * (1.0 - TOLERANCE):
+            for name, parameter in parameters.items():
+                if name in masker:
+                    masker.remove(name)
+                    if modifier.momentum_buffer_reset:
+                        forget(self.run.optimizer, parameter)
+            return True
+        if any(name not in masker for name in parameters):
+            sparsity = next(iter(self.finals.values()), modifier.compression_sparsity)
+            for name, mask in self.largest(parameters, sparsity, modifier.global_sparsity).items():
+                masker.set(name, mask)
+        return True
+
+
+class _RigL(Moving):
+    """RigL at work. Checkpoint: that of masks that move, each layer's sparsity, and the gradients that were
+    collected."""
+
+    modifier: RigLPruningModifier
+
+    def __init__(self, modifier: RigLPruningModifier, run: Run) -> None:
+        super().__init__(modifier, run, modifier.final_sparsity, "unstructured")
+        gradients.check_sampler(run.grad_sampler)
+        self.gradients = gradients.StepGradients(run.optimizer)
+        self.sparsities: dict[str, float] = {}
+        self.collecting = self.last_alone = False
+        self.step: dict[str, Tensor] = {}
+        self.sums: dict[str, Tensor] = {}
+        self.count = 0
+
+    def update(self, clock: Clock) -> None:
+        super().update(clock)
+        self._plan(clock)
+
+    def _plan(self, clock: Clock) -> None:
+        """Whether the next step's gradients are wanted: only those of the last steps before a move are copied."""
+        window, frequency = self.modifier.window, self.modifier.update_frequency
+        self.collecting = False
+        if self.run.grad_sampler is not None or self.point is None or self.released or self.point >= window.end:
+            return
+        # Where the next move's step is not known ahead, the last gradients are kept alone.
+        self.last_alone = frequency == -1 or clock.steps_per_epoch is None
+        if self.last_alone:
+            self.collecting = True
+            return
+        k = math.floor((self.point - window.start) / frequency + TOLERANCE) + 1
+        upcoming = window.start + k * frequency
+        left = (upcoming - clock.epoch) * (clock.steps_per_epoch or 1)
+        # The last point is the end, and there nothing moves.
+        self.collecting = upcoming < window.end and left <= self.modifier.num_grads + TOLERANCE
+
+    def before_step(self) -> None:
+        if self.collecting:
+            self.step = self.gradients.before(self._parameters())
+
+    def after_step(self) -> None:
+        if not self.collecting:
+            return
+        late = self.gradients.after(self._parameters())
+        found, self.step = (self.step if late is None else late), {}
+        if not found:
+            return
+        if self.last_alone:
+            self.sums, self.count = {}, 0
+        self._collect(found)
+
+    def _collect(self, found: Mapping[str, Tensor]) -> None:
+        self.count += 1
+        for name, gradient in found.items():
+            wide = gradient.to(torch.promote_types(gradient.dtype, torch.float32), copy=name not in self.sums)
+            self.sums[name] = self.sums[name].add_(wide) if name in self.sums else wide
+
+    def move(self, parameters: Mapping[str, nn.Parameter], point: float, clock: Clock) -> bool:
+        modifier, masker = self.modifier, self.run.masker
+        if self.point is None:
+            shapes = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
+            self.sparsities = erdos_renyi.spread(shapes, modifier.final_sparsity, modifier.sparsity_strategy)
+            for name, parameter in parameters.items():
+                masker.set(name, self.largest({name: parameter}, self.sparsities[name], False)[name])
+            return True
+        fraction = modifier.init_update_fraction * (1.0 + math.cos(math.pi * modifier.window.progress(point))) / 2.0
+        if point >= modifier.window.end or fraction == 0.0:
+            self.sums, self.count = {}, 0
+            return True
+        if run_sampler := self.run.grad_sampler:
+            self.sums, self.count = {}, 0
+            options = modifier.grad_sampler_kwargs
+            for found in gradients.sampled(self.run.model, parameters, run_sampler, modifier.num_grads, options):
+                self._collect(found)
+        if not self.count:
+            return False
+        masks = {
+            name: moved(name, parameters[name], masker.masks[name], self.sums[name] / self.count, fraction)
+            for name in parameters
+            if name in self.sums
+        }
+        self.sums, self.count = {}, 0
+        ranks.check_same(masks)
+        for name, mask in masks.items():
+            grown = mask & ~masker.masks[name]
+            masker.set(name, mask)
+            if modifier.momentum_buffer_reset:
+                forget(self.run.optimizer, parameters[name], grown)
+        return True
+
+    def detach(self) -> None:
+        self.step, self.sums, self.count = {}, {}, 0
+
+    def state_dict(self) -> dict[str, Any]:
+        collected = {"sums": dict(self.sums), "count": self.count}
+        return {**super().state_dict(), "sparsities": dict(self.sparsities), **collected}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        super().load_state_dict(state)
+        self.sparsities = {name: float(value) for name, value in state["sparsities"].items()}
+        self.sums, self.count = _taken_over(state["sums"], self.held.now()), int(state["count"])
+
+
+def moved(name: str, weight: Tensor, mask: Tensor, gradient: Tensor, fraction: float) -> Tensor:
+    """A mask of as many weights, of which round(fraction * kept) are others: the smallest go, the largest gradients
+    come.
+
+    What just went may come again. Of equal ones the first in logical order goes, and the last comes.
+
+    >>> weight, gradient = torch.tensor([3.0, -1.0, 0.0, 0.0]), torch.tensor([0.0, 0.1, -5.0, 2.0])
+    >>> moved("w", weight, weight != 0, gradient, 0.5)
+    tensor([ True, False,  True, False])
+
+    Args:
+        name: of the weight, for messages.
+
+    Raises:
+        DataError: the weight or the gradient holds NaN.
+    """
+    kept = int(mask.count_nonzero())
+    change = round(fraction * kept)
+    if not change:
+        return mask
+    stays = without_lowest({name: weight}, mask.numel() - kept + change, kept={name: mask}, absolute=True)[name]
+    comes = without_lowest(
+        {f"{name}.grad": gradient}, mask.numel() - change, kept={f"{name}.grad": ~stays}, absolute=True
+    )[f"{name}.grad"]
+    return stays | comes
+
+
+class _TopKAST(Moving):
+    """Top-KAST at work.
+
+    Checkpoint: that of masks that move, the values outside of the forward set, and which of them belong to the backward
+    set. The masks of the forward set are the Masker's.
+    """
+
+    modifier: TopKASTPruningModifier
+
+    def __init__(self, modifier: TopKASTPruningModifier, run: Run) -> None:
+        super().__init__(modifier, run, modifier.forward_sparsity, modifier.mask_type)
+        gradients.refuse_closures(run.optimizer, type(modifier).__name__)
+        self.gradients = gradients.StepGradients(run.optimizer)
+        self.rest: dict[str, Tensor] = {}
+        self.extra: dict[str, Tensor] = {}
+        self.outside: dict[str, Tensor] = {}
+        self.within = False
+        self.watch: RemovableHandle | None = None
+
+    def move(self, parameters: Mapping[str, nn.Parameter], point: float, clock: Clock) -> bool:
+        modifier, masker = self.modifier, self.run.masker
+        with torch.no_grad():
+            whole = {name: p.detach().clone() for name, p in parameters.items()}
+            for name in whole.keys() & self.rest.keys():
+                whole[name] = torch.where(masker.masks[name], whole[name], self._rest(name, whole[name]))
+            forward_sparsity = next(iter(self.finals.values()), modifier.forward_sparsity)
+            forward = self.largest(whole, forward_sparsity, modifier.global_sparsity)
+            backward = self.largest(whole, modifier.backward_sparsity, modifier.global_sparsity)
+            optimizer = masker.optimizer
+            for name, parameter in parameters.items():
+                parameter.copy_(whole[name])
+                # What the optimizer remembers of the backward set lives on; the Masker knows the forward set alone.
+                masker.bind(None)
+                try:
+                    masker.set(name, forward[name])
+                finally:
+                    masker.bind(optimizer)
+                last = point >= modifier.window.end
+                forget(optimizer, parameter, ~(forward[name] if last else backward[name]))
+        if point >= modifier.window.end:
+            self.detach()
+            return True
+        if self.watch is None:
+            # After a step that raised, the next forward must not see the backward set.
+            self.watch = self.run.model.register_forward_pre_hook(ModelCallback(self._forward))
+        self.rest = {name: torch.where(forward[name], 0.0, value) for name, value in whole.items()}
+        self.extra = {name: backward[name] & ~forward[name] for name in whole}
+        self.outside = {name: ~backward[name] for name in whole}
+        return True
+
+    def _rest(self, name: str, like: Tensor) -> Tensor:
+        """The values outside of the forward set, where the parameter is now."""
+        if self.rest[name].device != like.device or self.rest[name].dtype != like.dtype:
+            self.rest[name] = self.rest[name].to(like.device, like.dtype)
+            self.extra[name] = self.extra[name].to(like.device)
+            self.outside.pop(name, None)
+        return self.rest[name]
+
+    def before_step(self) -> None:
+        """Puts the rest of the backward set back, and the penalty into the gradients."""
+        # Called twice in a step of some optimizers: the penalty is added once.
+        if not self.rest or self.within:
+            return
+        parameters = self._parameters()
+        # None at all: a closure is about to compute them, and it must see the forward set.
+        if not self.gradients.before(parameters):
+            return
+        self.within = True
+        scale = gradients.grad_scale(self.run.optimizer)
+        with torch.no_grad():
+            for name, parameter in parameters.items():
+                rest, extra = self._rest(name, parameter), self.extra[name]
+                parameter.copy_(torch.where(extra, rest, parameter))
+                gradient = parameter.grad
+                if gradient is None or gradient.layout != torch.strided:
+                    continue
+                self._penalize(gradient, parameter, extra, scale)
+                if name not in self.outside:  # the masks are loaded after this
+                    self.outside[name] = ~(extra | self.run.masker.masks[name])
+                gradient.masked_fill_(self.outside[name], 0.0)
+
+    def _penalize(self, gradient: Tensor, weight: Tensor, extra: Tensor, scale: Tensor | None) -> None:
+        decay, density = self.modifier.active_weight_decay, 1.0 - self.modifier.forward_sparsity
+        if not decay:
+            return
+        penalty = weight * decay
+        if density > 0.0:
+            penalty = torch.where(extra, penalty / density, penalty)
+        gradient.add_(penalty if scale is None else penalty * scale.to(penalty.device, penalty.dtype))
+
+    def after_step(self) -> None:
+        """Takes the rest of the backward set out again."""
+        if not self.rest:
+            return
+        parameters = self._parameters()
+        if self.within:
+            self._take_out(parameters)
+        elif self.gradients.after(parameters) is not None:
+            raise gradients.closures(type(self.modifier).__name__, "step(closure)")
+
+    def _take_out(self, parameters: Mapping[str, nn.Parameter]) -> None:
+        self.within = False
+        with torch.no_grad():
+            for name, parameter in parameters.items():
+                self.rest[name] = torch.where(self.extra[name], parameter, self._rest(name, parameter))
+
+    def _forward(self, *_: Any) -> None:
+        if self.within:
+            self._take_out(self._parameters())
+            self.run.masker.apply()
+
+    def detach(self) -> None:
+        self.rest, self.extra, self.outside = {}, {}, {}
+        self.within = False
+        if self.watch is not None:
+            self.watch.remove()
+            self.watch = None
+
+    def state_dict(self) -> dict[str, Any]:
+        return {**super().state_dict(), "rest": dict(self.rest), "extra": dict(self.extra)}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        super().load_state_dict(state)
+        parameters = self.held.now()
+        self.rest = _taken_over(state["rest"], parameters)
+        self.extra = _taken_over(state["extra"], parameters)
+        self.outside = {}

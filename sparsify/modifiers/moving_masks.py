@@ -1,0 +1,152 @@
+"""What the modifiers with masks that move have in common: their fields, and their work on a grid of epochs."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar
+
+from pydantic import AfterValidator, Field, field_validator, model_validator
+from torch import Tensor, nn
+
+from sparsify import ranks, targets
+from sparsify.errors import StateError
+from sparsify.masking import MaskType, prune
+from sparsify.modifiers.base import Active, Epoch, FieldProblem, Kind, Modifier, Names, Run
+from sparsify.modifiers.pruning import fitting, trainable
+from sparsify.schedule import Clock, Grid
+
+__all__: list[str] = []
+
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+
+
+def _mask_type(value: str | list[int]) -> str | list[int]:
+    try:
+        MaskType.parse(value)
+    except (ValueError, IndexError):
+        choices = "unstructured, block4, [1, 4], 2:4 (any N:M), tensorrt, filter or channel"
+        raise ValueError(f"{value!r} is no mask type; give {choices}.") from None
+    return value
+
+
+MaskName = Annotated[str | list[int], AfterValidator(_mask_type)]
+
+
+class SparseTraining(Modifier, ABC):
+    """The fields of every modifier that trains at a constant sparsity with masks that move."""
+
+    kind: ClassVar[Kind] = "pruning"
+    without_effect: ClassVar[frozenset[str]] = frozenset({"log_types", "phased"})
+
+    start_epoch: Epoch = Field(description="The epoch at which it starts; -1: epoch 0.")
+    end_epoch: Epoch = Field(description="The epoch from which the masks no longer move.")
+    update_frequency: Annotated[float, Field(allow_inf_nan=False)] = Field(
+        description="Epochs between two updates of the masks; -1: every optimizer step."
+    )
+    params: Names = Field(
+        description="What to prune: names of parameters or layers, re:patterns, layer types, __ALL__, __ALL_PRUNABLE__."
+    )
+    leave_enabled: bool = Field(
+        default=True,
+        description="Whether the masks stay after end_epoch; False: the weights may grow back from zero then.",
+    )
+
+    @field_validator("update_frequency")
+    @classmethod
+    def _frequency(cls, value: float) -> float:
+        if value == -1 or value > 0:
+            return value
+        raise FieldProblem("update_frequency", f"{value} is no frequency; give epochs above 0, or -1 for every step")
+
+    @model_validator(mode="after")
+    def _ends(self) -> SparseTraining:
+        if self.end_epoch == -1:
+            raise FieldProblem("end_epoch", "-1 (never) is no end for masks that move; give the epoch of the last move")
+        if not self.params:
+            raise FieldProblem("params", "names nothing to prune; give names, patterns or __ALL_PRUNABLE__")
+        return self
+
+    def names(self) -> list[str]:
+        """What `params` says, as a list."""
+        return [self.params] if isinstance(self.params, str) else list(self.params)
+
+    def targets(self, model: nn.Module) -> Mapping[str, nn.Parameter | nn.Module]:
+        """The parameters that `params` means in `model`."""
+        return targets.resolve_parameters(model, self.names(), where=f"{type(self).__name__}.params")
+
+    @abstractmethod
+    def attach(self, run: Run) -> Active:
+        """Its work on one model."""
+
+
+class Moving(Active, ABC):
+    """Masks that move on a grid of epochs.
+
+    Checkpoint: the point of the grid that is in force, whether the masks were released, and which parameters are meant.
+    The masks are the Masker's.
+    """
+
+    def __init__(self, modifier: SparseTraining, run: Run, final: float, mask_type: str | list[int]) -> None:
+        self.modifier = modifier
+        self.run = run
+        self.mask_type = MaskType.parse(mask_type)
+        who = type(modifier).__name__
+        if self.mask_type.kind in ("filter", "channel"):
+            raise StateError(f"{who}.mask_type: {mask_type!r} cannot run yet. Use unstructured, a block or N:M.")
+        where = f"{who}.params"
+        parameters = targets.resolve_parameters(run.model, modifier.names(), where=where)
+        targets.refuse_unusable(parameters, where=where)
+        self.finals, self.input_dims = fitting(
+            run.model, dict.fromkeys(parameters, final), self.mask_type, where=where, strict=True
+        )
+        self.names = list(self.finals)
+        self.held = targets.Held(run.model, self.names)
+        self.grid = Grid(modifier.window, modifier.update_frequency)
+        self.point: float | None = None
+        self.released = False
+
+    def update(self, clock: Clock) -> None:
+        point = self.grid.latest(clock)
+        if point is None or self.released or point == self.point:
+            return
+        masker = self.run.masker
+        masker.refresh()
+        self.held.refresh()
+        if self.point is None:
+            self.names = list(trainable(self._parameters(), type(self.modifier).__name__))
+        if not self.move(self._parameters(), point, clock):
+            return
+        self.point = point
+        done = masker.sparsity()
+        for name in self.names:
+            self.run.log.scalar(f"sparsity/{name}", done.get(name, 0.0), clock.step)
+        if point >= self.modifier.window.end and not self.modifier.leave_enabled:
+            for name in self.names:
+                masker.remove(name)
+            self.released = True
+
+    def _parameters(self) -> dict[str, nn.Parameter]:
+        return {name: parameter for name, parameter in self.held.now().items() if name in self.names}
+
+    @abstractmethod
+    def move(self, parameters: Mapping[str, nn.Parameter], point: float, clock: Clock) -> bool:
+        """Puts in force what belongs to a point of the grid; False to be asked again at the next step."""
+
+    def largest(self, weights: Mapping[str, Tensor], sparsity: float, together: bool) -> dict[str, Tensor]:
+        """Masks that keep the largest weights, whatever the masks so far."""
+        masks = prune(weights, sparsity, self.mask_type, input_dims=self.input_dims, together=together)
+        ranks.check_same(masks)
+        return masks
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "point": -1.0 if self.point is None else self.point,
+            "released": self.released,
+            "names": list(self.names),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.point = None if state["point"] < 0 else float(state["point"])
+        self.released = bool(state["released"])
+        self.names = [name for name in state["names"] if name in self.finals]
