@@ -294,12 +294,16 @@ class _Watch:
 
     def see(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         """A forward hook."""
-        # Not those of an evaluation, a sampler, or activation checkpointing, which calls layers again in backward.
-        if not torch.is_grad_enabled() or gradients.sampling() or torch._C._current_graph_task_id() != -1:
+        if not torch.is_grad_enabled() or gradients.sampling():
             return
         found = _floats((args, kwargs) if self.side == "inp" else output)
-        if found:
-            self.seen.append(torch.stack([penalty(tensor, self.function) for tensor in found]).mean())
+        if not found:
+            return
+        value = torch.stack([penalty(tensor, self.function) for tensor in found]).mean()
+        # Activation checkpointing calls the layer again in backward: it counts that the same is computed, but it is of
+        # the forward that was seen.
+        if torch._C._current_graph_task_id() == -1:
+            self.seen.append(value)
 
     def take(self) -> list[Tensor]:
         """Those that were seen, which are forgotten."""
