@@ -9,7 +9,7 @@ import contextlib
 import traceback
 import warnings
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
@@ -29,7 +29,9 @@ Kind = Literal[
     "batch_norm",
     "relu",
     "activation",
+    "gate",
     "add",
+    "multiply",
     "concat",
     "matmul",
     "average_pool",
@@ -49,11 +51,7 @@ _KINDS: dict[str, Kind] = {
     **dict.fromkeys(
         (
             "gelu",
-            "silu",
-            "sigmoid",
             "tanh",
-            "hardswish",
-            "hardsigmoid",
             "leaky_relu",
             "elu",
             "mish",
@@ -62,7 +60,9 @@ _KINDS: dict[str, Kind] = {
         ),
         "activation",
     ),
+    **dict.fromkeys(("silu", "sigmoid", "hardswish", "hardsigmoid"), "gate"),
     "add": "add",
+    **dict.fromkeys(("mul", "multiply"), "multiply"),
     **dict.fromkeys(("cat", "concat", "concatenate"), "concat"),
     **dict.fromkeys(("matmul", "bmm", "mm", "addmm", "baddbmm", "einsum", "scaled_dot_product_attention"), "matmul"),
     **dict.fromkeys(("avg_pool1d", "avg_pool2d", "adaptive_avg_pool1d", "adaptive_avg_pool2d"), "average_pool"),
@@ -105,7 +105,8 @@ class Node:
 
     Attributes:
         op: the operator without namespace and overload: "conv2d", "add_". In-place ones end in "_".
-        kind: what it is to compression; "move" gives its input's values in another shape or order.
+        kind: what it is to compression; "move" gives its input's values in another shape or order, "gate" is a sigmoid
+            or has one inside.
         stack: the calls of modules that it stands in, outermost first.
         inputs: the names of the nodes whose tensors it reads, in the order of the arguments.
         parameters: the names of the parameters that it reads.
@@ -327,6 +328,8 @@ def _plain(program: Any, names: _Names) -> Trace:
         value = node.meta.get("val")
         one = value if isinstance(value, Tensor) else None
         read = list(_in_order(node))
+        if op == "mean" and one is not None and is_image_mean(read[0].meta["val"].shape, one.shape):
+            kind = "average_pool"
         shape = tuple(int(n) if isinstance(n, int) else -1 for n in one.shape) if one is not None else None
         nodes.append(
             Node(
@@ -342,6 +345,16 @@ def _plain(program: Any, names: _Names) -> Trace:
         )
     known = {node.name for node in nodes}
     return Trace(tuple(nodes), tuple(name for name in outputs if name in known))
+
+
+def is_image_mean(before: Sequence[int], after: Sequence[int]) -> bool:
+    """Whether a mean between these shapes goes over all that is behind batch and channels: it is an average pool.
+
+    >>> is_image_mean((2, 3, 5, 5), (2, 3)), is_image_mean((2, 3, 5, 5), (2, 3, 1, 1)), is_image_mean((2, 7, 8), (2, 8))
+    (True, True, False)
+    """
+    kept, rest = tuple(after[:2]), tuple(after[2:])
+    return len(before) in (4, 5) and tuple(before[:2]) == kept and rest in ((), (1,) * (len(before) - 2))
 
 
 def _in_order(node: Any) -> Iterator[Any]:

@@ -68,6 +68,45 @@ class Inverted(nn.Module):
         return self.head(x.mean((2, 3)))
 
 
+class NormAct(nn.BatchNorm2d):
+    """BatchNorm, dropout and an activation in one forward, as timm has it."""
+
+    def __init__(self, channels: int, act: nn.Module) -> None:
+        super().__init__(channels)
+        self.drop = nn.Identity()
+        self.act = act
+
+    def forward(self, x: Tensor) -> Tensor:
+        training = self.training or self.running_mean is None
+        x = F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, training, 0.1, self.eps)
+        return self.act(self.drop(x))
+
+
+class Gated(nn.Module):
+    """EfficientNet's block: SiLU inside the BatchNorm, squeeze-and-excitation, an add of a BatchNorm's output."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 4, 3, padding=1, bias=False)
+        self.bn0 = NormAct(4, nn.ReLU(inplace=True))
+        self.expand = nn.Conv2d(4, 8, 1, bias=False)
+        self.bn1 = NormAct(8, nn.SiLU(inplace=True))
+        self.reduce = nn.Conv2d(8, 2, 1)
+        self.act = nn.Hardswish()
+        self.excite = nn.Conv2d(2, 8, 1)
+        self.project = nn.Conv2d(8, 4, 1, bias=False)
+        self.bn2 = NormAct(4, nn.Identity())
+        self.head = nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.bn0(self.stem(x))
+        y = self.bn1(self.expand(x))
+        gate = self.excite(self.act(self.reduce(y.mean((2, 3), keepdim=True))))
+        y = y * torch.sigmoid(gate)
+        x = x + self.bn2(self.project(y))
+        return self.head(F.adaptive_avg_pool2d(x, 1).flatten(1))
+
+
 class Attention(nn.Module):
     """One encoder layer in the manner of BERT, on token ids."""
 
@@ -125,6 +164,7 @@ def images(size: int = 4) -> Tensor:
 ZOO: dict[str, tuple[Any, Any]] = {
     "residual": (Net, images),
     "inverted": (Inverted, images),
+    "gated": (Gated, images),
     "attention": (Attention, lambda: torch.randint(0, 20, (3, 7))),
     "up": (Up, images),
     "mlp": (mlp, lambda: torch.randn(16, 6)),

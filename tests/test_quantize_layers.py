@@ -9,15 +9,17 @@ from typing import Any
 
 import pytest
 import torch
-from quantized_models import ZOO, Attention, Block, Net, images, quantized, train, trained
+from quantized_models import ZOO, Attention, Block, Gated, Net, images, quantized, train, trained
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from sparsify.errors import SparsifyWarning
+from sparsify.quantize.calibrate import calibrate
+from sparsify.quantize.deploy import deployment_copy
 from sparsify.quantize.fake import FakeQuantize
 from sparsify.quantize.functional import Watched, switched_off
-from sparsify.quantize.layers import QuantizedConv2d, QuantizedLinear, quantizers, restore
+from sparsify.quantize.layers import QuantizedConv2d, QuantizedLayer, QuantizedLinear, freeze_norms, quantizers, restore
 from sparsify.quantize.plan import is_quantized
 
 
@@ -239,6 +241,84 @@ def test_in_place_adds_write_what_was_quantized(statement: str) -> None:
         model(images())
     steps = got[0] / model.add_0_quantizer.scale
     assert torch.allclose(steps, steps.round(), atol=1e-3)
+
+
+def test_a_norm_that_computes_more_trains_as_before_and_keeps_frozen_statistics() -> None:
+    torch.manual_seed(0)
+    model, inputs = Gated(), images()
+    twin = copy.deepcopy(model)
+    quantized(model, inputs)
+    for quantizer in quantizers(model):
+        quantizer.enabled = False
+    # 2^-15 of a weight's range: nothing to see, and training is the float model's.
+    for layer in (module for module in model.modules() if isinstance(module, QuantizedLayer)):
+        layer._wiring.largest = 2**15 - 1
+    torch.testing.assert_close(model(inputs), twin(inputs), rtol=1e-3, atol=1e-3)
+    for name in ("bn0", "bn1", "bn2"):
+        torch.testing.assert_close(getattr(model, name).running_var, getattr(twin, name).running_var, rtol=1e-3, atol=0)
+    freeze_norms(model, True)
+    before = model.bn1.running_mean.clone()
+    model(inputs * 3).sum().backward()
+    assert torch.equal(model.bn1.running_mean, before) and model.bn1.weight.grad is not None
+    again = pickle.loads(pickle.dumps(model))
+    assert type(again.bn1) is type(model.bn1) and again.bn1._wiring.layer is again.expand
+    restore(model)
+    assert type(model.bn1) is type(twin.bn1) and list(model.state_dict()) == list(twin.state_dict())
+
+
+def test_a_norm_that_never_calls_batch_norm_is_not_folded() -> None:
+    class ByHand(nn.BatchNorm2d):
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.batch_norm(
+                *(x, self.weight, self.bias, self.running_mean, self.running_var),
+                *(self.training, 0.1, self.eps, False),
+            )
+
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), ByHand(4))
+    with torch.no_grad():
+        model[1].running_mean.fill_(0.5)
+    float_model = copy.deepcopy(model).eval()
+    inputs = images()
+    with pytest.warns(SparsifyWarning, match="ByHand"):
+        plan = quantized(model, inputs)
+    assert plan.folds == {"0": "1"} and switched_off(model) == ["1"]
+    calibrate(model, [inputs])
+    torch.testing.assert_close(model.eval()(inputs), float_model(inputs), rtol=0.1, atol=0.1)
+    assert torch.equal(deployment_copy(model)(inputs), model(inputs))
+
+
+GATES = [
+    nn.Sigmoid(),
+    *(gate(inplace=inplace) for gate in (nn.SiLU, nn.Hardswish, nn.Hardsigmoid) for inplace in (False, True)),
+]
+
+
+@pytest.mark.parametrize("activation", GATES, ids=str)
+def test_activations_with_a_gate_have_gradients_as_without_quantizers(activation: nn.Module) -> None:
+    class Functional(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Conv2d(3, 4, 1), nn.Conv2d(4, 4, 1)
+            self.act = copy.deepcopy(activation)
+
+        def forward(self, x: Tensor) -> Tensor:
+            # Called twice: a function of its owner, not a module's own.
+            x = self.act(self.a(x))
+            y = self.b(x)
+            y = y * torch.sigmoid(y)
+            return self.act(y) + x
+
+    torch.manual_seed(0)
+    model, inputs = Functional(), images()
+    twin = copy.deepcopy(model)
+    names = [site.name for site in quantized(model, inputs).sites]
+    assert {"gate_0_quantizer", "gate_1_quantizer", "gate_2_quantizer", "multiply_0_quantizer"} <= set(names)
+    for each in (model, twin):
+        each(inputs).square().sum().backward()
+    for got, expected in zip(model.parameters(), twin.parameters(), strict=True):
+        assert got.grad is not None and expected.grad is not None
+        assert ((got.grad - expected.grad).norm() / expected.grad.norm()).item() < 0.1
 
 
 def test_activation_checkpointing_sees_what_the_first_forward_saw() -> None:

@@ -6,7 +6,7 @@ import json
 
 import pytest
 import torch
-from quantized_models import ZOO, Attention, Inverted, Net, Up, images, mlp, quantized
+from quantized_models import ZOO, Attention, Gated, Inverted, Net, Up, images, mlp, quantized
 from torch import Tensor, nn
 
 from sparsify.errors import StateError, TargetError
@@ -53,6 +53,27 @@ def test_an_add_without_a_relu_has_a_quantizer_of_its_own() -> None:
     assert "project.1.output_quantizer" in names and "again.1.output_quantizer" in names
     assert "add_0_quantizer" in names
     assert {site.ceiling for site in plan.sites if site.relu} == {6.0}
+
+
+def test_a_norm_that_computes_more_is_folded_and_what_it_computes_is_quantized() -> None:
+    plan = plan_of(Gated(), images())
+    assert plan.folds == {"stem": "bn0", "expand": "bn1", "project": "bn2"}
+    assert [site.name for site in plan.sites] == [
+        "stem.input_quantizer",
+        "bn0.act.output_quantizer",
+        "bn1.output_quantizer",
+        "bn1.act.output_quantizer",
+        "average_pool_0_quantizer",
+        "reduce.output_quantizer",
+        "act.output_quantizer",
+        "excite.output_quantizer",
+        "gate_0_quantizer",
+        "multiply_0_quantizer",
+        "bn2.output_quantizer",
+        "add_0_quantizer",
+        "average_pool_1_quantizer",
+    ]
+    assert plan.left == ()
 
 
 def test_in_attention_only_what_feeds_a_linear_is_quantized() -> None:

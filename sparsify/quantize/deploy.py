@@ -16,13 +16,13 @@ from sparsify.errors import DataError
 from sparsify.quantize.emit import dequantize, quantize_dequantize
 from sparsify.quantize.fake import FakeQuantize, weight_integers, weight_scale
 from sparsify.quantize.layers import (
+    NORMS,
     QuantizedConv1d,
     QuantizedConv2d,
     QuantizedConvTranspose2d,
     QuantizedEmbedding,
     QuantizedLayer,
     QuantizedLinear,
-    QuantizedNorm,
     integers,
     quantizers,
 )
@@ -153,7 +153,7 @@ def deployment_copy(model: nn.Module) -> nn.Module:
     for module in deployed.modules():
         if isinstance(module, FakeQuantize):
             module.__class__ = DeployedQuantize
-        elif isinstance(module, QuantizedNorm) and module._wiring.layer is not None:
+        elif type(module) in NORMS.values() and cast(Any, module)._wiring.layer is not None:
             for name in list(module._parameters):
                 module._parameters[name] = None
             for name in list(module._buffers):

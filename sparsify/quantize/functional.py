@@ -1,4 +1,4 @@
-"""Operations in a user's own forward: adds, concatenations, F.relu and average pools, quantized where they stand.
+"""Operations in a user's own forward: adds, products, concatenations, activations, pools, quantized where they stand.
 
 The module whose forward they stand in is retyped to a class that watches the functions it calls. They are known by
 their kind and their order within one call of that module, which is the order of the trace; where the counts disagree,
@@ -15,28 +15,47 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn, overrides
 from torch.nn import functional as F
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from sparsify.errors import SparsifyWarning
-from sparsify.quantize.layers import Retyped, Wiring, retype
+from sparsify.graph import is_image_mean
+from sparsify.quantize.layers import QuantizedNorm, Retyped, Wiring, retype
 from sparsify.targets import named_modules
 
 __all__: list[str] = []
 
-KINDS: tuple[str, ...] = ("add", "concat", "relu", "average_pool")
+KINDS: tuple[str, ...] = ("add", "multiply", "concat", "relu", "gate", "average_pool")
 """The kinds of operations that are counted, by their names in a trace."""
+NORM = "batch_norm"
+"""Counted in a BatchNorm that computes more than that (see `WatchedNorm`)."""
 
 _ADDS = (torch.add, Tensor.add, Tensor.add_, Tensor.__add__, Tensor.__radd__, Tensor.__iadd__)
+_PRODUCTS = (
+    *(torch.mul, torch.multiply, Tensor.mul, Tensor.multiply, Tensor.mul_, Tensor.multiply_),
+    *(Tensor.__mul__, Tensor.__rmul__, Tensor.__imul__),
+)
 _RELUS = (F.relu, torch.relu, torch.relu_, Tensor.relu, Tensor.relu_, F.relu6)
+_SIGMOIDS = (torch.sigmoid, torch.sigmoid_, Tensor.sigmoid, Tensor.sigmoid_, torch.special.expit)
+_GATES = (F.silu, F.hardswish, F.hardsigmoid)
+_MEANS = (torch.mean, Tensor.mean)
 _KIND_OF: dict[Any, str] = {
     **dict.fromkeys(_ADDS, "add"),
+    **dict.fromkeys(_PRODUCTS, "multiply"),
     **dict.fromkeys((torch.cat, torch.concat, torch.concatenate), "concat"),
     **dict.fromkeys(_RELUS, "relu"),
+    **dict.fromkeys((*_SIGMOIDS, *_GATES), "gate"),
     **dict.fromkeys(
-        (F.avg_pool1d, F.avg_pool2d, F.adaptive_avg_pool1d, F.adaptive_avg_pool2d, torch.adaptive_avg_pool1d),
+        (F.avg_pool1d, F.avg_pool2d, F.adaptive_avg_pool1d, F.adaptive_avg_pool2d, torch.adaptive_avg_pool1d, *_MEANS),
         "average_pool",
     ),
+    F.batch_norm: NORM,
 }
-_WRITES: frozenset[Any] = frozenset((Tensor.add_, Tensor.__iadd__, torch.relu_, Tensor.relu_))
+_WRITES: frozenset[Any] = frozenset(
+    (
+        *(Tensor.add_, Tensor.__iadd__, torch.relu_, Tensor.relu_, torch.sigmoid_, Tensor.sigmoid_),
+        *(Tensor.mul_, Tensor.multiply_, Tensor.__imul__),
+    )
+)
 
 
 def child_name(kind: str, index: int) -> str:
@@ -54,8 +73,6 @@ class Watched(Retyped):
 
     def _watch(self, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """What the user's `forward` gives, its operations watched."""
-        if self._off:
-            return forward(self, *args, **kwargs)
         watch = _Watch(self)
         stack: Any = overrides._get_current_function_mode_stack
         above = [mode for mode in stack() if isinstance(mode, _Watch)]
@@ -67,7 +84,7 @@ class Watched(Retyped):
         finally:
             for mode in above:
                 mode.depth -= 1
-        if self._counts and watch.seen != self._counts:
+        if not self._off and self._counts and watch.seen != self._counts:
             self.disagree(watch.seen)
         return result
 
@@ -76,7 +93,7 @@ class Watched(Retyped):
         switch_off(self)
         warnings.warn(
             f"{self._wiring.original.__name__}.forward computed {_listing(seen)}, where its trace has "
-            f"{_listing(self._counts)}. Its adds, concatenations, ReLUs and pools stay in float from now on. Give "
+            f"{_listing(self._counts)}. Its own operations stay in float from now on. Give "
             "sample_inputs that take the same way through the model as training does.",
             SparsifyWarning,
             stacklevel=3,
@@ -87,6 +104,13 @@ class Watched(Retyped):
         made, (_, *rest), *state = cast(Any, super().__reduce_ex__(2))
         del made, rest
         return (_unpickled, (self._wiring.original,), *state)
+
+
+class WatchedNorm(Watched, QuantizedNorm):
+    """A user's subclass of BatchNorm: of its forward, what F.batch_norm computes is treated as a BatchNorm's output.
+
+    timm's BatchNormAct2d (EfficientNet, RegNet, MobileNetV3) is one: BatchNorm, dropout and activation in one forward.
+    """
 
 
 class _Watch(overrides.TorchFunctionMode):
@@ -108,8 +132,19 @@ class _Watch(overrides.TorchFunctionMode):
         kind = _KIND_OF.get(func)
         if func is F.hardtanh and (*args[1:3], *kwargs.values())[:2] == (0.0, 6.0):
             kind = "relu"
-        if kind is None or self.depth or kind not in self.seen:
+        if kind is None or self.depth or self.module._off:
             return func(*args, **kwargs)
+        if kind == NORM and isinstance(self.module, WatchedNorm):
+            given = kwargs
+            if NORM in self.seen:
+                self.seen[NORM] += 1
+            return self.module._normed(args[0] if args else kwargs["input"], lambda: func(*args, **given))
+        if kind not in self.seen:
+            return func(*args, **kwargs)
+        if func in _MEANS:
+            pooled = func(*args, **kwargs)
+            if not is_image_mean((args[0] if args else kwargs["input"]).shape, pooled.shape):
+                return pooled
         index = self.seen[kind]
         quantizer = cast(Any, self.module._modules.get(child_name(kind, index)))
         if quantizer is None:
@@ -119,22 +154,38 @@ class _Watch(overrides.TorchFunctionMode):
                 self.seen[kind] = index + 1
             return result
         target = kwargs.get("out")
-        if func in _WRITES or kwargs.get("inplace") or (kind == "relu" and len(args) in (2, 4) and args[-1]):
+        positional = (kind == "relu" and len(args) in (2, 4)) or (func in _GATES and len(args) == 2)
+        if func in _WRITES or kwargs.get("inplace") or (positional and args[-1]):
             target = args[0]
         if target is not None and not target.is_floating_point():
             return func(*args, **kwargs)
         if kind == "relu":
             result = quantizer(args[0] if args else kwargs["input"])
         else:
-            kwargs.pop("out", None)
             # Out of place, whatever was written: the quantizer may keep what it gets, which must not change below.
-            result = torch.add(*args, **kwargs) if kind == "add" else func(*args, **kwargs)
+            kwargs = {name: value for name, value in kwargs.items() if name not in ("out", "inplace")}
+            if target is not None and func in _GATES:
+                # Their backward keeps what they read, and that is about to be written.
+                args, kwargs = (target.clone(),), {}
+            result = _computed(kind, func, args, kwargs)
             if not result.is_floating_point():
                 return result if target is None else target.copy_(result)
             result = quantizer(result)
         self.seen[kind] = index + 1
         # x.add_(y) as a statement: whoever ignores what it gives looks at x.
         return result if target is None or result is target else target.copy_(result)
+
+
+def _computed(kind: str, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    """What an operation gives, out of place."""
+    if kind == "add":
+        return torch.add(*args, **kwargs)
+    if kind == "multiply":
+        return torch.mul(*args, **kwargs)
+    if func in _SIGMOIDS:
+        return torch.sigmoid(*args, **kwargs)
+    result: Tensor = func(*(args[:1] if func in _GATES else args), **kwargs)
+    return result
 
 
 def watch(module: nn.Module, counts: dict[str, int]) -> Wiring:
@@ -147,6 +198,10 @@ def watch(module: nn.Module, counts: dict[str, int]) -> Wiring:
 def switch_off(module: Watched) -> None:
     """Leaves the operations of this module in float; layers that read them have float inputs from now on."""
     module.__dict__["_off"] = True
+    layer = module._wiring.layer
+    if layer is not None:
+        # Nobody knows what its forward does with a BatchNorm that passes through.
+        cast(Any, layer)._wiring.norm = module._wiring.layer = None
     for name, child in module._modules.items():
         if child is not None and any(name.startswith(f"{kind}_") for kind in KINDS) and name.endswith("_quantizer"):
             cast(Any, child).enabled = False
@@ -180,7 +235,7 @@ def watched(original: type[nn.Module]) -> type[Watched]:
     made: Callable[..., type[Watched]] = type
     return made(
         f"Quantized{original.__name__}",
-        (Watched, original),
+        (WatchedNorm if issubclass(original, _BatchNorm) else Watched, original),
         {"__module__": __name__, "__doc__": original.__doc__, "forward": forward},
     )
 

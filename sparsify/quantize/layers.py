@@ -6,13 +6,14 @@ deployed: BatchNorm folded into integer weights, the bias on the grid of 32-bit 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from sparsify.quantize.fake import FakeQuantize, fake_weight, replaced, weight_integers, weight_scale
 
@@ -163,14 +164,19 @@ class QuantizedEmbedding(Retyped, nn.Embedding):
 class QuantizedNorm(Retyped):
     """A BatchNorm: passes through in eval mode where it is folded into a layer."""
 
-    def forward(self, input: Tensor) -> Tensor:
+    def _normed(self, x: Tensor, norm: Callable[[], Tensor]) -> Tensor:
+        """What it gives for `x`; `norm` computes it with the statistics of the batch, or as nobody folded it."""
         wiring = self._wiring
         # The layer's mode counts, not ours: a user who trains with bn.eval() has a layer that is not folded.
         if wiring.layer is not None and not wiring.layer.training:
-            return self._output(input)
+            return self._output(x)
         if wiring.frozen and self.training:
-            return self._output(frozen_norm(self, input))
-        return self._output(super().forward(input))
+            return self._output(frozen_norm(self, x))
+        return self._output(norm())
+
+    def forward(self, input: Tensor) -> Tensor:
+        plain = super().forward
+        return self._normed(input, lambda: plain(input))
 
 
 class QuantizedBatchNorm1d(QuantizedNorm, nn.BatchNorm1d):
@@ -201,8 +207,8 @@ class QuantizedReLU6(Retyped, nn.ReLU6):
         return self._output(input)
 
 
-class QuantizedPool(Retyped):
-    """A pool whose output is quantized."""
+class QuantizedFunction(Retyped):
+    """A pool or an activation whose output is quantized."""
 
     def forward(self, input: Tensor) -> Tensor:
         with torch._C.DisableTorchFunction():
@@ -210,19 +216,35 @@ class QuantizedPool(Retyped):
         return self._output(y)
 
 
-class QuantizedAvgPool1d(QuantizedPool, nn.AvgPool1d):
+class QuantizedAvgPool1d(QuantizedFunction, nn.AvgPool1d):
     pass
 
 
-class QuantizedAvgPool2d(QuantizedPool, nn.AvgPool2d):
+class QuantizedAvgPool2d(QuantizedFunction, nn.AvgPool2d):
     pass
 
 
-class QuantizedAdaptiveAvgPool1d(QuantizedPool, nn.AdaptiveAvgPool1d):
+class QuantizedAdaptiveAvgPool1d(QuantizedFunction, nn.AdaptiveAvgPool1d):
     pass
 
 
-class QuantizedAdaptiveAvgPool2d(QuantizedPool, nn.AdaptiveAvgPool2d):
+class QuantizedAdaptiveAvgPool2d(QuantizedFunction, nn.AdaptiveAvgPool2d):
+    pass
+
+
+class QuantizedSiLU(QuantizedFunction, nn.SiLU):
+    pass
+
+
+class QuantizedSigmoid(QuantizedFunction, nn.Sigmoid):
+    pass
+
+
+class QuantizedHardswish(QuantizedFunction, nn.Hardswish):
+    pass
+
+
+class QuantizedHardsigmoid(QuantizedFunction, nn.Hardsigmoid):
     pass
 
 
@@ -250,6 +272,10 @@ POINTWISE: dict[type[nn.Module], type[Retyped]] = {
     nn.AvgPool2d: QuantizedAvgPool2d,
     nn.AdaptiveAvgPool1d: QuantizedAdaptiveAvgPool1d,
     nn.AdaptiveAvgPool2d: QuantizedAdaptiveAvgPool2d,
+    nn.SiLU: QuantizedSiLU,
+    nn.Sigmoid: QuantizedSigmoid,
+    nn.Hardswish: QuantizedHardswish,
+    nn.Hardsigmoid: QuantizedHardsigmoid,
 }
 RETYPED: dict[type[nn.Module], type[Retyped]] = {
     **WEIGHTED,
@@ -301,6 +327,14 @@ def freeze_norms(model: nn.Module, frozen: bool) -> None:
 def frozen_norm(norm: Any, x: Tensor) -> Tensor:
     """BatchNorm by its running statistics, which stay as they are; its weight and bias learn."""
     return F.batch_norm(x, norm.running_mean, norm.running_var, norm.weight, norm.bias, False, 0.0, norm.eps)
+
+
+def is_norm_and_more(module: nn.Module) -> bool:
+    """Whether it is of a user's subclass of BatchNorm, as timm's BatchNormAct2d, whose forward may compute more.
+
+    Not of SyncBatchNorm, which in training is another function.
+    """
+    return isinstance(module, _BatchNorm) and not isinstance(module, nn.SyncBatchNorm) and type(module) not in NORMS
 
 
 def norm_factor(norm: Any) -> tuple[Tensor, Tensor]:

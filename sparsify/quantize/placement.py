@@ -1,7 +1,8 @@
 """Which tensors of a model are quantized, and where their quantizers stand: a trace and a scheme in, a plan out.
 
 One quantizer per tensor. In convolutional blocks it stands where the tensor is made: behind every ReLU, behind what
-feeds a residual add, behind the add, concatenation or average pool itself; all who read it share it. Elsewhere, as in
+feeds another activation or an add or product of tensors, behind these themselves, concatenations and average pools; all
+who read it share it. Elsewhere, as in
 attention blocks, only what a layer reads is quantized, by one quantizer that the layers share, and who else reads the
 tensor sees floats: few quantized tensors are the fastest there.
 """
@@ -17,8 +18,8 @@ from typing import Any, Literal
 from torch import nn
 
 from sparsify.graph import Node, Trace
-from sparsify.quantize.functional import KINDS, child_name
-from sparsify.quantize.layers import NORMS, POINTWISE, WEIGHTED, channel_axis
+from sparsify.quantize.functional import KINDS, NORM, child_name
+from sparsify.quantize.layers import NORMS, POINTWISE, WEIGHTED, channel_axis, is_norm_and_more
 from sparsify.quantize.plan import Layer, Left, Plan, Site
 from sparsify.quantize.scheme import ActivationScheme, Scheme, Settings
 from sparsify.targets import named_modules
@@ -103,8 +104,8 @@ class _Planner:
             why = pair.why_not
             norm: Any = self.modules.get(pair.norm)
             layer: Any = self.modules[pair.layer]
-            if why is None and type(norm) not in NORMS:
-                why = f"{type(norm).__name__} is not a BatchNorm of torch exactly"
+            if why is None and type(norm) not in NORMS and not is_norm_and_more(norm):
+                why = f"{type(norm).__name__} is not a BatchNorm of torch"
             elif why is None and norm.running_mean is None:
                 why = "it has no running statistics"
             elif why is None and isinstance(layer, nn.ConvTranspose2d) and layer.groups > 1:
@@ -217,9 +218,12 @@ class _Planner:
             if self.layers[name].input_activations is not None and trace.by_name[self._layer_node(end)].kind == "conv":
                 blocks.add(end)
         for node in trace.nodes:
-            if base is None or node.kind not in KINDS or not node.is_float or not node.inputs:
+            if base is None or not node.is_float or not node.inputs:
                 continue
             roots = [trace.root(read) for read in node.inputs]
+            if node.kind in ("activation", "gate") and roots[0] in blocks:
+                # Without it the convolution that gives what the activation reads would run in float.
+                required.setdefault(roots[0], base)
             if node.kind == "relu" and roots[0] in blocks and trace.by_name[roots[0]].kind != "relu":
                 if self._place(node) is not None:
                     blocks.add(node.name)
@@ -233,13 +237,20 @@ class _Planner:
                         required.setdefault(root, base)
                 else:
                     self.left.append(Left(f"{node.owner or 'the model'}: {node.op}", why))
+            elif node.kind == "multiply" and len(roots) == 2 and all(root in blocks for root in roots):
+                # The gate of squeeze-and-excitation.
+                if self._place(node) is not None:
+                    blocks.add(node.name)
+                    required[node.name] = base
+                    for root in roots:
+                        required.setdefault(root, base)
             elif node.kind == "concat" and all(root in blocks for root in roots) and self._place(node) is not None:
                 if trace.users(node.name):
                     blocks.add(node.name)
                     required[node.name] = base
                     for root in roots:
                         required.setdefault(root, base)
-            elif node.kind == "average_pool" and roots[0] in blocks and self._place(node) is not None:
+            elif node.kind in ("average_pool", "gate") and roots[0] in blocks and self._place(node) is not None:
                 blocks.add(node.name)
                 required[node.name] = base
                 required.setdefault(roots[0], base)
@@ -283,7 +294,7 @@ class _Planner:
             layers=layers,
             sites=tuple(sites),
             watched=self._watched(sites),
-            norms=tuple(name for name, module in self.modules.items() if type(module) in NORMS),
+            norms=tuple(name for name, m in self.modules.items() if type(m) in NORMS or is_norm_and_more(m)),
             slow=self._slow(),
             left=tuple(dict.fromkeys(self.left)),
         )
@@ -309,6 +320,9 @@ class _Planner:
         module, child, role = place
         relu = node.kind == "relu"
         in_place, producer = True, None
+        if node.op.rstrip("_") == "sigmoid":
+            # Its backward keeps what it gave.
+            in_place = False
         if relu:
             made = self.trace.by_name[node.inputs[0]]
             alone = len(self.trace.readers[made.name]) == 1 and made.name not in self.trace.outputs
@@ -342,7 +356,17 @@ class _Planner:
     def _watched(self, sites: list[Site]) -> dict[str, dict[str, int]]:
         """The modules with quantized operations of their own, and those below them that compute such operations too."""
         owners = {site.module for site in sites if site.child not in ("input_quantizer", "output_quantizer")}
-        watched = {owner: self._counts(owner) or {} for owner in owners}
+        watched = {owner: dict(self._counts(owner) or {}) for owner in owners}
+        for owner, counts in watched.items():
+            found = {site.child.rsplit("_", 2)[0] for site in sites if site.module == owner}
+            for kind in ("multiply", "gate"):
+                # Products by numbers are everywhere, and come another way in training as soon as there is a dropout.
+                if kind not in found:
+                    counts.pop(kind, None)
+        for norm in self.folds.values():
+            if is_norm_and_more(self.modules[norm]):
+                # A fold that its forward does not go along with is undone.
+                watched.setdefault(norm, {})[NORM] = 1
         for node in self.trace.nodes:
             if node.kind in KINDS and node.is_float and not self._is_own_module(node):
                 path = self._watched_owner(node)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from sparsify.errors import StateError
 from sparsify.quantize.fake import FakeQuantize
 from sparsify.quantize.functional import Watched, watch
-from sparsify.quantize.layers import WEIGHTED, QuantizedLayer, retype
+from sparsify.quantize.layers import WEIGHTED, QuantizedLayer, is_norm_and_more, retype
 from sparsify.targets import named_modules
 
 __all__: list[str] = []
@@ -171,7 +171,10 @@ def apply_plan(model: nn.Module, plan: Plan) -> None:
     for path, counts in plan.watched.items():
         watch(modules[path], dict(counts))
     for name in plan.norms:
-        retype(modules[name])
+        if not is_norm_and_more(modules[name]):
+            retype(modules[name])
+        elif name not in plan.watched:
+            watch(modules[name], {})
     for name in plan.slow:
         module = modules[name]
         retype(module)
