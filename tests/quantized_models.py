@@ -107,6 +107,46 @@ class Gated(nn.Module):
         return self.head(F.adaptive_avg_pool2d(x, 1).flatten(1))
 
 
+class SamePadded(nn.Conv2d):
+    """A convolution that pads its input as TensorFlow does: timm's Conv2dSame."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.conv2d(F.pad(x, (0, 1, 0, 1)), self.weight, self.bias, self.stride)
+
+
+class PlainLinear(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight, bias=self.bias)
+
+
+class Conv1D(nn.Module):
+    """transformers' layer of this name, which GPT-2 is made of: a Linear whose weight is (in, out)."""
+
+    def __init__(self, outer: int, inner: int) -> None:
+        super().__init__()
+        self.outer = outer
+        self.weight = nn.Parameter(torch.randn(inner, outer) * 0.3)
+        self.bias = nn.Parameter(torch.randn(outer))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.addmm(self.bias, x.reshape(-1, x.size(-1)), self.weight).view(*x.shape[:-1], self.outer)
+
+
+class Subclassed(nn.Module):
+    """Layers of users' own classes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = SamePadded(3, 4, 2, bias=False)
+        self.bn = nn.BatchNorm2d(4)
+        self.mix = Conv1D(6, 4)
+        self.head = PlainLinear(6, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.bn(self.conv(x))).flatten(2).transpose(1, 2)
+        return self.head(torch.tanh(self.mix(x)))
+
+
 class Attention(nn.Module):
     """One encoder layer in the manner of BERT, on token ids."""
 
@@ -165,6 +205,7 @@ ZOO: dict[str, tuple[Any, Any]] = {
     "residual": (Net, images),
     "inverted": (Inverted, images),
     "gated": (Gated, images),
+    "subclassed": (Subclassed, images),
     "attention": (Attention, lambda: torch.randint(0, 20, (3, 7))),
     "up": (Up, images),
     "mlp": (mlp, lambda: torch.randn(16, 6)),

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from quantized_models import ZOO, Net, images, mlp, quantized, train, trained
+from quantized_models import ZOO, Conv1D, Net, images, mlp, quantized, train, trained
 from torch import Tensor, nn
 
 from sparsify.errors import DataError, StateError
@@ -42,7 +42,7 @@ def test_it_holds_integers_and_no_float_weights(name: str) -> None:
     model, _ = trained(name)
     deployed = deployment_copy(model)
     for path, module in model.named_modules():
-        if isinstance(module, tuple(WEIGHTED)):
+        if isinstance(module, (*WEIGHTED, Conv1D)):
             buffers = dict(deployed.get_submodule(path).named_buffers(recurse=False))
             assert buffers["weight_int8"].dtype == torch.int8
             assert buffers["weight_int8"].abs().max() <= 127

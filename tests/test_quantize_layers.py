@@ -266,6 +266,26 @@ def test_a_norm_that_computes_more_trains_as_before_and_keeps_frozen_statistics(
     assert type(model.bn1) is type(twin.bn1) and list(model.state_dict()) == list(twin.state_dict())
 
 
+def test_a_layer_that_does_something_else_in_training_stays_in_float_and_says_so() -> None:
+    class Noisy(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            weight = self.weight + 0.1 * torch.randn_like(self.weight) if self.training else self.weight
+            return F.linear(x, weight, self.bias)
+
+    torch.manual_seed(0)
+    model = nn.Sequential(Noisy(4, 8), nn.ReLU(), nn.Linear(8, 2))
+    inputs = torch.randn(6, 4)
+    quantized(model, inputs)
+    with pytest.warns(SparsifyWarning, match=r"Noisy\.forward computed 0 layers, where its trace has 1 layer"):
+        model(inputs)
+    assert switched_off(model) == ["0"]
+    model(inputs).sum().backward()
+    model.eval()
+    assert torch.equal(model[0](inputs), F.linear(inputs, model[0].weight, model[0].bias))
+    deployed = deployment_copy(model)
+    assert torch.equal(deployed(inputs), model(inputs)) and not hasattr(deployed[0], "weight_int8")
+
+
 def test_a_norm_that_never_calls_batch_norm_is_not_folded() -> None:
     class ByHand(nn.BatchNorm2d):
         def forward(self, x: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ import json
 
 import pytest
 import torch
-from quantized_models import ZOO, Attention, Gated, Inverted, Net, Up, images, mlp, quantized
+from quantized_models import ZOO, Attention, Gated, Inverted, Net, Subclassed, Up, images, mlp, quantized
 from torch import Tensor, nn
 
 from sparsify.errors import StateError, TargetError
@@ -76,6 +76,14 @@ def test_a_norm_that_computes_more_is_folded_and_what_it_computes_is_quantized()
     assert plan.left == ()
 
 
+def test_layers_of_users_own_classes_are_quantized_like_those_of_torch() -> None:
+    plan = plan_of(Subclassed(), images())
+    layers = {layer.name: layer for layer in plan.layers}
+    assert [layers[name].axis for name in ("conv", "mix", "head")] == [0, 1, 0]
+    assert plan.folds == {"conv": "bn"} and plan.left == ()
+    assert layers["mix"].source == "relu_0_quantizer" and layers["head"].source == "head.input_quantizer"
+
+
 def test_in_attention_only_what_feeds_a_linear_is_quantized() -> None:
     plan = plan_of(Attention(), torch.randint(0, 20, (2, 5)))
     assert [(site.name, site.readers) for site in plan.sites] == [
@@ -117,22 +125,28 @@ def test_what_is_left_in_float_is_named_with_the_reason() -> None:
             super().__init__()
             self.used = nn.Linear(4, 4)
             self.unused = nn.Linear(4, 4)
+            self.scaled = Scaled(4, 4)
             self.sub = Sub(4, 4)
             self.normed = torch.nn.utils.parametrizations.weight_norm(nn.Linear(4, 4))
             self.attention = nn.MultiheadAttention(4, 2, batch_first=True)
 
         def forward(self, x: Tensor) -> Tensor:
-            return self.attention(*[self.normed(self.sub(self.used(x)))] * 3)[0]
+            return self.attention(*[self.normed(self.scaled(self.sub(self.used(x))))] * 3)[0]
 
     class Sub(nn.Linear):
         pass
 
+    class Scaled(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return nn.functional.linear(x, self.weight * 2.0, self.bias)
+
     plan = plan_of(Odd(), torch.randn(2, 3, 4))
     why = {left.what: left.why for left in plan.left}
     assert why["unused"] == "was not called on the example inputs"
-    assert "not one of" in why["sub"] and "not one of" in why["normed"]
+    assert why["scaled"] == "what Scaled computes is not one operation on its weight and bias"
+    assert "recomputed before every forward" in why["normed"]
     assert "MultiheadAttention" in why["attention"]
-    assert [layer.name for layer in plan.layers] == ["used"]
+    assert [layer.name for layer in plan.layers] == ["used", "sub"]
     assert "unused: was not called" in str(plan)
 
 

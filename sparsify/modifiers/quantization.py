@@ -12,7 +12,7 @@ from sparsify.errors import StateError, TargetError
 from sparsify.modifiers.base import Active, Epoch, FieldProblem, Kind, Modifier, Names, Run
 from sparsify.quantize.calibrate import calibrate
 from sparsify.quantize.functional import switch_off_all, switched_off
-from sparsify.quantize.layers import WEIGHTED, freeze_norms, quantizers, restore
+from sparsify.quantize.layers import freeze_norms, is_weighted, quantizers, restore
 from sparsify.quantize.placement import make_plan
 from sparsify.quantize.plan import Plan, apply_plan, is_quantized, settle
 from sparsify.quantize.scheme import NAMED, Bits, Named, Scheme, Settings
@@ -188,7 +188,7 @@ class QuantizationModifier(Modifier):
     def targets(self, model: nn.Module) -> Mapping[str, nn.Parameter | nn.Module]:
         """The layers that could be quantized; which of them can be is known once the model is traced."""
         settings = self.settings()
-        layers = {name: module for name, module in named_modules(model).items() if type(module) in WEIGHTED}
+        layers = {name: module for name, module in named_modules(model).items() if is_weighted(module)}
         schemes = settings.per_layer(model, layers)
         return {name: module for name, module in layers.items() if schemes[name] is not None}
 

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from sparsify.errors import DataError
 from sparsify.quantize.emit import dequantize, quantize_dequantize
 from sparsify.quantize.fake import FakeQuantize, weight_integers, weight_scale
+from sparsify.quantize.functional import WatchedLayer, watched
 from sparsify.quantize.layers import (
     NORMS,
     QuantizedConv1d,
@@ -50,8 +51,8 @@ class DeployedLayer(QuantizedLayer):
             return dequantize(buffers["bias_int32"], scale, None if scale.dim() == 0 else 0)
         return super().__getattr__(name)
 
-    def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
-        return self._output(self._compute(self._input(input), self.weight, self.bias, output_size))
+    def _weights(self) -> tuple[Tensor, Tensor | None]:
+        return self.weight, self.bias
 
 
 class DeployedLinear(DeployedLayer, QuantizedLinear):
@@ -68,6 +69,13 @@ class DeployedConv2d(DeployedLayer, QuantizedConv2d):
 
 class DeployedConvTranspose2d(DeployedLayer, QuantizedConvTranspose2d):
     pass
+
+
+class DeployedWatchedLayer(DeployedLayer, WatchedLayer):
+    """A layer of a user's class, whose forward goes on looking at its `weight`."""
+
+    def _is_own(self, weight: Any) -> bool:
+        return True
 
 
 class DeployedEmbedding(QuantizedEmbedding):
@@ -138,8 +146,8 @@ def deployment_copy(model: nn.Module) -> nn.Module:
         if layer._wiring.largest
     }
     for layer, found in whole.items():
-        for name in list(layer._parameters):
-            del layer._parameters[name]
+        for name in ("weight", "bias"):
+            layer._parameters.pop(name, None)
         buffers: dict[str, Tensor | None] = {"weight_int8": found[0], "weight_scale": found[1]}
         if not isinstance(layer, QuantizedEmbedding):
             layer._wiring.axis = found[2]
@@ -149,7 +157,10 @@ def deployment_copy(model: nn.Module) -> nn.Module:
                 buffers.update(float_bias=found[5])
         for name, value in buffers.items():
             layer.register_buffer(name, value)
-        cast(Any, layer).__class__ = _DEPLOYED[type(layer)]
+        if isinstance(layer, WatchedLayer):
+            cast(Any, layer).__class__ = watched(cast(Any, layer._wiring.original), cast(Any, DeployedWatchedLayer))
+        else:
+            cast(Any, layer).__class__ = _DEPLOYED[type(layer)]
     for module in deployed.modules():
         if isinstance(module, FakeQuantize):
             module.__class__ = DeployedQuantize

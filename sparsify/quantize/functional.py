@@ -15,11 +15,19 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn, overrides
 from torch.nn import functional as F
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from sparsify.errors import SparsifyWarning
 from sparsify.graph import is_image_mean
-from sparsify.quantize.layers import QuantizedNorm, Retyped, Wiring, retype
+from sparsify.quantize.fake import FakeQuantize
+from sparsify.quantize.layers import (
+    QuantizedLayer,
+    QuantizedNorm,
+    Retyped,
+    Wiring,
+    is_norm_and_more,
+    is_weighted,
+    retype,
+)
 from sparsify.targets import named_modules
 
 __all__: list[str] = []
@@ -28,6 +36,8 @@ KINDS: tuple[str, ...] = ("add", "multiply", "concat", "relu", "gate", "average_
 """The kinds of operations that are counted, by their names in a trace."""
 NORM = "batch_norm"
 """Counted in a BatchNorm that computes more than that (see `WatchedNorm`)."""
+LAYER = "layer"
+"""Counted in a layer of a user's class: the operation on its weight (see `WatchedLayer`)."""
 
 _ADDS = (torch.add, Tensor.add, Tensor.add_, Tensor.__add__, Tensor.__radd__, Tensor.__iadd__)
 _PRODUCTS = (
@@ -68,6 +78,8 @@ class Watched(Retyped):
 
     _counts: dict[str, int]
     """How many operations of each kind the trace has; empty: it only keeps its operations from those who call it."""
+    _form: type[Watched]
+    """What it is made of besides the user's class."""
     _off: bool = False
     """Whether the trace and the calls disagreed: everything in float since."""
 
@@ -103,7 +115,7 @@ class Watched(Retyped):
         # The class is made at run time: a pickle names the class that it was made of.
         made, (_, *rest), *state = cast(Any, super().__reduce_ex__(2))
         del made, rest
-        return (_unpickled, (self._wiring.original,), *state)
+        return (_unpickled, (self._wiring.original, self._form), *state)
 
 
 class WatchedNorm(Watched, QuantizedNorm):
@@ -111,6 +123,34 @@ class WatchedNorm(Watched, QuantizedNorm):
 
     timm's BatchNormAct2d (EfficientNet, RegNet, MobileNetV3) is one: BatchNorm, dropout and activation in one forward.
     """
+
+
+class WatchedLayer(Watched, QuantizedLayer):
+    """A layer of a user's class: of its forward, the operation on its weight is that of a quantized layer.
+
+    A subclass of Linear or of a convolution (timm's Linear and Conv2dSame), or transformers' Conv1D.
+    """
+
+    def _operated(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+        """What `func` gives with quantized weight and input; None where it is not called with this layer's weight."""
+        names = _OPERATIONS[func]
+        given = {**dict(zip(names, args, strict=False)), **kwargs}
+        x, weight, bias = (names[i] for i in ((1, 2, 0) if func is torch.addmm else (0, 1, 2)))
+        if not self._is_own(given.get(weight)):
+            return None
+        given[x] = self._input(given[x])
+        given[weight], given[bias] = self._weights()
+        first = [given.pop(name) for name in names]
+        return self._output(func(*first, *args[len(names) :], **given))
+
+    def _is_own(self, weight: Any) -> bool:
+        return weight is self._parameters.get("weight")
+
+
+_OPERATIONS: dict[Any, tuple[str, str, str]] = {
+    **dict.fromkeys((F.linear, F.conv1d, F.conv2d, F.conv_transpose2d), ("input", "weight", "bias")),
+    torch.addmm: ("input", "mat1", "mat2"),
+}
 
 
 class _Watch(overrides.TorchFunctionMode):
@@ -130,6 +170,11 @@ class _Watch(overrides.TorchFunctionMode):
     ) -> Any:
         kwargs = kwargs or {}
         kind = _KIND_OF.get(func)
+        if func in _OPERATIONS and isinstance(self.module, WatchedLayer) and not (self.depth or self.module._off):
+            operated = self.module._operated(func, args, kwargs)
+            if operated is not None:
+                self.seen[LAYER] = self.seen.get(LAYER, 0) + 1
+                return operated
         if func is F.hardtanh and (*args[1:3], *kwargs.values())[:2] == (0.0, 6.0):
             kind = "relu"
         if kind is None or self.depth or self.module._off:
@@ -190,7 +235,7 @@ def _computed(kind: str, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any
 
 def watch(module: nn.Module, counts: dict[str, int]) -> Wiring:
     """Retypes a user's module, in place, to one that counts its operations."""
-    wiring = retype(module, watched(cast(Any, type(module))))
+    wiring = retype(module, watched(cast(Any, type(module)), cast(Any, _form(module))))
     module.__dict__["_counts"] = dict(counts)
     return wiring
 
@@ -198,13 +243,16 @@ def watch(module: nn.Module, counts: dict[str, int]) -> Wiring:
 def switch_off(module: Watched) -> None:
     """Leaves the operations of this module in float; layers that read them have float inputs from now on."""
     module.__dict__["_off"] = True
-    layer = module._wiring.layer
-    if layer is not None:
+    wiring = module._wiring
+    if wiring.layer is not None:
         # Nobody knows what its forward does with a BatchNorm that passes through.
-        cast(Any, layer)._wiring.norm = module._wiring.layer = None
-    for name, child in module._modules.items():
-        if child is not None and any(name.startswith(f"{kind}_") for kind in KINDS) and name.endswith("_quantizer"):
-            cast(Any, child).enabled = False
+        cast(Any, wiring.layer)._wiring.norm = wiring.layer = None
+    if wiring.norm is not None:
+        wiring.norm._wiring.layer = wiring.norm = None
+    wiring.largest = 0
+    for child in module._modules.values():
+        if isinstance(child, FakeQuantize):
+            child.enabled = False
 
 
 def switched_off(model: nn.Module) -> list[str]:
@@ -222,9 +270,15 @@ def switch_off_all(model: nn.Module, names: Iterable[str]) -> None:
             switch_off(module)
 
 
+def _form(module: nn.Module) -> type[Watched]:
+    if is_norm_and_more(module):
+        return WatchedNorm
+    return WatchedLayer if is_weighted(module) else Watched
+
+
 @cache
-def watched(original: type[nn.Module]) -> type[Watched]:
-    """The watched form of a user's class: a subclass of it, made once."""
+def watched(original: type[nn.Module], form: type[Watched]) -> type[Watched]:
+    """The watched form of a user's class: a subclass of it and of `form`, made once."""
     inner = original.forward
 
     # The signature is that of the user's: torch.export and trainers look at it.
@@ -235,13 +289,13 @@ def watched(original: type[nn.Module]) -> type[Watched]:
     made: Callable[..., type[Watched]] = type
     return made(
         f"Quantized{original.__name__}",
-        (WatchedNorm if issubclass(original, _BatchNorm) else Watched, original),
-        {"__module__": __name__, "__doc__": original.__doc__, "forward": forward},
+        (form, original),
+        {"__module__": __name__, "__doc__": original.__doc__, "forward": forward, "_form": form},
     )
 
 
-def _unpickled(original: type[nn.Module]) -> nn.Module:
-    cls = watched(cast(Any, original))
+def _unpickled(original: type[nn.Module], form: type[Watched]) -> nn.Module:
+    cls = watched(cast(Any, original), cast(Any, form))
     return cls.__new__(cls)
 
 

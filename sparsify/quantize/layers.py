@@ -84,21 +84,22 @@ class QuantizedLayer(Retyped):
     def _compute(self, x: Tensor, weight: Tensor, bias: Tensor | None, output_size: list[int] | None = None) -> Tensor:
         raise NotImplementedError
 
+    def _weights(self) -> tuple[Tensor, Tensor | None]:
+        """Weight and bias as they are computed with: fake-quantized; in eval mode, what is deployed."""
+        # Not under autocast: half of the bits of a scale would be gone. The operation casts what comes out.
+        with torch._C.DisableTorchFunction():
+            if not self.training:
+                return folded(self)
+            wiring = self._wiring
+            weight = cast(Tensor, self.weight)
+            if wiring.largest:
+                weight = fake_weight(weight, axis=wiring.axis, largest=wiring.largest)
+            return weight, self._parameters["bias"]
+
     def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
         input = self._input(input)
-        if self.training:
-            wiring = self._wiring
-            weight: Tensor = self.weight  # type: ignore[assignment]
-            if wiring.largest:
-                # Not under autocast: half of the bits of a scale would be gone. The operation casts what comes out.
-                with torch._C.DisableTorchFunction():
-                    weight = fake_weight(weight, axis=wiring.axis, largest=wiring.largest)
-            y = self._compute(input, weight, self._parameters["bias"], output_size)
-        else:
-            with torch._C.DisableTorchFunction():
-                weight, bias = folded(self)
-            y = self._compute(input, weight, bias, output_size)
-        return self._output(y)
+        weight, bias = self._weights()
+        return self._output(self._compute(input, weight, bias, output_size))
 
 
 class QuantizedLinear(QuantizedLayer, nn.Linear):
@@ -337,6 +338,20 @@ def is_norm_and_more(module: nn.Module) -> bool:
     return isinstance(module, _BatchNorm) and not isinstance(module, nn.SyncBatchNorm) and type(module) not in NORMS
 
 
+def is_weighted(module: nn.Module) -> bool:
+    """Whether it is a layer whose weights can be quantized: torch's own, a subclass, or transformers' Conv1D."""
+    cls = type(module)
+    if isinstance(module, Retyped) or cls.__name__ == "NonDynamicallyQuantizableLinear":
+        return False
+    return cls in WEIGHTED or (isinstance(module, tuple(set(WEIGHTED) - {nn.Embedding})) or stores_transposed(module))
+
+
+def stores_transposed(module: nn.Module) -> bool:
+    """Whether it is transformers' Conv1D (GPT-2), a Linear whose weight is (in, out). Known by its name alone."""
+    weight = module._parameters.get("weight")
+    return any(cls.__name__ == "Conv1D" for cls in type(module).__mro__) and (weight is None or weight.dim() == 2)
+
+
 def norm_factor(norm: Any) -> tuple[Tensor, Tensor]:
     """BatchNorm in eval mode as x * c + d, both (C,): c = gamma / sqrt(var + eps), d = beta - mean c."""
     factor = torch.rsqrt(norm.running_var.float() + norm.eps)
@@ -385,7 +400,7 @@ def integers(layer: Any) -> Integers:
 
 def channel_axis(layer: nn.Module) -> int:
     """The dimension of the weight along which the output channels lie."""
-    return 1 if isinstance(layer, nn.ConvTranspose2d) else 0
+    return 1 if isinstance(layer, nn.ConvTranspose2d) or stores_transposed(layer) else 0
 
 
 def along(values: Tensor, like: Tensor, axis: int) -> Tensor:

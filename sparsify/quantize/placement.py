@@ -18,8 +18,8 @@ from typing import Any, Literal
 from torch import nn
 
 from sparsify.graph import Node, Trace
-from sparsify.quantize.functional import KINDS, NORM, child_name
-from sparsify.quantize.layers import NORMS, POINTWISE, WEIGHTED, channel_axis, is_norm_and_more
+from sparsify.quantize.functional import KINDS, LAYER, NORM, child_name
+from sparsify.quantize.layers import NORMS, POINTWISE, WEIGHTED, channel_axis, is_norm_and_more, is_weighted
 from sparsify.quantize.plan import Layer, Left, Plan, Site
 from sparsify.quantize.scheme import ActivationScheme, Scheme, Settings
 from sparsify.targets import named_modules
@@ -45,7 +45,7 @@ class _Planner:
         self.modules = {"": model, **named_modules(model)}
         self.out = settings.left_out(model)
         self.left: list[Left] = []
-        candidates = [name for name, module in self.modules.items() if type(module) in WEIGHTED]
+        candidates = [name for name, module in self.modules.items() if is_weighted(module)]
         self.schemes = settings.per_layer(model, candidates)
         self.layers: dict[str, Scheme] = {}
         self.nodes: dict[str, list[Node]] = {}
@@ -57,8 +57,7 @@ class _Planner:
                 self.left.append(Left(name, why))
         for name, module in self.modules.items():
             kind = type(module).__name__
-            known = isinstance(module, (*WEIGHTED, nn.MultiheadAttention, nn.Conv3d)) or kind == "Conv1D"
-            if type(module) in WEIGHTED or not known:
+            if is_weighted(module) or not isinstance(module, (*WEIGHTED, nn.MultiheadAttention, nn.Conv3d)):
                 continue
             if kind == "MultiheadAttention":
                 why = "MultiheadAttention computes its projections by itself, without layers"
@@ -72,7 +71,7 @@ class _Planner:
         self.ends: dict[str, str] = {}
         for name in self.layers:
             for node in self.nodes[name]:
-                if node.kind in ("conv", "linear"):
+                if node.kind != "embedding":
                     last = self.folds.get(name)
                     self.ends[self._norm_node(node, last) if last else node.name] = name
 
@@ -88,10 +87,15 @@ class _Planner:
             return "its weight is recomputed before every forward (weight_norm or a parametrization)"
         if not weight.is_floating_point():
             return f"its weight is {weight.dtype}"
-        kinds = ("embedding",) if isinstance(module, nn.Embedding) else ("conv", "linear")
+        kinds = ("embedding",) if isinstance(module, nn.Embedding) else ("conv", "linear", "matmul")
         self.nodes[name] = [node for node in self.trace.of_module(name) if node.kind in kinds and node.is_float]
         if len(self.nodes[name]) != self.trace.calls[name]:
             return "its forward is not the one of its class"
+        own = sum(module._parameters.get(key) is not None for key in ("weight", "bias"))
+        if type(module) not in WEIGHTED and any(
+            len(node.inputs) != 1 or len(node.parameters) != own for node in self.nodes[name]
+        ):
+            return f"what {type(module).__name__} computes is not one operation on its weight and bias"
         if isinstance(module, nn.Embedding) and scheme.weights is None:
             return "left out by the recipe"
         return None
@@ -363,6 +367,9 @@ class _Planner:
                 # Products by numbers are everywhere, and come another way in training as soon as there is a dropout.
                 if kind not in found:
                     counts.pop(kind, None)
+        for name in self.layers:
+            if type(self.modules[name]) not in WEIGHTED:
+                watched.setdefault(name, {})[LAYER] = 1
         for norm in self.folds.values():
             if is_norm_and_more(self.modules[norm]):
                 # A fold that its forward does not go along with is undone.

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from sparsify.errors import StateError
 from sparsify.quantize.fake import FakeQuantize
 from sparsify.quantize.functional import Watched, watch
-from sparsify.quantize.layers import WEIGHTED, QuantizedLayer, is_norm_and_more, retype
+from sparsify.quantize.layers import WEIGHTED, QuantizedLayer, is_norm_and_more, is_weighted, retype
 from sparsify.targets import named_modules
 
 __all__: list[str] = []
@@ -162,7 +162,7 @@ def apply_plan(model: nn.Module, plan: Plan) -> None:
             "made for another model."
         )
     for layer in plan.layers:
-        if type(modules[layer.name]) not in WEIGHTED:
+        if not is_weighted(modules[layer.name]):
             raise StateError(
                 f"{layer.name} is a {type(modules[layer.name]).__name__}, not one of "
                 f"{', '.join(cls.__name__ for cls in WEIGHTED)}: it is quantized already, or the plan is of another "
