@@ -99,6 +99,22 @@ def test_gradients_after_a_step_are_those_of_the_weights() -> None:
         assert p.grad is gradient and torch.equal(gradient, values)  # type: ignore[arg-type]
 
 
+def test_an_optimizer_that_steps_inside_of_its_step_steps_once() -> None:
+    class Nested(torch.optim.SGD):
+        def step(self, closure: Any = None) -> Any:  # type: ignore[override]
+            return super().step(closure)
+
+    def run(cls: Any) -> Any:
+        model = network()
+        optimizer = cls(model.parameters(), lr=0.05, momentum=0.9)
+        manager = ScheduledModifierManager([power(2.0), top_kast(active_weight_decay=0.1)])
+        manager.modify(model, optimizer, steps_per_epoch=2)
+        train(model, optimizer, range(6))
+        return model.state_dict()
+
+    assert_same(run(Nested), run(torch.optim.SGD), "")
+
+
 @pytest.mark.parametrize("form", [name for name in FORMS if name not in ("lbfgs", "muon")])
 def test_with_an_exponent_of_one_nothing_changes(form: str) -> None:
     plain = network()
@@ -356,7 +372,7 @@ class Odd(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.twice(self.twice(x)).relu_()
-        out: Tensor = checkpoint(self.inside, x, use_reentrant=False)
+        out: Tensor = checkpoint(lambda x: self.inside(x).tanh(), x, use_reentrant=False)
         return out
 
 
@@ -366,14 +382,14 @@ def test_layers_that_are_called_twice_or_again_in_backward() -> None:
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     manager = ScheduledModifierManager([ASRegModifier(layers=["twice", "inside"], alpha=1.0, reg_tens="out")])
     manager.modify(model, optimizer, steps_per_epoch=10)
-    inputs = torch.randn(3, 6)
     for _ in range(3):  # accumulated: no step in between
+        inputs = torch.randn(3, 6)
         out = model(inputs)
         loss = manager.update_loss(out.sum())
         first = functional.linear(inputs, model.twice.weight, model.twice.bias)
         second = functional.linear(first, model.twice.weight, model.twice.bias)
         last = functional.linear(second.relu(), model.inside.weight, model.inside.bias)
-        wanted = last.sum() + (first.abs().mean() + second.abs().mean()) / 2 + last.abs().mean()
+        wanted = last.tanh().sum() + (first.abs().mean() + second.abs().mean()) / 2 + last.abs().mean()
         assert torch.allclose(loss, wanted)
         loss.backward()
     with torch.no_grad():
@@ -382,6 +398,23 @@ def test_layers_that_are_called_twice_or_again_in_backward() -> None:
     optimizer.step()  # a forward whose loss was not updated belongs to no later one
     with pytest.raises(StateError, match="ASRegModifier: no activation of its layers was seen since the last loss"):
         manager.update_loss(torch.zeros((), requires_grad=True))
+
+
+def test_activations_that_a_gradient_sampler_computes_do_not_count() -> None:
+    moves = RigLPruningModifier(
+        params="__ALL_PRUNABLE__", final_sparsity=0.6, start_epoch=0, end_epoch=4, update_frequency=-1
+    )
+    penalized = ASRegModifier(layers="2", alpha=3.0)
+    model: nn.Module = network()
+    model, optimizer, manager = at_work([moves, penalized], grad_sampler=lambda: (loss_of(model, 70) for _ in "1"))
+    for step in range(3):
+        optimizer.zero_grad()
+        loss = loss_of(model, step)
+        updated = manager.update_loss(loss)
+        hidden = model[0](batch(step)[0]).tanh()  # type: ignore[index]
+        assert torch.allclose(updated, loss + 3 * hidden.abs().mean())
+        updated.backward()
+        optimizer.step()
 
 
 def test_one_weight_for_each_layer() -> None:
