@@ -710,6 +710,18 @@ def test_outside_of_the_backward_set_the_optimizer_remembers_nothing() -> None:
     assert not manager.state_dict()["modifiers"]["TopKASTPruningModifier"]["rest"], "given up at the end"
 
 
+def test_weights_that_are_loaded_do_not_mix_with_those_outside_of_the_forward_set() -> None:
+    model = network()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    manager = ScheduledModifierManager([top_kast(update_frequency=5.0)])
+    manager.modify(model, optimizer, steps_per_epoch=2)
+    before = manager.state_dict()["modifiers"]["TopKASTPruningModifier"]["rest"]
+    model.load_state_dict(network(7).state_dict())
+    train(model, optimizer, [0])
+    assert_same(manager.state_dict()["modifiers"]["TopKASTPruningModifier"]["rest"], before, "")
+    assert sum(zeros(model).values()) == 80
+
+
 def test_what_computes_the_loss_inside_of_a_step_is_refused() -> None:
     with pytest.raises(
         StateError, match="TopKASTPruningModifier: LBFGS computes the loss inside of the optimizer's step"
