@@ -27,6 +27,7 @@ def rewrite(model: ModelProto) -> None:
     """All of them, and the metadata of tracing (stack traces with the paths of the exporting machine) removed."""
     clear_traces(model)
     reduce_mean_to_global_average_pool(model)
+    quantize_before_flatten(model)
     linear_as_gemm(model)
     dequantize_after_movement(model)
     drop_requantization(model)
@@ -118,6 +119,26 @@ def reduce_mean_to_global_average_pool(model: ModelProto) -> None:
                     helper.make_node("Flatten", [pooled], [target], name=f"{name}/Flatten", axis=1),
                 ],
             )
+    graph.finish()
+
+
+def quantize_before_flatten(model: ModelProto) -> None:
+    """A Flatten that only a QuantizeLinear reads moves integers instead: they are quantized before it.
+
+    What makes the tensor, as the GlobalAveragePool of a mean over the image, can then run in integers. Of Reshape and
+    Transpose onnxruntime sees to it by itself.
+    """
+    graph = _Graph(model)
+    for node in list(model.graph.node):
+        readers = graph.readers(node.output[0]) if node.op_type == "Flatten" else []
+        if len(readers) != 1 or readers[0].op_type != "QuantizeLinear" or graph.is_output(node.output[0]):
+            continue
+        quantize = readers[0]
+        if not graph.per_tensor(quantize):
+            continue
+        integers = graph.fresh(f"{node.input[0]}_int")
+        graph.replace(node, [_like(quantize, [node.input[0], *quantize.input[1:]], [integers])])
+        graph.replace(quantize, [_like(node, [integers], [quantize.output[0]])])
     graph.finish()
 
 

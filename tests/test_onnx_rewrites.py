@@ -12,12 +12,14 @@ import torch
 from deployment_forms import IntegerWeights, Quantizer
 from onnx import ModelProto, TensorProto, helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
+from quantized_models import trained
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sparsify import onnx_rewrites
 from sparsify.export import export_onnx
 from sparsify.runtime import open_session, optimized_operators, run_session
+from sparsify.verify import verify_onnx
 
 
 def kinds(model: ModelProto | Path) -> Counter[str]:
@@ -57,6 +59,30 @@ def test_other_means_stay(axes: list[int], shape: list[int | str]) -> None:
     model = model_of([helper.make_node("ReduceMean", ["x", "axes"], ["y"])], shape, axes=np.int64(axes))
     onnx_rewrites.reduce_mean_to_global_average_pool(model)
     assert kinds(model) == {"ReduceMean": 1}
+
+
+def test_the_mean_of_an_image_is_pooled_in_integers(tmp_path: Path) -> None:
+    """What another network's test leaves out: the mean in forward, without a pool."""
+    path = tmp_path / "inverted.onnx"
+    model, x = trained("inverted")
+    exported = export_onnx(model, x, path)
+    found = optimized_operators(path)
+    assert found["QLinearGlobalAveragePool"] == found["QGemm"] == 1 and exported.floating == ()
+    assert not {"GlobalAveragePool", "ReduceMean", "Gemm", "DequantizeLinear"} & set(found)
+    assert verify_onnx(model, path, x)
+
+
+def test_a_flatten_that_others_read_too_stays_in_float() -> None:
+    nodes = [
+        helper.make_node("Flatten", ["x"], ["f"]),
+        helper.make_node("QuantizeLinear", ["f", "s", "z"], ["q"]),
+        helper.make_node("DequantizeLinear", ["q", "s", "z"], ["d"]),
+        helper.make_node("Add", ["f", "d"], ["y"]),
+    ]
+    model = model_of(nodes, ["n", 3, 2], s=np.float32(0.1), z=np.uint8(128))
+    before = model.SerializeToString(deterministic=True)
+    onnx_rewrites.quantize_before_flatten(model)
+    assert model.SerializeToString(deterministic=True) == before
 
 
 class Chain(nn.Module):
