@@ -66,6 +66,11 @@ class ExportedModel(os.PathLike[str]):
                 packed.write(block)
         return counter.count
 
+    @property
+    def unaccelerated(self) -> tuple[str, ...]:
+        """Of `quantized`, those for which onnxruntime has no integer kernel on the CPU: transposed convolutions."""
+        return tuple(name for name in self.quantized if re.search(r"ConvTranspose(_\d+)?$", name))
+
     def __fspath__(self) -> str:
         return str(self.path)
 
@@ -77,6 +82,8 @@ class ExportedModel(os.PathLike[str]):
             f"  inputs: {_signature(self.inputs)}; outputs: {_signature(self.outputs)}",
             f"  layers with integer weights: {integer}, in float: {floating}; stored values: {kinds}",
         ]
+        if self.unaccelerated:
+            lines.append(f"  integer weights, computed in float by onnxruntime: {', '.join(self.unaccelerated)}")
         if self.quantized and self.floating:
             lines.append(f"  in float: {', '.join(self.floating)}")
         return "\n".join(lines)

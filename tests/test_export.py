@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import signal
 import subprocess
@@ -20,6 +19,7 @@ import pytest
 import torch
 from deployment_forms import Encoder, ResNet
 from onnx import numpy_helper
+from quantized_models import trained
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -72,6 +72,20 @@ def path(tmp_path: Path) -> Path:
     return tmp_path / "model.onnx"
 
 
+@pytest.fixture(scope="module")
+def net(tmp_path_factory: pytest.TempPathFactory) -> ExportedModel:
+    """A float network, alone in its folder."""
+    return export_onnx(Net(), torch.randn(2, 3, 8, 8), tmp_path_factory.mktemp("net") / "model.onnx")
+
+
+@pytest.fixture(scope="module")
+def integer(tmp_path_factory: pytest.TempPathFactory) -> tuple[nn.Module, ExportedModel]:
+    """A small quantized network, exported as by default."""
+    torch.manual_seed(0)
+    model = ResNet(1, 4)
+    return model, export_onnx(model, torch.randn(2, 3, 8, 8), tmp_path_factory.mktemp("integer") / "model.onnx")
+
+
 @pytest.mark.parametrize("batch", [1, 2, 5])
 def test_any_batch_size_runs_whatever_the_sample_had(path: Path, batch: int) -> None:
     model = Net().eval()
@@ -89,8 +103,8 @@ def test_a_fixed_batch_stays_fixed(path: Path) -> None:
         run(path, torch.randn(3, 3, 8, 8))
 
 
-def test_the_result_says_what_is_in_the_file_and_is_a_path(path: Path) -> None:
-    exported = export_onnx(Net(), torch.randn(2, 3, 8, 8), path)
+def test_the_result_says_what_is_in_the_file_and_is_a_path(net: ExportedModel) -> None:
+    exported, path = net, net.path
     assert isinstance(exported, ExportedModel) and os.fspath(exported) == str(path)
     assert exported.size_bytes == path.stat().st_size > exported.gzip_bytes > 0
     assert exported.opset == onnx.load(exported).opset_import[0].version == 20
@@ -101,8 +115,8 @@ def test_the_result_says_what_is_in_the_file_and_is_a_path(path: Path) -> None:
         assert word in str(exported)
 
 
-def test_there_is_one_file_and_no_trace_of_the_exporting_machine(path: Path) -> None:
-    export_onnx(Net(), torch.randn(2, 3, 8, 8), path)
+def test_there_is_one_file_and_no_trace_of_the_exporting_machine(net: ExportedModel) -> None:
+    path = net.path
     assert os.listdir(path.parent) == [path.name]
     content = path.read_bytes()
     assert str(Path(__file__).parent).encode() not in content and b"stack_trace" not in content
@@ -132,7 +146,6 @@ def test_several_inputs_and_outputs_bear_their_names(path: Path) -> None:
         exported = export_onnx(model, sample, path)
         assert set(exported.inputs) == {"image", "text"} and list(exported.outputs) == ["logits", "inner_hidden"]
     image, text = torch.randn(7, 4), torch.randn(7, 6)
-    export_onnx(model, (image, text), path)
     expected = model(image, text)
     found = run(path, image, text)
     close(found[0], expected["logits"])
@@ -222,14 +235,17 @@ def test_an_output_that_is_no_tensor_is_left_out_with_a_warning(path: Path) -> N
         export_onnx(Returns(lambda x, y: None), torch.randn(2, 4), path)
 
 
-def test_a_transformer_of_hugging_face_goes_through(path: Path) -> None:
-    if importlib.util.find_spec("torchvision") and not hasattr(torch.ops.torchvision, "nms"):
-        # Transformers imports torchvision where it is installed; one built without its operators needs them declared.
-        torch.library.define("torchvision::nms", "(Tensor dets, Tensor scores, float iou) -> Tensor")
-        torch.library.define("torchvision::qnms", "(Tensor dets, Tensor scores, float iou) -> Tensor")
+def transformers_of_this_place() -> Any:
+    """transformers, where it is installed; conftest declares the operators of torchvision that it asks for."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        transformers = pytest.importorskip("transformers")
+        return pytest.importorskip("transformers")
+
+
+def test_a_transformer_of_hugging_face_goes_through(path: Path) -> None:
+    transformers = transformers_of_this_place()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
         config = transformers.BertConfig(
             vocab_size=50, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32
         )
@@ -349,17 +365,57 @@ modifiers:
     assert result.ok and result.first_divergence is None and len(result.tensors) == 6, str(result)
 
 
-@pytest.mark.parametrize("opset", [18, 20, 21])
-def test_opsets_are_what_was_asked_for(path: Path, opset: int) -> None:
+def test_gpt_2_is_trained_and_runs_with_all_its_layers_in_integers(path: Path) -> None:
+    transformers = transformers_of_this_place()
     torch.manual_seed(0)
-    exported = export_onnx(ResNet(1, 4), torch.randn(2, 3, 8, 8), path, opset=opset)
-    assert exported.opset == onnx.load(path).opset_import[0].version == opset
-    assert optimized_operators(path)["QLinearConv"] == 9
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        config = transformers.GPT2Config(
+            vocab_size=50,
+            n_embd=16,
+            n_layer=1,
+            n_head=2,
+            n_positions=16,
+            use_cache=False,
+            bos_token_id=0,
+            eos_token_id=0,
+        )
+        model = transformers.GPT2LMHeadModel(config)
+    ids = torch.randint(0, 50, (3, 9))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    manager = ScheduledModifierManager.from_yaml("modifiers:\n  - !QuantizationModifier\n    start_epoch: 0.0\n")
+    manager.modify(model, optimizer, steps_per_epoch=2, sample_inputs={"input_ids": ids})
+    for _ in range(2):
+        optimizer.zero_grad()
+        F.cross_entropy(model(input_ids=ids).logits.flatten(0, 1), ids.flatten()).backward()
+        optimizer.step()
+    manager.finalize(model)
+    exported = export_onnx(model, {"input_ids": ids}, path)
+    assert exported.floating == () and len(exported.quantized) == 6
+    # Four of the block, and the head; positions and words are looked up.
+    assert optimized_operators(path)["QGemm"] == 5 and not optimized_operators(path)["Gemm"]
+    assert verify_onnx(model, path, {"input_ids": ids})
 
 
-def test_zeros_of_pruned_weights_are_zeros_of_the_integers(path: Path) -> None:
-    model = ResNet(1, 4)
-    export_onnx(model, torch.randn(2, 3, 8, 8), path)
+def test_what_onnxruntime_computes_in_float_is_said(path: Path) -> None:
+    model, x = trained("up")
+    exported = export_onnx(model, x, path)
+    assert exported.unaccelerated == ("up/ConvTranspose",)
+    assert "integer weights, computed in float by onnxruntime: up/ConvTranspose" in str(exported)
+    assert optimized_operators(path)["ConvTranspose"] == 1
+
+
+@pytest.mark.parametrize("opset", [18, 20, 21])
+def test_opsets_are_what_was_asked_for(path: Path, integer: tuple[nn.Module, ExportedModel], opset: int) -> None:
+    model, exported = integer
+    if opset != 20:
+        exported = export_onnx(model, torch.randn(2, 3, 8, 8), path, opset=opset)
+    assert exported.opset == onnx.load(exported).opset_import[0].version == opset
+    assert optimized_operators(exported)["QLinearConv"] == 9
+
+
+def test_zeros_of_pruned_weights_are_zeros_of_the_integers(integer: tuple[nn.Module, ExportedModel]) -> None:
+    model, path = integer
     stored = {t.name: numpy_helper.to_array(t) for t in onnx.load(path).graph.initializer}
     weights = {name: value for name, value in stored.items() if name.endswith("weight_int8")}
     assert len(weights) == 10
