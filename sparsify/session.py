@@ -91,6 +91,7 @@ class Session:
             teacher=teacher,
             grad_sampler=grad_sampler,
             calibration_data=calibration_data,
+            sample_inputs=self._inputs,
             steps_per_epoch=timer.given,
         )
         self.actives: dict[str, Active] = {}

@@ -17,7 +17,7 @@ FLOORS = {
     5: {"manager", "session", "autorecipe", "oneshot"},
     4: {"recipe", "analysis", "export", "verify", "benchmark", "report"},
     3: {"modifiers"},
-    2: {"masking", "scoring", "shrink", "quantize", "palettize", "onnx_rewrites", "gradients", "moments"},
+    2: {"masking", "scoring", "shrink", "quantize", "palettize", "onnx_rewrites", "gradients", "moments", "identity"},
     1: {"targets", "graph", "ranks", "hooks", "selection", "state", "timer", "runtime", "signature"},
     0: {"errors", "files", "schedule", "erdos_renyi"},
 }

@@ -4,6 +4,7 @@ from sparsify.modifiers import (
     base,
     distillation,
     epochs,
+    layer_pruning,
     learning_rate,
     logging,
     pruning,
@@ -17,6 +18,7 @@ from sparsify.modifiers import (
 from sparsify.modifiers.base import *
 from sparsify.modifiers.distillation import *
 from sparsify.modifiers.epochs import *
+from sparsify.modifiers.layer_pruning import *
 from sparsify.modifiers.learning_rate import *
 from sparsify.modifiers.logging import *
 from sparsify.modifiers.pruning import *
@@ -31,6 +33,7 @@ __all__: list[str] = []
 __all__ += base.__all__
 __all__ += distillation.__all__
 __all__ += epochs.__all__
+__all__ += layer_pruning.__all__
 __all__ += learning_rate.__all__
 __all__ += logging.__all__
 __all__ += pruning.__all__

@@ -193,6 +193,8 @@ class Run:
     teacher: nn.Module | Literal["self"] | None = None
     grad_sampler: Any = None
     calibration_data: Iterable[Any] | None = None
+    sample_inputs: tuple[tuple[Any, ...], dict[str, Any]] | None = None
+    """(args, kwargs) of the model, where they are known before its first forward."""
     closure: bool = False
     """Whether the step at hand computes its gradients itself: before it they are old, after it they are there."""
     steps_per_epoch: int | None = None

@@ -1,23 +1,18 @@
-"""Whole channels and layers: masked, sliced away, or replaced by nothing.
+"""Whole channels: masked, then sliced away.
 
 These modifiers load, save and check; they do not run yet.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field, field_validator
 
-from sparsify import targets
-from sparsify.modifiers.base import Active, Epoch, FieldProblem, Kind, Modifier, Names, Run, not_yet
+from sparsify.modifiers.base import Active, Epoch, FieldProblem, Kind, Modifier, Run, not_yet
 from sparsify.modifiers.pruning import GradualPruning
 
-if TYPE_CHECKING:
-    from torch import nn
-
-__all__ = ["LayerPruningModifier", "LayerThinningModifier", "StructuredPruningModifier"]
+__all__ = ["LayerThinningModifier", "StructuredPruningModifier"]
 
 
 class StructuredPruningModifier(GradualPruning):
@@ -68,27 +63,6 @@ class LayerThinningModifier(Modifier):
             if epoch < 0:
                 raise FieldProblem("update_epochs", f"{epoch} is not an epoch; give epochs of 0 or more")
         return value
-
-    def attach(self, run: Run) -> Active:
-        """Says that it cannot run yet."""
-        raise not_yet(self)
-
-
-class LayerPruningModifier(Modifier):
-    """Replaces layers by the identity between its start and its end; at the end they come back."""
-
-    kind: ClassVar[Kind] = "structure"
-    runs: ClassVar[bool] = False
-    without_effect: ClassVar[frozenset[str]] = frozenset({"log_types", "update_frequency"})
-    layers: Names = Field(description="Names or patterns of the layers that are replaced, or types of layers.")
-
-    def names(self) -> list[str]:
-        """What `layers` says, as a list."""
-        return [self.layers] if isinstance(self.layers, str) else list(self.layers)
-
-    def targets(self, model: nn.Module) -> Mapping[str, nn.Parameter | nn.Module]:
-        """The layers that `layers` means in `model`."""
-        return targets.resolve_layers(model, self.names(), where=f"{type(self).__name__}.layers")
 
     def attach(self, run: Run) -> Active:
         """Says that it cannot run yet."""
