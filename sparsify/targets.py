@@ -82,10 +82,12 @@ def resolve_parameters(
         name: first[id(parameter)]
         for name, parameter in by_clean_name(model.named_parameters(remove_duplicate=False)).items()
     }
-    layers = _aliased_modules(model)
+    modules = _aliased_modules(model)
+    # The model itself has no name, but may be a layer of a type.
+    layers = {name: module for name, module in modules.items() if name}
 
     def weight_of(name: str) -> str | None:
-        own = getattr(layers[name], "weight", None)
+        own = getattr(modules[name], "weight", None)
         return first.get(id(own)) if isinstance(own, nn.Parameter) else None
 
     def find(name: str) -> list[str]:
@@ -105,12 +107,11 @@ def resolve_parameters(
                 )
             return [weight]
         if name.startswith("re:"):
-            match = _pattern(name, where).match
-            found = [aliases[alias] for alias in aliases if match(alias)]
-            return found or [w for layer in layers if match(layer) and (w := weight_of(layer)) is not None]
-        of_type = [layer for layer, module in layers.items() if _is(module, name)]
+            found = [aliases[alias] for alias in _matching(name, aliases, where)]
+            return found or [w for layer in _matching(name, layers, where) if (w := weight_of(layer)) is not None]
+        of_type = [layer for layer, module in modules.items() if _is(module, name)]
         for layer in of_type:
-            _refuse_recomputed(model, layer, layers[layer], where)
+            _refuse_recomputed(model, layer or type(modules[layer]).__name__, modules[layer], where)
         if not of_type and "." in exact:
             owner = exact.rpartition(".")[0]
             if owner in layers:
@@ -131,7 +132,7 @@ def resolve_layers(
     """
     modules = named_modules(model)
     first = {id(module): name for name, module in modules.items()}
-    layers = _aliased_modules(model)
+    layers = {name: module for name, module in _aliased_modules(model).items() if name}
     parameters = set(by_clean_name(model.named_parameters(remove_duplicate=False)))
 
     def find(name: str) -> list[str]:
@@ -146,8 +147,7 @@ def resolve_layers(
         if exact in parameters and (owner := exact.rpartition(".")[0]) in layers:
             return [first[id(layers[owner])]]
         if name.startswith("re:"):
-            match = _pattern(name, where).match
-            return [first[id(module)] for layer, module in layers.items() if match(layer)]
+            return [first[id(layers[layer])] for layer in _matching(name, layers, where)]
         return [first[id(module)] for module in layers.values() if _is(module, name)]
 
     chosen = _choose(model, names, find, tuple(layers), where=where, strict=strict, ignore=ignore)
@@ -247,7 +247,8 @@ def by_clean_name(pairs: Iterable[tuple[str, T]]) -> dict[str, T]:
 
 
 def _aliased_modules(model: nn.Module) -> dict[str, nn.Module]:
-    return {n: module for n, module in by_clean_name(model.named_modules(remove_duplicate=False)).items() if n}
+    """Every module under each of its clean names, the model itself under ""."""
+    return by_clean_name(model.named_modules(remove_duplicate=False))
 
 
 def _is(module: nn.Module, type_name: str) -> bool:
@@ -262,11 +263,19 @@ def _is(module: nn.Module, type_name: str) -> bool:
     return False
 
 
-def _pattern(name: str, where: str) -> re.Pattern[str]:
+def _matching(name: str, known: Iterable[str], where: str) -> list[str]:
+    """Those that the pattern `name` matches from the start; one that was written for a wrapped model too."""
+    text = name.removeprefix("re:")
     try:
-        return re.compile(name.removeprefix("re:"))
+        match = re.compile(text).match
     except re.error as error:
         raise TargetError(f"{where}: {name!r} is no regular expression: {error}.") from None
+    found = [one for one in known if match(one)]
+    # "re:module.conv.*": only where the wrapper's whole name is written, or a pattern like "re:m" would mean all.
+    wrapper = re.match(r"\w+", text)
+    if not found and wrapper and wrapper.group() in _WRAPPERS:
+        found = [one for one in known if match(f"{wrapper.group()}.{one}")]
+    return found
 
 
 def _refuse_recomputed(model: nn.Module, name: str, module: nn.Module, where: str) -> None:
@@ -311,7 +320,7 @@ def _choose(
 def _nothing(model: nn.Module, name: str, known: Iterable[str], where: str) -> str:
     text = f"{where}: {name!r} matches nothing in {type(model).__name__}."
     types = {type(module).__name__ for module in model.modules()}
-    near = get_close_matches(name.removeprefix("re:"), [*known, *types], n=3, cutoff=0.5)
+    near = get_close_matches(name.removeprefix("re:"), [*known, *types, ALL, ALL_PRUNABLE], n=3, cutoff=0.5)
     hint = "" if name.startswith("re:") else " Use 're:...' for a regular expression."
     return f"{text}\n  Closest: {', '.join(map(repr, near))}.{hint}" if near else f"{text}{hint}"
 

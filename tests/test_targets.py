@@ -59,6 +59,8 @@ def names(model: nn.Module, said: str | list[str], **options: object) -> list[st
         (["head", "embedding"], ["embedding.weight"]),
         ("__ALL_PRUNABLE__", ["conv1.weight", "layers.0.weight", "layers.1.weight", "embedding.weight"]),
         ("module.conv1.weight", ["conv1.weight"]),
+        (r"re:module\.layers.*weight", ["layers.0.weight", "layers.1.weight"]),
+        (r"re:module.layers\.\d$", ["layers.0.weight", "layers.1.weight"]),
     ],
 )
 def test_every_form_of_a_name_finds_its_parameters(said: str | list[str], expected: list[str]) -> None:
@@ -70,6 +72,30 @@ def test_all_means_every_parameter_once() -> None:
     found = resolve_parameters(model, "__ALL__", where=WHERE)
     assert list(found) == [name for name, _ in model.named_parameters()]
     assert len({id(p) for p in found.values()}) == len(found)
+
+
+@pytest.mark.parametrize("said", ["Linear", "__ALL_PRUNABLE__", "weight"])
+def test_a_model_that_is_one_layer_is_found_too(said: str) -> None:
+    model = nn.Linear(2, 2)
+    assert names(model, said) == ["weight"] == names(nn.DataParallel(model), said)
+    with pytest.raises(TargetError, match="'' matches nothing"):
+        names(model, "")
+
+
+def test_a_recomputed_weight_of_a_model_that_is_one_layer_is_refused() -> None:
+    with pytest.raises(TargetError, match="the weight of 'ParametrizedLinear' is recomputed"):
+        names(torch.nn.utils.parametrizations.weight_norm(nn.Linear(2, 2)), "__ALL_PRUNABLE__")
+
+
+@pytest.mark.parametrize("said", ["re:m", "re:mod.*weight", "re:my_module.conv1"])
+def test_a_pattern_means_a_wrapper_only_by_its_whole_name(said: str) -> None:
+    with pytest.raises(TargetError, match="matches nothing"):
+        names(Net(), said)
+
+
+def test_a_misspelled_keyword_is_shown_the_right_one() -> None:
+    with pytest.raises(TargetError, match="Closest: '__ALL_PRUNABLE__', '__ALL__'"):
+        names(Net(), "__ALL_PRUNEABLE__")
 
 
 def test_ignore_takes_names_out_again() -> None:
