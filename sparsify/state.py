@@ -34,7 +34,7 @@ def verify(state: Any, *, recipe: str, fingerprint: str, strict: bool = True) ->
         state: what was saved.
         recipe: the recipe's text now, to say what differs.
         fingerprint: the recipe's fingerprint now.
-        strict: False: another recipe and a wrong checksum are warnings.
+        strict: False: another recipe is a warning. A damaged state is refused either way: it would fail half-way.
 
     Raises:
         StateError: it does not fit.
@@ -51,28 +51,22 @@ def verify(state: Any, *, recipe: str, fingerprint: str, strict: bool = True) ->
             f"the state is of version {state['version']!r}; this sparsify reads version {VERSION}. Load it with the "
             "sparsify that wrote it."
         )
-    _or_warn(
-        strict,
-        checksum({key: value for key, value in state.items() if key != "checksum"}) != state["checksum"],
-        "the state does not match its checksum: it was damaged or changed after it was saved. Load another checkpoint.",
-    )
+    if checksum({key: value for key, value in state.items() if key != "checksum"}) != state["checksum"]:
+        raise StateError(
+            "the state does not match its checksum: it was damaged or changed after it was saved. Load another "
+            "checkpoint."
+        )
     if state.get("fingerprint") != fingerprint:
         lines = difflib.unified_diff(str(state.get("recipe")).splitlines(), recipe.splitlines(), lineterm="", n=0)
         # The first two lines name files, and @@ lines count.
         differing = [line for line in lines if not line.startswith(("---", "+++", "@@"))]
         shown = "".join(f"\n  {line}" for line in differing[:12]) or " nothing in its text"
-        _or_warn(
-            strict,
-            True,
+        text = (
             f"the state belongs to another recipe; what differs (- saved, + now):{shown}\n"
-            "Load it with the recipe it was saved with, or with strict=False to take over what fits.",
+            "Load it with the recipe it was saved with, or with strict=False to take over what fits."
         )
-
-
-def _or_warn(strict: bool, wrong: bool, text: str) -> None:
-    if wrong and strict:
-        raise StateError(text)
-    if wrong:
+        if strict:
+            raise StateError(text)
         warnings.warn(text, SparsifyWarning, stacklevel=4)
 
 
