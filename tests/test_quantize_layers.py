@@ -161,6 +161,24 @@ def test_operations_of_children_are_not_taken_for_the_parents() -> None:
     assert switched_off(model) == []
 
 
+def test_activations_that_stay_in_float_are_not_counted_as_their_callers() -> None:
+    class Tail(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.fc = nn.Conv2d(3, 4, 1), nn.Conv2d(3, 4, 1), nn.Linear(4, 4)
+            self.relu, self.silu = nn.ReLU(), nn.SiLU()
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = F.relu(self.a(x) + self.b(x)).mean((2, 3))
+            return self.silu(self.relu(self.fc(x)))
+
+    model = Tail()
+    plan = quantized(model, images())
+    assert not {site.module for site in plan.sites} & {"relu", "silu"}
+    model(images()).sum().backward()
+    assert switched_off(model) == []
+
+
 def test_a_forward_that_takes_another_way_than_its_trace_stays_in_float_and_says_so() -> None:
     class Fickle(nn.Module):
         def __init__(self) -> None:

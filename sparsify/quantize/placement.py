@@ -374,9 +374,11 @@ class _Planner:
             if is_norm_and_more(self.modules[norm]):
                 # A fold that its forward does not go along with is undone.
                 watched.setdefault(norm, {})[NORM] = 1
+        placed = {site.module for site in sites}
         for node in self.trace.nodes:
-            if node.kind in KINDS and node.is_float and not self._is_own_module(node):
-                path = self._watched_owner(node)
+            if node.kind in KINDS and node.is_float and not (self._is_own_module(node) and node.owner in placed):
+                # A ReLU or a pool that stays in float is seen by who calls it, and is not the caller's operation.
+                path = node.owner if self._is_own_module(node) else self._watched_owner(node)
                 above = {call.path for call in node.stack} - {path}
                 if path not in watched and above & owners:
                     watched[path] = {}
