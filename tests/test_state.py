@@ -435,6 +435,46 @@ def test_masks_of_another_model_are_refused_by_name() -> None:
     assert other.step == 6 and other.sparsity()["0.weight"] == manager.sparsity()["0.weight"]
 
 
+@pytest.mark.parametrize("steps", [6, 17])
+@pytest.mark.parametrize("params", ["0.weight", "4.weight", "re:[04].weight"])
+def test_what_an_edited_recipe_prunes_besides_is_pruned_after_loading(params: str, steps: int) -> None:
+    def pruning(params: str) -> list[Modifier]:
+        times = {"start_epoch": 0.0, "end_epoch": 2.3, "update_frequency": 0.4}
+        return [GMPruningModifier(params=params, init_sparsity=0.1, final_sparsity=0.8, **times)]  # type: ignore[arg-type]
+
+    saved_model, _, other = at_work(pruning(params), steps=steps)
+    model, optimizer, manager = at_work(pruning("__ALL_PRUNABLE__"), steps=0)
+    with pytest.warns(SparsifyWarning, match="another recipe"):
+        manager.load_state_dict(other.state_dict(), strict=False)
+    model.load_state_dict(saved_model.state_dict())
+    # Not yet: what is worth least is known once the saved weights are there.
+    assert manager.sparsity() == other.sparsity()
+    train(model, optimizer, manager, range(steps, steps + 1))
+    assert len(manager.sparsity()) == 2
+    assert len({round(sparsity, 1) for sparsity in manager.sparsity().values()}) == 1
+    train(model, optimizer, manager, range(steps + 1, 20))
+    assert manager.sparsity() == {"0.weight": round(54 * 0.8) / 54, "4.weight": round(27 * 0.8) / 27}
+
+
+def test_a_frozen_parameter_stays_left_alone_after_loading() -> None:
+    def start() -> tuple[nn.Module, Any, ScheduledModifierManager]:
+        model = network()
+        model[4].weight.requires_grad_(False)
+        manager = ScheduledModifierManager(recipe()[:2])
+        with pytest.warns(SparsifyWarning, match="frozen"):
+            optimizer = manager.modify(model, FORMS["adam"](model), steps_per_epoch=STEPS_PER_EPOCH, epoch=0.25)
+        return model, optimizer, manager
+
+    model, optimizer, manager = start()
+    train(model, optimizer, manager, range(2))
+    state = manager.state_dict()
+    other, optimizer, again = start()
+    again.load_state_dict(state)
+    other[4].weight.requires_grad_(True)
+    train(other, optimizer, again, range(2, 6))
+    assert list(again.sparsity()) == ["0.weight"]
+
+
 def test_a_state_needs_a_manager_at_work() -> None:
     _, _, manager = at_work()
     state = manager.state_dict()

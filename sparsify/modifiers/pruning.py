@@ -265,6 +265,9 @@ class Gradual(Active):
         self.point: float | None = None
         self.released = False
         self.initials: dict[str, float] = {}
+        self.frozen: list[str] = []
+        self.loaded = False
+        self.loaded_at: Clock | None = None
 
     def _targets(self) -> tuple[dict[str, float], dict[str, int]]:
         """The final sparsity and the dimension of the input channels by parameter, in the model's order; all is
@@ -285,12 +288,15 @@ class Gradual(Active):
 
     def update(self, clock: Clock) -> None:
         point = self.grid.latest(clock)
-        if point is None or self.released or point == self.point:
+        if point is None or self.released:
+            return
+        late = self._late(clock)
+        if point == self.point and not late:
             return
         self.run.masker.refresh()
         parameters = targets.named_parameters(self.run.model)
-        if self.point is None:
-            self._start({name: parameters[name] for name in self.finals})
+        if self.point is None or late:
+            self._start({name: parameters[name] for name in late or self.finals})
         progress = self.modifier.window.progress(point)
         self._prune({name: parameters[name] for name in self.initials}, progress, clock)
         self.point = point
@@ -299,10 +305,23 @@ class Gradual(Active):
                 self.run.masker.remove(name)
             self.released = True
 
+    def _late(self, clock: Clock) -> list[str]:
+        """What has no mask though pruning has started: the saved recipe did not name it, or its mask did not fit. Asked
+        once, a step after loading: the weights of the checkpoint are loaded after this state."""
+        if not self.loaded or self.point is None:
+            return []
+        if self.loaded_at is None:
+            self.loaded_at = clock
+        if clock == self.loaded_at:
+            return []
+        self.loaded, self.loaded_at = False, None
+        return [name for name in self.finals if name not in self.frozen and name not in self.run.masker]
+
     def _start(self, parameters: Mapping[str, nn.Parameter]) -> None:
         """Fixes what is pruned and from which sparsity on: read when the modifier starts, not when it is attached."""
-        parameters = trainable(parameters, type(self.modifier).__name__)
-        self.initials = {}
+        given = parameters
+        parameters = trainable(given, type(self.modifier).__name__)
+        self.frozen += [name for name in given if name not in parameters]
         zeros = {name: int(p.numel() - p.detach().count_nonzero()) for name, p in parameters.items()}
         overall = sum(zeros.values()) / max(sum(p.numel() for p in parameters.values()), 1)
         for name, parameter in parameters.items():
@@ -320,6 +339,7 @@ class Gradual(Active):
                     )
                     initial = self.finals[name]
             self.initials[name] = initial
+        self.initials = {name: self.initials[name] for name in self.finals if name in self.initials}
 
     def scores(self, parameters: Mapping[str, nn.Parameter]) -> tuple[Mapping[str, Tensor], bool]:
         """What each weight is worth, by parameter, and whether the absolute value counts."""
@@ -354,12 +374,15 @@ class Gradual(Active):
             "point": -1.0 if self.point is None else self.point,
             "released": self.released,
             "initials": dict(self.initials),
+            "frozen": list(self.frozen),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.point = None if state["point"] < 0 else float(state["point"])
         self.released = bool(state["released"])
         self.initials = {name: float(value) for name, value in state["initials"].items() if name in self.finals}
+        self.frozen = [name for name in state["frozen"] if name in self.finals]
+        self.loaded, self.loaded_at = True, None
 
 
 def fitting(
