@@ -125,7 +125,7 @@ def test_importing_opens_no_socket_and_writes_no_file(tmp_path: Path) -> None:
 
 
 def test_importing_costs_far_less_than_torch(tmp_path: Path) -> None:
-    # benchmarks/import_time.py keeps the bar of 0.3 s, in pairs of processes; here only what is grossly wrong shows.
+    # benchmarks/import_time.py keeps the bar of 0.3 s; here only what is grossly wrong shows.
     code = (
         "import time; start = time.perf_counter(); import torch; middle = time.perf_counter(); import sparsify; "
         "print(time.perf_counter() - middle)"

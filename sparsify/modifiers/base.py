@@ -56,7 +56,7 @@ class Modifier(BaseModel, ABC):
     """
 
     model_config = ConfigDict(
-        frozen=True, extra="forbid", strict=True, allow_inf_nan=False, use_attribute_docstrings=False
+        defer_build=True, frozen=True, extra="forbid", strict=True, allow_inf_nan=False, use_attribute_docstrings=False
     )
 
     registry: ClassVar[dict[str, type[Modifier]]] = {}
