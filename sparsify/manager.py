@@ -73,6 +73,7 @@ class ScheduledModifierManager:
 
         Raises:
             RecipeError: the recipe says something that cannot be meant; with file and line.
+            ArgumentError: `metadata` is no mapping.
         """
         recipe = read_recipe(source, recipe_variables)
         return cls(_extended(recipe, _modifiers_of(add_modifiers), metadata))
@@ -529,9 +530,13 @@ def _modifiers_of(added: Any) -> list[Modifier]:
 
 
 def _extended(recipe: Recipe, added: list[Modifier], metadata: Mapping[str, Any] | None) -> Recipe:
+    if metadata is not None and not isinstance(metadata, Mapping):
+        raise ArgumentError(f"metadata: {metadata!r} is no mapping; give a dict of what is to be kept with the recipe.")
     if metadata is not None:
         kept = recipe.metadata if isinstance(recipe.metadata, Mapping) else {}
         recipe = recipe.model_copy(update={"metadata": {**kept, **metadata}})
+        # What cannot be saved is said here, not epochs later.
+        recipe.to_yaml()
     if not added:
         return recipe
     # Refuses what cannot stand together.

@@ -18,8 +18,7 @@ from torch import nn
 
 from sparsify.errors import ArgumentError, RecipeError, SparsifyWarning, StateError, TargetError
 from sparsify.manager import ScheduledModifierManager
-from sparsify.modifiers.base import Active, Modifier
-from sparsify.modifiers.distillation import PerLayerDistillationModifier
+from sparsify.modifiers.base import Active, Modifier, Run, not_yet
 from sparsify.modifiers.epochs import EpochRangeModifier
 from sparsify.modifiers.learning_rate import SetLearningRateModifier
 from sparsify.modifiers.pruning import ConstantPruningModifier, GMPruningModifier
@@ -390,6 +389,13 @@ def test_modifiers_and_metadata_are_added() -> None:
         ScheduledModifierManager.from_yaml(YAML, add_modifiers=pruning(2.0, 4.0))
 
 
+def test_metadata_that_cannot_be_saved_is_refused_at_once() -> None:
+    with pytest.raises(ArgumentError, match="metadata: 5 is no mapping"):
+        ScheduledModifierManager.from_yaml(YAML, metadata=5)  # type: ignore[arg-type]
+    with pytest.raises(RecipeError, match="__metadata__: something of type object cannot be written"):
+        ScheduledModifierManager.from_yaml(YAML, metadata={"a": [object()]})
+
+
 def test_stages_are_composed_from_managers_recipes_and_text() -> None:
     first = ScheduledModifierManager.from_yaml(YAML)
     for second in (first, first.recipe, YAML):
@@ -528,8 +534,16 @@ def test_what_is_no_model_is_refused() -> None:
 
 def test_what_cannot_run_yet_says_so() -> None:
     model = network()
-    manager = ScheduledModifierManager([PerLayerDistillationModifier()])
-    with pytest.raises(StateError, match="PerLayerDistillationModifier cannot run yet"):
+
+    class LaterModifier(Modifier):
+        kind = "structure"
+        runs = False
+
+        def attach(self, run: Run) -> Active:
+            raise not_yet(self)
+
+    manager = ScheduledModifierManager([LaterModifier()])
+    with pytest.raises(StateError, match="LaterModifier cannot run yet"):
         manager.modify(model, torch.optim.SGD(model.parameters(), lr=0.1), steps_per_epoch=4)
 
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import yaml
+from yaml.representer import RepresenterError
 
+from sparsify.errors import RecipeError
 from sparsify.modifiers.base import Modifier
 from sparsify.recipe.grammar import Problem, plain
 from sparsify.recipe.reader import METADATA
@@ -17,7 +19,11 @@ __all__: list[str] = []
 
 
 def to_yaml(recipe: Recipe, *, everything: bool = False) -> str:
-    """The text of `recipe`; `everything`: also the fields that were not given."""
+    """The text of `recipe`; `everything`: also the fields that were not given.
+
+    Raises:
+        RecipeError: metadata holds what YAML has no form for.
+    """
     sections: list[dict[str, Any]] = []
     if recipe.metadata is not None:
         sections.append({METADATA: recipe.metadata})
@@ -91,5 +97,11 @@ _Dumper.add_representer(_Tagged, _represent_tagged)
 
 
 def _text(section: dict[str, Any]) -> str:
-    text: str = yaml.dump(section, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
+    try:
+        text: str = yaml.dump(section, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
+    except RepresenterError as error:
+        raise RecipeError(
+            f"{next(iter(section))}: something of type {type(error.args[-1]).__name__} cannot be written to a recipe; "
+            "give text, numbers, lists and dicts."
+        ) from None
     return text
