@@ -150,6 +150,34 @@ def test_where_updates_lie_closer_than_gradients_reach_a_mean_runs_on() -> None:
     torch.testing.assert_close(state["sums"]["2.weight"][0].double(), reference, rtol=1e-5, atol=1e-9)
 
 
+@both
+def test_an_update_begins_anew_where_gradients_reach_as_far_as_the_one_before(method: str) -> None:
+    model, optimizer, manager = at_work(BOTH[method](num_grads=2, update_frequency=1.0))
+    counts = []
+    for step in range(6):
+        train(model, optimizer, [step])
+        counts.append(manager.state_dict()["modifiers"][type(BOTH[method]()).__name__]["count"])
+    assert counts == [1, 0, 1, 0, 1, 0]
+
+
+def test_an_optimizer_that_writes_into_gradients_changes_nothing() -> None:
+    class Writing(torch.optim.SGD):
+        def step(self, closure: Any = None) -> None:
+            super().step()
+            for group in self.param_groups:
+                for parameter in group["params"]:
+                    parameter.grad.zero_()
+
+    model = network()
+    optimizer = Writing(model.parameters(), lr=0.1)
+    manager = ScheduledModifierManager([mfac(update_frequency=5.0)])
+    manager.modify(model, optimizer, steps_per_epoch=2)
+    wanted = gradients_at(model, range(1))[0]["0.weight"].reshape(-1)
+    train(model, optimizer, [0])
+    rows = manager.state_dict()["modifiers"]["MFACPruningModifier"]["gradients"]["0.weight"]
+    assert len(rows) == 1 and torch.equal(rows[0], wanted)
+
+
 def test_mfac_keeps_the_last_gradients_and_as_many_as_the_sparsity_asks_for() -> None:
     counts = {0.0: 2, 0.5: 5}
     model, optimizer, manager = at_work(mfac(num_grads=counts, update_frequency=-1.0, inter_func="linear"))
