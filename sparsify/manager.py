@@ -501,14 +501,8 @@ class ScheduledModifierManager:
         return self._session
 
     def _not_at_work(self) -> StateError:
-        return StateError(
-            "the manager is not at work: "
-            + (
-                "finalize() ended it."
-                if self._ended is not None
-                else "call modify() first; a copy of a manager starts anew."
-            )
-        )
+        fresh = "call modify() first; a copy of a manager starts anew."
+        return StateError(f"the manager is not at work: {fresh if self._ended is None else 'finalize() ended it.'}")
 
     def _verify(self, state: Any, strict: bool = True) -> None:
         verify(state, recipe=self._recipe.to_yaml(), fingerprint=self._recipe.fingerprint, strict=strict)
