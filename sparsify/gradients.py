@@ -39,8 +39,13 @@ class StepGradients:
         self.inside = isinstance(optimizer, LBFGS)
         self._seen: dict[str, Tensor | None] = {}
 
-    def before(self, parameters: Parameters) -> dict[str, Tensor]:
-        """Those of this step, not to be written to; none where the step computes them. May be called twice."""
+    def before(self, parameters: Parameters, *, closure: bool = False) -> dict[str, Tensor]:
+        """Those of this step, not to be written to; none where the step computes them. May be called twice.
+
+        Args:
+            closure: whether the step was given a closure. It may write into the tensors that are there already.
+        """
+        self.inside = self.inside or closure
         self._seen = {name: parameter.grad for name, parameter in parameters.items()}
         if self.inside:
             return {}

@@ -284,13 +284,15 @@ def test_movement_prunes_by_the_sum_of_gradient_times_weight(form: str) -> None:
     assert zeros(model) == {"0.weight": 48, "2.weight": 32}
 
 
-def test_movement_counts_gradients_that_a_closure_computes() -> None:
+@pytest.mark.parametrize("set_to_none", [True, False])
+def test_movement_counts_gradients_that_a_closure_computes(set_to_none: bool) -> None:
     def run(inside: bool) -> Any:
         model, optimizer, manager = at_work(movement(), "sgd")
         for step in range(6):
 
             def closure(step: int = step) -> Tensor:
-                optimizer.zero_grad()
+                # False: the new gradients come into the tensors of the old ones.
+                optimizer.zero_grad(set_to_none=set_to_none)
                 loss = loss_of(model, step)
                 loss.backward()
                 return loss

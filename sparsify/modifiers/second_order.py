@@ -213,9 +213,7 @@ class _SecondOrder(Gradual, ABC):
     def before_step(self) -> None:
         if not self.collecting:
             return
-        # Given a closure, the step computes them, maybe into the tensors that are there already.
-        self.gradients.inside = self.gradients.inside or self.run.closure
-        self.step = self._copied(self.gradients.before(self.held.now()))
+        self.step = self._copied(self.gradients.before(self.held.now(), closure=self.run.closure))
 
     def after_step(self) -> None:
         if not self.collecting:

@@ -187,7 +187,7 @@ class _Movement(Gradual):
         if self.done:
             return
         parameters = self.held.now()
-        found = self.gradients.before(parameters)
+        found = self.gradients.before(parameters, closure=self.run.closure)
         self.step = {name: _moved_to_zero(gradient, parameters[name]) for name, gradient in found.items()}
         # The step will compute gradients of the weights as they are now.
         self.weights = {} if found else {name: p.detach().clone() for name, p in parameters.items()}
@@ -300,7 +300,7 @@ class _RigL(Moving):
 
     def before_step(self) -> None:
         if self.collecting:
-            self.step = self.gradients.before(self._parameters())
+            self.step = self.gradients.before(self._parameters(), closure=self.run.closure)
 
     def after_step(self) -> None:
         if not self.collecting:
