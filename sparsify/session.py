@@ -295,7 +295,10 @@ class Session:
                 )
 
     def load_state_dict(self, state: Mapping[str, Any], strict: bool) -> None:
-        """Goes on from `state`, which was checked."""
+        """Goes on from `state`, whose seal and masks were checked; modifiers check theirs before anything changes."""
+        for key, active in self.actives.items():
+            if key in state["modifiers"]:
+                active.check_state(state["modifiers"][key])
         self.timer.load_state_dict(state)
         # Structure first: what follows is about parameters as they are then.
         for key, active in self.actives.items():

@@ -497,3 +497,23 @@ def test_with_another_number_of_steps_in_an_epoch_the_epoch_goes_on() -> None:
     assert (other.step, other.epoch) == (6, 1.5)
     train(model, optimizer, other, range(5))
     assert (other.step, other.epoch) == (11, 2.0)
+
+
+def test_the_plan_of_another_model_is_refused_before_the_clock_moves() -> None:
+    def at(last: nn.Module, steps: int) -> tuple[nn.Module, ScheduledModifierManager]:
+        model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), last)
+        manager = ScheduledModifierManager([QuantizationModifier(start_epoch=0.0)])
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        manager.modify(model, optimizer, steps_per_epoch=4, sample_inputs=torch.randn(2, 8))
+        for _ in range(steps):
+            model(torch.randn(2, 8)).sum().backward()
+            optimizer.step()
+        return model, manager
+
+    _, other = at(nn.Linear(16, 4), steps=3)
+    model, manager = at(nn.Tanh(), steps=1)
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(StateError, match=r"2 is a Tanh, not one of"):
+        manager.load_state_dict(other.state_dict())
+    assert manager.step == 1
+    assert_same(model.state_dict(), before, "weights")

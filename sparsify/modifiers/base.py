@@ -169,6 +169,9 @@ class Active:
         """Plain ints, floats, strings, lists, dicts and tensors; empty where the clock says it all."""
         return {}
 
+    def check_state(self, state: Mapping[str, Any]) -> None:
+        """Refuses a state that does not fit this model, with a StateError; changes nothing."""
+
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continues from `state`, first putting the model into the structure that it had."""
 

@@ -14,7 +14,7 @@ from sparsify.quantize.calibrate import calibrate
 from sparsify.quantize.functional import switch_off_all, switched_off
 from sparsify.quantize.layers import freeze_norms, is_weighted, quantizers, restore
 from sparsify.quantize.placement import make_plan
-from sparsify.quantize.plan import Plan, apply_plan, is_quantized, settle
+from sparsify.quantize.plan import Plan, apply_plan, check_plan, is_quantized, settle
 from sparsify.quantize.scheme import NAMED, Bits, Named, Scheme, Settings
 from sparsify.schedule import Clock
 from sparsify.targets import named_modules
@@ -300,6 +300,11 @@ class Quantization(Active):
         if self._plan is None:
             return {}
         return {"plan": self._plan.to_state(), "off": switched_off(self._run.model)}
+
+    def check_state(self, state: Mapping[str, Any]) -> None:
+        """Refuses the plan of another model."""
+        if "plan" in state:
+            check_plan(self._run.model, Plan.from_state(state["plan"]), again=self._plan is not None)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Puts the model into the structure that it had: quantized by the saved plan, or not yet."""

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from sparsify.errors import StateError
 from sparsify.quantize.fake import FakeQuantize
 from sparsify.quantize.functional import Watched, watch
-from sparsify.quantize.layers import WEIGHTED, QuantizedLayer, is_norm_and_more, is_weighted, retype
+from sparsify.quantize.layers import WEIGHTED, QuantizedLayer, Retyped, is_norm_and_more, is_weighted, retype
 from sparsify.targets import named_modules
 
 __all__: list[str] = []
@@ -147,11 +147,14 @@ def _plain(value: Any) -> Any:
     return value
 
 
-def apply_plan(model: nn.Module, plan: Plan) -> None:
-    """Retypes the layers of `model` in place as `plan` says. Parameters stay the same objects.
+def check_plan(model: nn.Module, plan: Plan, *, again: bool = False) -> None:
+    """Refuses a plan that was made for another model.
+
+    Args:
+        again: whether the model may be quantized already, by a plan that this one is to take the place of.
 
     Raises:
-        StateError: a layer of the plan is missing or of another type; nothing is changed then.
+        StateError: a layer of the plan is missing or of another type.
     """
     modules: dict[str, Any] = {"": model, **named_modules(model)}
     wanted = {layer.name for layer in plan.layers} | {site.module for site in plan.sites} | set(plan.watched)
@@ -162,12 +165,22 @@ def apply_plan(model: nn.Module, plan: Plan) -> None:
             "made for another model."
         )
     for layer in plan.layers:
-        if not is_weighted(modules[layer.name]):
+        if not is_weighted(modules[layer.name]) and not (again and isinstance(modules[layer.name], Retyped)):
             raise StateError(
                 f"{layer.name} is a {type(modules[layer.name]).__name__}, not one of "
                 f"{', '.join(cls.__name__ for cls in WEIGHTED)}: it is quantized already, or the plan is of another "
                 "model."
             )
+
+
+def apply_plan(model: nn.Module, plan: Plan) -> None:
+    """Retypes the layers of `model` in place as `plan` says. Parameters stay the same objects.
+
+    Raises:
+        StateError: a layer of the plan is missing or of another type; nothing is changed then.
+    """
+    check_plan(model, plan)
+    modules: dict[str, Any] = {"": model, **named_modules(model)}
     for path, counts in plan.watched.items():
         watch(modules[path], dict(counts))
     for name in plan.norms:
