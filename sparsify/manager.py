@@ -201,7 +201,7 @@ class ScheduledModifierManager:
             ArgumentError, TargetError, DataError, StateError: something does not fit; nothing was changed.
         """
         # A wrong argument is found before names are looked up, and names before anything is changed.
-        timer = Timer(steps_in_epoch(steps_per_epoch), starting_epoch(epoch))
+        timer = Timer(steps_in_epoch(steps_per_epoch), starting_epoch(epoch, finite=True))
         steps(optimizer)
         return self._attach(
             model,

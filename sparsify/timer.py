@@ -132,12 +132,16 @@ def steps_in_epoch(value: Any) -> int | None:
     return count
 
 
-def starting_epoch(value: Any) -> float:
+def starting_epoch(value: Any, *, finite: bool = False) -> float:
     """An epoch as a user gives it.
 
+    Args:
+        finite: whether training goes on from there, so that "after everything" is none.
+
     Raises:
-        ArgumentError: not a number, negative, or nan.
+        ArgumentError: not a number, negative, or nan; with `finite` also infinity.
     """
-    if isinstance(value, bool) or not isinstance(value, int | float) or not value >= 0.0:
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not number or not value >= 0.0 or (finite and math.isinf(value)):
         raise ArgumentError(f"epoch: {value!r} is not an epoch; give 0 or more.")
     return float(value)

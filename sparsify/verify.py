@@ -191,7 +191,15 @@ def _eager(model: nn.Module, call: Call) -> dict[str, np.ndarray]:
     device = next((tensor.device for tensor in [*model.parameters(), *model.buffers()]), torch.device("cpu"))
     args, kwargs = call.arguments([tensor.detach().to(device) for tensor in call.inputs.values()])
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), torch.no_grad():
-        named, _ = named_outputs(model(*args, **kwargs))
+        try:
+            outputs = model(*args, **kwargs)
+        # Whatever the user's own code raises on inputs that it was not written for.
+        except Exception as error:
+            raise ArgumentError(
+                f"inputs do not run through {type(model).__name__}: {type(error).__name__}: {error}. Give inputs as they "
+                "were given to export_onnx, and the model that was exported."
+            ) from error
+        named, _ = named_outputs(outputs)
     return {name: _array(tensor) for name, tensor in named.items()}
 
 

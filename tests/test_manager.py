@@ -127,7 +127,7 @@ def test_a_wrong_steps_per_epoch_is_refused_before_anything_changes(wrong: Any) 
     assert not optimizer._optimizer_step_pre_hooks
 
 
-@pytest.mark.parametrize("wrong", [-1.0, math.nan, "1", True, None])
+@pytest.mark.parametrize("wrong", [-1.0, math.nan, math.inf, "1", True, None])
 def test_a_wrong_epoch_is_refused(wrong: Any) -> None:
     with pytest.raises(ArgumentError, match=r"epoch: .* is not an epoch; give 0 or more"):
         at_work(epoch=wrong)

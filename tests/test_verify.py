@@ -178,3 +178,9 @@ def test_a_file_with_a_fixed_batch_refuses_another(path: Path) -> None:
     assert verify_onnx(model, path, torch.randn(2, 6)).ok
     with pytest.raises(ExportError, match="onnxruntime failed on inputs"):
         verify_onnx(model, path, torch.randn(3, 6))
+
+
+def test_inputs_that_the_model_does_not_take_are_an_argument_error(path: Path) -> None:
+    export_onnx(nn.Linear(6, 3), torch.randn(2, 6), path)
+    with pytest.raises(ArgumentError, match=r"inputs do not run through Linear: RuntimeError: .*export_onnx"):
+        verify_onnx(nn.Linear(4, 3), path, torch.randn(2, 6))
