@@ -187,9 +187,9 @@ def test_sparsity_is_logged_on_its_own_grid() -> None:
         update_frequency=1.0,
     )
     run(prune, SparsificationLoggingModifier(update_frequency=1.5), writer=writer, epochs=3)
-    assert writer.scalars["sparsity/model"] == [(0, 0.0), (6, pytest.approx(10 / 30)), (12, pytest.approx(10 / 30))]
+    assert writer.scalars["zeros/model"] == [(0, 0.0), (6, pytest.approx(10 / 30)), (12, pytest.approx(10 / 30))]
     # The pruning says what it does as well.
-    assert (6, 0.5) in writer.scalars["sparsity/first.weight"]
+    assert (6, 0.5) in writer.scalars["zeros/first.weight"]
 
 
 def test_bits_of_quantized_weights_are_logged() -> None:

@@ -60,8 +60,8 @@ class _Logging(Active):
         ).items():
             count = parameter.numel() - int(torch.count_nonzero(parameter.detach()))
             zeros, weights = zeros + count, weights + parameter.numel()
-            self._log.scalar(f"sparsity/{name}", count / max(1, parameter.numel()), clock.step)
-        self._log.scalar("sparsity/model", zeros / max(1, weights), clock.step)
+            self._log.scalar(f"zeros/{name}", count / max(1, parameter.numel()), clock.step)
+        self._log.scalar("zeros/model", zeros / max(1, weights), clock.step)
         for name, module in named_modules(self._model).items():
             if isinstance(module, Retyped) and module._wiring.largest:
                 # The largest integer of 8 bits is 127.
