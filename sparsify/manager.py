@@ -472,7 +472,10 @@ class ScheduledModifierManager:
         _checked_model(model)
         if teacher is not None and teacher != "self" and not isinstance(teacher, nn.Module):
             raise ArgumentError(f'distillation_teacher: {teacher!r} is neither a module nor "self".')
-        self._recipe.check(unwrapped(model))
+        with warnings.catch_warnings():
+            # What is no error is said once, by the modifier that is attached below.
+            warnings.simplefilter("ignore", SparsifyWarning)
+            self._recipe.check(unwrapped(model))
         session = Session(written(self._recipe), self.modifiers, model, optimizer, timer, teacher=teacher, **given)
         # From here on finalize() can undo it, also where Ctrl-C comes while it starts or while that is undone.
         self._session, self._ended = session, None

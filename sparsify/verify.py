@@ -196,8 +196,8 @@ def _eager(model: nn.Module, call: Call) -> dict[str, np.ndarray]:
         # Whatever the user's own code raises on inputs that it was not written for.
         except Exception as error:
             raise ArgumentError(
-                f"inputs do not run through {type(model).__name__}: {type(error).__name__}: {error}. Give inputs as they "
-                "were given to export_onnx, and the model that was exported."
+                f"inputs do not run through {type(model).__name__}: {type(error).__name__}: {error}. Give inputs as "
+                "they were given to export_onnx, and the model that was exported."
             ) from error
         named, _ = named_outputs(outputs)
     return {name: _array(tensor) for name, tensor in named.items()}

@@ -609,3 +609,13 @@ def test_inputs_come_from_the_user_or_from_the_first_forward(given: dict[str, An
     assert quantized(model) and not model._forward_pre_hooks
     manager.finalize(model)
     assert quantized(model)
+
+
+def test_a_name_that_may_match_nothing_is_warned_of_once() -> None:
+    model = nn.Linear(4, 4)
+    manager = ScheduledModifierManager.from_yaml(
+        "modifiers:\n  - !TrainableParamsModifier {params: [nope], params_strict: false, end_epoch: 1.0}\n"
+    )
+    with pytest.warns(SparsifyWarning, match="'nope' matches nothing") as said:
+        manager.modify(model, torch.optim.SGD(model.parameters(), lr=0.1), steps_per_epoch=2)
+    assert len(said) == 1
