@@ -17,7 +17,18 @@ FLOORS = {
     5: {"manager", "session", "autorecipe", "oneshot"},
     4: {"recipe", "analysis", "export", "verify", "benchmark", "report"},
     3: {"modifiers"},
-    2: {"masking", "scoring", "shrink", "quantize", "palettize", "onnx_rewrites", "gradients", "moments", "identity"},
+    2: {
+        "masking",
+        "scoring",
+        "shrink",
+        "quantize",
+        "palettize",
+        "onnx_rewrites",
+        "gradients",
+        "moments",
+        "identity",
+        "added_parameters",
+    },
     1: {"targets", "graph", "ranks", "hooks", "selection", "state", "timer", "runtime", "signature"},
     0: {"errors", "files", "schedule", "erdos_renyi"},
 }
@@ -26,7 +37,7 @@ FLOOR = {room: floor for floor, rooms in FLOORS.items() for room in rooms}
 # The rooms that carry the public names out, and every room may be read from there.
 ENTRANCE = {"sparsify"}
 # What modifiers may share with each other and with the manager.
-COMMON = {f"sparsify.modifiers.{name}" for name in ("base", "ledger", "log", "moving_masks")}
+COMMON = {f"sparsify.modifiers.{name}" for name in ("base", "ledger", "log", "moving_masks", "teacher")}
 LINES = 550
 
 

@@ -4,6 +4,7 @@ from sparsify.modifiers import (
     base,
     distillation,
     epochs,
+    layer_distillation,
     layer_pruning,
     learning_rate,
     logging,
@@ -18,6 +19,7 @@ from sparsify.modifiers import (
 from sparsify.modifiers.base import *
 from sparsify.modifiers.distillation import *
 from sparsify.modifiers.epochs import *
+from sparsify.modifiers.layer_distillation import *
 from sparsify.modifiers.layer_pruning import *
 from sparsify.modifiers.learning_rate import *
 from sparsify.modifiers.logging import *
@@ -33,6 +35,7 @@ __all__: list[str] = []
 __all__ += base.__all__
 __all__ += distillation.__all__
 __all__ += epochs.__all__
+__all__ += layer_distillation.__all__
 __all__ += layer_pruning.__all__
 __all__ += learning_rate.__all__
 __all__ += logging.__all__

@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import copy
-import inspect
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, ClassVar
 
-import torch
 from pydantic import Field
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
 
-from sparsify.errors import ArgumentError, StateError
-from sparsify.modifiers.base import Active, Kind, Modifier, Names, Run, not_yet
+from sparsify.errors import StateError
+from sparsify.modifiers.base import Active, Kind, Modifier, Run
+from sparsify.modifiers.teacher import Teacher
 from sparsify.schedule import Clock
 
-__all__ = ["DistillationModifier", "PerLayerDistillationModifier"]
+__all__ = ["DistillationModifier"]
 
 Key = str | int
 
@@ -46,42 +44,7 @@ class DistillationModifier(Modifier):
 
     def attach(self, run: Run) -> Active:
         """Takes the teacher; "self" is copied now, before anything changes the model."""
-        # Without an optimizer there is no loss: a structure can be rebuilt without the teacher.
-        if run.teacher is None and run.optimizer is not None:
-            raise ArgumentError(
-                f'{type(self).__name__} needs a teacher: pass distillation_teacher= to modify(), a module or "self".'
-            )
-        if isinstance(run.teacher, nn.Module) and any(module is run.model for module in run.teacher.modules()):
-            raise ArgumentError(
-                "distillation_teacher is the model that is trained; it would be its own moving target. Pass "
-                '"self" for a frozen copy of it as it is now.'
-            )
         return _Distilling(self, run)
-
-
-class PerLayerDistillationModifier(Modifier):
-    """Features of the student's layers are drawn to those of the teacher's; loads and saves, does not run yet."""
-
-    kind: ClassVar[Kind] = "distillation"
-    runs: ClassVar[bool] = False
-    without_effect: ClassVar[frozenset[str]] = frozenset({"log_types", "update_frequency"})
-    gain: Annotated[float, Field(ge=0.0)] = Field(default=1.5, description="What the features' loss is multiplied by.")
-    normalize: bool = Field(default=True, description="Whether it is divided by the teacher's mean square.")
-    student_layer_names: Names | None = Field(
-        default=None, description="Layers of the student; null: all that have a partner."
-    )
-    teacher_layer_names: Names | None = Field(
-        default=None, description="Layers of the teacher, in the student's order."
-    )
-    project_features: bool = Field(
-        default=True,
-        description="Whether features of another width are brought to the teacher's by a learned projection.",
-    )
-    epsilon: Annotated[float, Field(gt=0.0)] = Field(default=1e-6, description="Keeps the division finite.")
-
-    def attach(self, run: Run) -> Active:
-        """Says that it cannot run yet."""
-        raise not_yet(self)
 
 
 class _Distilling(Active):
@@ -93,15 +56,9 @@ class _Distilling(Active):
     needs_outputs: ClassVar[bool] = True
 
     def __init__(self, modifier: DistillationModifier, run: Run) -> None:
-        self._modifier, self._student = modifier, run.model
+        self._modifier = modifier
+        self._teacher = Teacher(run, type(modifier).__name__, modifier.teacher_input_keys)
         self._on = False
-        self._own = run.teacher == "self"
-        self._modes: list[tuple[nn.Module, bool]] = []
-        self._teacher: nn.Module | None = None
-        if isinstance(run.teacher, nn.Module):
-            self._teacher = run.teacher
-        elif self._own:
-            self._teacher = copy.deepcopy(run.model).requires_grad_(False).eval()
 
     def update(self, clock: Clock) -> None:
         window = self._modifier.window
@@ -120,7 +77,8 @@ class _Distilling(Active):
                     "manager.update_loss(loss, outputs=outputs, inputs=inputs)."
                 )
         student = logits(outputs, self._modifier.distill_output_keys, f"{name}: the student")
-        teacher = logits(self._taught(inputs, student), list(student), f"{name}: the teacher")
+        device = next(iter(student.values())).device
+        teacher = logits(self._teacher(inputs, device), list(student), f"{name}: the teacher")
         parts = []
         for key, mine in student.items():
             if mine.shape != teacher[key].shape:
@@ -131,33 +89,14 @@ class _Distilling(Active):
             parts.append(divergence(mine, teacher[key], self._modifier.temperature))
         return (1.0 - hardness) * loss + hardness * (sum(parts[1:], parts[0]) / len(parts))
 
-    def _taught(self, inputs: tuple[tuple[Any, ...], dict[str, Any]], student: Mapping[Key, Tensor]) -> Any:
-        teacher = self._teacher
-        if teacher is None:
-            raise StateError("there is no teacher: pass distillation_teacher= to modify() or initialize().")
-        if teacher.training:
-            # Remembered per module: a user's teacher gets its modes back.
-            self._modes = [(module, module.training) for module in teacher.modules()]
-            teacher.eval()
-        if self._own:
-            device = next(iter(student.values())).device
-            if any(parameter.device != device for parameter in teacher.parameters()):
-                teacher.to(device)
-        args, kwargs = chosen(self._student, *inputs, self._modifier.teacher_input_keys)
-        with torch.no_grad():
-            return teacher(*args, **kwargs)
-
     def detach(self) -> None:
-        for module, training in self._modes:
-            module.training = training
-        self._modes = []
+        self._teacher.release()
 
     def state_dict(self) -> dict[str, Any]:
-        return {"teacher": dict(self._teacher.state_dict())} if self._own and self._teacher is not None else {}
+        return self._teacher.state_dict()
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        if self._own and self._teacher is not None and "teacher" in state:
-            self._teacher.load_state_dict(state["teacher"])
+        self._teacher.load_state_dict(state)
 
 
 def divergence(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
@@ -165,6 +104,7 @@ def divergence(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
 
     KL = sum p (log p - log q), p = softmax(teacher / T), q = softmax(student / T). T^2 keeps the gradients' size.
 
+    >>> import torch
     >>> student, teacher = torch.tensor([[1.0, 2, 3], [0, 0, 1]]), torch.tensor([[4.0, 1, 0], [2, 0, 0]])
     >>> round(divergence(student, teacher, 2.0).item(), 5)
     1.91924
@@ -208,26 +148,3 @@ def logits(outputs: Any, keys: Sequence[Key] | None, whose: str) -> dict[Key, Te
         what = f"{missing[0]!r} is no tensor of logits" if missing else "there is no tensor of logits"
         raise StateError(f"{whose} returned a {type(outputs).__name__} with {sorted(map(str, named))}; {what} in it.")
     return usable if keys is None else {key: usable[key] for key in keys}
-
-
-def chosen(
-    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], keys: Sequence[str] | None
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The inputs named `keys` of a call of `model`; all of them, as they are, where `keys` is None.
-
-    Raises:
-        StateError: the call has no input of that name.
-    """
-    if keys is None:
-        return args, kwargs
-    one = args[0] if len(args) == 1 and not kwargs else None
-    named = one if isinstance(one, Mapping) else inspect.signature(model.forward).bind(*args, **kwargs).arguments
-    # **kwargs of a forward stand one level deeper.
-    named = {**named, **kwargs}
-    missing = [key for key in keys if key not in named]
-    if missing:
-        raise StateError(
-            f"teacher_input_keys: there is no input {missing[0]!r}; the model was called with {sorted(named)}."
-        )
-    selected = {key: named[key] for key in keys}
-    return ((selected,), {}) if isinstance(one, Mapping) else ((), selected)

@@ -92,7 +92,8 @@ class _LayerPruning(Active):
     def structure(self, epoch: float, state: Mapping[str, Any] | None) -> None:
         window = self._modifier.window
         if state is not None:
-            self._load(state)
+            self.check_state(state)
+            self.load_state_dict(state)
         elif window.start <= epoch < window.end or (epoch >= window.start and math.isinf(window.end)):
             self._put(self._layers)
 
@@ -106,15 +107,14 @@ class _LayerPruning(Active):
             self._remember(name, layer)
         return {"skipped": [name for name in self._layers if name in self._skipped], "entries": dict(self._entries)}
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self._load(state)
-
-    def _load(self, state: Mapping[str, Any]) -> None:
+    def check_state(self, state: Mapping[str, Any]) -> None:
         missing = [name for name in state["skipped"] if name not in self._layers]
         if missing:
             raise StateError(
                 f"LayerPruningModifier: the state was saved with layer {missing[0]!r} pruned, which the recipe does "
                 "not name in this model. Load the state with the recipe and model it was saved with."
             )
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self._entries |= {name: int(entries) for name, entries in state["entries"].items()}
         self._put(list(state["skipped"]))

@@ -1,0 +1,99 @@
+"""The teacher of distillation: a module of the user's or a frozen copy of the student, asked batch by batch."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from sparsify.errors import ArgumentError, StateError
+from sparsify.modifiers.base import Run
+
+__all__: list[str] = []
+
+
+class Teacher:
+    """Runs in eval mode, without gradients, on the student's inputs; "self" is copied now, before anything changes it.
+
+    Checkpoint: the weights of a "self" teacher; the student of a resumed run starts with other ones.
+
+    Args:
+        who: the modifier, for messages.
+        keys: the names of the inputs that it gets; None: all.
+
+    Raises:
+        ArgumentError: there is none to train with, or it is the student.
+    """
+
+    def __init__(self, run: Run, who: str, keys: Sequence[str] | None = None) -> None:
+        # Without an optimizer there is no loss: a structure can be rebuilt without the teacher.
+        if run.teacher is None and run.optimizer is not None:
+            raise ArgumentError(f'{who} needs a teacher: pass distillation_teacher= to modify(), a module or "self".')
+        if isinstance(run.teacher, nn.Module) and any(module is run.model for module in run.teacher.modules()):
+            raise ArgumentError(
+                "distillation_teacher is the model that is trained; it would be its own moving target. Pass "
+                '"self" for a frozen copy of it as it is now.'
+            )
+        self._student, self._keys = run.model, keys
+        self._own = run.teacher == "self"
+        self._modes: list[tuple[nn.Module, bool]] = []
+        self.module: nn.Module | None = None
+        if isinstance(run.teacher, nn.Module):
+            self.module = run.teacher
+        elif self._own:
+            self.module = copy.deepcopy(run.model).requires_grad_(False).eval()
+
+    def __call__(self, inputs: tuple[tuple[Any, ...], dict[str, Any]], device: torch.device) -> Any:
+        """Its outputs on the student's inputs. A copy moves to `device` with the student, a user's module does not."""
+        teacher = self.module
+        if teacher is None:
+            raise StateError("there is no teacher: pass distillation_teacher= to modify() or initialize().")
+        if teacher.training:
+            # Remembered per module: a user's teacher gets its modes back.
+            self._modes = [(module, module.training) for module in teacher.modules()]
+            teacher.eval()
+        if self._own and any(parameter.device != device for parameter in teacher.parameters()):
+            teacher.to(device)
+        args, kwargs = chosen(self._student, *inputs, self._keys)
+        with torch.no_grad():
+            return teacher(*args, **kwargs)
+
+    def release(self) -> None:
+        """Modes are what they were; may be called twice."""
+        for module, training in self._modes:
+            module.training = training
+        self._modes = []
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"teacher": dict(self.module.state_dict())} if self._own and self.module is not None else {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        if self._own and self.module is not None and "teacher" in state:
+            self.module.load_state_dict(state["teacher"])
+
+
+def chosen(
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], keys: Sequence[str] | None
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The inputs named `keys` of a call of `model`; all of them, as they are, where `keys` is None.
+
+    Raises:
+        StateError: the call has no input of that name.
+    """
+    if keys is None:
+        return args, kwargs
+    one = args[0] if len(args) == 1 and not kwargs else None
+    named = one if isinstance(one, Mapping) else inspect.signature(model.forward).bind(*args, **kwargs).arguments
+    # **kwargs of a forward stand one level deeper.
+    named = {**named, **kwargs}
+    missing = [key for key in keys if key not in named]
+    if missing:
+        raise StateError(
+            f"teacher_input_keys: there is no input {missing[0]!r}; the model was called with {sorted(named)}."
+        )
+    selected = {key: named[key] for key in keys}
+    return ((selected,), {}) if isinstance(one, Mapping) else ((), selected)
