@@ -25,9 +25,11 @@ __all__ = ["QuantizationModifier"]
 class QuantizationModifier(Modifier):
     """Trains the model as it will run in integers: from `start_epoch` on layers are quantized, ranges observed.
 
-    Quantized are Linear, Conv1d, Conv2d, ConvTranspose2d (weights and what they read), Embedding (weights), and in
-    convolutional blocks what ReLUs, residual adds, concatenations and average pools give. BatchNorm behind a
-    convolution is folded in eval mode and at export. At its end quantized layers stay, ready for export.
+    Quantized are Linear, Conv1d, Conv2d, ConvTranspose2d and transformers' Conv1D (weights and what they read),
+    subclasses of them that compute the same, Embedding (weights), and in convolutional blocks what activations,
+    residual adds, products, concatenations and average pools give. BatchNorm behind a convolution is folded in eval
+    mode and at export. The projections of MultiheadAttention and LSTM stay in float. At its end quantized layers stay,
+    ready for export.
     """
 
     kind: ClassVar[Kind] = "quantization"
