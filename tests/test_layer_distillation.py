@@ -259,3 +259,18 @@ def test_the_projections_of_other_layers_are_refused() -> None:
     with pytest.raises(StateError, match="a projection for '0 -> 0', which is no pair of layers here"):
         other.load_state_dict(manager.state_dict())
     assert len(optimizer.param_groups) == 1
+
+
+def test_a_loop_that_clears_the_gradients_of_the_model_is_as_good() -> None:
+    ends = []
+    for clears_optimizer in (True, False):
+        model = network()
+        optimizer = optimizer_of(model, "sgd")
+        manager = manager_of()
+        manager.modify(model, optimizer, 2, distillation_teacher=network(9, 7))
+        for _ in range(4):
+            optimizer.zero_grad() if clears_optimizer else model.zero_grad()
+            manager.update_loss(model(X).square().mean()).backward()
+            optimizer.step()
+        ends.append(model.state_dict())
+    assert same(*ends)

@@ -125,8 +125,13 @@ def test_a_recipe_whose_time_never_comes_changes_nothing() -> None:
 
 def test_the_check_of_the_first_call_leaves_no_trace() -> None:
     class Noisy(Block):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("calls", torch.zeros(()))
+
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             torch.rand(3)
+            self.calls.add_(1)
             return super().forward(x)
 
     model = nn.Sequential(nn.Conv2d(3, 4, 3), Noisy())
