@@ -532,8 +532,9 @@ def test_what_is_no_model_is_refused() -> None:
         ScheduledModifierManager([pruning()]).initialize(network().state_dict())  # type: ignore[arg-type]
 
 
-def test_what_cannot_run_yet_says_so() -> None:
+def test_what_cannot_run_yet_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     model = network()
+    monkeypatch.setattr(Modifier, "registry", dict(Modifier.registry))
 
     class LaterModifier(Modifier):
         kind = "structure"
