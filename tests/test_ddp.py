@@ -82,7 +82,7 @@ def _on_rank(rank: int, work: Callable[[int, str], None], folder: str) -> None:
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     work(rank, folder)
     dist.barrier()
-    # What was to be shown is in files. Seen twice in some fifty runs: taking the process group and its threads down at
+    # What was to be shown is in files. Seen twice: taking the process group and its threads down at
     # the end of a process aborted ("terminate called without an active exception"), after all work was done.
     os._exit(0)
 
