@@ -211,6 +211,12 @@ class FieldProblem(ValueError):
         self.field = field
 
 
+def check_frequency(value: float) -> None:
+    """Refuses an `update_frequency` at which nothing would ever be due; for validators."""
+    if value <= 0 and value != -1:
+        raise FieldProblem("update_frequency", f"{value} is no frequency; give epochs above 0, or -1 for every step")
+
+
 def not_yet(modifier: Modifier) -> StateError:
     """What a modifier that cannot run yet raises in `attach`."""
     return StateError(

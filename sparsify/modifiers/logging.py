@@ -8,15 +8,12 @@ from typing import Any, ClassVar
 import torch
 from pydantic import Field, model_validator
 
-from sparsify.modifiers.base import Active, Epoch, FieldProblem, Kind, Modifier, Run
+from sparsify.modifiers.base import Active, Epoch, Kind, Modifier, Run, check_frequency
 from sparsify.quantize.layers import Retyped
 from sparsify.schedule import Clock, Grid
 from sparsify.targets import named_modules, resolve_parameters
 
 __all__ = ["SparsificationLoggingModifier"]
-
-
-_FREQUENCY = "give epochs above 0, or -1 for every step"
 
 
 class SparsificationLoggingModifier(Modifier):
@@ -29,8 +26,7 @@ class SparsificationLoggingModifier(Modifier):
 
     @model_validator(mode="after")
     def _moves(self) -> SparsificationLoggingModifier:
-        if self.update_frequency <= 0 and self.update_frequency != -1:
-            raise FieldProblem("update_frequency", f"{self.update_frequency} is no frequency; {_FREQUENCY}")
+        check_frequency(self.update_frequency)
         return self
 
     def attach(self, run: Run) -> Active:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from sparsify import ranks, targets
 from sparsify.errors import StateError
 from sparsify.masking import MaskType, prune
-from sparsify.modifiers.base import Active, Epoch, FieldProblem, Kind, Modifier, Names, Run
+from sparsify.modifiers.base import Active, Epoch, FieldProblem, Kind, Modifier, Names, Run, check_frequency
 from sparsify.modifiers.pruning import fitting, trainable
 from sparsify.schedule import Clock, Grid
 
@@ -55,9 +55,8 @@ class SparseTraining(Modifier, ABC):
     @field_validator("update_frequency")
     @classmethod
     def _frequency(cls, value: float) -> float:
-        if value == -1 or value > 0:
-            return value
-        raise FieldProblem("update_frequency", f"{value} is no frequency; give epochs above 0, or -1 for every step")
+        check_frequency(value)
+        return value
 
     @model_validator(mode="after")
     def _ends(self) -> SparseTraining:

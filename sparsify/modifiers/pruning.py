@@ -14,7 +14,7 @@ from pydantic import Field, field_validator, model_validator
 from sparsify import ranks, targets
 from sparsify.errors import SparsifyWarning, StateError, TargetError
 from sparsify.masking import MaskType, prune
-from sparsify.modifiers.base import Active, Epoch, FieldProblem, Kind, Modifier, Names, Run
+from sparsify.modifiers.base import Active, Epoch, FieldProblem, Kind, Modifier, Names, Run, check_frequency
 from sparsify.schedule import Clock, Curve, Grid, between
 
 if TYPE_CHECKING:
@@ -91,9 +91,8 @@ class GradualPruning(Modifier, ABC):
     @field_validator("update_frequency")
     @classmethod
     def _frequency(cls, value: float) -> float:
-        if value == -1 or value > 0:
-            return value
-        raise FieldProblem("update_frequency", f"{value} is no frequency; give epochs above 0, or -1 for every step")
+        check_frequency(value)
+        return value
 
     @field_validator("init_sparsity", mode="before")
     @classmethod

@@ -10,16 +10,13 @@ from pydantic import Field, model_validator
 from torch import nn
 
 from sparsify import targets
-from sparsify.modifiers.base import Active, Epoch, FieldProblem, Kind, Modifier, Names, Run
+from sparsify.modifiers.base import Active, Epoch, FieldProblem, Kind, Modifier, Names, Run, check_frequency
 from sparsify.modifiers.ledger import check_groups
 from sparsify.schedule import Clock, Curve, Grid, between
 
 __all__ = ["GradualParamModifier", "SetParamModifier", "SetWeightDecayModifier", "TrainableParamsModifier"]
 
 Finite = Annotated[float, Field(allow_inf_nan=False)]
-
-
-_FREQUENCY = "give epochs above 0, or -1 for every step"
 
 
 class SetWeightDecayModifier(Modifier):
@@ -102,8 +99,7 @@ class GradualParamModifier(Modifier):
     def _moves(self) -> GradualParamModifier:
         if self.end_epoch == -1:
             raise FieldProblem("end_epoch", "-1 (never) ends no schedule; give the epoch that reaches final_val")
-        if self.update_frequency <= 0 and self.update_frequency != -1:
-            raise FieldProblem("update_frequency", f"{self.update_frequency} is no frequency; {_FREQUENCY}")
+        check_frequency(self.update_frequency)
         return self
 
     def names(self) -> list[str]:
