@@ -288,6 +288,8 @@ def test_movement_prunes_by_the_sum_of_gradient_times_weight(form: str) -> None:
 def test_movement_counts_gradients_that_a_closure_computes(set_to_none: bool) -> None:
     def run(inside: bool) -> Any:
         model, optimizer, manager = at_work(movement(), "sgd")
+        # Gradients from before stand there when the first step begins.
+        loss_of(model, 99).backward()
         for step in range(6):
 
             def closure(step: int = step) -> Tensor:
