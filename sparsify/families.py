@@ -1,7 +1,7 @@
 """Families of channels: what must be removed together so that a smaller model computes the same. Plain data.
 
-A channel is one index along one dimension of one or more weights; the channels of a family are alike: each takes the same
-share of the same tensors. Found by `find` on the traced view of a model; `shrink` masks and removes them.
+A channel is one index along one dimension of one or more weights; the channels of a family are alike: each takes the
+same share of the same tensors. Found by `find` on the traced view of a model; `shrink` masks and removes them.
 """
 
 from __future__ import annotations

@@ -29,7 +29,19 @@ FLOORS = {
         "identity",
         "added_parameters",
     },
-    1: {"targets", "graph", "labels", "families", "ranks", "hooks", "selection", "state", "timer", "runtime", "signature"},
+    1: {
+        "targets",
+        "graph",
+        "labels",
+        "families",
+        "ranks",
+        "hooks",
+        "selection",
+        "state",
+        "timer",
+        "runtime",
+        "signature",
+    },
     0: {"errors", "files", "schedule", "erdos_renyi"},
 }
 FLOOR = {room: floor for floor, rooms in FLOORS.items() for room in rooms}
