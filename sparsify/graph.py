@@ -236,6 +236,15 @@ class Trace:
 def trace(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> Trace:
     """The traced view of `model` on these example inputs.
 
+    Raises:
+        ArgumentError: as `exported` does.
+    """
+    return _plain(exported(model, args, kwargs), Names(model))
+
+
+def exported(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> Any:
+    """The torch.export.ExportedProgram of `model` on these example inputs; for readers of single operators.
+
     Traced with torch.export, not strict, in eval mode: dropout is gone and BatchNorm's counters stand still. Training
     modes, random states and buffers are afterwards as they were.
 
@@ -258,7 +267,7 @@ def trace(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None
             for module in modes:
                 module.training = False
             with torch.no_grad(), _quiet():
-                program = torch.export.export(model, args, kwargs or {}, strict=False)
+                return torch.export.export(model, args, kwargs or {}, strict=False)
         except Exception as error:
             raise ArgumentError(
                 f"{type(model).__name__} cannot be traced on these inputs{_where(error)}: {type(error).__name__}: "
@@ -276,10 +285,9 @@ def trace(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None
                     # By value only where it changed: a copy would bump version counters that autograd looks at.
                     if not torch.equal(buffer, value):
                         buffer.copy_(value)
-    return _plain(program, _Names(model))
 
 
-class _Names:
+class Names:
     """The one clean name of what has several (shared modules, tied parameters), and calls counted by it."""
 
     def __init__(self, model: nn.Module) -> None:
@@ -287,6 +295,8 @@ class _Names:
         self.modules = {name: modules[id(m)] for name, m in model.named_modules(remove_duplicate=False)}
         parameters = {id(p): clean_name(name) for name, p in model.named_parameters()}
         self.parameters = {name: parameters[id(p)] for name, p in model.named_parameters(remove_duplicate=False)}
+        buffers = {id(b): clean_name(name) for name, b in model.named_buffers()}
+        self.buffers = {name: buffers[id(b)] for name, b in model.named_buffers(remove_duplicate=False)}
         self._numbers: dict[str, dict[tuple[str, ...], int]] = defaultdict(dict)
 
     def calls(self, stack: dict[str, Any]) -> Iterator[Call]:
@@ -299,7 +309,7 @@ class _Names:
             yield Call(name, numbers.setdefault(keys, len(numbers)))
 
 
-def _plain(program: Any, names: _Names) -> Trace:
+def _plain(program: Any, names: Names) -> Trace:
     """Trace of an ExportedProgram."""
     signature = program.graph_signature
     parameters = {

@@ -19,11 +19,14 @@ FLOORS = {
     3: {"modifiers"},
     2: {
         "masking",
+        "channels",
         "scoring",
         "shrink",
         "quantize",
         "palettize",
         "onnx_rewrites",
+        "onnx_graph",
+        "onnx_attention",
         "gradients",
         "moments",
         "identity",
@@ -32,6 +35,7 @@ FLOORS = {
     1: {
         "targets",
         "graph",
+        "atoms",
         "labels",
         "families",
         "ranks",
