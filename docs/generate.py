@@ -103,8 +103,6 @@ def fields(model: type[BaseModel]) -> str:
 def section(model: type[BaseModel], level: int) -> str:
     parts = [f"{'#' * level} {model.__name__}", inspect.cleandoc(text_of(model)), fields(model)]
     if issubclass(model, Modifier):
-        if not model.runs:
-            parts.insert(1, "*Loads, saves and checks; does not run yet.*")
         if model.without_effect:
             dropped = ", ".join(f"`{name}`" for name in sorted(model.without_effect))
             parts.append(f"Read from older files, and without effect: {dropped}.")

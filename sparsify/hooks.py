@@ -221,6 +221,11 @@ def unwrapped(model: nn.Module) -> nn.Module:
     return _layers(model)[-1]
 
 
+def distributed(model: nn.Module) -> bool:
+    """Whether DistributedDataParallel holds buffers for the gradients of `model`."""
+    return any(isinstance(layer, nn.parallel.DistributedDataParallel) for layer in _layers(model))
+
+
 def compiled(model: nn.Module) -> bool:
     """Whether calls of `model` run compiled code, in which hooks are not called."""
     return any("_orig_mod" in layer._modules or layer._compiled_call_impl is not None for layer in _layers(model))

@@ -75,8 +75,7 @@ class ScheduledModifierManager:
             RecipeError: the recipe says something that cannot be meant; with file and line.
             ArgumentError: `metadata` is no mapping.
         """
-        recipe = read_recipe(source, recipe_variables)
-        return cls(_extended(recipe, _modifiers_of(add_modifiers), metadata))
+        return cls(read_recipe(source, recipe_variables).extended(add_modifiers, metadata))
 
     @classmethod
     def compose_staged(cls, base: Any, additional: Any, keep_original_epochs: bool = False) -> ScheduledModifierManager:
@@ -183,8 +182,7 @@ class ScheduledModifierManager:
             model: the model that is trained; wrappers of DDP and torch.compile are looked through.
             optimizer: its optimizer.
             steps_per_epoch: optimizer steps in an epoch, a positive int or a sized container such as a loader; None:
-            train
-                with `for epoch in manager.epochs():`.
+            train with `for epoch in manager.epochs():`.
             epoch: where training starts, 0 or more.
             distillation_teacher: a module, or "self" for a frozen copy of the model as it is now.
             grad_sampler: a callable yielding losses to back-propagate, or (data loader, loss function).
@@ -274,7 +272,7 @@ class ScheduledModifierManager:
         session = self._at_work()
         try:
             # One after the other, so that what prepares something comes before what needs it.
-            moments = {e for m in self._recipe.modifiers for e in (m.window.start, m.window.end) if e < last}
+            moments = {e for m in self.modifiers for e in (m.window.start, m.window.end, *m.cuts()) if e < last}
             for moment in [*sorted(moments), last]:
                 session.timer.jump(moment)
                 session.update()
@@ -312,7 +310,7 @@ class ScheduledModifierManager:
             self._verify(state)
             epoch = float(state["epoch"])
         session = Session(
-            written(self._recipe),
+            self._recipe.written,
             self.modifiers,
             model,
             None,
@@ -320,8 +318,7 @@ class ScheduledModifierManager:
             sample_inputs=sample_inputs,
             waits_for_inputs=False,
         )
-        for key, active in session.actives.items():
-            active.structure(epoch, None if state is None else state["modifiers"].get(key))
+        session.structure(epoch, state)
         return model
 
     def epochs(self) -> Iterator[int]:
@@ -377,7 +374,8 @@ class ScheduledModifierManager:
         return self._session.update_loss(loss, outputs, inputs, labels)
 
     def finalize(self, model: nn.Module | None = None) -> None:
-        """Ends everything: hooks removed, masks baked in; quantized layers stay, ready for export.
+        """Ends everything: hooks removed, masks baked in; quantized layers stay, ready for export, and removed channels
+        are gone.
 
         May be called at any moment, and twice.
 
@@ -461,8 +459,6 @@ class ScheduledModifierManager:
         """
         session = self._at_work()
         self._verify(state, strict)
-        if strict:
-            session.check_masks(state["masks"])
         session.load_state_dict(state, strict)
 
     # ------------------------------------------------------------------ checks
@@ -476,7 +472,7 @@ class ScheduledModifierManager:
             # What is no error is said once, by the modifier that is attached below.
             warnings.simplefilter("ignore", SparsifyWarning)
             self._recipe.check(unwrapped(model))
-        session = Session(written(self._recipe), self.modifiers, model, optimizer, timer, teacher=teacher, **given)
+        session = Session(self._recipe.written, self.modifiers, model, optimizer, timer, teacher=teacher, **given)
         # From here on finalize() can undo it, also where Ctrl-C comes while it starts or while that is undone.
         self._session, self._ended = session, None
         try:
@@ -515,34 +511,3 @@ def _checked_model(model: Any) -> nn.Module:
     if not isinstance(model, nn.Module):
         raise ArgumentError(f"model: {type(model).__name__} is no torch.nn.Module.")
     return model
-
-
-def _modifiers_of(added: Any) -> list[Modifier]:
-    """Modifiers from a modifier, recipe text, or a list of both."""
-    if added is None or isinstance(added, Modifier):
-        return [] if added is None else [added]
-    if isinstance(added, list | tuple):
-        return [modifier for one in added for modifier in _modifiers_of(one)]
-    return written(read_recipe(added))
-
-
-def _extended(recipe: Recipe, added: list[Modifier], metadata: Mapping[str, Any] | None) -> Recipe:
-    if metadata is not None and not isinstance(metadata, Mapping):
-        raise ArgumentError(f"metadata: {metadata!r} is no mapping; give a dict of what is to be kept with the recipe.")
-    if metadata is not None:
-        kept = recipe.metadata if isinstance(recipe.metadata, Mapping) else {}
-        recipe = recipe.model_copy(update={"metadata": {**kept, **metadata}})
-        # What cannot be saved is said here, not epochs later.
-        recipe.to_yaml()
-    if not added:
-        return recipe
-    # Refuses what cannot stand together.
-    Recipe.from_modifiers([*written(recipe), *added])
-    last = recipe.stages[-1]
-    groups = {**last.groups, "added_modifiers": (*last.groups.get("added_modifiers", ()), *added)}
-    return recipe.model_copy(update={"stages": (*recipe.stages[:-1], last.model_copy(update={"groups": groups}))})
-
-
-def written(recipe: Recipe) -> list[Modifier]:
-    """The modifiers in the order of the recipe's text."""
-    return [modifier for stage in recipe.stages for modifier in stage.modifiers]

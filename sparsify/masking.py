@@ -9,7 +9,7 @@ import logging
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
@@ -19,6 +19,9 @@ from torch.optim import Optimizer
 from sparsify import ranks, targets
 from sparsify.errors import DataError, StateError, TargetError, did_you_mean
 from sparsify.selection import without_lowest
+
+if TYPE_CHECKING:
+    from sparsify.shrink import Removal
 
 __all__: list[str] = []
 
@@ -72,6 +75,8 @@ class MaskType:
             return None
         if len(shape) < 2:
             return f"has {len(shape)} dimension{'' if len(shape) == 1 else 's'}, but {self.text} needs 2 or more"
+        if self.kind in ("filter", "channel"):
+            return None
         if self.kind == "n_of_m":
             if shape[input_dim] % self.of:
                 return f"has {shape[input_dim]} input channels, which {self.of} does not divide"
@@ -94,7 +99,7 @@ def prune(
     together: bool = False,
     absolute: bool = True,
 ) -> dict[str, Tensor]:
-    """Masks with exactly round(units * sparsity) units gone; a unit is a weight or a block.
+    """Masks with exactly round(units * sparsity) units gone; a unit is a weight, a block, or a channel of one weight.
 
     What is gone in `previous` ranks first, so that a mask only grows; then the lowest scores go, of equal ones the
     first in logical order. N:M: exactly round(n * sparsity) weights are gone and at most M - N in any group, also
@@ -106,7 +111,8 @@ def prune(
         previous: the masks so far, for some or all names.
         input_dims: the dimension of the input channels, 1 where nothing is given.
         together: one ranking over all of them, and the count over all; otherwise each by itself.
-        absolute: rank by absolute value. A block is worth the mean of its weights either way.
+        absolute: rank by absolute value. A block is worth the mean of its weights either way; a channel the root of
+        their mean square, and where `absolute` is off their mean.
 
     Raises:
         DataError: a score is NaN; the message names it.
@@ -134,7 +140,10 @@ def prune(
             if mask is not None:
                 kept[name] = mask
         else:
-            raise StateError(f"mask_type {mask_type.text} cannot run yet; use unstructured, a block or N:M.")
+            dim = dims.get(name, 1) if mask_type.kind == "channel" else 1 - dims.get(name, 1)
+            units[name], back[name] = _channels(score.detach(), dim, absolute)
+            if mask is not None:
+                kept[name] = _channels(mask, dim, False)[0] > 0
     absolute = absolute and mask_type.kind == "unstructured"
     if together:
         total = sum(unit.numel() for unit in units.values())
@@ -163,6 +172,21 @@ def _blocks(
         return (wide.transpose(0, 1) if input_dim == 0 else wide).contiguous()
 
     return means, back
+
+
+def _channels(score: Tensor, dim: int, absolute: bool) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+    """What each slice along `dim` is worth, and what turns a mask of slices into one of weights."""
+    values = score.movedim(dim, 0).flatten(1)
+    values = values if values.dtype == torch.float64 else values.float()
+    # Not the norm: in one ranking over layers of many sizes it would spare whatever is wide.
+    worth = values.square().mean(1).sqrt() if absolute else values.mean(1)
+
+    def back(mask: Tensor) -> Tensor:
+        along = [1] * score.dim()
+        along[dim] = -1
+        return mask.view(along).expand(score.shape).contiguous()
+
+    return worth, back
 
 
 def _only_lowest_of_each_group(
@@ -309,6 +333,24 @@ class Masker:
         with torch.no_grad():
             for name, mask in self._masks.items():
                 parameters[name].masked_fill_(~mask.to(parameters[name].device), 0.0)
+
+    def resize(self, removal: Removal) -> None:
+        """Takes out of every mask what was removed from its parameter; a second time changes nothing.
+
+        A mask that holds no zero afterwards is forgotten.
+        """
+        for name, dims in removal.keep.items():
+            mask = self._masks.get(name)
+            if mask is None or tuple(mask.shape) != tuple(removal.before[name]):
+                continue
+            for dim, kept in dims.items():
+                mask = mask.index_select(dim, kept.to(mask.device))
+            zeros = mask.numel() - int(mask.count_nonzero())
+            if zeros:
+                self._masks[name], self._zeros[name] = mask, zeros
+                self._places.pop(name, None)
+            else:
+                self._forget(name)
 
     def refresh(self) -> None:
         """Looks every parameter up again; for a model in which modules were replaced."""

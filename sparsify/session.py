@@ -5,28 +5,30 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import chain
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from sparsify.errors import DataError, SparsifyWarning, StateError
-from sparsify.hooks import ModelCallback, StepHooks, compiled, skipped, steps, unwrapped
+from sparsify.errors import DataError, RecipeError, SparsifyWarning, StateError
+from sparsify.hooks import ModelCallback, StepHooks, compiled, distributed, skipped, steps, unwrapped
 from sparsify.masking import Masker
 from sparsify.modifiers.base import Active, Modifier, Run
 from sparsify.modifiers.ledger import LearningRateLedger
 from sparsify.modifiers.log import RunLog
 from sparsify.quantize.calibrate import called_with as batch_inputs
-from sparsify.targets import named_parameters
+from sparsify.state import checksum
+from sparsify.targets import by_clean_name, named_parameters
 from sparsify.timer import Timer
+
+if TYPE_CHECKING:
+    from sparsify.families import Families
+    from sparsify.shrink import Removal
 
 __all__: list[str] = []
 
 Inputs = tuple[tuple[Any, ...], dict[str, Any]]
-
-# Kinds of modifiers that look at the traced model; asked for inputs when they start, which may be epochs later.
-_TRACING = frozenset({"quantization", "structure"})
 
 
 class Session:
@@ -70,6 +72,11 @@ class Session:
         self._handles: list[RemovableHandle] = []
         self._watch: RemovableHandle | None = None
         self._trace: Any = None
+        self._families: Families | None = None
+        self._claims: list[tuple[Modifier, Mapping[str, Iterable[str]]]] = []
+        self._removals: list[dict[str, Any]] = []
+        self._removing: Removal | None = None
+        self._modifiers = list(written)
         self._due = False
         self._skipped = False
         self._seen: tuple[Inputs, Any] | None = None
@@ -88,6 +95,10 @@ class Session:
             log=log,
             on_inputs=self._on_inputs,
             trace=self._traced,
+            families=self._found,
+            claim=self._claim,
+            shrink=self._shrink,
+            rerouted=self._rerouted,
             teacher=teacher,
             grad_sampler=grad_sampler,
             calibration_data=calibration_data,
@@ -95,8 +106,14 @@ class Session:
             steps_per_epoch=timer.given,
         )
         self.actives: dict[str, Active] = {}
-        if self._compiled and self._inputs is None and any(m.kind in _TRACING for m in modifiers) and waits_for_inputs:
+        if self._compiled and self._inputs is None and any(m.traces for m in modifiers) and waits_for_inputs:
             raise self._compiled_needs_inputs()
+        if distributed(model) and any(m.cuts() for m in modifiers):
+            raise StateError(
+                "channels cannot be removed while DistributedDataParallel holds their gradients. Mask them in training "
+                "(shrink: false, no LayerThinningModifier), unwrap the model, and call sparsify.shrink(model, "
+                "sample_inputs)."
+            )
         keys = {id(modifier): key for key, modifier in keyed(modifiers).items()}
         try:
             # Attached as written: where two learning rates start together, the later in the file governs.
@@ -131,7 +148,7 @@ class Session:
 
     def finish(self) -> None:
         """Hooks off, modifiers detached, masks baked in; each of them, also where another one raises."""
-        undo: list[Callable[[], object]] = [handle.remove for handle in self._handles]
+        undo: list[Callable[[], object]] = [self._settle, *(handle.remove for handle in self._handles)]
         if self.hooks is not None:
             undo.append(self.hooks.remove)
         undo += [active.detach for active in reversed(self.actives.values())]
@@ -252,6 +269,115 @@ class Session:
             self._trace = trace(self.model, args, kwargs)
         return self._trace
 
+    # ------------------------------------------------------------------ channels
+
+    def _found(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Families:
+        if self._families is None:
+            # Here and not above, as in `_traced`.
+            from sparsify.families import find
+            from sparsify.shrink import dry_run
+
+            self._families = dry_run(self.model, find(self.model, args, kwargs), args, kwargs)
+        return self._families
+
+    def _rerouted(self) -> None:
+        self._trace = self._families = None
+
+    def _claim(self, modifier: Modifier, families: Mapping[str, Iterable[str]]) -> None:
+        name = type(modifier).__name__
+        for other, theirs in self._claims:
+            both = [family for family in families if family in theirs]
+            if other is not modifier and both and modifier.window.overlaps(other.window):
+                raise RecipeError(
+                    f"{name} and {type(other).__name__} mask the same channels, those of {both[0]!r}, from epoch "
+                    f"{modifier.window.start:g} to {modifier.window.end:g} and from {other.window.start:g} to "
+                    f"{other.window.end:g}. Let one end where the other starts, or take names out of one."
+                )
+        masked = {tensor for tensors in families.values() for tensor in tensors}
+        for other in self._modifiers:
+            if other.kind != "pruning" or other.whole_channels or other.window.start >= modifier.window.end:
+                continue
+            both = [tensor for tensor in other.targets(self.model) if tensor in masked]
+            if both:
+                raise RecipeError(
+                    f"{type(other).__name__} prunes {both[0]!r} from epoch {other.window.start:g}, but until "
+                    f"{modifier.window.end:g} {name} masks channels that this weight gives or reads. Let it start at "
+                    f"epoch {modifier.window.end:g} or later, or leave the name out."
+                )
+        self._claims = [claim for claim in self._claims if claim[0] is not modifier] + [(modifier, families)]
+
+    def _shrink(self, removal: Removal) -> None:
+        from sparsify.shrink import remove
+
+        # Remembered first: where Ctrl-C comes in between, `finish` brings the masks up to it.
+        self._removing = removal
+        remove(self.model, removal, self._stateful)
+        self._settle()
+
+    def _settle(self) -> None:
+        """After channels were removed: masks, the trace and modifiers follow. Nothing to do where none were."""
+        removal = self._removing
+        if removal is None:
+            return
+        shapes = self._shapes()
+        if all(shapes.get(name) == tuple(after) for name, after in removal.after.items()):
+            self.masker.resize(removal)
+            self._rerouted()
+            self._removals.append(removal.state_dict())
+            for active in self.actives.values():
+                active.resized(removal)
+        self._removing = None
+
+    def _shapes(self) -> dict[str, tuple[int, ...]]:
+        tensors = [*self.model.named_parameters(remove_duplicate=False), *self.model.named_buffers()]
+        return {name: tuple(tensor.shape) for name, tensor in by_clean_name(tensors).items()}
+
+    def _to_remove(self, saved: Sequence[Any], shapes: dict[str, tuple[int, ...]]) -> list[Removal]:
+        """What was removed when a state was saved and is here still; `shapes` become those after it.
+
+        Raises:
+            StateError: something else was removed here, or the model is another one.
+        """
+        if not saved and not self._removals:
+            return []
+        from sparsify.shrink import Removal
+
+        done = len(self._removals)
+        if [checksum(one) for one in saved[:done]] != [checksum(one) for one in self._removals]:
+            raise StateError(
+                "channels were removed from this model that are there, or other ones, in the one whose state this is, "
+                "and what was removed cannot come back. Call modify() on a fresh model, at epoch 0, then load the "
+                "state: it says the epoch, and what is removed."
+            )
+        removals = [Removal.from_state(one) for one in saved[done:]]
+        for removal in removals:
+            for name, before in removal.before.items():
+                if shapes.get(name) != tuple(before):
+                    raise StateError(
+                        f"the state was saved after channels of {name!r} were removed, of shape {tuple(before)} then; "
+                        f"in {type(self.model).__name__} it has {shapes.get(name, 'no such tensor')}. Load it into a "
+                        "model as it was before the first modify()."
+                    )
+            shapes.update({name: tuple(after) for name, after in removal.after.items()})
+        return removals
+
+    def structure(self, epoch: float, state: Mapping[str, Any] | None) -> None:
+        """Gives the model the structure that it had at `epoch`, or in `state`."""
+        if state is not None:
+            for removal in self._to_remove(state.get("removals", ()), self._shapes()):
+                self._shrink(removal)
+        else:
+            for modifier in self._modifiers:
+                if any(cut <= epoch for cut in modifier.cuts()):
+                    raise StateError(
+                        f"{type(modifier).__name__} has removed channels by epoch {epoch:g}; which ones, only a state "
+                        "knows. Pass state=manager.state_dict() as it was saved."
+                    )
+        for key, active in self.actives.items():
+            active.structure(epoch, None if state is None else state["modifiers"].get(key))
+
+    # ------------------------------------------------------------------ outputs
+
     def _forward_done(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         # An evaluation between forward and loss must not take the place of the batch in training.
         if torch.is_grad_enabled():
@@ -274,18 +400,15 @@ class Session:
         return {
             **self.timer.state_dict(),
             "masks": self.masker.state_dict(),
+            **({"removals": list(self._removals)} if self._removals else {}),
             "modifiers": {key: active.state_dict() for key, active in self.actives.items()},
         }
 
-    def check_masks(self, saved: Mapping[str, Any]) -> None:
-        """Refuses masks that do not fit this model.
-
-        Raises:
-            StateError: names the first.
-        """
+    def _check_masks(self, saved: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> None:
+        """Refuses masks that do not fit parameters of these shapes, with a StateError that names the first."""
         parameters = named_parameters(self.model)
         for name, mask in saved["masks"].items():
-            here = tuple(parameters[name].shape) if name in parameters else None
+            here = shapes[name] if name in parameters else None
             if here != tuple(mask["shape"]):
                 what = "does not have" if here is None else f"has in shape {here}"
                 raise StateError(
@@ -295,12 +418,22 @@ class Session:
                 )
 
     def load_state_dict(self, state: Mapping[str, Any], strict: bool) -> None:
-        """Goes on from `state`, whose seal and masks were checked; modifiers check theirs before anything changes."""
+        """Goes on from `state`, whose seal was checked; the rest of it is checked before anything changes.
+
+        Raises:
+            StateError: something in it does not fit.
+        """
+        shapes = self._shapes()
+        removals = self._to_remove(state.get("removals", ()), shapes)
+        if strict:
+            self._check_masks(state["masks"], shapes)
         for key, active in self.actives.items():
             if key in state["modifiers"]:
                 active.check_state(state["modifiers"][key])
         self.timer.load_state_dict(state)
         # Structure first: what follows is about parameters as they are then.
+        for removal in removals:
+            self._shrink(removal)
         for key, active in self.actives.items():
             if key in state["modifiers"]:
                 active.load_state_dict(state["modifiers"][key])

@@ -10,7 +10,7 @@ from sparsify.modifiers.epochs import EpochRangeModifier
 from sparsify.modifiers.learning_rate import LearningRateModifier, SetLearningRateModifier
 from sparsify.modifiers.pruning import ConstantPruningModifier
 from sparsify.modifiers.quantization import QuantizationModifier
-from sparsify.modifiers.structured import LayerThinningModifier
+from sparsify.modifiers.thinning import LayerThinningModifier
 from sparsify.recipe import Recipe
 
 FILES = sorted((Path(__file__).parent / "recipes").iterdir())
@@ -103,7 +103,7 @@ def test_every_moment_is_shifted_and_every_length_is_kept() -> None:
                 lr_class="StepLR", lr_kwargs={"step_size": 2, "gamma": 0.1}, init_lr=0.1, start_epoch=6.0
             ),
             QuantizationModifier(start_epoch=2.0, disable_quantization_observer_epoch=3.0, freeze_bn_stats_epoch=4.0),
-            LayerThinningModifier(structure_type="filter", start_epoch=1.0, update_epochs=[2.0, 3.5]),
+            LayerThinningModifier(structure_type="filter", start_epoch=1.0, update_epochs=[1.5, 2.0]),
             DistillationModifier(),
             ConstantPruningModifier(params=["a"], start_epoch=0.0),
         ]
@@ -117,7 +117,7 @@ def test_every_moment_is_shifted_and_every_length_is_kept() -> None:
     assert isinstance(quantization, QuantizationModifier) and isinstance(thinning, LayerThinningModifier)
     assert quantization.disable_quantization_observer_epoch == 13.0
     assert quantization.freeze_bn_stats_epoch == 14.0
-    assert thinning.update_epochs == [12.0, 13.5]
+    assert thinning.update_epochs == [11.5, 12.0]
     assert (distillation.start_epoch, distillation.end_epoch) == (10.0, -1.0)
     assert (constant.start_epoch, constant.end_epoch) == (10.0, -1.0)
 

@@ -18,7 +18,7 @@ from torch import nn
 
 from sparsify.errors import ArgumentError, RecipeError, SparsifyWarning, StateError, TargetError
 from sparsify.manager import ScheduledModifierManager
-from sparsify.modifiers.base import Active, Modifier, Run, not_yet
+from sparsify.modifiers.base import Active, Modifier
 from sparsify.modifiers.epochs import EpochRangeModifier
 from sparsify.modifiers.learning_rate import SetLearningRateModifier
 from sparsify.modifiers.pruning import ConstantPruningModifier, GMPruningModifier
@@ -530,22 +530,6 @@ def test_wrong_arguments_are_refused(given: dict[str, Any], text: str) -> None:
 def test_what_is_no_model_is_refused() -> None:
     with pytest.raises(ArgumentError, match=r"model: OrderedDict is no torch\.nn\.Module"):
         ScheduledModifierManager([pruning()]).initialize(network().state_dict())  # type: ignore[arg-type]
-
-
-def test_what_cannot_run_yet_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = network()
-    monkeypatch.setattr(Modifier, "registry", dict(Modifier.registry))
-
-    class LaterModifier(Modifier):
-        kind = "structure"
-        runs = False
-
-        def attach(self, run: Run) -> Active:
-            raise not_yet(self)
-
-    manager = ScheduledModifierManager([LaterModifier()])
-    with pytest.raises(StateError, match="LaterModifier cannot run yet"):
-        manager.modify(model, torch.optim.SGD(model.parameters(), lr=0.1), steps_per_epoch=4)
 
 
 def test_a_run_is_logged(caplog: pytest.LogCaptureFixture) -> None:

@@ -240,9 +240,30 @@ def test_nan_is_refused_by_name(text: str, size: int, dtype: torch.dtype) -> Non
         selection.without_lowest({"w": -weight}, size)
 
 
-def test_filter_masks_are_declared_but_do_not_run_yet() -> None:
-    with pytest.raises(StateError, match="filter cannot run yet"):
-        prune({"w": torch.randn(4, 4)}, 0.5, MaskType.parse("filter"))
+@pytest.mark.parametrize(("kind", "dims"), [("filter", {"a": 0, "b": 0}), ("channel", {"a": 1, "b": 1})])
+@pytest.mark.parametrize("together", [False, True])
+def test_whole_channels_go_by_the_root_of_their_mean_square(kind: str, dims: dict[str, int], together: bool) -> None:
+    torch.manual_seed(0)
+    weights = {"a": torch.randn(6, 4, 3, 3), "b": 3 * torch.randn(10, 8)}
+    masks: dict[str, Tensor] = {}
+    for sparsity in (0.0, 0.3, 0.5, 1.0):
+        worth = {
+            name: torch.stack([part.square().mean().sqrt() for part in weight.unbind(dims[name])])
+            for name, weight in weights.items()
+        }
+        masks = prune(weights, sparsity, MaskType.parse(kind), previous=masks, together=together)
+        for group in [["a", "b"]] if together else [["a"], ["b"]]:
+            ranked = sorted((float(w), name, i) for name in group for i, w in enumerate(worth[name]))
+            gone = {(name, i) for _, name, i in ranked[: round(len(ranked) * sparsity)]}
+            for name in group:
+                for i, part in enumerate(masks[name].unbind(dims[name])):
+                    assert bool(part.any()) == bool(part.all()) == ((name, i) not in gone)
+
+
+def test_channels_of_transposed_weights_lie_the_other_way() -> None:
+    weight = torch.tensor([[1.0, 5.0, 1.0], [1.0, 5.0, 1.0]])
+    mask = prune({"w": weight}, 2 / 3, MaskType.parse("filter"), input_dims={"w": 0})["w"]
+    assert mask.tolist() == [[False, True, False]] * 2
 
 
 class Small(nn.Module):

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from sparsify.errors import DataError, RecipeError, SparsifyWarning, StateError, TargetError
+from sparsify.errors import DataError, RecipeError, SparsifyWarning, TargetError
 from sparsify.manager import ScheduledModifierManager
 from sparsify.modifiers.base import Modifier
 from sparsify.modifiers.pruning import (
@@ -328,6 +328,7 @@ def test_sparsity_is_logged() -> None:
         ({"params": []}, "params", "names nothing to prune"),
         ({"parms": "a"}, "parms", "no such field. Did you mean 'params'"),
         ({"score_type": "random"}, "score_type", "'random'"),
+        ({"score_type": "movement"}, "score_type", "'movement' is MovementPruningModifier's"),
     ],
 )
 def test_what_cannot_be_meant_is_refused_with_its_field(changed: dict[str, Any], field: str, message: str) -> None:
@@ -352,8 +353,11 @@ def test_what_cannot_be_meant_is_refused_with_its_field(changed: dict[str, Any],
             TargetError,
             r"'conv.bias' has 1 dimension, but \[1, 4\] needs 2",
         ),
-        ({"mask_type": "filter"}, StateError, r"mask_type: 'filter' cannot run yet"),
-        ({"score_type": "movement"}, StateError, r"score_type: 'movement' cannot run yet"),
+        (
+            {"mask_type": "filter", "params": "__ALL__"},
+            TargetError,
+            r"'conv.bias' has 1 dimension, but filter needs 2",
+        ),
         (
             {"final_sparsity": {0.6: ["a"], 0.8: ["re:a.w"]}, "params": []},
             TargetError,

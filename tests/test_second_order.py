@@ -457,9 +457,15 @@ def test_fields_that_cannot_be_meant_are_refused(make: Any, changed: dict[str, A
 
 
 @both
-def test_whole_channels_are_not_its_work(method: str) -> None:
-    with pytest.raises(StateError, match=r"mask_type: 'filter' cannot run yet"):
-        at_work(BOTH[method](mask_type="filter"))
+def test_whole_channels_of_a_weight_go_by_their_mean_score(method: str) -> None:
+    model = network()
+    modifier = BOTH[method](mask_type="filter", global_sparsity=False, params=["0.weight"], num_grads=16)
+    ScheduledModifierManager([modifier]).apply(model, grad_sampler=sampler(model))
+    rows = model[0].weight.detach()
+    final = modifier.final_sparsity
+    assert isinstance(final, float)
+    assert int((rows == 0).flatten(1).all(1).sum()) == round(len(rows) * final)
+    assert bool((rows[(rows != 0).any(1)] != 0).all())
 
 
 def test_a_device_that_is_not_there_is_refused() -> None:

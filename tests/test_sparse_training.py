@@ -759,9 +759,14 @@ def test_what_cannot_be_meant_is_refused(make: Callable[[], Modifier], text: str
         make()
 
 
-def test_whole_channels_cannot_be_masked_yet() -> None:
-    with pytest.raises(StateError, match=r"ACDCPruningModifier.mask_type: 'filter' cannot run yet"):
-        at_work(acdc(mask_type="filter"))
+@pytest.mark.parametrize("kind", ["filter", "channel"])
+def test_whole_channels_of_a_weight_are_compressed_together(kind: str) -> None:
+    model = network()
+    ScheduledModifierManager([acdc(mask_type=kind, global_sparsity=False, params=["0.weight"])]).apply(model)
+    weight = model[0].weight.detach() if kind == "filter" else model[0].weight.detach().T
+    gone = (weight == 0).all(1)
+    assert int(gone.sum()) == round(len(weight) * 0.75)
+    assert bool((weight[~gone] != 0).all())
 
 
 def test_movement_reads_the_score_type_of_older_files() -> None:

@@ -14,6 +14,7 @@ from sparsify.modifiers import (
     second_order,
     sparse_training,
     structured,
+    thinning,
     training,
 )
 from sparsify.modifiers.base import *
@@ -29,6 +30,7 @@ from sparsify.modifiers.regularization import *
 from sparsify.modifiers.second_order import *
 from sparsify.modifiers.sparse_training import *
 from sparsify.modifiers.structured import *
+from sparsify.modifiers.thinning import *
 from sparsify.modifiers.training import *
 
 __all__: list[str] = []
@@ -45,4 +47,5 @@ __all__ += regularization.__all__
 __all__ += second_order.__all__
 __all__ += sparse_training.__all__
 __all__ += structured.__all__
+__all__ += thinning.__all__
 __all__ += training.__all__

@@ -15,17 +15,19 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from sparsify.errors import RecipeError, StateError, did_you_mean
+from sparsify.errors import RecipeError, did_you_mean
 from sparsify.schedule import Clock, Window
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
     from torch.optim import Optimizer
 
+    from sparsify.families import Families
     from sparsify.graph import Trace
     from sparsify.masking import Masker
     from sparsify.modifiers.ledger import LearningRateLedger
     from sparsify.modifiers.log import RunLog
+    from sparsify.shrink import Removal
 
 __all__ = ["Active", "Modifier"]
 
@@ -62,10 +64,16 @@ class Modifier(BaseModel, ABC):
     registry: ClassVar[dict[str, type[Modifier]]] = {}
     """Every concrete modifier by its name in recipes."""
     kind: ClassVar[Kind]
-    runs: ClassVar[bool] = True
-    """False for a modifier that loads, saves and checks but cannot run yet."""
     holds: ClassVar[bool] = False
     """True for one that changes nothing between its start and its end, but keeps what is there."""
+    traces: ClassVar[bool] = False
+    """True for one that looks at the traced model when it starts, and so needs inputs of it."""
+    whole_channels: ClassVar[bool] = False
+    """True for one that masks channels in all weights that share them, also in weights that it does not name."""
+    reroutes: ClassVar[bool] = False
+    """True for one that changes which layers the model runs through."""
+    resizable: ClassVar[bool] = True
+    """False for one that keeps something for each weight, and cannot go on where channels are removed."""
     without_effect: ClassVar[frozenset[str]] = frozenset()
     """Fields of older recipe files that are read, said once to be without effect, and dropped."""
 
@@ -111,6 +119,10 @@ class Modifier(BaseModel, ABC):
     def window(self) -> Window:
         """When it is at work."""
         return Window.of(self.start_epoch, self.end_epoch)
+
+    def cuts(self) -> tuple[float, ...]:
+        """The epochs at which it removes channels for good."""
+        return ()
 
     def names(self) -> list[str]:
         """The names and patterns of parameters or layers that it says, before a model is known."""
@@ -160,7 +172,11 @@ class Active:
         return loss
 
     def structure(self, epoch: float, state: Mapping[str, Any] | None) -> None:
-        """Gives the model its structure (quantized layers, removed channels) at `epoch`, or the one in `state`."""
+        """Gives the model its structure (quantized layers) at `epoch`, or the one in `state`; removed channels are gone
+        already."""
+
+    def resized(self, removal: Removal) -> None:
+        """Told after channels were removed from the model, the optimizer's state and the masks."""
 
     def detach(self) -> None:
         """Ends the work and leaves a usable model; may be called at any moment, and twice."""
@@ -193,6 +209,14 @@ class Run:
     on_inputs: Callable[[Callable[[tuple[Any, ...], dict[str, Any]], None]], None]
     trace: Callable[[tuple[Any, ...], dict[str, Any]], Trace]
     """The traced view on these inputs, taken once and shared."""
+    families: Callable[[tuple[Any, ...], dict[str, Any]], Families]
+    """The families of channels that a dry run on these inputs found to be exact; found once and shared."""
+    claim: Callable[[Modifier, Mapping[str, Iterable[str]]], None]
+    """Says which families a modifier masks, {name: tensors}; a RecipeError where another one is at work on them."""
+    shrink: Callable[[Removal], None]
+    """Removes channels from the model, the optimizer's state and the masks, and tells every modifier. Between steps."""
+    rerouted: Callable[[], None]
+    """To be called where the model runs through other layers than before: what was traced is forgotten."""
     teacher: nn.Module | Literal["self"] | None = None
     grad_sampler: Any = None
     calibration_data: Iterable[Any] | None = None
@@ -215,14 +239,6 @@ def check_frequency(value: float) -> None:
     """Refuses an `update_frequency` at which nothing would ever be due; for validators."""
     if value <= 0 and value != -1:
         raise FieldProblem("update_frequency", f"{value} is no frequency; give epochs above 0, or -1 for every step")
-
-
-def not_yet(modifier: Modifier) -> StateError:
-    """What a modifier that cannot run yet raises in `attach`."""
-    return StateError(
-        f"{type(modifier).__name__} cannot run yet: recipes that use it load, save and check, but modify() does not "
-        "take them. Remove it from the recipe to train now."
-    )
 
 
 _OPEN = {"start_epoch": "at once", "end_epoch": "never"}

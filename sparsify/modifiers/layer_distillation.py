@@ -44,6 +44,7 @@ class PerLayerDistillationModifier(Modifier):
     by one that leaves the projections out, which lost their momentum.
     """
 
+    resizable: ClassVar[bool] = False
     kind: ClassVar[Kind] = "distillation"
     without_effect: ClassVar[frozenset[str]] = frozenset({"log_types", "update_frequency"})
     gain: Annotated[float, Field(ge=0.0)] = Field(default=1.5, description="What the features' loss is multiplied by.")

@@ -31,6 +31,8 @@ class LayerPruningModifier(Modifier):
     """
 
     kind: ClassVar[Kind] = "structure"
+    traces: ClassVar[bool] = True
+    reroutes: ClassVar[bool] = True
     without_effect: ClassVar[frozenset[str]] = frozenset({"log_types", "update_frequency"})
     layers: Names = Field(description="Names or patterns of the layers that are replaced, or types of layers.")
 
@@ -73,6 +75,8 @@ class _LayerPruning(Active):
 
     def _put(self, wanted: Collection[str]) -> None:
         """Exactly `wanted` are skipped."""
+        if self._skipped != set(wanted):
+            self._run.rerouted()
         for name, layer in self._layers.items():
             if name in wanted:
                 # Remembered first: Ctrl-C between the two can be undone.

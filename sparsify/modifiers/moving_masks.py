@@ -10,7 +10,6 @@ from pydantic import AfterValidator, Field, field_validator, model_validator
 from torch import Tensor, nn
 
 from sparsify import ranks, targets
-from sparsify.errors import StateError
 from sparsify.masking import MaskType, prune
 from sparsify.modifiers.base import Active, Epoch, FieldProblem, Kind, Modifier, Names, Run, check_frequency
 from sparsify.modifiers.pruning import fitting, trainable
@@ -91,8 +90,6 @@ class Moving(Active, ABC):
         self.run = run
         self.mask_type = MaskType.parse(mask_type)
         who = type(modifier).__name__
-        if self.mask_type.kind in ("filter", "channel"):
-            raise StateError(f"{who}.mask_type: {mask_type!r} cannot run yet. Use unstructured, a block or N:M.")
         where = f"{who}.params"
         parameters = targets.resolve_parameters(run.model, modifier.names(), where=where)
         targets.refuse_unusable(parameters, where=where)

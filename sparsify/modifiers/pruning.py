@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 from pydantic import Field, field_validator, model_validator
 
 from sparsify import ranks, targets
-from sparsify.errors import SparsifyWarning, StateError, TargetError
+from sparsify.errors import SparsifyWarning, TargetError
 from sparsify.masking import MaskType, prune
 from sparsify.modifiers.base import Active, Epoch, FieldProblem, Kind, Modifier, Names, Run, check_frequency
 from sparsify.schedule import Clock, Curve, Grid, between
@@ -31,6 +31,7 @@ __all__ = [
 FROM_PARAM = "__FROM_PARAM__"
 ScoreType = Literal["magnitude", "movement", "obs", "mfac"]
 
+_WHOSE = {"movement": "MovementPruningModifier", "obs": "OBSPruningModifier", "mfac": "MFACPruningModifier"}
 _MASK_NAME = re.compile(r"unstructured|block\d*|tensorrt|filter|channel|[1-9]\d*:[1-9]\d*")
 
 
@@ -74,7 +75,8 @@ class GradualPruning(Modifier, ABC):
         default="unstructured",
         description="What becomes zero together: unstructured; block4 (1x4 along the input channels); [a, b] blocks of "
         "a output by b input channels, -1 for all of them; N:M, of every M along the input channels N stay; tensorrt, "
-        "which is 2:4; filter; channel.",
+        "which is 2:4; filter, whole output channels of each weight by itself, and channel, whole input channels "
+        "(StructuredPruningModifier masks what hangs together with them too, so that they can be removed).",
     )
     global_sparsity: bool = Field(
         default=False, description="Whether all parameters are ranked together, or each by itself."
@@ -161,6 +163,8 @@ class GradualPruning(Modifier, ABC):
                 )
         elif not self.params:
             raise FieldProblem("params", "names nothing to prune; give names, patterns or __ALL_PRUNABLE__")
+        if self.score_type not in ("magnitude", type(self).model_fields["score_type"].default):
+            raise FieldProblem("score_type", f"{self.score_type!r} is {_WHOSE[self.score_type]}'s; use that one")
         if not isinstance(self.init_sparsity, str):
             for final in self.final_by_names():
                 if self.init_sparsity > final:
@@ -245,21 +249,11 @@ class Gradual(Active):
     found at the start. The masks are the Masker's.
     """
 
-    score_types: ClassVar[frozenset[str]] = frozenset({"magnitude"})
-    """What `score_type` may say here."""
-
     def __init__(self, modifier: GradualPruning, run: Run) -> None:
         self.modifier = modifier
         self.run = run
         self.grid = Grid(modifier.window, modifier.update_frequency)
         self.mask_type = MaskType.parse(modifier.mask_type)
-        if self.mask_type.kind in ("filter", "channel") or modifier.score_type not in self.score_types:
-            field = "score_type" if modifier.score_type not in self.score_types else "mask_type"
-            raise StateError(
-                f"{type(modifier).__name__}.{field}: {getattr(modifier, field)!r} cannot run yet. Use score_type "
-                "magnitude, and "
-                "mask_type unstructured, a block or N:M."
-            )
         self.finals, self.input_dims = self._targets()
         self.point: float | None = None
         self.released = False

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any, ClassVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 from pydantic import Field, model_validator
 from torch import nn
@@ -19,6 +19,9 @@ from sparsify.quantize.scheme import NAMED, Bits, Named, Scheme, Settings
 from sparsify.schedule import Clock
 from sparsify.targets import named_modules
 
+if TYPE_CHECKING:
+    from sparsify.shrink import Removal
+
 __all__ = ["QuantizationModifier"]
 
 
@@ -33,6 +36,7 @@ class QuantizationModifier(Modifier):
     """
 
     kind: ClassVar[Kind] = "quantization"
+    traces: ClassVar[bool] = True
     without_effect: ClassVar[frozenset[str]] = frozenset({"log_types", "phased", "available_devices", "available_gpus"})
 
     scheme: Scheme | Named | None = Field(
@@ -313,6 +317,12 @@ class Quantization(Active):
         if "plan" in state:
             self._rebuild(state)
         elif self._plan is not None:
+            restore(self._run.model)
+            self._plan, self._asked, self._in_force = None, False, None
+
+    def resized(self, removal: Removal) -> None:
+        """Takes quantized layers off again: a plan is about the model as it was traced."""
+        if self._plan is not None:
             restore(self._run.model)
             self._plan, self._asked, self._in_force = None, False, None
 

@@ -46,6 +46,7 @@ class OBSPruningModifier(GradualPruning):
     fisher_block_size^2 bytes. Checked in modify(), before it is taken; in training, the sums are in checkpoints too.
     """
 
+    resizable: ClassVar[bool] = False
     without_effect: ClassVar[frozenset[str]] = frozenset({"log_types", "phased", "available_devices", "available_gpus"})
     score_type: ScoreType = Field(
         default="obs", description="Always obs; magnitude is read from older files, and means the same."
@@ -86,6 +87,7 @@ class MFACPruningModifier(GradualPruning):
     that is more. Checked in modify(), before it is taken; in training, the gradients are in checkpoints too.
     """
 
+    resizable: ClassVar[bool] = False
     without_effect: ClassVar[frozenset[str]] = frozenset(
         {"log_types", "phased", "available_devices", "available_gpus", "use_gradient_buffering"}
     )
@@ -323,7 +325,6 @@ class _OBS(_SecondOrder):
     """The blocks of the Fisher matrix, summed up."""
 
     modifier: OBSPruningModifier
-    score_types = frozenset({"magnitude", "obs"})
     at_once = scoring.ROWS
 
     def __init__(self, modifier: OBSPruningModifier, run: Run) -> None:
@@ -384,7 +385,6 @@ class _MFAC(_SecondOrder):
     """The last gradients, as they are."""
 
     modifier: MFACPruningModifier
-    score_types = frozenset({"magnitude", "mfac"})
 
     def __init__(self, modifier: MFACPruningModifier, run: Run) -> None:
         self.rows: dict[str, list[Tensor]] = {}

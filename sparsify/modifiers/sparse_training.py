@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from pydantic import Field, field_validator, model_validator
@@ -37,6 +37,7 @@ class MovementPruningModifier(GradualPruning):
     trains; a mask only grows; and before the first step, when no score is there, the smallest weights go first.
     """
 
+    resizable: ClassVar[bool] = False
     score_type: ScoreType = Field(
         default="movement", description="Always movement; magnitude is read from older files, and means the same."
     )
@@ -94,6 +95,7 @@ class RigLPruningModifier(SparseTraining):
     remembers of a grown weight is forgotten, under Adam both moments.
     """
 
+    resizable: ClassVar[bool] = False
     final_sparsity: Fraction = Field(description="The fraction of zeros, 0 to 1, over all parameters, from the start.")
     num_grads: Annotated[int, Field(ge=1)] = Field(
         default=1, description="How many batches' gradients are averaged for a move."
@@ -127,6 +129,7 @@ class TopKASTPruningModifier(SparseTraining):
     Optimizers that compute the loss inside of their step (LBFGS, closures) are refused.
     """
 
+    resizable: ClassVar[bool] = False
     forward_sparsity: Fraction = Field(description="The fraction of zeros, 0 to 1, in the forward pass.")
     backward_sparsity: Fraction = Field(
         description="The fraction of weights, 0 to 1, that get no gradient; at most forward_sparsity."
@@ -159,8 +162,6 @@ class TopKASTPruningModifier(SparseTraining):
 
 class _Movement(Gradual):
     """Movement pruning at work. Checkpoint: that of Gradual, and the scores until the end is reached."""
-
-    score_types = frozenset({"movement", "magnitude"})
 
     def __init__(self, modifier: MovementPruningModifier, run: Run) -> None:
         super().__init__(modifier, run)

@@ -19,6 +19,7 @@ from sparsify.errors import ArgumentError, RecipeError, RecipeFileError
 from sparsify.files import replacing
 from sparsify.modifiers.base import Modifier
 from sparsify.recipe import compose, grammar, schema, writer
+from sparsify.recipe.order import conflict, in_order
 from sparsify.recipe.reader import overrides_of, read_parts
 
 if TYPE_CHECKING:
@@ -104,15 +105,19 @@ class Recipe(BaseModel):
         if not found:
             raise RecipeError("a recipe needs at least one modifier.")
         recipe = cls(metadata=metadata, stages=(Stage(groups={"modifiers": tuple(found)}),))
-        if conflict := _conflict(found):
-            raise RecipeError(conflict[1])
+        if problem := conflict(found):
+            raise RecipeError(problem[1])
         return recipe
 
     @property
     def modifiers(self) -> list[Modifier]:
         """In the order in which they are updated: those that end first, then those that start first, then by name."""
-        found = [modifier for stage in self.stages for modifier in stage.modifiers]
-        return sorted(found, key=lambda m: (m.window.end, m.start_epoch, type(m).__name__))
+        return in_order(self.written)
+
+    @property
+    def written(self) -> list[Modifier]:
+        """In the order of the text."""
+        return [modifier for stage in self.stages for modifier in stage.modifiers]
 
     @property
     def staged(self) -> bool:
@@ -161,13 +166,39 @@ class Recipe(BaseModel):
             TargetError: a name matches nothing in the model, or what it matches cannot be used.
             RecipeError: two pruning modifiers are at work on one parameter at the same time.
         """
-        found = self.modifiers
+        found = self.written
         names = [list(modifier.targets(model)) if modifier.kind == "pruning" else [] for modifier in found]
         for modifier in found:
             if modifier.kind != "pruning":
                 modifier.targets(model)
-        if conflict := _conflict(found, names):
-            raise RecipeError(conflict[1])
+        if problem := conflict(found, names):
+            raise RecipeError(problem[1])
+
+    def extended(self, added: Any = None, metadata: Mapping[str, Any] | None = None) -> Recipe:
+        """A recipe with more modifiers (one, recipe text, or a list of both) and more metadata.
+
+        Raises:
+            RecipeError: they cannot stand together.
+            ArgumentError: `metadata` is no mapping.
+        """
+        if metadata is not None and not isinstance(metadata, Mapping):
+            raise ArgumentError(
+                f"metadata: {metadata!r} is no mapping; give a dict of what is to be kept with the recipe."
+            )
+        recipe: Recipe = self
+        if metadata is not None:
+            kept = recipe.metadata if isinstance(recipe.metadata, Mapping) else {}
+            recipe = recipe.model_copy(update={"metadata": {**kept, **metadata}})
+            # What cannot be saved is said here, not epochs later.
+            recipe.to_yaml()
+        modifiers = _modifiers_of(added)
+        if not modifiers:
+            return recipe
+        # Refuses what cannot stand together.
+        Recipe.from_modifiers([*recipe.written, *modifiers])
+        last = recipe.stages[-1]
+        groups = {**last.groups, "added_modifiers": (*last.groups.get("added_modifiers", ()), *modifiers)}
+        return recipe.model_copy(update={"stages": (*recipe.stages[:-1], last.model_copy(update={"groups": groups}))})
 
     @staticmethod
     def json_schema() -> dict[str, Any]:
@@ -188,8 +219,8 @@ class Recipe(BaseModel):
         first, second = read_recipe(base), read_recipe(additional)
         stages = compose.staged(first, second, keep_original_epochs=keep_original_epochs)
         recipe = Recipe(stages=tuple(Stage(**stage) for stage in stages))
-        if conflict := _conflict([m for stage in recipe.stages for m in stage.modifiers]):
-            raise RecipeError(conflict[1])
+        if problem := conflict(recipe.written):
+            raise RecipeError(problem[1])
         return recipe
 
 
@@ -234,6 +265,14 @@ def read_recipe(source: Any, recipe_variables: Variables = None) -> Recipe:
     )
 
 
+def _modifiers_of(added: Any) -> list[Modifier]:
+    if added is None or isinstance(added, Modifier):
+        return [] if added is None else [added]
+    if isinstance(added, list | tuple):
+        return [modifier for one in added for modifier in _modifiers_of(one)]
+    return read_recipe(added).written
+
+
 def _is_file(text: str) -> bool:
     try:
         return Path(text).is_file()
@@ -268,8 +307,8 @@ def _read_text(data: str | bytes, name: str, recipe_variables: Variables, *, mar
         variables, metadata, parts = read_parts(top, overrides_of(recipe_variables))
         found = [modifier for part in parts for group in part.groups.values() for modifier in group]
         lines = [line for part in parts for line in part.lines]
-        if conflict := _conflict(found):
-            raise grammar.Problem(lines[conflict[0]], conflict[1])
+        if problem := conflict(found):
+            raise grammar.Problem(lines[problem[0]], problem[1])
     except grammar.Problem as problem:
         place = name if problem.line is None else f"{name}:{problem.line}"
         raise RecipeError(f"{place}: {problem.message}") from None
@@ -280,34 +319,3 @@ def _read_text(data: str | bytes, name: str, recipe_variables: Variables, *, mar
         for p in parts
     )
     return Recipe(variables=variables, metadata=metadata, stages=stages)
-
-
-def _conflict(modifiers: list[Modifier], names: list[list[str]] | None = None) -> tuple[int, str] | None:
-    """The first modifier that prunes what another one prunes at the same time: its position, and what to say.
-
-    `names` are the parameters of each in a model; without them the names that it says are compared as they stand.
-    """
-    windows: dict[str, list[tuple[float, float, int]]] = {}
-    for index, modifier in enumerate(modifiers):
-        if modifier.kind == "pruning":
-            said = modifier.names() if names is None else names[index]
-            # "conv1" is the weight of the layer conv1.
-            for name in {n if names or n.startswith("re:") else n.removesuffix(".weight") for n in said}:
-                windows.setdefault(name, []).append((modifier.window.start, modifier.window.end, index))
-    conflicts: list[tuple[int, int, str]] = []
-    for name, entries in windows.items():
-        entries.sort()
-        last = entries[0]
-        for entry in entries[1:]:
-            if entry[0] < last[1] and last[0] < entry[1]:
-                conflicts.append((max(entry[2], last[2]), min(entry[2], last[2]), name))
-            last = max(last, entry, key=lambda e: e[1])
-    if not conflicts:
-        return None
-    second, first, name = min(conflicts)
-    one, other = modifiers[first], modifiers[second]
-    return second, (
-        f"{type(other).__name__} prunes {grammar.shown(name)} from epoch {other.window.start:g} to "
-        f"{other.window.end:g}, but {type(one).__name__} does so from {one.window.start:g} to {one.window.end:g}. "
-        "Let one end where the other starts, or leave the name out of one."
-    )
