@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-__all__ = ["MODELS", "Encoder", "ResNet", "mlp", "resnet18", "resnet20"]
+__all__ = ["MODELS", "Encoder", "MobileNetV2", "ResNet", "mlp", "resnet18", "resnet20", "resnet50"]
 
 
 class Block(nn.Module):
@@ -34,26 +34,61 @@ class Block(nn.Module):
         return self.relu(out)
 
 
+class Bottleneck(nn.Module):
+    """1x1, 3x3 and 1x1 convolutions, the last to four times the channels: the block of ResNet-50."""
+
+    def __init__(self, channels_in: int, channels: int, stride: int) -> None:
+        super().__init__()
+        inner = channels // 4
+        self.conv1 = nn.Conv2d(channels_in, inner, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(inner)
+        self.conv2 = nn.Conv2d(inner, inner, 3, stride, 1, bias=False)
+        self.bn2 = nn.BatchNorm2d(inner)
+        self.conv3 = nn.Conv2d(inner, channels, 1, bias=False)
+        self.bn3 = nn.BatchNorm2d(channels)
+        self.relu = nn.ReLU(inplace=True)
+        self.shortcut = nn.Sequential()
+        if stride != 1 or channels_in != channels:
+            self.shortcut = nn.Sequential(
+                nn.Conv2d(channels_in, channels, 1, stride, bias=False), nn.BatchNorm2d(channels)
+            )
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.relu(self.bn1(self.conv1(x)))
+        out = self.relu(self.bn2(self.conv2(out)))
+        out = self.bn3(self.conv3(out))
+        out += self.shortcut(x)
+        return self.relu(out)
+
+
 class ResNet(nn.Module):
     """A residual network: `depths` blocks of `widths` channels, each stage but the first halving the image."""
 
     def __init__(
-        self, widths: tuple[int, ...], depths: tuple[int, ...], classes: int, *, stem: str, channels: int = 3
+        self,
+        widths: tuple[int, ...],
+        depths: tuple[int, ...],
+        classes: int,
+        *,
+        stem: str,
+        channels: int = 3,
+        block: Callable[[int, int, int], nn.Module] = Block,
     ) -> None:
         super().__init__()
+        first = widths[0] if block is Block else widths[0] // 4
         self.conv1 = (
-            nn.Conv2d(channels, widths[0], 7, 2, 3, bias=False)
+            nn.Conv2d(channels, first, 7, 2, 3, bias=False)
             if stem == "imagenet"
-            else nn.Conv2d(channels, widths[0], 3, 1, 1, bias=False)
+            else nn.Conv2d(channels, first, 3, 1, 1, bias=False)
         )
-        self.bn1 = nn.BatchNorm2d(widths[0])
+        self.bn1 = nn.BatchNorm2d(first)
         self.relu = nn.ReLU(inplace=True)
         self.pool1 = nn.MaxPool2d(3, 2, 1) if stem == "imagenet" else nn.Identity()
         blocks: list[nn.Module] = []
-        width = widths[0]
+        width = first
         for stage, (channels_out, depth) in enumerate(zip(widths, depths, strict=True)):
             for index in range(depth):
-                blocks.append(Block(width, channels_out, 2 if stage and not index else 1))
+                blocks.append(block(width, channels_out, 2 if stage and not index else 1))
                 width = channels_out
         self.blocks = nn.Sequential(*blocks)
         self.pool = nn.AdaptiveAvgPool2d(1)
@@ -62,6 +97,59 @@ class ResNet(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = self.pool1(self.relu(self.bn1(self.conv1(x))))
         return self.fc(torch.flatten(self.pool(self.blocks(x)), 1))
+
+
+class InvertedResidual(nn.Module):
+    """Wide, depthwise, narrow again, with ReLU6 (Sandler 2018, https://arxiv.org/abs/1801.04381)."""
+
+    def __init__(self, channels_in: int, channels: int, stride: int, expansion: int) -> None:
+        super().__init__()
+        wide = channels_in * expansion
+        layers: list[nn.Module] = []
+        if expansion != 1:
+            layers += [nn.Conv2d(channels_in, wide, 1, bias=False), nn.BatchNorm2d(wide), nn.ReLU6(inplace=True)]
+        layers += [nn.Conv2d(wide, wide, 3, stride, 1, groups=wide, bias=False), nn.BatchNorm2d(wide), nn.ReLU6(True)]
+        self.layers = nn.Sequential(*layers, nn.Conv2d(wide, channels, 1, bias=False), nn.BatchNorm2d(channels))
+        self.shortcut = stride == 1 and channels_in == channels
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.layers(x) if self.shortcut else self.layers(x)
+
+
+class MobileNetV2(nn.Module):
+    """`stages` of (expansion, channels, blocks, stride) between a 3x3 stem and a 1x1 head; images of 3 channels."""
+
+    IMAGENET = (
+        (1, 16, 1, 1),
+        (6, 24, 2, 2),
+        (6, 32, 3, 2),
+        (6, 64, 4, 2),
+        (6, 96, 3, 1),
+        (6, 160, 3, 2),
+        (6, 320, 1, 1),
+    )
+
+    def __init__(
+        self,
+        stages: tuple[tuple[int, int, int, int], ...] = IMAGENET,
+        *,
+        stem: int = 32,
+        stem_stride: int = 2,
+        head: int = 1280,
+        classes: int = 1000,
+    ) -> None:
+        super().__init__()
+        layers: list[nn.Module] = [nn.Conv2d(3, stem, 3, stem_stride, 1, bias=False), nn.BatchNorm2d(stem), nn.ReLU6()]
+        width = stem
+        for expansion, channels, blocks, stride in stages:
+            for index in range(blocks):
+                layers.append(InvertedResidual(width, channels, 1 if index else stride, expansion))
+                width = channels
+        self.features = nn.Sequential(*layers, nn.Conv2d(width, head, 1, bias=False), nn.BatchNorm2d(head), nn.ReLU6())
+        self.classifier = nn.Linear(head, classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.classifier(F.adaptive_avg_pool2d(self.features(x), 1).flatten(1))
 
 
 class EncoderLayer(nn.Module):
@@ -109,6 +197,10 @@ class Encoder(nn.Module):
 
 def resnet18() -> nn.Module:
     return ResNet((64, 128, 256, 512), (2, 2, 2, 2), 1000, stem="imagenet")
+
+
+def resnet50() -> nn.Module:
+    return ResNet((256, 512, 1024, 2048), (3, 4, 6, 3), 1000, stem="imagenet", block=Bottleneck)
 
 
 def resnet20() -> nn.Module:

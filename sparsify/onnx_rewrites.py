@@ -14,8 +14,10 @@ from collections import defaultdict
 from collections.abc import Iterable
 
 import numpy as np
-import onnx
 from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
+
+from sparsify import onnx_attention
+from sparsify.onnx_graph import Graph, integer, like, remove_unused
 
 __all__: list[str] = []
 
@@ -26,9 +28,12 @@ BATCH = "batch"
 def rewrite(model: ModelProto) -> None:
     """All of them, and the metadata of tracing (stack traces with the paths of the exporting machine) removed."""
     clear_traces(model)
+    onnx_attention.transpose_keys(model)
+    onnx_attention.drop_guards(model)
     reduce_mean_to_global_average_pool(model)
     quantize_before_flatten(model)
     linear_as_gemm(model)
+    onnx_attention.rows(model)
     dequantize_after_movement(model)
     drop_requantization(model)
     state_zero_points(model)
@@ -96,7 +101,7 @@ def reduce_mean_to_global_average_pool(model: ModelProto) -> None:
 
     onnxruntime has an integer kernel for the latter only.
     """
-    graph = _Graph(model)
+    graph = Graph(model)
     for node in list(model.graph.node):
         if node.op_type != "ReduceMean" or len(node.input) < 2:
             continue
@@ -108,7 +113,7 @@ def reduce_mean_to_global_average_pool(model: ModelProto) -> None:
             continue
         source, target = node.input[0], node.output[0]
         name = node.name.replace("ReduceMean", "GlobalAveragePool")
-        if _integer(node, "keepdims", 1):
+        if integer(node, "keepdims", 1):
             graph.replace(node, [helper.make_node("GlobalAveragePool", [source], [target], name=name)])
         else:
             pooled = graph.fresh(f"{target}_pooled")
@@ -128,7 +133,7 @@ def quantize_before_flatten(model: ModelProto) -> None:
     What makes the tensor, as the GlobalAveragePool of a mean over the image, can then run in integers. Of Reshape and
     Transpose onnxruntime sees to it by itself.
     """
-    graph = _Graph(model)
+    graph = Graph(model)
     for node in list(model.graph.node):
         readers = graph.readers(node.output[0]) if node.op_type == "Flatten" else []
         if len(readers) != 1 or readers[0].op_type != "QuantizeLinear" or graph.is_output(node.output[0]):
@@ -137,8 +142,8 @@ def quantize_before_flatten(model: ModelProto) -> None:
         if not graph.per_tensor(quantize):
             continue
         integers = graph.fresh(f"{node.input[0]}_int")
-        graph.replace(node, [_like(quantize, [node.input[0], *quantize.input[1:]], [integers])])
-        graph.replace(quantize, [_like(node, [integers], [quantize.output[0]])])
+        graph.replace(node, [like(quantize, [node.input[0], *quantize.input[1:]], [integers])])
+        graph.replace(quantize, [like(node, [integers], [quantize.output[0]])])
     graph.finish()
 
 
@@ -149,7 +154,7 @@ def linear_as_gemm(model: ModelProto) -> None:
     an encoder of 4 layers and width 256. The Reshape stands before DequantizeLinear, on integers, once for all readers
     of one quantized tensor (query, key and value share it).
     """
-    graph = _Graph(model)
+    graph = Graph(model)
     rows_of: dict[str, str] = {}
     for node in list(model.graph.node):
         if node.op_type != "MatMul":
@@ -202,7 +207,7 @@ def dequantize_after_movement(model: ModelProto) -> None:
     The same as a pair of QuantizeLinear and DequantizeLinear with the scale repeated after each, with less to fuse.
     Exact: they only move values, and the maximum does not care about a positive scale.
     """
-    graph = _Graph(model)
+    graph = Graph(model)
     pending = [node for node in model.graph.node if node.op_type == "DequantizeLinear"]
     while pending:
         dequantize = pending.pop()
@@ -212,8 +217,8 @@ def dequantize_after_movement(model: ModelProto) -> None:
             if reader.op_type not in _MOVEMENT or reader.input[0] != dequantize.output[0] or len(reader.output) != 1:
                 continue
             moved = graph.fresh(f"{reader.output[0]}_int")
-            mover = _like(reader, [dequantize.input[0], *reader.input[1:]], [moved])
-            after = _like(dequantize, [moved, *dequantize.input[1:]], [reader.output[0]])
+            mover = like(reader, [dequantize.input[0], *reader.input[1:]], [moved])
+            after = like(dequantize, [moved, *dequantize.input[1:]], [reader.output[0]])
             after.name = f"{reader.name}/DequantizeLinear"
             graph.replace(reader, [mover, after])
             pending.append(after)
@@ -222,7 +227,7 @@ def dequantize_after_movement(model: ModelProto) -> None:
 
 def drop_requantization(model: ModelProto) -> None:
     """DequantizeLinear followed by QuantizeLinear with the same scale and zero point is nothing."""
-    graph = _Graph(model)
+    graph = Graph(model)
     for node in list(model.graph.node):
         above = graph.producer.get(node.input[0]) if node.op_type == "QuantizeLinear" else None
         if above is None or above.op_type != "DequantizeLinear" or graph.is_output(node.output[0]):
@@ -241,7 +246,7 @@ def drop_requantization(model: ModelProto) -> None:
 
 def state_zero_points(model: ModelProto) -> None:
     """Weights get the zero points, all 0, that their DequantizeLinear left out: onnxruntime makes no QGemm without."""
-    graph = _Graph(model)
+    graph = Graph(model)
     zeros: dict[tuple[int, ...], str] = {}
     for node in model.graph.node:
         if node.op_type != "DequantizeLinear" or len(node.input) != 2:
@@ -259,157 +264,12 @@ def state_zero_points(model: ModelProto) -> None:
         node.input.append(zeros[key])
 
 
-def remove_unused(model: ModelProto) -> None:
-    """Nodes and initializers that no output needs go; the order becomes one in which values precede their readers."""
-    graph = model.graph
-    producer = {name: node for node in graph.node for name in node.output}
-    order: list[NodeProto] = []
-    placed: set[int] = set()
-    stack = [(producer[value.name], False) for value in reversed(graph.output) if value.name in producer]
-    while stack:
-        node, ready = stack.pop()
-        if id(node) in placed:
-            continue
-        if ready:
-            placed.add(id(node))
-            order.append(node)
-            continue
-        stack.append((node, True))
-        # Reversed, so that the inputs come in their own order: as near to the original order as depth first can be.
-        stack.extend((producer[name], False) for name in reversed(_all_inputs(node)) if name in producer)
-    used = {name for node in order for name in _all_inputs(node)} | {value.name for value in graph.output}
-    for i in reversed(range(len(graph.initializer))):
-        if graph.initializer[i].name not in used:
-            del graph.initializer[i]
-    nodes = [_copy(node) for node in order]
-    del graph.node[:]
-    graph.node.extend(nodes)
-
-
 _LAYERS = frozenset({"Conv", "ConvTranspose", "Gemm", "MatMul"})
 _MOVEMENT = frozenset({"Reshape", "Flatten", "Squeeze", "Unsqueeze", "Transpose", "MaxPool", "Slice", "Gather"})
 _MOVEMENT |= {"DepthToSpace", "SpaceToDepth", "Expand", "Tile", "Identity"}
 
 
-class _Graph:
-    """Who makes and who reads each value of a model while it is being rewritten. `finish` writes the nodes back."""
-
-    def __init__(self, model: ModelProto) -> None:
-        self.model = model
-        self.initializers: dict[str, TensorProto] = {tensor.name: tensor for tensor in model.graph.initializer}
-        self.outputs = {value.name for value in model.graph.output}
-        self.producer: dict[str, NodeProto] = {}
-        # The replaced node is kept with its replacement: a node that nobody holds loses its id.
-        self.changes: dict[int, tuple[NodeProto, list[NodeProto]]] = {}
-        self.readers_of: dict[str, list[NodeProto]] = defaultdict(list)
-        self.names = set(self.initializers) | {value.name for value in model.graph.input}
-        self.shapes: dict[str, list[int | None]] | None = None
-        for node in model.graph.node:
-            self._add(node)
-
-    def _add(self, node: NodeProto) -> None:
-        for name in node.output:
-            self.producer[name] = node
-            self.names.add(name)
-        for name in dict.fromkeys(_all_inputs(node)):
-            self.readers_of[name].append(node)
-
-    def replace(self, node: NodeProto, nodes: list[NodeProto]) -> None:
-        """`nodes` stand where `node` stood."""
-        self.changes[id(node)] = (node, nodes)
-        for name in node.output:
-            if self.producer.get(name) is node:
-                del self.producer[name]
-        for name in dict.fromkeys(_all_inputs(node)):
-            self.readers_of[name] = [reader for reader in self.readers_of[name] if reader is not node]
-        for new in nodes:
-            self._add(new)
-
-    def finish(self) -> None:
-        """Puts the changes into the model, in an order that can be computed."""
-        if not self.changes:
-            return
-        nodes: list[NodeProto] = []
-        stack = list(reversed(self.model.graph.node))
-        while stack:
-            node = stack.pop()
-            if id(node) in self.changes:
-                stack.extend(reversed(self.changes[id(node)][1]))
-            else:
-                nodes.append(node)
-        copies = [_copy(node) for node in nodes]
-        del self.model.graph.node[:]
-        self.model.graph.node.extend(copies)
-        remove_unused(self.model)
-
-    def readers(self, name: str) -> list[NodeProto]:
-        return list(self.readers_of.get(name, []))
-
-    def is_initializer(self, name: str) -> bool:
-        return name in self.initializers
-
-    def is_output(self, name: str) -> bool:
-        return name in self.outputs
-
-    def per_tensor(self, node: NodeProto) -> bool:
-        """Whether a Q or DQ node has one scale that is a constant."""
-        scale = self.initializers.get(node.input[1])
-        return scale is not None and len(scale.dims) == 0
-
-    def constant(self, name: str) -> np.ndarray | None:
-        """The value of an initializer or Constant node; None where it is computed."""
-        if name in self.initializers:
-            return numpy_helper.to_array(self.initializers[name])
-        node = self.producer.get(name)
-        if node is not None and node.op_type == "Constant":
-            attribute = node.attribute[0]
-            if attribute.name == "value":
-                return numpy_helper.to_array(attribute.t)
-            if attribute.name in ("value_ints", "value_int"):
-                return np.asarray(helper.get_attribute_value(attribute))
-        return None
-
-    def same_constant(self, one: str, other: str) -> bool:
-        if one == other:
-            return True
-        a, b = self.constant(one), self.constant(other)
-        return a is not None and b is not None and a.dtype == b.dtype and np.array_equal(a, b)
-
-    def shape(self, name: str) -> list[int | None] | None:
-        """Inferred by onnx, not read from the exporter's value_info, which can be stale; None where it is not known."""
-        if self.shapes is None:
-            inferred = onnx.shape_inference.infer_shapes(_skeleton(self.model), data_prop=True).graph
-            values = [*inferred.value_info, *inferred.input, *inferred.output]
-            self.shapes = {
-                value.name: [dim.dim_value if dim.HasField("dim_value") else None for dim in shape.dim]
-                for value in values
-                if value.type.tensor_type.HasField("shape")
-                for shape in [value.type.tensor_type.shape]
-            }
-        if name in self.initializers:
-            return list(self.initializers[name].dims)
-        return self.shapes.get(name)
-
-    def fresh(self, name: str) -> str:
-        candidate, count = name, 1
-        while candidate in self.names:
-            count += 1
-            candidate = f"{name}_{count}"
-        self.names.add(candidate)
-        return candidate
-
-    def int64(self, values: list[int]) -> str:
-        """The name of an initializer with these values; one for all that ask for the same."""
-        name = "shape_" + "_".join(str(value).replace("-", "m") for value in values)
-        if name not in self.initializers:
-            tensor = numpy_helper.from_array(np.asarray(values, dtype=np.int64), name)
-            self.model.graph.initializer.append(tensor)
-            self.initializers[name] = tensor
-            self.names.add(name)
-        return name
-
-
-def _quantized_weight(graph: _Graph, name: str) -> tuple[str, bool, int, int] | None:
+def _quantized_weight(graph: Graph, name: str) -> tuple[str, bool, int, int] | None:
     """(name of the dequantized weight, whether it is stored (out, in), in, out) of a MatMul's second input."""
     node = graph.producer.get(name)
     transposed = node is not None and node.op_type == "Transpose"
@@ -426,7 +286,7 @@ def _quantized_weight(graph: _Graph, name: str) -> tuple[str, bool, int, int] | 
 
 
 def _reshape_like(
-    graph: _Graph, source: str, leading: list[int | None], outer: int, rows: str, target: str, name: str
+    graph: Graph, source: str, leading: list[int | None], outer: int, rows: str, target: str, name: str
 ) -> list[NodeProto]:
     """Nodes that give `rows`, of shape (product of leading, outer), the shape (*leading, outer)."""
     if leading.count(None) <= 1:
@@ -438,51 +298,3 @@ def _reshape_like(
         helper.make_node("Concat", [dims, graph.int64([outer])], [full], name=f"{name}/Concat", axis=0),
         helper.make_node("Reshape", [rows, full], [target], name=f"{name}/Reshape"),
     ]
-
-
-def _skeleton(model: ModelProto) -> ModelProto:
-    """The model with the values of large initializers left out: shapes can be inferred without copying weights."""
-    copy = ModelProto()
-    copy.ir_version = model.ir_version
-    copy.opset_import.extend(model.opset_import)
-    copy.functions.extend(model.functions)
-    graph = copy.graph
-    graph.name = model.graph.name
-    graph.node.extend(model.graph.node)
-    graph.input.extend(model.graph.input)
-    graph.output.extend(model.graph.output)
-    known = {value.name for value in model.graph.input}
-    for tensor in model.graph.initializer:
-        if tensor.data_type == TensorProto.INT64 or tensor.name in known:
-            graph.initializer.append(tensor)
-        else:
-            graph.input.append(helper.make_tensor_value_info(tensor.name, tensor.data_type, list(tensor.dims)))
-    return copy
-
-
-def _all_inputs(node: NodeProto) -> list[str]:
-    """What a node reads, what its subgraphs (If, Loop) read of the values around them included."""
-    names = [name for name in node.input if name]
-    for attribute in node.attribute:
-        for graph in [attribute.g, *attribute.graphs]:
-            for inner in graph.node:
-                names += _all_inputs(inner)
-    return names
-
-
-def _like(node: NodeProto, inputs: list[str], outputs: list[str]) -> NodeProto:
-    copy = _copy(node)
-    del copy.input[:], copy.output[:]
-    copy.input.extend(inputs)
-    copy.output.extend(outputs)
-    return copy
-
-
-def _copy(node: NodeProto) -> NodeProto:
-    copy = NodeProto()
-    copy.CopyFrom(node)
-    return copy
-
-
-def _integer(node: NodeProto, name: str, default: int) -> int:
-    return next((int(attribute.i) for attribute in node.attribute if attribute.name == name), default)

@@ -307,6 +307,9 @@ def _compare_tensors(
     found: list[TensorDifference] = []
     for name in common:
         expected, actual = recorded[name], results[outputs[name]]
+        if expected.size == actual.size and expected.shape[-1:] == actual.shape[-1:]:
+            # In the file layers over a sequence work on its rows.
+            expected = expected.reshape(actual.shape)
         if expected.shape != actual.shape:
             continue
         gap = np.abs(expected.astype(np.int64) - actual.astype(np.int64))

@@ -18,6 +18,7 @@ from torch.nn import functional as F
 
 from sparsify import onnx_rewrites
 from sparsify.export import export_onnx
+from sparsify.onnx_graph import remove_unused
 from sparsify.runtime import open_session, optimized_operators, run_session
 from sparsify.verify import verify_onnx
 
@@ -195,6 +196,6 @@ def test_what_no_output_needs_goes_and_subgraphs_keep_what_they_read() -> None:
         helper.make_node("Add", ["x", "dropped"], ["unused"]),
     ]
     model = model_of(nodes, ["n", 3], yes=np.bool_(True), kept=np.float32([1, 2, 3]), dropped=np.float32([0, 0, 0]))
-    onnx_rewrites.remove_unused(model)
+    remove_unused(model)
     assert kinds(model) == {"If": 1}
     assert {tensor.name for tensor in model.graph.initializer} == {"yes", "kept"}

@@ -1,0 +1,209 @@
+"""An ONNX graph while it is being rewritten: who makes and who reads each value, constants, shapes, names."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable
+
+import numpy as np
+import onnx
+from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
+
+__all__: list[str] = []
+
+
+class Graph:
+    """Who makes and who reads each value of a model while it is being rewritten. `finish` writes the nodes back."""
+
+    def __init__(self, model: ModelProto) -> None:
+        self.model = model
+        self.initializers: dict[str, TensorProto] = {tensor.name: tensor for tensor in model.graph.initializer}
+        self.outputs = {value.name for value in model.graph.output}
+        self.producer: dict[str, NodeProto] = {}
+        # The replaced node is kept with its replacement: a node that nobody holds loses its id.
+        self.changes: dict[int, tuple[NodeProto, list[NodeProto]]] = {}
+        self.readers_of: dict[str, list[NodeProto]] = defaultdict(list)
+        self.names = set(self.initializers) | {value.name for value in model.graph.input}
+        self.shapes: dict[str, list[int | None]] | None = None
+        for node in model.graph.node:
+            self._add(node)
+
+    def _add(self, node: NodeProto) -> None:
+        for name in node.output:
+            self.producer[name] = node
+            self.names.add(name)
+        for name in dict.fromkeys(all_inputs(node)):
+            self.readers_of[name].append(node)
+
+    def replace(self, node: NodeProto, nodes: list[NodeProto]) -> None:
+        """`nodes` stand where `node` stood."""
+        self.changes[id(node)] = (node, nodes)
+        for name in node.output:
+            if self.producer.get(name) is node:
+                del self.producer[name]
+        for name in dict.fromkeys(all_inputs(node)):
+            self.readers_of[name] = [reader for reader in self.readers_of[name] if reader is not node]
+        for new in nodes:
+            self._add(new)
+
+    def finish(self) -> None:
+        """Puts the changes into the model, in an order that can be computed."""
+        if not self.changes:
+            return
+        nodes: list[NodeProto] = []
+        stack = list(reversed(self.model.graph.node))
+        while stack:
+            node = stack.pop()
+            if id(node) in self.changes:
+                stack.extend(reversed(self.changes[id(node)][1]))
+            else:
+                nodes.append(node)
+        copies = [copied(node) for node in nodes]
+        del self.model.graph.node[:]
+        self.model.graph.node.extend(copies)
+        remove_unused(self.model)
+
+    def readers(self, name: str) -> list[NodeProto]:
+        return list(self.readers_of.get(name, []))
+
+    def is_initializer(self, name: str) -> bool:
+        return name in self.initializers
+
+    def is_output(self, name: str) -> bool:
+        return name in self.outputs
+
+    def per_tensor(self, node: NodeProto) -> bool:
+        """Whether a Q or DQ node has one scale that is a constant."""
+        scale = self.initializers.get(node.input[1])
+        return scale is not None and len(scale.dims) == 0
+
+    def constant(self, name: str) -> np.ndarray | None:
+        """The value of an initializer or Constant node; None where it is computed."""
+        if name in self.initializers:
+            return numpy_helper.to_array(self.initializers[name])
+        node = self.producer.get(name)
+        if node is not None and node.op_type == "Constant":
+            attribute = node.attribute[0]
+            if attribute.name == "value":
+                return numpy_helper.to_array(attribute.t)
+            if attribute.name in ("value_ints", "value_int"):
+                return np.asarray(helper.get_attribute_value(attribute))
+        return None
+
+    def same_constant(self, one: str, other: str) -> bool:
+        if one == other:
+            return True
+        a, b = self.constant(one), self.constant(other)
+        return a is not None and b is not None and a.dtype == b.dtype and np.array_equal(a, b)
+
+    def shape(self, name: str) -> list[int | None] | None:
+        """Inferred by onnx, not read from the exporter's value_info, which can be stale; None where it is not known."""
+        if self.shapes is None:
+            inferred = onnx.shape_inference.infer_shapes(_skeleton(self.model), data_prop=True).graph
+            values = [*inferred.value_info, *inferred.input, *inferred.output]
+            self.shapes = {
+                value.name: [dim.dim_value if dim.HasField("dim_value") else None for dim in shape.dim]
+                for value in values
+                if value.type.tensor_type.HasField("shape")
+                for shape in [value.type.tensor_type.shape]
+            }
+        if name in self.initializers:
+            return list(self.initializers[name].dims)
+        return self.shapes.get(name)
+
+    def fresh(self, name: str) -> str:
+        candidate, count = name, 1
+        while candidate in self.names:
+            count += 1
+            candidate = f"{name}_{count}"
+        self.names.add(candidate)
+        return candidate
+
+    def int64(self, values: list[int]) -> str:
+        """The name of an initializer with these values; one for all that ask for the same."""
+        name = "shape_" + "_".join(str(value).replace("-", "m") for value in values)
+        return self.value(name, np.asarray(values, dtype=np.int64))
+
+    def value(self, name: str, value: np.ndarray) -> str:
+        """The name of an initializer, which always has this value."""
+        if name not in self.initializers:
+            tensor = numpy_helper.from_array(value, name)
+            self.model.graph.initializer.append(tensor)
+            self.initializers[name] = tensor
+            self.names.add(name)
+        return name
+
+
+def remove_unused(model: ModelProto) -> None:
+    """Nodes and initializers that no output needs go; the order becomes one in which values precede their readers."""
+    graph = model.graph
+    producer = {name: node for node in graph.node for name in node.output}
+    order: list[NodeProto] = []
+    placed: set[int] = set()
+    stack = [(producer[value.name], False) for value in reversed(graph.output) if value.name in producer]
+    while stack:
+        node, ready = stack.pop()
+        if id(node) in placed:
+            continue
+        if ready:
+            placed.add(id(node))
+            order.append(node)
+            continue
+        stack.append((node, True))
+        # Reversed, so that the inputs come in their own order: as near to the original order as depth first can be.
+        stack.extend((producer[name], False) for name in reversed(all_inputs(node)) if name in producer)
+    used = {name for node in order for name in all_inputs(node)} | {value.name for value in graph.output}
+    for i in reversed(range(len(graph.initializer))):
+        if graph.initializer[i].name not in used:
+            del graph.initializer[i]
+    nodes = [copied(node) for node in order]
+    del graph.node[:]
+    graph.node.extend(nodes)
+
+
+def _skeleton(model: ModelProto) -> ModelProto:
+    """The model with the values of large initializers left out: shapes can be inferred without copying weights."""
+    copy = ModelProto()
+    copy.ir_version = model.ir_version
+    copy.opset_import.extend(model.opset_import)
+    copy.functions.extend(model.functions)
+    graph = copy.graph
+    graph.name = model.graph.name
+    graph.node.extend(model.graph.node)
+    graph.input.extend(model.graph.input)
+    graph.output.extend(model.graph.output)
+    known = {value.name for value in model.graph.input}
+    for tensor in model.graph.initializer:
+        if tensor.data_type == TensorProto.INT64 or tensor.name in known:
+            graph.initializer.append(tensor)
+        else:
+            graph.input.append(helper.make_tensor_value_info(tensor.name, tensor.data_type, list(tensor.dims)))
+    return copy
+
+
+def all_inputs(node: NodeProto) -> list[str]:
+    """What a node reads, what its subgraphs (If, Loop) read of the values around them included."""
+    names = [name for name in node.input if name]
+    for attribute in node.attribute:
+        for graph in [attribute.g, *attribute.graphs]:
+            for inner in graph.node:
+                names += all_inputs(inner)
+    return names
+
+
+def like(node: NodeProto, inputs: Iterable[str], outputs: Iterable[str]) -> NodeProto:
+    copy = copied(node)
+    del copy.input[:], copy.output[:]
+    copy.input.extend(inputs)
+    copy.output.extend(outputs)
+    return copy
+
+
+def copied(node: NodeProto) -> NodeProto:
+    copy = NodeProto()
+    copy.CopyFrom(node)
+    return copy
+
+
+def integer(node: NodeProto, name: str, default: int) -> int:
+    return next((int(attribute.i) for attribute in node.attribute if attribute.name == name), default)
