@@ -56,7 +56,7 @@ class Atoms:
         return found.expand(labels.shape) if found.shape != labels.shape else found
 
     def unite(self, first: Tensor, second: Tensor, why: str) -> Tensor:
-        """Unites two label tensors of one shape, element by element; an atom that meets 0 is kept. Returns the union."""
+        """The union of two label tensors of one shape, element by element; an atom that meets 0 is kept."""
         first, second = self._find(first), self._find(second)
         lone = (first == 0) != (second == 0)
         together = torch.where(first == 0, second, first)
@@ -68,7 +68,7 @@ class Atoms:
         return self._find(together)
 
     def mix(self, labels: Tensor, dims: Iterable[int], why: str, effect: Effect = "mixed") -> Tensor:
-        """Unites all atoms along `dims`: they die together or not at all. Returns labels that are constant along them."""
+        """Unites all atoms along `dims`, which then die together or not at all; gives the labels that are left."""
         inner = core(labels)
         chosen = [dim for dim in sorted({d % labels.dim() for d in dims}) if inner.shape[dim] > 1]
         if not chosen:

@@ -193,7 +193,7 @@ def _shares(found: Labelled, free: Tensor) -> Iterator[_Share]:
 def _whole(model: nn.Module, found: Labelled, alone: Mapping[int, str], cut: Collection[str]) -> dict[str, str]:
     """Why the rows of each weight that is not in `cut` cannot be cut."""
     atoms = found.atoms
-    kept, mixed = atoms.first("kept"), atoms.first("mixed")
+    kept, mixed, attended = atoms.first("kept"), atoms.first("mixed"), atoms.first("attended")
     weights = {name: p for name, p in named_parameters(model).items() if p.dim() > 1}
     layers = {f"{name}.weight" for name, module in named_modules(model).items() if is_prunable_layer(module)}
     if is_prunable_layer(model):
@@ -209,7 +209,7 @@ def _whole(model: nn.Module, found: Labelled, alone: Mapping[int, str], cut: Col
         members = atoms.roots(torch.cat([labels.reshape(-1) for labels in rows])).unique()
         first = int(kept[members].min())
         if len(members) == 1:
-            first = min(first, int(mixed[members].min()))
+            first = min(first, int(mixed[members].min()), int(attended[members].min()))
         if first != NEVER:
             reasons[name] = atoms.events[first].why
         else:

@@ -37,6 +37,7 @@ FLOORS = {
         "graph",
         "atoms",
         "labels",
+        "label_rules",
         "families",
         "ranks",
         "hooks",
