@@ -201,7 +201,8 @@ class _Structured(Active):
         for group in self.modifier.param_groups or ():
             where = f"{self.who}.param_groups"
             names = set(targets.resolve_parameters(self.run.model, group, where=where, strict=self.modifier.strict))
-            if not any(names <= {p.tensor for p in family.places} for family in traced.families.values()):
+            roles = ("row" if self.modifier.mask_type == "filter" else "column", "other")
+            if not any(names <= {p.tensor for p in f.places if p.role in roles} for f in traced.families.values()):
                 found = sorted({self._side(f) for f in traced.families.values() if names & set(self._side(f))})
                 raise TargetError(
                     f"{where}: {', '.join(sorted(names))} are not one family in the traced model. Found were "
@@ -266,7 +267,7 @@ class _Structured(Active):
         for name, mask in masks.items():
             self.run.masker.set(name, mask)
         for name, size in self.sizes.items():
-            done = (len(self.gone[name]) + self.taken[name]) / size
+            done = (len(self.gone.get(name, ())) + self.taken[name]) / size
             self.run.log.scalar(f"sparsity/{name}", done, self.clock.step)
         self.point = point
         if self._over():
