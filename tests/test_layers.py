@@ -22,6 +22,7 @@ FLOORS = {
         "channels",
         "scoring",
         "shrink",
+        "removal",
         "quantize",
         "palettize",
         "onnx_rewrites",
