@@ -99,7 +99,7 @@ class Atoms:
 
     def log(self, effect: Effect, labels: Tensor, why: str) -> None:
         """Adds to the log what befell the atoms in `labels`."""
-        atoms = self._find(labels).unique()
+        atoms = torch.unique(self._find(labels))
         self.events.append(Event(atoms[atoms > 0], effect, why))
 
     def first(self, effect: Effect) -> Tensor:

@@ -6,7 +6,7 @@ same share of the same tensors. Found by `find` on the traced view of a model; `
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from sparsify.atoms import NEVER, core, thin, varying
 from sparsify.graph import exported
 from sparsify.labels import Labelled, Role, labelled
-from sparsify.targets import is_prunable_layer, named_modules, named_parameters
+from sparsify.targets import clean_name, is_prunable_layer, named_modules, named_parameters
 
 __all__: list[str] = []
 
@@ -119,17 +119,22 @@ def _grouped(model: nn.Module, found: Labelled) -> Families:
     roots = atoms.roots(torch.arange(len(atoms)))
     free = atoms.first("kept") == NEVER
     heads = atoms.first("attended") != NEVER
-    order = {name: number for number, name in enumerate([*named_parameters(model), *dict(model.named_buffers())])}
+    order = {
+        name: number
+        for number, name in enumerate(
+            [*named_parameters(model), *(clean_name(name) for name, _ in model.named_buffers())]
+        )
+    }
     shares = sorted(_shares(found, free), key=lambda share: (order.get(share.tensor, len(order)), share.dim))
 
     taken: dict[int, list[tuple[int, int]]] = defaultdict(list)
     for number, share in enumerate(shares):
-        for root, count in zip(*(t.tolist() for t in share.atoms.unique(return_counts=True)), strict=True):
+        for root, count in Counter(share.atoms.tolist()).items():
             if root:
                 taken[root].append((number, count))
     alike: dict[tuple[tuple[int, int], ...], list[int]] = defaultdict(list)
-    for root, where in taken.items():
-        alike[tuple(where)].append(root)
+    for root, share_counts in taken.items():
+        alike[tuple(share_counts)].append(root)
 
     families: dict[str, Family] = {}
     members: dict[int, tuple[str, int]] = {}
@@ -206,9 +211,9 @@ def _whole(model: nn.Module, found: Labelled, alone: Mapping[int, str], cut: Col
         if name in found.refused or not rows:
             reasons[name] = found.refused.get(name, "the model does not call it on these inputs")
             continue
-        members = atoms.roots(torch.cat([labels.reshape(-1) for labels in rows])).unique()
+        members = atoms.roots(torch.cat([labels.reshape(-1) for labels in rows]))
         first = int(kept[members].min())
-        if len(members) == 1:
+        if first == NEVER or bool((members == members[0]).all()):
             first = min(first, int(mixed[members].min()), int(attended[members].min()))
         if first != NEVER:
             reasons[name] = atoms.events[first].why

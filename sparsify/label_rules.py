@@ -110,7 +110,9 @@ def _together(walk: Walk, operands: Iterable[Operand], shape: Sequence[int], whe
 def _meet(walk: Walk, made: Tensor | None, labels: Tensor, where: str) -> Tensor:
     if made is None:
         return labels
-    first, second = torch.broadcast_tensors(core(made), core(labels))
+    inner, other = core(made), core(labels)
+    shape = [max(n, m) for n, m in zip(inner.shape, other.shape, strict=True)]
+    first, second = inner.expand(shape), other.expand(shape)
     return walk.atoms.unite(first, second, f"{where} joins them with what must stay").expand(made.shape)
 
 
@@ -167,7 +169,7 @@ def _split(walk: Walk, node: Any, given: dict[str, Any]) -> list[Tensor]:
         walk.bound(pieces, [d for d in range(pieces.dim()) if d != dim], "cuts them into pieces of one size")
     elif len(sizes) > 1:
         walk.bound(labels, [d for d in range(labels.dim()) if d != dim], "cuts them into pieces of fixed sizes")
-    return list(labels.split(sizes, dim))
+    return list(torch.split(labels, sizes, dim))
 
 
 def _glu(walk: Walk, node: Any, given: dict[str, Any]) -> Tensor:
@@ -284,19 +286,26 @@ def _for_each(node: Any, make: Callable[[Sequence[int]], Tensor]) -> Any:
     return [make(one.shape) for one in value] if isinstance(value, (list, tuple)) else make(value.shape)
 
 
+def _first(labels: Tensor, count: int) -> Tensor:
+    """`labels` with size 1 along the last `count` dimensions."""
+    for dim in range(labels.dim() - count, labels.dim()):
+        labels = labels.narrow(dim, 0, 1)
+    return labels
+
+
 def _pool(walk: Walk, node: Any, given: dict[str, Any]) -> Any:
     rank = next((int(letter) for letter in name_of(node) if letter in "123"), 2)
     labels = walk.read(node.args[0])
     dims = range(labels.dim() - rank, labels.dim())
     mixed = walk.atoms.mix(labels, dims, f"{walk.where(node)} takes one number from them")
-    inner = mixed[(..., *([slice(0, 1)] * rank))]
+    inner = _first(mixed, rank)
     return _for_each(node, lambda shape: inner.expand(shape))
 
 
 def _pad(walk: Walk, node: Any, given: dict[str, Any]) -> Tensor:
     """Padding along positions; a padded channel is not removed, nor what meets it."""
     labels = walk.read(node.args[0])
-    sizes = list(given.get("pad") or given.get("padding"))
+    sizes = list(given.get("pad") or given["padding"])
     made = labels
     for number in range(len(sizes) // 2):
         dim = labels.dim() - 1 - number
@@ -368,10 +377,10 @@ def _baddbmm(walk: Walk, node: Any, given: dict[str, Any]) -> Tensor:
 
 def _product(walk: Walk, node: Any, first: Any, second: Any) -> Tensor:
     """Of two activations; with a tensor of fixed size it only moves what does not lie along the sum."""
-    operands = [walk.operand(first), walk.operand(second)]
+    left, right = operands = [walk.operand(first), walk.operand(second)]
     shape = node.meta["val"].shape
     if all(one.labels.dim() > 1 for one in operands):
-        for one, other, summed in ((*operands, -1), (*operands[::-1], -2)):
+        for one, other, summed in ((left, right, -1), (right, left, -2)):
             if not core(other.labels).any():
                 if one.labels.dim() + summed in varying(one.labels):
                     walk.atoms.keep(one.labels, f"{walk.where(node)} meets a tensor of fixed size")
@@ -389,7 +398,7 @@ def _heads(walk: Walk, operands: Sequence[Operand], shape: Sequence[int], node: 
     for one in operands:
         dims = range(max(one.labels.dim() - 2, 0), one.labels.dim())
         whole = walk.atoms.mix(one.labels, dims, why, "attended")
-        inner = whole[(..., *([slice(0, 1)] * len(dims)))]
+        inner = _first(whole, len(dims))
         if len(dims) < 2:
             inner = inner.reshape(1, 1)
         walk.atoms.log("attended", core(inner), why)

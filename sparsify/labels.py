@@ -104,7 +104,7 @@ def _enforce(found: Labelled) -> None:
                 del waiting[key]
             elif len(dims) > 1:
                 # The one along which most can be told apart; of equals the last.
-                counts = {d: len(core(labels).amin([o for o in dims if o != d]).unique()) for d in free}
+                counts = {d: len(set(core(labels).amin([o for o in dims if o != d]).flatten().tolist())) for d in free}
                 best = max(free, key=lambda dim: (counts[dim], dim))
                 atoms.mix(labels, [dim for dim in dims if dim != best], bound.why)
                 changed = True
@@ -264,7 +264,7 @@ class Walk:
         """A graph inside the graph: torch.autocast and torch.no_grad in the model's code."""
         for position, argument in enumerate(node.args):
             if isinstance(argument, torch.fx.Node) and argument.op == "get_attr":
-                module = operator.attrgetter(argument.target)(argument.graph.owning_module)
+                module = operator.attrgetter(str(argument.target))(argument.graph.owning_module)
                 given = node.args[position + 1 :]
                 holders = [one for one in module.graph.nodes if one.op == "placeholder"]
                 if len(holders) == len(given) and all(isinstance(one, torch.fx.Node) for one in given):
