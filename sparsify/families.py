@@ -87,11 +87,13 @@ class Families:
     Attributes:
         families: in the model's order, by name.
         whole: {weight: why its rows cannot be cut}, for the weights of layers that have no family of rows.
+        constants: attributes of modules that do not follow any extent, though they are equal to one; found by trying.
     """
 
     families: Mapping[str, Family]
     whole: Mapping[str, str] = field(default_factory=dict)
     extents: tuple[Extent, ...] = ()
+    constants: frozenset[str] = frozenset()
 
 
 def find(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> Families:

@@ -118,8 +118,7 @@ def plan_removal(model: nn.Module, families: Families, gone: Gone) -> Removal:
             raise ArgumentError(f"nothing of {name!r} would be left: {before[name]} becomes {tuple(shape)}.")
         after[name] = tuple(shape)
     attributes = _layers_own(model, keep, after)
-    for path, values in _numbers_in_code(model, families, gone).items():
-        attributes[path] = {**values, **attributes.get(path, {})}
+    attributes |= numbers_in_code(model, families, gone)
     return Removal(keep, attributes, _config(model, families, gone), before, after)
 
 
@@ -179,7 +178,7 @@ _NEVER = ("head_dim", "head_size", "per_head", "window", "d_kv", "kernel", "stri
 """Parts of names of numbers that do not follow a count of channels: the size of one head, geometry."""
 
 
-def _numbers_in_code(model: nn.Module, families: Families, gone: Gone) -> dict[str, dict[str, Any]]:
+def numbers_in_code(model: nn.Module, families: Families, gone: Gone) -> dict[str, dict[str, Any]]:
     """Whole numbers that user's modules keep, equal to a size in their own forward that becomes another.
 
     A number that several sizes explain, with different results, is left alone: the dry run judges.
@@ -193,11 +192,13 @@ def _numbers_in_code(model: nn.Module, families: Families, gone: Gone) -> dict[s
     found: dict[str, dict[str, Any]] = {}
     for path, by_size in sizes.items():
         module = modules.get(path)
-        # By name: torch's own layers were put right above, and the rest of torch counts on its own numbers.
-        if module is None or type(module).__module__.startswith("torch.nn."):
+        # Layers of torch, and those made from them, have their numbers from their weights.
+        if module is None or any(cls.__module__.startswith("torch.nn.modules.") for cls in type(module).__mro__[:-2]):
             continue
-        for name, value in list(vars(module).items()):
-            if type(value) is not int or name.startswith("__") or any(part in name for part in _NEVER):
+        if hasattr(module, "nx") and hasattr(module, "nf"):
+            continue
+        for name, value in vars(module).items():
+            if type(value) is not int or name in families.constants or any(part in name for part in _NEVER):
                 continue
             left_over = by_size.get(value, set())
             if len(left_over) == 1 and value not in left_over:

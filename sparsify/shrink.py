@@ -21,7 +21,7 @@ from sparsify.families import Families, Family, Place, find
 from sparsify.hooks import distributed, unwrapped
 from sparsify.removal import Gone as Gone
 from sparsify.removal import Removal as Removal
-from sparsify.removal import count, tensors
+from sparsify.removal import count, numbers_in_code, tensors
 from sparsify.removal import plan_removal as plan_removal
 from sparsify.removal import remove as remove
 from sparsify.signature import Call, named_outputs
@@ -101,7 +101,7 @@ def shrink(model: nn.Module, sample_inputs: Any, optimizer: Any = None) -> Shrun
     model = unwrapped(model)
     call = Call.of(model, sample_inputs)
     args, kwargs = call.arguments(list(call.inputs.values()))
-    families = find(model, args, kwargs)
+    families = dry_run(model, find(model, args, kwargs), args, kwargs)
     whole = dict(families.whole)
     sure, likely = _dead(model, families, wide=False), _dead(model, families, wide=True)
     judge = _Judge(model, args, kwargs, shaken=False)
@@ -216,6 +216,7 @@ def dry_run(
         number = min(max(round(family.size * fraction), 1), family.size - 1)
         gone[name] = tuple(sorted(torch.randperm(family.size, generator=generator)[:number].tolist()))
     judge = _Judge(model, args, kwargs or {}, shaken=True)
+    families = judge.with_constants(families, gone)
     right, wrong = judge.right(families, gone)
     if not wrong:
         return families
@@ -294,6 +295,24 @@ class _Judge:
             if not difference <= self.tolerance * max(output.abs().max().item() if output.numel() else 0.0, 1e-30):
                 return f"the smaller model computes something else: its {name} is {difference:.1e} off"
         return None
+
+    def with_constants(self, families: Families, gone: Gone) -> Families:
+        """With the numbers in user's code that are equal to a size by chance told from those that follow it.
+
+        Each name alone, in the kinds of families that are wrong otherwise: T5 has 32 buckets of positions, and may have
+        32 channels of attention.
+        """
+        for kind in dict.fromkeys(families.families[name].kind for name in gone):
+            alike = {name: channels for name, channels in gone.items() if families.families[name].kind == kind}
+            if self.why_wrong(families, alike) is None:
+                continue
+            numbers = numbers_in_code(self.model, families, alike)
+            for name in dict.fromkeys(name for values in numbers.values() for name in values):
+                tried = replace(families, constants=families.constants | {name})
+                if self.why_wrong(tried, alike) is None:
+                    families = tried
+                    break
+        return families
 
     def right(self, families: Families, gone: Gone) -> tuple[dict[str, Collection[int]], dict[str, str]]:
         """Of `gone` what can go together, and {family: why not} of the rest."""
