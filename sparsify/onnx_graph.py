@@ -207,3 +207,8 @@ def copied(node: NodeProto) -> NodeProto:
 
 def integer(node: NodeProto, name: str, default: int) -> int:
     return next((int(attribute.i) for attribute in node.attribute if attribute.name == name), default)
+
+
+def attribute(node: NodeProto, name: str, default: float) -> float:
+    """An attribute that is a float."""
+    return next((float(entry.f) for entry in node.attribute if entry.name == name), default)

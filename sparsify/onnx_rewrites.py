@@ -17,7 +17,7 @@ import numpy as np
 from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
 from sparsify import onnx_attention
-from sparsify.onnx_graph import Graph, integer, like, remove_unused
+from sparsify.onnx_graph import Graph, attribute, integer, like, remove_unused
 
 __all__: list[str] = []
 
@@ -36,6 +36,7 @@ def rewrite(model: ModelProto) -> None:
     onnx_attention.rows(model)
     dequantize_after_movement(model)
     drop_requantization(model)
+    hard_sigmoid_as_add(model)
     state_zero_points(model)
     remove_unused(model)
 
@@ -241,6 +242,45 @@ def drop_requantization(model: ModelProto) -> None:
                 if name == node.output[0]:
                     reader.input[i] = above.input[0]
         graph.replace(node, [])
+    graph.finish()
+
+
+def hard_sigmoid_as_add(model: ModelProto) -> None:
+    """HardSigmoid between integers becomes an Add that saturates: clip(x a + b, 0, 1) = clip(x a + b) to [0, 1].
+
+    onnxruntime has an integer kernel for Add only. x a is what is read of the same integers with the scale s a, and the
+    clipping is that of QuantizeLinear, where its integers reach from 0 to 1 at most.
+    """
+    graph = Graph(model)
+    for node in list(model.graph.node):
+        above = graph.producer.get(node.input[0]) if node.op_type == "HardSigmoid" else None
+        readers = graph.readers(node.output[0])
+        if above is None or above.op_type != "DequantizeLinear" or not graph.per_tensor(above) or len(above.input) < 3:
+            continue
+        if len(readers) != 1 or readers[0].op_type != "QuantizeLinear" or not graph.per_tensor(readers[0]):
+            continue
+        zero, scale = graph.constant(readers[0].input[2]), graph.constant(readers[0].input[1])
+        kind, read = graph.constant(above.input[2]), graph.constant(above.input[1])
+        if zero is None or scale is None or kind is None or read is None or zero != 0 or zero.dtype != np.uint8:
+            continue
+        if kind.dtype != np.uint8 or scale * 255 > 1 + 1e-6:
+            continue
+        alpha, beta = (attribute(node, name, default) for name, default in (("alpha", 0.2), ("beta", 0.5)))
+        narrow, offset, one = (graph.fresh(f"{node.output[0]}_{name}") for name in ("scaled", "offset", "scale"))
+        graph.value(one, np.asarray(read * np.float32(alpha), np.float32))
+        constant = [graph.value("one_uint8", np.asarray(1, np.uint8)), graph.fresh(f"{node.output[0]}_beta")]
+        graph.value(constant[1], np.asarray(beta, np.float32))
+        constant.append(graph.value("zero_uint8", np.asarray(0, np.uint8)))
+        graph.replace(
+            node,
+            [
+                helper.make_node(
+                    "DequantizeLinear", [above.input[0], one, above.input[2]], [narrow], name=f"{node.name}/x"
+                ),
+                helper.make_node("DequantizeLinear", constant, [offset], name=f"{node.name}/beta"),
+                helper.make_node("Add", [narrow, offset], node.output, name=re.sub("HardSigmoid", "Add", node.name)),
+            ],
+        )
     graph.finish()
 
 

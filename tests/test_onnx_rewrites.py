@@ -199,3 +199,32 @@ def test_what_no_output_needs_goes_and_subgraphs_keep_what_they_read() -> None:
     remove_unused(model)
     assert kinds(model) == {"If": 1}
     assert {tensor.name for tensor in model.graph.initializer} == {"yes", "kept"}
+
+
+@pytest.mark.parametrize(("scale", "added"), [(1 / 255, True), (1 / 200, False)])
+def test_a_hard_sigmoid_between_integers_becomes_an_add_that_saturates(scale: float, added: bool) -> None:
+    nodes = [
+        helper.make_node("QuantizeLinear", ["x", "s", "z"], ["q"]),
+        helper.make_node("DequantizeLinear", ["q", "s", "z"], ["d"]),
+        helper.make_node("HardSigmoid", ["d"], ["h"], alpha=1 / 6, beta=0.5),
+        helper.make_node("QuantizeLinear", ["h", "t", "zero"], ["r"]),
+        helper.make_node("DequantizeLinear", ["r", "t", "zero"], ["y"]),
+    ]
+    constants = {"s": np.float32(0.05), "z": np.uint8(131), "t": np.float32(scale), "zero": np.uint8(0)}
+    model = model_of(nodes, ["n", 256], **constants)
+    before = ModelProto.FromString(model.SerializeToString())
+    onnx_rewrites.hard_sigmoid_as_add(model)
+    assert kinds(model)["Add"] == int(added) and kinds(model)["HardSigmoid"] == int(not added)
+    # Every integer there is.
+    x = ((np.arange(256, dtype=np.float32) - 131) * np.float32(0.05))[None]
+    expected, found = (ReferenceEvaluator(one).run(None, {"x": x})[0] for one in (before, model))
+    # 1 / 6 is rounded at another place: at a tie the neighbour.
+    assert np.abs(found - expected).max() <= scale * 1.01 and (found != expected).mean() < 0.02
+
+
+def test_gates_run_in_integers(tmp_path: Path) -> None:
+    model, inputs = trained("gated")
+    found = optimized_operators(export_onnx(model.eval(), inputs, tmp_path / "gated.onnx"))
+    # SiLU, HardSwish, and the product of squeeze-and-excitation; its sigmoid and that of SiLU.
+    assert found["QLinearMul"] == 3 and found["QLinearSigmoid"] == 2
+    assert not {"Sigmoid", "HardSigmoid", "HardSwish", "Mul", "DequantizeLinear"} & set(found)

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import copy
 import math
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from sparsify.errors import DataError, StateError
 from sparsify.quantize.fake import FakeQuantize, fake_weight, on_grid
@@ -221,3 +223,30 @@ def test_layers_that_share_a_tensor_compute_it_once() -> None:
     quantizer(x)
     assert quantizer.batches.item() == 2
     assert copy.deepcopy(quantizer)._held is None
+
+
+@pytest.mark.parametrize(("gate", "plain"), [("silu", F.silu), ("hardswish", F.hardswish)])
+def test_a_gate_rounds_its_factor_and_has_the_gradient_of_the_activation(gate: str, plain: Any) -> None:
+    quantizer = FakeQuantize("x", gate=gate)
+    x = torch.linspace(-7, 7, 301, requires_grad=True)
+    y = quantizer(x)
+    factor = torch.sigmoid(x) if gate == "silu" else (x / 6 + 0.5).clamp(0, 1)
+    steps = 256 if gate == "silu" else 255
+    exact = x * (factor * steps).round().clamp(0, 255) / steps
+    scale = quantizer.scale.item()
+    expected = ((exact / scale).round() * scale).detach()
+    off = (y - expected).abs().detach()
+    # One operation more in the comparison: a tie may fall the other way.
+    assert off.max() <= scale * 1.01 and (off > 1e-5).float().mean() < 0.02
+    y.sum().backward()
+    other = x.detach().clone().requires_grad_()
+    plain(other).sum().backward()
+    assert torch.allclose(x.grad, other.grad)
+
+
+def test_a_gate_rounds_nothing_while_it_only_observes() -> None:
+    quantizer = FakeQuantize("x", gate="silu").eval()
+    x = torch.linspace(-3, 3, 50)
+    assert torch.equal(quantizer(x), F.silu(x))
+    quantizer.calibrating = True
+    assert torch.equal(quantizer(x), F.silu(x)) and quantizer.batches == 1

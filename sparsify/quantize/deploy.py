@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from sparsify.errors import DataError
 from sparsify.quantize.emit import dequantize, quantize_dequantize
-from sparsify.quantize.fake import FakeQuantize, weight_integers, weight_scale
+from sparsify.quantize.fake import GATES, FakeQuantize, gate_of, weight_integers, weight_scale
 from sparsify.quantize.functional import WatchedLayer, watched
 from sparsify.quantize.layers import (
     NORMS,
@@ -97,8 +97,16 @@ class DeployedEmbedding(QuantizedEmbedding):
 class DeployedQuantize(FakeQuantize):
     """A quantizer whose grid is fixed: QuantizeLinear and DequantizeLinear in the file."""
 
+    gate_scale: Tensor
+    gate_zero_point: Tensor
+
     def _compute(self, x: Tensor) -> Tensor:
         with torch._C.DisableTorchFunction():
+            if self.gate is not None:
+                gate = gate_of(x, self.gate)
+                if self.enabled:
+                    gate = quantize_dequantize(gate.float(), self.gate_scale, self.gate_zero_point).to(x.dtype)
+                x = x * gate
             x = self._rectified(x)
             if not self.enabled:
                 return x
@@ -164,6 +172,9 @@ def deployment_copy(model: nn.Module) -> nn.Module:
     for module in deployed.modules():
         if isinstance(module, FakeQuantize):
             module.__class__ = DeployedQuantize
+            if module.gate is not None:
+                module.register_buffer("gate_scale", torch.tensor(GATES[module.gate], device=module.scale.device))
+                module.register_buffer("gate_zero_point", torch.zeros_like(module.zero_point))
         elif type(module) in NORMS.values() and cast(Any, module)._wiring.layer is not None:
             for name in list(module._parameters):
                 module._parameters[name] = None

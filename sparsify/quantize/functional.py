@@ -204,8 +204,10 @@ class _Watch(overrides.TorchFunctionMode):
             target = args[0]
         if target is not None and not target.is_floating_point():
             return func(*args, **kwargs)
-        if kind == "relu":
-            result = quantizer(args[0] if args else kwargs["input"])
+        if kind == "relu" or quantizer.gate is not None:
+            given = args[0] if args else kwargs["input"]
+            # The backward of a gate keeps what it reads, and where a target is given that is about to be written.
+            result = quantizer(given.clone() if target is not None and quantizer.gate is not None else given)
         else:
             # Out of place, whatever was written: the quantizer may keep what it gets, which must not change below.
             kwargs = {name: value for name, value in kwargs.items() if name not in ("out", "inplace")}

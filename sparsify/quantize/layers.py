@@ -209,9 +209,12 @@ class QuantizedReLU6(Retyped, nn.ReLU6):
 
 
 class QuantizedFunction(Retyped):
-    """A pool or an activation whose output is quantized."""
+    """A pool or an activation whose output is quantized; by a quantizer that does the activation, or behind it."""
 
     def forward(self, input: Tensor) -> Tensor:
+        quantizer: Any = self._modules.get("output_quantizer")
+        if quantizer is not None and quantizer.gate is not None:
+            return self._output(input)
         with torch._C.DisableTorchFunction():
             y = super().forward(input)
         return self._output(y)

@@ -18,6 +18,7 @@ from typing import Any, Literal
 from torch import nn
 
 from sparsify.graph import Node, Trace
+from sparsify.quantize.fake import GATES
 from sparsify.quantize.functional import KINDS, LAYER, NORM, child_name
 from sparsify.quantize.layers import NORMS, POINTWISE, WEIGHTED, channel_axis, is_norm_and_more, is_weighted
 from sparsify.quantize.plan import Layer, Left, Plan, Site
@@ -342,6 +343,7 @@ class _Planner:
             ceiling=6.0 if node.op.startswith("relu6") else None,
             in_place=in_place,
             producer=producer,
+            gate=node.op.rstrip("_") if node.op.rstrip("_") in GATES and not args.symmetric else None,
         )
 
     def _layer(self, name: str, scheme: Scheme, source: str | None) -> Layer:

@@ -35,6 +35,7 @@ class Site:
         module: the module that holds the quantizer. child: its name there.
         readers: layers that call the quantizer on their input, besides `module`.
         relu: the quantizer does the ReLU. ceiling: where that is cut off (ReLU6); None: nowhere.
+        gate: the activation that the quantizer does, "silu" or "hardswish".
         in_place: whether the quantizer alone reads the tensor. producer: the module whose hooks could have kept it.
     """
 
@@ -48,6 +49,7 @@ class Site:
     ceiling: float | None = None
     in_place: bool = False
     producer: str | None = None
+    gate: str | None = None
 
     @property
     def name(self) -> str:
@@ -212,6 +214,7 @@ def apply_plan(model: nn.Module, plan: Plan) -> None:
             relu=site.relu,
             ceiling=math.inf if site.ceiling is None else site.ceiling,
             in_place=site.in_place,
+            gate=site.gate,
         )
         if site.producer is not None:
             quantizer._producer = (modules[site.producer],)
