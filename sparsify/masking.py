@@ -21,7 +21,7 @@ from sparsify.errors import DataError, StateError, TargetError, did_you_mean
 from sparsify.selection import without_lowest
 
 if TYPE_CHECKING:
-    from sparsify.shrink import Removal
+    from sparsify.removal import Removal
 
 __all__: list[str] = []
 

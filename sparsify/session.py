@@ -19,12 +19,12 @@ from sparsify.modifiers.ledger import LearningRateLedger
 from sparsify.modifiers.log import RunLog
 from sparsify.quantize.calibrate import called_with as batch_inputs
 from sparsify.state import checksum
-from sparsify.targets import by_clean_name, named_parameters
+from sparsify.targets import named_parameters
 from sparsify.timer import Timer
 
 if TYPE_CHECKING:
     from sparsify.families import Families
-    from sparsify.shrink import Removal
+    from sparsify.removal import Removal
 
 __all__: list[str] = []
 
@@ -307,7 +307,7 @@ class Session:
         self._claims = [claim for claim in self._claims if claim[0] is not modifier] + [(modifier, families)]
 
     def _shrink(self, removal: Removal) -> None:
-        from sparsify.shrink import remove
+        from sparsify.removal import remove
 
         # Remembered first: where Ctrl-C comes in between, `finish` brings the masks up to it.
         self._removing = removal
@@ -329,8 +329,9 @@ class Session:
         self._removing = None
 
     def _shapes(self) -> dict[str, tuple[int, ...]]:
-        tensors = [*self.model.named_parameters(remove_duplicate=False), *self.model.named_buffers()]
-        return {name: tuple(tensor.shape) for name, tensor in by_clean_name(tensors).items()}
+        from sparsify.removal import tensors
+
+        return {name: tuple(tensor.shape) for name, tensor in tensors(self.model).items()}
 
     def _to_remove(self, saved: Sequence[Any], shapes: dict[str, tuple[int, ...]]) -> list[Removal]:
         """What was removed when a state was saved and is here still; `shapes` become those after it.
@@ -340,7 +341,7 @@ class Session:
         """
         if not saved and not self._removals:
             return []
-        from sparsify.shrink import Removal
+        from sparsify.removal import Removal
 
         done = len(self._removals)
         if [checksum(one) for one in saved[:done]] != [checksum(one) for one in self._removals]:

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from sparsify.masking import Masker
     from sparsify.modifiers.ledger import LearningRateLedger
     from sparsify.modifiers.log import RunLog
-    from sparsify.shrink import Removal
+    from sparsify.removal import Removal
 
 __all__ = ["Active", "Modifier"]
 

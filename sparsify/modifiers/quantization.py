@@ -20,7 +20,7 @@ from sparsify.schedule import Clock
 from sparsify.targets import named_modules
 
 if TYPE_CHECKING:
-    from sparsify.shrink import Removal
+    from sparsify.removal import Removal
 
 __all__ = ["QuantizationModifier"]
 

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from sparsify.families import Families, Family
-    from sparsify.shrink import Removal
+    from sparsify.removal import Removal
 
 __all__ = ["StructuredPruningModifier"]
 
@@ -275,7 +275,7 @@ class _Structured(Active):
 
     def _end(self, traced: Families, own: Mapping[str, Tensor]) -> None:
         """What masks leave behind at the end."""
-        from sparsify.shrink import plan_removal
+        from sparsify.removal import plan_removal
 
         gone, self.gone, self.traced, self.families = self.gone, {}, None, {}
         if self.modifier.shrink and any(gone.values()):

@@ -28,7 +28,7 @@ class LayerThinningModifier(Modifier):
     StructuredPruningModifier, which can do the same at its own end (`shrink`). `-1` is at once, for a model that comes
     with zero channels. Under DistributedDataParallel nothing can be removed.
 
-    Checkpoint: how many of its epochs are done; what was removed is in the manager's own state.
+    Checkpoint: how many of its epochs are done, and whether any channel went; what went is in the manager's own state.
     """
 
     kind: ClassVar[Kind] = "structure"
@@ -103,12 +103,13 @@ def _parsed(text: str) -> dict[str, list[str]]:
 
 
 class _Thinning(Active):
-    """Checkpoint: how many of its epochs are done."""
+    """Checkpoint: how many of its epochs are done, and whether any channel went."""
 
     def __init__(self, modifier: LayerThinningModifier, run: Run) -> None:
         self.modifier, self.run = modifier, run
         self.who = type(modifier).__name__
         self.done = self.due = 0
+        self.removed = False
         self.asked = False
         modifier.targets(run.model)
         if run.sample_inputs is not None and modifier.groups():
@@ -121,7 +122,8 @@ class _Thinning(Active):
             self.run.on_inputs(self._thin)
 
     def _thin(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        from sparsify.shrink import dead, plan_removal
+        from sparsify.removal import plan_removal
+        from sparsify.shrink import dead
 
         if self.due <= self.done:
             return
@@ -130,8 +132,9 @@ class _Thinning(Active):
         gone = {name: found for name, found in dead(self.run.model, traced).items() if found and name in meant}
         self.done, self.asked = self.due, False
         if gone:
+            self.removed = True
             self.run.shrink(plan_removal(self.run.model, traced, gone))
-        else:
+        elif not self.removed:
             warnings.warn(
                 f"{self.who}: no channel is zero with all that hangs together with it, so nothing was removed. "
                 "StructuredPruningModifier masks channels so that they can be.",
@@ -181,7 +184,7 @@ class _Thinning(Active):
             )
 
     def state_dict(self) -> dict[str, Any]:
-        return {"done": self.done}
+        return {"done": self.done, "removed": self.removed}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self.done, self.asked = int(state["done"]), False
+        self.done, self.removed, self.asked = int(state["done"]), bool(state["removed"]), False
