@@ -301,7 +301,7 @@ class Walk:
         labels = self._env.get(node)
         if not isinstance(labels, Tensor):
             return never(node.meta["val"].shape)
-        labels = self.atoms.roots(labels)
+        labels = thin(self.atoms.roots(labels))
         self._env[node] = labels
         return labels
 
