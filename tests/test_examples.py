@@ -15,6 +15,7 @@ from sparsify import Recipe
 ROOT = Path(__file__).parents[1]
 # What each is called with to be quick, and what it must leave behind.
 EXAMPLES = {
+    "digits_composed.py": ["--quick", "--outputs", "outputs"],
     "digits_resnet.py": ["--quick", "--outputs", "outputs"],
     "plain_loop.py": [],
     "transformer_rows.py": ["--quick"],
@@ -37,7 +38,7 @@ def test_every_example_is_run_here() -> None:
     assert {path.name for path in (ROOT / "examples").glob("*.py")} == set(EXAMPLES)
 
 
-@pytest.mark.parametrize("script", [name for name in EXAMPLES if name != "digits_resnet.py"])
+@pytest.mark.parametrize("script", [name for name in EXAMPLES if not name.startswith("digits")])
 def test_example_runs(script: str, tmp_path: Path) -> None:
     done = run(script, tmp_path)
     assert done.returncode == 0, done.stderr[-4000:]
@@ -68,3 +69,13 @@ def test_digits_resnet_leaves_models_recipe_table_and_plot(tmp_path: Path) -> No
     assert Recipe.load(outputs / "recipe.yaml").max_epochs == 4
     for row in (dense, pruned, int8):
         assert row["model"] in done.stdout
+
+
+def test_digits_composed_is_small_in_every_way(tmp_path: Path) -> None:
+    done = run("digits_composed.py", tmp_path)
+    assert done.returncode == 0, done.stderr[-4000:]
+    dense, composed = json.loads((tmp_path / "outputs" / "composed.json").read_text())["rows"]
+    # Half of the channels are a quarter of the weights, and int8 is a quarter of float.
+    assert composed["kilobytes"] < 0.08 * dense["kilobytes"]
+    assert composed["sparsity"] == pytest.approx(0.75, abs=0.01)
+    assert dense["accuracy"] > 0.5 and composed["accuracy"] > 0.5

@@ -110,7 +110,10 @@ class Moving(Active, ABC):
         masker.refresh()
         self.held.refresh()
         if self.point is None:
-            self.names = list(trainable(self._parameters(), type(self.modifier).__name__))
+            # Asked again: channels may have been removed since.
+            who = type(self.modifier).__name__
+            fitting(self.run.model, self.finals, self.mask_type, where=who, strict=True)
+            self.names = list(trainable(self._parameters(), who))
         if not self.move(self._parameters(), point, clock):
             return
         self.point = point

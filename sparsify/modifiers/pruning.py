@@ -312,8 +312,11 @@ class Gradual(Active):
 
     def _start(self, parameters: Mapping[str, nn.Parameter]) -> None:
         """Fixes what is pruned and from which sparsity on: read when the modifier starts, not when it is attached."""
-        given = parameters
-        parameters = trainable(given, type(self.modifier).__name__)
+        # Asked again: channels may have been removed since.
+        who, strict = type(self.modifier).__name__, self.modifier.strict
+        self.finals, self.input_dims = fitting(self.run.model, self.finals, self.mask_type, where=who, strict=strict)
+        given = {name: parameter for name, parameter in parameters.items() if name in self.finals}
+        parameters = trainable(given, who)
         self.frozen += [name for name in given if name not in parameters]
         zeros = {name: int(p.numel() - p.detach().count_nonzero()) for name, p in parameters.items()}
         overall = sum(zeros.values()) / max(sum(p.numel() for p in parameters.values()), 1)
