@@ -1,7 +1,7 @@
 """Families of channels: what must be removed together so that a smaller model computes the same. Plain data.
 
 A channel is one index along one dimension of one or more weights; the channels of a family are alike: each takes the
-same share of the same tensors. Found by `find` on the traced view of a model; `shrink` masks and removes them.
+same share of the same tensors. Found by `find` on the traced view of a model; `shrinking` masks and removes them.
 """
 
 from __future__ import annotations
@@ -47,8 +47,8 @@ class Family:
     Attributes:
         name: the weight whose rows they are, the first in the model's order; "#2" and so on behind it where several
             families share that weight's rows.
-        kind: "heads" where a channel is a whole head of attention, otherwise by the layers whose rows they are; "conv"
-            where any is a convolution.
+        kind: "heads" where a channel is a whole head of attention; "conv" where they are rows of any convolution;
+            otherwise by the layer of the first rows.
     """
 
     name: str
@@ -162,7 +162,7 @@ def _grouped(model: nn.Module, found: Labelled) -> Families:
         name = rows[0] if counted[rows[0]] == 1 else f"{rows[0]}#{counted[rows[0]]}"
         several = any(count > 1 and shares[number].role == "row" for number, count in signature)
         kinds = [found.layers.get(row, "linear") for row in rows]
-        kind: Kind = min(kinds, key=("conv", "linear", "embedding").index)
+        kind: Kind = "conv" if "conv" in kinds else kinds[0]
         if several and bool(heads[channels[0]]):
             kind = "heads"
         index = torch.full((len(roots),), -1)

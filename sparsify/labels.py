@@ -136,7 +136,7 @@ class Walk:
         self._rigid = {
             f"{path}.{own}".removeprefix(
                 "."
-            ): f"the code of nn.MultiheadAttention at {path or 'the model'} fixes its heads"
+            ): f"the code of nn.MultiheadAttention at {path or 'the model'} fixes its width"
             for raw, module in model.named_modules()
             if isinstance(module, nn.MultiheadAttention)
             for path in [names.modules[raw]]

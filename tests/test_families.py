@@ -1,0 +1,328 @@
+"""Families of channels: written out by hand for small models, and proven by what deleted channels cannot change."""
+
+from __future__ import annotations
+
+import copy
+import re
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sparsify.errors import ArgumentError
+from sparsify.families import Families, Place, find
+
+IMAGE = torch.randn(2, 3, 8, 8, dtype=torch.float64)
+ROWS = torch.randn(2, 5, 12, dtype=torch.float64)
+IDS = torch.tensor([[1, 2, 3, 4]])
+
+
+class Residual(nn.Module):
+    """A stream under BatchNorm, to which a block adds; pooled into a classifier."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.norm = nn.Conv2d(3, 6, 3, bias=False), nn.BatchNorm2d(6)
+        self.inner, self.inner_norm = nn.Conv2d(6, 4, 1), nn.BatchNorm2d(4)
+        self.outer = nn.Conv2d(4, 6, 1)
+        self.head = nn.Linear(6, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.norm(self.stem(x)))
+        x = x + self.outer(F.relu(self.inner_norm(self.inner(x))))
+        result: Tensor = self.head(x.mean((2, 3)))
+        return result
+
+
+class Concat(nn.Module):
+    """Two branches side by side, flattened into a linear layer: 4 columns for a channel."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.left, self.right = nn.Conv2d(3, 2, 1), nn.Conv2d(3, 3, 1)
+        self.head = nn.Linear(5 * 4, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.cat([self.left(x), self.right(x)], 1).relu()
+        result: Tensor = self.head(F.adaptive_avg_pool2d(x, 2).flatten(1))
+        return result
+
+
+class Block(nn.Module):
+    """Pre-norm attention with one projection for all, and an FFN."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.heads, self.width = 3, 12
+        self.norm1, self.norm2 = nn.LayerNorm(12), nn.LayerNorm(12)
+        self.qkv, self.projection = nn.Linear(12, 36), nn.Linear(12, 12)
+        self.up, self.down = nn.Linear(12, 7), nn.Linear(7, 12)
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch, length, _ = x.shape
+        q, k, v = self.qkv(self.norm1(x)).view(batch, length, 3, self.heads, 4).permute(2, 0, 3, 1, 4).unbind(0)
+        mixed = (q @ k.transpose(-1, -2)).softmax(-1) @ v
+        x = x + self.projection(mixed.transpose(1, 2).reshape(batch, length, self.width))
+        return x + self.down(F.gelu(self.up(self.norm2(x))))
+
+
+class Tagger(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.lstm, self.head = nn.Embedding(9, 6), nn.LSTM(6, 4, batch_first=True), nn.Linear(4, 3)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        result: Tensor = self.head(self.lstm(self.table(ids))[0])
+        return result
+
+
+class Tied(nn.Module):
+    """Without norms the hidden size of a language model is free; its head is its embedding."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.up, self.down = nn.Embedding(9, 6), nn.Linear(6, 8), nn.Linear(8, 6)
+        self.head = nn.Linear(6, 9, bias=False)
+        self.head.weight = self.table.weight
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.table(ids)
+        result: Tensor = self.head(x + self.down(self.up(x).relu()))
+        return result
+
+
+def found(model: nn.Module, *args: Tensor) -> Families:
+    return find(model.double(), args)
+
+
+def shown(families: Families) -> dict[str, tuple[str, int, set[tuple[str, int, str]]]]:
+    return {
+        name: (family.kind, family.size, {(p.tensor, p.dim, p.role) for p in family.places})
+        for name, family in families.families.items()
+    }
+
+
+def test_a_residual_stream_under_batch_norm() -> None:
+    assert shown(found(Residual(), IMAGE)) == {
+        "stem.weight": (
+            "conv",
+            6,
+            {
+                ("stem.weight", 0, "row"),
+                *((f"norm.{name}", 0, "other") for name in ("weight", "bias", "running_mean", "running_var")),
+                ("inner.weight", 1, "column"),
+                ("outer.weight", 0, "row"),
+                ("outer.bias", 0, "other"),
+                ("head.weight", 1, "column"),
+            },
+        ),
+        "inner.weight": (
+            "conv",
+            4,
+            {
+                ("inner.weight", 0, "row"),
+                ("inner.bias", 0, "other"),
+                *((f"inner_norm.{name}", 0, "other") for name in ("weight", "bias", "running_mean", "running_var")),
+                ("outer.weight", 1, "column"),
+            },
+        ),
+    }
+
+
+def test_the_columns_of_a_channel_lie_where_it_was_put() -> None:
+    families = found(Concat(), IMAGE).families
+    places = {name: family.places[-1] for name, family in families.items()}
+    assert places["left.weight"] == Place("head.weight", 1, "column", (*[0] * 4, *[1] * 4, *[-1] * 12))
+    assert places["right.weight"] == Place("head.weight", 1, "column", (*[-1] * 8, *[0] * 4, *[1] * 4, *[2] * 4))
+
+
+def test_heads_of_a_fused_projection() -> None:
+    families = found(nn.Sequential(Block(), nn.LayerNorm(12)), ROWS)
+    heads = families.families["0.qkv.weight"]
+    assert (heads.kind, heads.size) == ("heads", 3)
+    assert heads.places[0].channels == tuple(head for _ in range(3) for head in range(3) for _ in range(4))
+    assert heads.columns == ("0.projection.weight",)
+    assert families.families["0.up.weight"].kind == "linear"
+    numbers = {(extent.module, len(extent.channels)) for extent in families.extents}
+    assert {("0", 3), ("0", 12)} <= numbers, "the code of the block has the number of heads, and their width"
+
+
+def test_a_tied_weight_is_one_tensor_and_read_along_the_same_dimension() -> None:
+    assert shown(found(Tied(), IDS))["table.weight"] == (
+        "embedding",
+        6,
+        {
+            ("table.weight", 1, "row"),
+            ("up.weight", 1, "column"),
+            ("down.weight", 0, "row"),
+            ("down.bias", 0, "other"),
+        },
+    )
+
+
+@pytest.mark.parametrize(
+    ("model", "inputs", "reasons"),
+    [
+        (Residual(), IMAGE, {"head.weight": "the model returns them"}),
+        (
+            nn.Sequential(Block(), nn.LayerNorm(12)),
+            ROWS,
+            {
+                "0.projection.weight": "normalised together by LayerNorm at 0.norm2",
+                "0.down.weight": "normalised together by LayerNorm at 0.norm2",
+            },
+        ),
+        (
+            Tagger(),
+            IDS,
+            {
+                "table.weight": r"lstm in lstm \(LSTM\) is not known",
+                "lstm.weight_ih_l0": "is not known",
+                "lstm.weight_hh_l0": "is not known",
+                "head.weight": "the model returns them",
+            },
+        ),
+        (
+            nn.TransformerEncoderLayer(12, 3, 7, batch_first=True),
+            ROWS,
+            {
+                "self_attn.in_proj_weight": "the code of nn.MultiheadAttention at self_attn fixes its width",
+                "self_attn.out_proj.weight": "at self_attn fixes its width",
+                "linear2.weight": "at self_attn fixes its width",
+            },
+        ),
+        (
+            nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(12, 6)), nn.ReLU(), nn.Linear(6, 4)),
+            ROWS,
+            {"0.parametrizations.weight.original1": "computed from it", "2.weight": "the model returns them"},
+        ),
+    ],
+    ids=["returned", "layer norm", "lstm", "multi-head attention", "weight norm"],
+)
+def test_why_a_weight_stays_whole(model: nn.Module, inputs: Tensor, reasons: dict[str, str]) -> None:
+    families = found(model, inputs)
+    assert not set(reasons) & {row for family in families.families.values() for row in family.rows}
+    missing = {n: families.whole.get(n) for n, why in reasons.items() if not re.search(why, families.whole.get(n, ""))}
+    assert not missing
+
+
+def test_every_weight_of_a_layer_is_cut_or_has_a_reason() -> None:
+    for model, inputs in ((Residual(), IMAGE), (Concat(), IMAGE), (Block(), ROWS), (Tagger(), IDS), (Tied(), IDS)):
+        families = found(model, inputs)
+        cut = {row for family in families.families.values() for row in family.rows}
+        weights = {name for name, p in model.named_parameters() if p.dim() > 1}
+        assert weights == cut | set(families.whole)
+        assert not cut & set(families.whole)
+        assert all(families.whole.values())
+
+
+def test_a_layer_that_is_not_called_says_so() -> None:
+    model = nn.Sequential(nn.Linear(12, 4), nn.Linear(4, 3))
+    model.unused = nn.Linear(2, 2)
+    model.forward = lambda x: model[1](model[0](x))  # type: ignore[method-assign]
+    assert "does not call" in found(model, ROWS).whole["unused.weight"]
+
+
+def leak(model: nn.Module, families: Families, *args: Tensor, columns: bool = True) -> float:
+    """How far the output moves when all that is deleted, half of every family, is drawn anew; the columns are zeros."""
+    model = copy.deepcopy(model).eval()
+    tensors: dict[str, Tensor] = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+
+    def fill(roles: tuple[str, ...], draw: bool) -> None:
+        for family in families.families.values():
+            for place in family.places:
+                if place.role in roles:
+                    channels = torch.tensor(place.channels)
+                    index = ((channels >= 0) & (channels % 2 == 0)).nonzero().flatten()
+                    part = tensors[place.tensor].index_select(place.dim, index)
+                    tensors[place.tensor].index_copy_(
+                        place.dim, index, torch.rand_like(part) + 0.5 if draw else part * 0
+                    )
+
+    with torch.no_grad():
+        for tensor in tensors.values():
+            if tensor.is_floating_point():
+                tensor.uniform_(0.2, 1.2)
+        if columns:
+            fill(("column",), False)
+        before = model(*args)
+        fill(("row", "other"), True)
+        if columns:
+            fill(("column",), False)
+        return float((model(*args) - before).abs().max() / before.abs().max())
+
+
+@pytest.mark.parametrize(
+    ("model", "inputs"),
+    [(Residual(), IMAGE), (Concat(), IMAGE), (nn.Sequential(Block(), nn.LayerNorm(12)), ROWS)],
+    ids=["residual", "concat", "attention"],
+)
+def test_what_is_deleted_cannot_be_seen_in_the_output(model: nn.Module, inputs: Tensor) -> None:
+    families = found(model, inputs)
+    assert leak(model, families, inputs) < 1e-12
+    # The check sees a column that is missing.
+    assert leak(model, families, inputs, columns=False) > 1e-6
+
+
+@pytest.mark.parametrize(
+    ("model", "inputs", "smaller"),
+    [
+        (Residual(), IMAGE, {"stem.weight": (3, 3, 3, 3), "outer.weight": (3, 2, 1, 1), "head.weight": (5, 3)}),
+        (Concat(), IMAGE, {"left.weight": (1, 3, 1, 1), "right.weight": (1, 3, 1, 1), "head.weight": (5, 8)}),
+        (Tied(), IDS, {"table.weight": (9, 3), "up.weight": (4, 3), "head.weight": (9, 3)}),
+    ],
+    ids=["residual", "concat", "tied"],
+)
+def test_a_model_without_them_computes_what_the_masked_one_does(
+    model: nn.Module, inputs: Tensor, smaller: dict[str, tuple[int, ...]]
+) -> None:
+    families = found(model.eval(), inputs)
+    small = copy.deepcopy(model)
+    left: dict[tuple[str, int], Tensor] = {}
+    for family in families.families.values():
+        for place in family.places:
+            kept = torch.tensor([channel % 2 == 1 or channel < 0 for channel in place.channels])
+            left[place.tensor, place.dim] = kept & left.get((place.tensor, place.dim), kept)
+    for (tensor, dim), kept in left.items():
+        owner, _, own = tensor.rpartition(".")
+        statistic = own.startswith("running")
+        value = getattr(model.get_submodule(owner), own).detach()
+        if not statistic:
+            value.mul_(kept.view([-1 if d == dim else 1 for d in range(value.dim())]))
+        holder = small.get_submodule(owner)
+        cut = getattr(holder, own).detach().index_select(dim, kept.nonzero().flatten())
+        setattr(holder, own, cut if statistic else nn.Parameter(cut))
+    if isinstance(small, Tied):
+        small.head.weight = small.table.weight
+    assert {name: tuple(small.get_submodule(name[:-7]).weight.shape) for name in smaller} == smaller
+    assert torch.allclose(small(inputs), model(inputs), rtol=1e-12, atol=1e-12)
+
+
+def test_the_model_stays_as_it_was() -> None:
+    model = Residual().train()
+    model.inner_norm.eval()
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    versions = [buffer._version for buffer in model.buffers()]
+    random = torch.random.get_rng_state()
+    find(model, (IMAGE.float(),))
+    assert all(torch.equal(state[name], value) for name, value in model.state_dict().items())
+    assert [buffer._version for buffer in model.buffers()] == versions
+    assert [module.training for module in model.children()] == [True, True, True, False, True, True]
+    assert torch.equal(random, torch.random.get_rng_state())
+
+
+def test_names_are_clean_and_the_same_at_every_time() -> None:
+    plain = found(Residual(), IMAGE)
+    wrapped = find(nn.DataParallel(Residual().double()), (IMAGE,)) if not torch.cuda.is_available() else plain
+    assert wrapped.families == plain.families
+    assert found(Residual(), IMAGE) == plain
+
+
+def test_what_cannot_be_traced_is_refused() -> None:
+    class Branching(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x * 2 if x.sum() > 0 else x
+
+    with pytest.raises(ArgumentError, match="cannot be traced"):
+        find(Branching(), (IMAGE,))
