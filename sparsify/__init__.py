@@ -4,13 +4,14 @@ Every name that is public stands in the `__all__` of its file and is carried fro
 onnx nor onnxruntime, and has no side effects.
 """
 
-from sparsify import benchmark, errors, export, manager, modifiers, recipe, verify
+from sparsify import benchmark, errors, export, manager, modifiers, recipe, shrinking, verify
 from sparsify.benchmark import *
 from sparsify.errors import *
 from sparsify.export import *
 from sparsify.manager import *
 from sparsify.modifiers import *
 from sparsify.recipe import *
+from sparsify.shrinking import *
 from sparsify.verify import *
 
 __version__ = "0.1.0"
@@ -22,4 +23,5 @@ __all__ += export.__all__
 __all__ += manager.__all__
 __all__ += modifiers.__all__
 __all__ += recipe.__all__
+__all__ += shrinking.__all__
 __all__ += verify.__all__

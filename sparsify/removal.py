@@ -137,7 +137,7 @@ def _layers_own(
     """in_channels and the like of layers whose weights shrink."""
     changed = {id(t): name for name, t in tensors(model).items() if name in keep}
     found: dict[str, dict[str, Any]] = {}
-    for path, layer in named_modules(model).items():
+    for path, layer in {"": model, **named_modules(model)}.items():
         own = {
             key: changed[id(value)]
             for key, value in [*layer._parameters.items(), *layer._buffers.items()]
@@ -188,7 +188,7 @@ def numbers_in_code(model: nn.Module, families: Families, gone: Gone) -> dict[st
     for extent in families.extents:
         left = sum(channel not in lost for channel in extent.channels)
         sizes.setdefault(extent.module, {}).setdefault(len(extent.channels), set()).add(left)
-    modules = named_modules(model)
+    modules = {"": model, **named_modules(model)}
     found: dict[str, dict[str, Any]] = {}
     for path, by_size in sizes.items():
         module = modules.get(path)
@@ -272,7 +272,7 @@ def remove(model: nn.Module, removal: Removal, optimizer: Any = None) -> None:
             raise StateError(
                 f"{name!r} has shape {tuple(here[name].shape)}, but channels are to be removed from {tuple(shape)}."
             )
-    modules = named_modules(model)
+    modules = {"": model, **named_modules(model)}
     absent = [path for path in removal.attributes if path not in modules]
     if absent:
         raise StateError(f"{type(model).__name__} has no module {absent[0]!r}.")
@@ -326,6 +326,7 @@ def remove(model: nn.Module, removal: Removal, optimizer: Any = None) -> None:
         # After the rest: it cannot fail, and is not undone.
         for state in inner.state.values():
             state.clear()
+        inner._numel_cache = None  # the number of all weights, which torch counts once
 
 
 def _cut(tensor: Tensor, dims: Mapping[int, Tensor]) -> Tensor:

@@ -275,7 +275,7 @@ class Session:
         if self._families is None:
             # Here and not above, as in `_traced`.
             from sparsify.families import find
-            from sparsify.shrink import dry_run
+            from sparsify.shrinking import dry_run
 
             self._families = dry_run(self.model, find(self.model, args, kwargs), args, kwargs)
         return self._families

@@ -21,7 +21,7 @@ FLOORS = {
         "masking",
         "channels",
         "scoring",
-        "shrink",
+        "shrinking",
         "removal",
         "quantize",
         "palettize",

@@ -28,8 +28,10 @@ NAMES = {
     "Phase",
     "Recipe",
     "ScheduledModifierManager",
+    "Shrunk",
     "benchmark_onnx",
     "export_onnx",
+    "shrink",
     "verify_onnx",
 }
 MODIFIERS = {

@@ -502,7 +502,7 @@ def test_the_state_of_another_width_is_refused_before_anything_changes() -> None
 @pytest.mark.parametrize("where", ["remove", "resize", "_rerouted", "resized", "plan_removal", "deletion_masks"])
 def test_an_interruption_leaves_a_whole_model(where: str, monkeypatch: pytest.MonkeyPatch) -> None:
     import sparsify.removal
-    import sparsify.shrink
+    import sparsify.shrinking
     from sparsify.masking import Masker
     from sparsify.modifiers.structured import _Structured
 
@@ -513,7 +513,7 @@ def test_an_interruption_leaves_a_whole_model(where: str, monkeypatch: pytest.Mo
         "resize": Masker,
         "_rerouted": Session,
         "resized": _Structured,
-        "deletion_masks": sparsify.shrink,
+        "deletion_masks": sparsify.shrinking,
     }
     owner = owners.get(where, sparsify.removal)
     original = getattr(owner, where)

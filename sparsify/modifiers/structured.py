@@ -254,7 +254,7 @@ class _Structured(Active):
         point = None if self.clock is None else self.grid.latest(self.clock)
         if point is None or point == self.point or self.traced is None or self.clock is None or self._over():
             return
-        from sparsify.shrink import deletion_masks
+        from sparsify.shrinking import deletion_masks
 
         self.run.masker.refresh()
         if self.point is None:
@@ -293,7 +293,7 @@ class _Structured(Active):
 
     def _start(self, traced: Families) -> None:
         """Fixes how many channels there are, and from which sparsity on."""
-        from sparsify.shrink import dead
+        from sparsify.shrinking import dead
 
         self.sizes = {name: family.size for name, family in self.families.items()}
         self.taken = dict.fromkeys(self.sizes, 0)

@@ -123,7 +123,7 @@ class _Thinning(Active):
 
     def _thin(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         from sparsify.removal import plan_removal
-        from sparsify.shrink import dead
+        from sparsify.shrinking import dead
 
         if self.due <= self.done:
             return

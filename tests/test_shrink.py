@@ -1,0 +1,220 @@
+"""Dead channels are found by their zeros and removed; outputs stay, what cannot go says why."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import sparsify
+from sparsify.errors import ArgumentError, DataError, StateError
+from sparsify.families import Families, find
+from sparsify.shrinking import dead, deletion_masks, dry_run
+from tests.structured_models import Encoder, Residual
+from tests.test_removal import half, network, unchanged
+
+
+def masked(model: nn.Module, families: Families, gone: dict[str, list[int]]) -> None:
+    with torch.no_grad():
+        for name, mask in deletion_masks(model, families, gone).items():
+            dict(model.named_parameters())[name].mul_(mask)
+
+
+@pytest.mark.parametrize("kind", [Residual, Encoder])
+def test_what_was_masked_is_found_and_removed(kind: type[nn.Module]) -> None:
+    model, x = network(kind)
+    families = find(model, (x,))
+    gone = half(families)
+    masked(model, families, gone)
+    assert {name: list(channels) for name, channels in dead(model, families).items()} == gone
+    modes = {name: module.training for name, module in model.named_modules()}
+    state = torch.get_rng_state()
+    model.eval()
+    before = model(x)
+    model.train()
+    done = sparsify.shrink(model, x)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert {name: module.training for name, module in model.named_modules()} == modes
+    assert torch.allclose(model.eval()(x), before, rtol=1e-10, atol=1e-12)
+    assert done.widths == {n: (f.size, f.size - len(gone[n])) for n, f in families.families.items()}
+    assert done.parameters_after == sum(p.numel() for p in model.parameters()) < done.parameters_before
+    assert all(name in str(done) for name in done.widths)
+
+
+def test_a_second_time_nothing_is_left_to_remove() -> None:
+    model, x = network()
+    families = find(model, (x,))
+    masked(model, families, half(families))
+    sparsify.shrink(model, x)
+    again = sparsify.shrink(model, x)
+    assert again.widths == {}
+    assert again.parameters_before == again.parameters_after
+    assert "nothing was removed" in str(again)
+
+
+def test_rows_alone_are_enough_where_nothing_makes_something_of_zero() -> None:
+    model = nn.Sequential(nn.Conv2d(2, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 3, 1)).double()
+    x = torch.randn(2, 2, 6, 6, dtype=torch.float64)
+    with torch.no_grad():
+        for parameter in (*model[0].parameters(), *model[1].parameters()):
+            parameter[:3] = 0
+    before = model.eval()(x)
+    assert sparsify.shrink(model, x).widths == {"0.weight": (8, 5)}
+    assert torch.allclose(model(x), before)
+
+
+def test_rows_alone_are_not_enough_behind_a_sigmoid() -> None:
+    model = nn.Sequential(nn.Linear(3, 8), nn.Sigmoid(), nn.Linear(8, 2)).double()
+    x = torch.randn(4, 3, dtype=torch.float64)
+    with torch.no_grad():
+        for parameter in model[0].parameters():
+            parameter[:3] = 0
+        model[2].weight[:, 5] = 0  # this one nobody reads
+    before = model(x)
+    assert sparsify.shrink(model, x).widths == {"0.weight": (8, 7)}
+    assert torch.allclose(model(x), before)
+
+
+def test_one_channel_stays_of_a_family_that_is_dead_altogether() -> None:
+    model = nn.Sequential(nn.Linear(3, 8), nn.ReLU(), nn.Linear(8, 2))
+    nn.init.zeros_(model[2].weight)
+    x = torch.randn(4, 3)
+    before = model(x)
+    assert sparsify.shrink(model, x).widths == {"0.weight": (8, 1)}
+    assert torch.allclose(model(x), before)
+
+
+def test_a_copy_is_shrunk_alike_and_an_optimizer_goes_on() -> None:
+    model, x = network(Encoder)
+    optimizer = torch.optim.AdamW(model.parameters())
+    model(x).sum().backward()
+    optimizer.step()
+    average = copy.deepcopy(model)
+    families = find(model, (x,))
+    masked(model, families, half(families))
+    done = sparsify.shrink(model, x, optimizer)
+    done.apply_to(average)
+    assert {n: p.shape for n, p in average.named_parameters()} == {n: p.shape for n, p in model.named_parameters()}
+    for parameter in model.parameters():
+        assert optimizer.state[parameter]["exp_avg"].shape == parameter.shape
+    model(x).sum().backward()
+    optimizer.step()
+
+
+class FixedShape(nn.Module):
+    """Has a size in its code that is no attribute: what shrinks would fail."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(4, 8), nn.Linear(8, 2)
+        self.free, self.out = nn.Linear(2, 6), nn.Linear(6, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = self.up(x).relu().view(len(x), 8)
+        out: Tensor = self.out(self.free(self.down(wide)).relu())
+        return out
+
+
+def test_what_code_has_as_a_fixed_size_stays_whole_with_the_reason() -> None:
+    model, x = FixedShape(), torch.randn(3, 4)
+    before = copy.deepcopy(model.state_dict())
+    found = find(model, (x,))
+    assert set(found.families) == {"up.weight", "down.weight", "free.weight"}
+    checked = dry_run(model, found, (x,))
+    assert set(checked.families) == {"down.weight", "free.weight"}
+    assert "the smaller model fails: RuntimeError" in checked.whole["up.weight"]
+    assert unchanged(model, before)
+
+
+class Lying(nn.Module):
+    """Computes something else, silently, when it is smaller: the count of its channels enters its result."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(4, 8), nn.Linear(8, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = self.up(x).relu()
+        out: Tensor = self.down(wide) * wide.shape[1]
+        return out
+
+
+def test_what_computes_something_else_when_smaller_stays_whole() -> None:
+    model, x = Lying(), torch.randn(3, 4)
+    checked = dry_run(model, find(model, (x,)), (x,))
+    assert not checked.families
+    assert "computes something else" in checked.whole["up.weight"]
+
+
+class Single(nn.Module):
+    """Has a part in float32 whatever its weights are."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(4, 8), nn.Linear(8, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.down(self.up(x).relu().to(torch.float32))
+        return out
+
+
+def test_a_model_that_takes_float32_only_is_compared_in_it() -> None:
+    model, x = Single(), torch.randn(3, 4)
+    assert set(dry_run(model, find(model, (x,)), (x,)).families) == {"up.weight"}
+
+
+class Buckets(nn.Module):
+    """Two numbers equal to the width: one follows it, the other is a constant of the formula."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.width = self.buckets = 8
+        self.up, self.down = nn.Linear(4, 8), nn.Linear(8, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = self.up(x).relu().view(-1, self.width) / self.buckets
+        out: Tensor = self.down(wide)
+        return out
+
+
+def test_a_constant_that_equals_a_size_by_chance_is_told_from_one_that_follows() -> None:
+    model, x = Buckets().double(), torch.randn(3, 4, dtype=torch.float64)
+    checked = dry_run(model, find(model, (x,)), (x,))
+    assert checked.constants == {"buckets"}
+    masked(model, checked, half(checked))
+    before = model(x)
+    sparsify.shrink(model, x)
+    assert (model.width, model.buckets) == (4, 8)
+    assert torch.allclose(model(x), before)
+
+
+def test_outputs_that_are_not_finite_are_refused() -> None:
+    model, x = network()
+    with torch.no_grad():
+        model.fc.weight[0, 0] = torch.nan
+    before = model.conv1.weight.clone()
+    with pytest.raises(DataError, match="'output' is not finite"):
+        sparsify.shrink(model, x)
+    assert torch.equal(model.conv1.weight, before)
+
+
+def test_bad_input_is_refused() -> None:
+    with pytest.raises(ArgumentError, match="str is no"):
+        sparsify.shrink("model", torch.randn(1))  # type: ignore[arg-type]
+
+    class Looks(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x if x.sum() > 0 else -x
+
+    with pytest.raises(ArgumentError, match="cannot be traced"):
+        sparsify.shrink(Looks(), torch.randn(2, 2))
+
+
+def test_a_live_wrapper_of_several_processes_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, x = network()
+    monkeypatch.setattr("sparsify.removal.distributed", lambda _: True)
+    monkeypatch.setattr("sparsify.shrinking.distributed", lambda _: True)
+    with pytest.raises(StateError, match="unwrap, shrink, wrap again"):
+        sparsify.shrink(model, x)
