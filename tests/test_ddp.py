@@ -27,6 +27,7 @@ modifiers:
     update_frequency: 0.5
 """
 QAT = "modifiers:\n  - !QuantizationModifier\n    start_epoch: 0.0\n"
+QAT_BY_HISTOGRAM = QAT + "    scheme:\n      input_activations: {num_bits: 4, observer: mse}\n"
 
 
 def _network() -> nn.Module:
@@ -60,11 +61,15 @@ def _differ(rank: int, folder: str) -> None:
         (Path(folder) / f"{rank}.txt").write_text(str(error))
 
 
-def _observe(rank: int, folder: str) -> None:
+def _observe_by_histogram(rank: int, folder: str) -> None:
+    _observe(rank, folder, QAT_BY_HISTOGRAM)
+
+
+def _observe(rank: int, folder: str, recipe: str = QAT) -> None:
     model = _network()
     generator = torch.Generator().manual_seed(100 + rank)
     inputs = torch.randn(64, 12, generator=generator) * (1 + 3 * rank)
-    manager = ScheduledModifierManager.from_yaml(QAT)
+    manager = ScheduledModifierManager.from_yaml(recipe)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
     manager.modify(model, optimizer, steps_per_epoch=4, sample_inputs=(inputs,))
     wrapped = DistributedDataParallel(model)
@@ -106,8 +111,9 @@ def test_masks_that_differ_between_ranks_are_refused_by_name(tmp_path: Path) -> 
     assert len(messages) == 2 and all("0.weight" in message and "rank" in message for message in messages)
 
 
-def test_ranges_of_activations_are_the_same_on_both_ranks(tmp_path: Path) -> None:
-    _two_ranks(_observe, tmp_path)
+@pytest.mark.parametrize("observe", [_observe, _observe_by_histogram])
+def test_ranges_of_activations_are_the_same_on_both_ranks(observe: Callable[[int, str], None], tmp_path: Path) -> None:
+    _two_ranks(observe, tmp_path)
     first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1))
     assert any("scale" in name for name in first)
     for name in first:

@@ -16,10 +16,13 @@ from torch.nn import functional as F
 
 from sparsify import ranks
 from sparsify.errors import DataError, StateError
+from sparsify.quantize import observers
 
 __all__: list[str] = []
 
 SMALL = 1 << 16
+SETTLING = 16
+"""Batches between two searches for a range out of a histogram; the first four have one each."""
 TINY = 1e-12
 """The least width of a range: a tensor of zeros has a scale > 0."""
 
@@ -189,7 +192,11 @@ class FakeQuantize(nn.Module):
     (high - low) / (2^bits - 1), zero_point = rint(-low / scale); symmetric: scale = max(-low, high) / (2^(bits-1) - 1),
     zero_point 0. The gradient passes where x is inside the range and is zero outside.
 
-    Checkpoint: low, high, scale, zero_point and the number of batches seen are buffers, and that is the whole state.
+    Other observers: see `observers`. min_max is the least and largest value of all batches. Those with a histogram keep
+    the moving average of each batch's, in calibration the average, and look for the best range at every 16th batch.
+
+    Checkpoint: low, high, scale, zero_point, the number of batches seen and the histogram are buffers, and that is the
+    whole state.
 
     Args:
         name: what the tensor is, for messages.
@@ -199,6 +206,7 @@ class FakeQuantize(nn.Module):
         ceiling: the ReLU is cut off there (ReLU6).
         in_place: whether a tensor that nobody else reads may be overwritten.
         gate: the tensor goes through this activation of `GATES` first.
+        observer: how the range follows from the values. percentile: of the observer of that name.
 
     Attributes:
         observing: whether the range moves in training mode.
@@ -211,6 +219,8 @@ class FakeQuantize(nn.Module):
     scale: Tensor
     zero_point: Tensor
     batches: Tensor
+    histogram: Tensor
+    extent: Tensor
 
     def __init__(
         self,
@@ -223,6 +233,8 @@ class FakeQuantize(nn.Module):
         ceiling: float = math.inf,
         in_place: bool = False,
         gate: str | None = None,
+        observer: str = "moving_average",
+        percentile: float = 99.99,
     ) -> None:
         super().__init__()
         self.name = name
@@ -233,6 +245,8 @@ class FakeQuantize(nn.Module):
         self.ceiling = ceiling
         self.in_place = in_place
         self.gate = gate
+        self.observer = observer
+        self.percentile = percentile
         self.observing = True
         self.enabled = True
         self.calibrating = False
@@ -249,6 +263,9 @@ class FakeQuantize(nn.Module):
         self.register_buffer("scale", torch.ones(()))
         self.register_buffer("zero_point", torch.zeros((), dtype=torch.int8 if symmetric else torch.uint8))
         self.register_buffer("batches", torch.zeros((), dtype=torch.int64))
+        if observer in observers.HISTOGRAMS:
+            self.register_buffer("histogram", torch.zeros(observers.BINS, dtype=torch.float64))
+            self.register_buffer("extent", torch.zeros(()))
 
     def __getstate__(self) -> dict[str, Any]:
         # A tensor that layers share for a moment is nothing to copy or to save.
@@ -304,7 +321,7 @@ class FakeQuantize(nn.Module):
             return self._train_on_device(x, watching)
         low, high = self._limits_of(x, watching)
         if watching and x.numel():
-            self._observe(low, high)
+            self._observe(low, high, x)
         if self.calibrating or not self.enabled or not self.batches:
             return self._rectified(x)
         scale = self.scale.item()
@@ -342,18 +359,25 @@ class FakeQuantize(nn.Module):
         # On the CPU amax takes a third of the time of max, and the two less than aminmax.
         return values.amin().item(), values.amax().item()
 
-    def _observe(self, batch_low: float, batch_high: float) -> None:
+    def _observe(self, batch_low: float, batch_high: float, x: Tensor) -> None:
         if not (math.isfinite(batch_low) and math.isfinite(batch_high)):
             raise DataError(
                 f"{self.name}: its values reach from {batch_low} to {batch_high}, of which no scale can be made. The "
                 "model gives NaN or infinity: lower the learning rate, or find the layer at which training diverged."
             )
         low, high = min(batch_low, 0.0), min(max(batch_high, 0.0), self.ceiling)
-        if ranks.count() > 1:
+        if self.observer in observers.HISTOGRAMS:
+            found = self._observe_histogram(self._rectified(x))
+            if found is None:
+                return
+            low, high = found[0].item(), found[1].item()
+        elif ranks.count() > 1:
             seen_low, seen_high = torch.tensor(low), torch.tensor(high)
             ranks.reduce_range(seen_low, seen_high)
             low, high = seen_low.item(), seen_high.item()
-        if self.batches:
+        if self.batches and self.observer == "min_max":
+            low, high = min(low, self.low.item()), max(high, self.high.item())
+        elif self.batches and self.observer == "moving_average":
             share, low_before, high_before = self.averaging_constant, self.low.item(), self.high.item()
             low = low_before + share * (low - low_before)
             high = high_before + share * (high - high_before)
@@ -369,12 +393,35 @@ class FakeQuantize(nn.Module):
                 if low != 0.0 or not self.relu:
                     self.zero_point.fill_(min(round(-low / scale), self.last))
 
+    @torch.no_grad()
+    def _observe_histogram(self, x: Tensor) -> tuple[Tensor, Tensor] | None:
+        """The range after one more batch; None where it is not looked for now."""
+        seen = int(self.batches)
+        share = 1.0 / (seen + 1) if self.calibrating or not seen else self.averaging_constant
+        observers.observe(self.histogram, self.extent, x, share)
+        if seen >= 4 and seen % SETTLING and not self.calibrating:
+            self.batches.add_(1)
+            return None
+        return observers.range_of(
+            self.observer,
+            self.histogram,
+            self.extent,
+            bits=self.bits,
+            symmetric=self.symmetric,
+            percentile=self.percentile,
+        )
+
     def _train_on_device(self, x: Tensor, watching: bool) -> Tensor:
         x = self._rectified(x)
         if watching:
             with torch.no_grad():
-                low, high = torch.aminmax(x.detach())
-                self._observe_on_device(low.clamp(max=0.0), high.clamp(min=0.0))
+                if self.observer in observers.HISTOGRAMS:
+                    found = self._observe_histogram(x)
+                    if found is not None:
+                        self._observe_on_device(*found)
+                else:
+                    low, high = torch.aminmax(x.detach())
+                    self._observe_on_device(low.clamp(max=0.0), high.clamp(min=0.0))
         if self.calibrating or not self.enabled:
             return x
         zero_point = self.zero_point.to(x.dtype)
@@ -384,11 +431,20 @@ class FakeQuantize(nn.Module):
 
     def _observe_on_device(self, low: Tensor, high: Tensor) -> None:
         # A range that is not finite makes everything NaN; `check` says why, without waiting for the device now.
-        if not torch.compiler.is_compiling():
-            ranks.reduce_range(low, high)
-        share = torch.where(self.batches > 0, self.averaging_constant, 1.0)
-        self.low.copy_(torch.lerp(self.low, low, share))
-        self.high.copy_(torch.lerp(self.high, high, share))
+        if self.observer in observers.HISTOGRAMS:
+            self.low.copy_(low)
+            self.high.copy_(high)
+        else:
+            if not torch.compiler.is_compiling():
+                ranks.reduce_range(low, high)
+            if self.observer == "min_max":
+                # Both begin at 0, which every range holds.
+                self.low.copy_(torch.minimum(self.low, low))
+                self.high.copy_(torch.maximum(self.high, high))
+            else:
+                share = torch.where(self.batches > 0, self.averaging_constant, 1.0)
+                self.low.copy_(torch.lerp(self.low, low, share))
+                self.high.copy_(torch.lerp(self.high, high, share))
         self.batches.add_(1)
         if self.symmetric:
             self.scale.copy_(torch.maximum(-self.low, self.high).clamp(min=TINY) / self.last)
@@ -423,13 +479,14 @@ class FakeQuantize(nn.Module):
             )
 
     def _apply(self, fn: Any, recurse: bool = True) -> FakeQuantize:
-        # Ranges stay float32 whatever the model is cast to: a scale in bfloat16 has two digits.
-        kept = {name: getattr(self, name) for name in ("low", "high", "scale")}
+        # Ranges keep their types whatever the model is cast to: a scale in bfloat16 has two digits.
+        names = ("low", "high", "scale", *(("histogram", "extent") if self.observer in observers.HISTOGRAMS else ()))
+        kept = {name: getattr(self, name) for name in names}
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for name, value in kept.items():
             moved = getattr(self, name)
-            if moved.dtype != torch.float32:
-                setattr(self, name, value.to(moved.device) if not moved.is_meta else moved.float())
+            if moved.dtype != value.dtype:
+                setattr(self, name, value.to(moved.device) if not moved.is_meta else moved.to(value.dtype))
         return self
 
 

@@ -282,9 +282,9 @@ class _Planner:
                 sites.append(site)
                 source.update((name, site.name) for name, _ in wanted)
                 continue
-            groups: dict[tuple[int, bool], list[tuple[str, ActivationScheme]]] = defaultdict(list)
+            groups: dict[tuple[int, bool, str], list[tuple[str, ActivationScheme]]] = defaultdict(list)
             for name, args in wanted:
-                groups[args.num_bits, args.symmetric].append((name, args))
+                groups[args.num_bits, args.symmetric, args.observer].append((name, args))
             for members in groups.values():
                 site = _site_at(members[0][0], "input_quantizer", members[0][1], readers=[n for n, _ in members[1:]])
                 sites.append(site)
@@ -399,5 +399,15 @@ _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 
 
 def _site_at(module: str, child: str, args: ActivationScheme, readers: Iterable[str] = ()) -> Site:
-    constant = args.kwargs.get("averaging_constant", 0.01)
-    return Site(module, child, args.num_bits, args.symmetric, float(constant), tuple(readers))
+    constant = float(args.kwargs.get("averaging_constant", 0.01))
+    percentile = float(args.kwargs.get("percentile", 99.99))
+    return Site(
+        module,
+        child,
+        args.num_bits,
+        args.symmetric,
+        constant,
+        tuple(readers),
+        observer=args.observer,
+        percentile=percentile,
+    )

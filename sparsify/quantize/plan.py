@@ -36,6 +36,7 @@ class Site:
         readers: layers that call the quantizer on their input, besides `module`.
         relu: the quantizer does the ReLU. ceiling: where that is cut off (ReLU6); None: nowhere.
         gate: the activation that the quantizer does, "silu" or "hardswish".
+        observer: how the range follows from the values. percentile: of the observer of that name.
         in_place: whether the quantizer alone reads the tensor. producer: the module whose hooks could have kept it.
     """
 
@@ -50,6 +51,8 @@ class Site:
     in_place: bool = False
     producer: str | None = None
     gate: str | None = None
+    observer: str = "moving_average"
+    percentile: float = 99.99
 
     @property
     def name(self) -> str:
@@ -215,6 +218,8 @@ def apply_plan(model: nn.Module, plan: Plan) -> None:
             ceiling=math.inf if site.ceiling is None else site.ceiling,
             in_place=site.in_place,
             gate=site.gate,
+            observer=site.observer,
+            percentile=site.percentile,
         )
         if site.producer is not None:
             quantizer._producer = (modules[site.producer],)

@@ -7,10 +7,11 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import nn
 
 from sparsify.errors import SparsifyWarning
+from sparsify.quantize.observers import Observer
 from sparsify.targets import resolve_layers
 
 __all__: list[str] = []
@@ -31,11 +32,27 @@ class ActivationScheme(BaseModel):
         "point 0 after a ReLU.",
     )
     strategy: Literal["tensor"] = Field(default="tensor", description="One scale per tensor.")
+    observer: Observer = Field(
+        default="moving_average",
+        description="How the range follows from the values seen: moving_average of each batch's least and largest; "
+        "min_max of all; or from a histogram: percentile, mse (least squared error), entropy. The last three see "
+        "through outliers and are made for calibration data; in training they cost more.",
+    )
     kwargs: dict[str, Any] = Field(
         default_factory=dict,
-        description="`averaging_constant` (0.01): the share of a batch in the moving range. Other keys, of torch's "
-        "observers, are without effect.",
+        description="`averaging_constant` (0.01): the share of a batch in the moving range or histogram; `percentile` "
+        "(99.99). Other keys, of torch's observers, are without effect.",
     )
+
+    @model_validator(mode="after")
+    def _usable(self) -> ActivationScheme:
+        for name, low, high in (("averaging_constant", 0.0, 1.0), ("percentile", 50.0, 100.0)):
+            value = self.kwargs.get(name)
+            if value is not None and not (
+                isinstance(value, (int, float)) and not isinstance(value, bool) and low < value <= high
+            ):
+                raise ValueError(f"kwargs.{name}: {value!r} is not a number above {low:g}, at most {high:g}.")
+        return self
 
 
 class WeightScheme(BaseModel):
