@@ -42,7 +42,7 @@ class Shrunk:
     Attributes:
         parameters_before, parameters_after: the number of weights.
         widths: {family: (channels before, after)} of those that became smaller.
-        whole: {weight or family: why nothing of it was removed}.
+        whole: {weight or family: why nothing of it was removed, or not all whose weights are zero}.
         removal: what was done, to be applied to a copy (`apply_to`).
     """
 
@@ -91,8 +91,9 @@ def shrink(model: nn.Module, sample_inputs: Any, optimizer: Any = None) -> Shrun
         optimizer: what it remembers of the weights is cut along. Call between its steps.
 
     Raises:
-        ArgumentError: the model cannot be traced on these inputs; the message says where. StateError: it is wrapped by
-            DistributedDataParallel. DataError: its outputs on these inputs are not finite. Nothing was changed.
+        ArgumentError: the model cannot be copied, or not traced on these inputs; the message says where.
+        StateError: it is wrapped by DistributedDataParallel.
+        DataError: its outputs on these inputs are not finite. Nothing was changed.
     """
     if not isinstance(model, nn.Module):
         raise ArgumentError(f"model: {type(model).__name__} is no torch.nn.Module.")
@@ -112,8 +113,12 @@ def shrink(model: nn.Module, sample_inputs: Any, optimizer: Any = None) -> Shrun
         for name in likely:
             if set(likely[name]) - set(gone.get(name, ())) and name not in wrong:
                 one = {**gone, name: likely[name]}
-                if judge.why_wrong(families, one) is None:
+                why = judge.why_wrong(families, one)
+                if why is None:
                     gone = one
+                else:
+                    stay = len(set(likely[name]) - set(gone.get(name, ())))
+                    whole[name] = f"weights of {stay} channels are zero, yet they are at work: {why}"
     gone = {name: channels for name, channels in gone.items() if channels}
     before = count(model)
     removal = plan_removal(model, families, gone)
@@ -338,7 +343,15 @@ class _Judge:
 
 def _copy(model: nn.Module) -> nn.Module:
     with _without_grads(model):
-        return copy.deepcopy(model)
+        try:
+            return copy.deepcopy(model)
+        # Any code of a user may stand in __deepcopy__; torch refuses outputs of a graph with RuntimeError, pickle's way
+        # of copying with TypeError.
+        except Exception as error:
+            raise ArgumentError(
+                f"{type(model).__name__} cannot be copied, and removing channels is tried on a copy first: {error} "
+                "Take out of its modules what a forward pass left there, such as outputs that are kept."
+            ) from error
 
 
 @contextmanager

@@ -73,7 +73,9 @@ def test_rows_alone_are_not_enough_behind_a_sigmoid() -> None:
             parameter[:3] = 0
         model[2].weight[:, 5] = 0  # this one nobody reads
     before = model(x)
-    assert sparsify.shrink(model, x).widths == {"0.weight": (8, 7)}
+    done = sparsify.shrink(model, x)
+    assert done.widths == {"0.weight": (8, 7)}
+    assert "weights of 3 channels are zero, yet they are at work" in done.whole["0.weight"]
     assert torch.allclose(model(x), before)
 
 
@@ -210,6 +212,15 @@ def test_bad_input_is_refused() -> None:
 
     with pytest.raises(ArgumentError, match="cannot be traced"):
         sparsify.shrink(Looks(), torch.randn(2, 2))
+
+
+def test_a_model_that_cannot_be_copied_is_refused() -> None:
+    model, x = FixedShape(), torch.randn(3, 4)
+    model.kept = model(x)  # an output of a graph, which torch does not copy
+    shape = model.up.weight.shape
+    with pytest.raises(ArgumentError, match="FixedShape cannot be copied"):
+        sparsify.shrink(model, x)
+    assert model.up.weight.shape == shape
 
 
 def test_a_live_wrapper_of_several_processes_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
