@@ -355,17 +355,17 @@ ARCHITECTURES: dict[str, Architecture] = {
     "VGG": Architecture(lambda: vgg(False), images(16), CONV | LINEAR, 0.25),
     "VGG with BatchNorm": Architecture(lambda: vgg(True), images(16), CONV | LINEAR, 0.25),
     "U-Net": Architecture(UNet, images(16), CONV, 0.25),
-    "Inception-like": Architecture(Inception, images(16), CONV, 0.25),
-    "squeeze and excite": Architecture(SqueezeExcite, images(12), CONV | LINEAR, 0.25),
-    "norms of all kinds": Architecture(Norms, images(12), CONV, 0.3),
-    "WaveNet-like": Architecture(Audio, lambda: (torch.randn(2, 1, 64),), CONV, 0.3),
+    "Inception-like": Architecture(Inception, images(16), CONV, 0.28),
+    "squeeze and excite": Architecture(SqueezeExcite, images(12), CONV | LINEAR, 0.29),
+    "norms of all kinds": Architecture(Norms, images(12), CONV, 0.28),
+    "WaveNet-like": Architecture(Audio, lambda: (torch.randn(2, 1, 64),), CONV, 0.26),
     "LSTM tagger": Architecture(
         Tagger, lambda: (torch.randint(0, 50, (2, 7)),), NOTHING, 1.0, (("lstm.weight_ih_l0", "lstm"),)
     ),
-    "attention by hand": Architecture(Attention, lambda: (torch.randn(2, 7, 32),), LINEAR | HEADS, 0.5),
-    "tied autoencoder": Architecture(TiedAutoencoder, lambda: (torch.randn(4, 20),), LINEAR, 0.4),
+    "attention by hand": Architecture(Attention, lambda: (torch.randn(2, 7, 32),), LINEAR | HEADS, 0.51),
+    "tied autoencoder": Architecture(TiedAutoencoder, lambda: (torch.randn(4, 20),), LINEAR, 0.41),
     "tied embeddings": Architecture(
-        TiedEmbeddings, lambda: (torch.randint(0, 50, (2, 7)),), LINEAR | {"embedding"}, 0.4
+        TiedEmbeddings, lambda: (torch.randint(0, 50, (2, 7)),), LINEAR | {"embedding"}, 0.35
     ),
     "two inputs": Architecture(
         TwoInputs, lambda: {"image": torch.randn(2, 3, 12, 12), "vector": torch.randn(2, 6)}, CONV | LINEAR, 0.3
@@ -374,7 +374,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         encoder,
         lambda: (torch.randn(2, 7, 32),),
         LINEAR,
-        0.7,
+        0.76,
         (("0.layers.0.self_attn.in_proj_weight", "MultiheadAttention"),),
     ),
     # torchvision.
@@ -385,11 +385,11 @@ ARCHITECTURES: dict[str, Architecture] = {
     "MobileNetV2": Architecture(vision("mobilenet_v2", width_mult=0.5), images(), CONV, 0.26, library="torchvision"),
     "MobileNetV3": Architecture(vision("mobilenet_v3_small"), images(), CONV | LINEAR, 0.26, library="torchvision"),
     "EfficientNet": Architecture(vision("efficientnet_b0"), images(), CONV, 0.27, library="torchvision"),
-    "DenseNet": Architecture(densenet, images(), CONV, 0.25, library="torchvision"),
+    "DenseNet": Architecture(densenet, images(), CONV, 0.29, library="torchvision"),
     "SqueezeNet": Architecture(vision("squeezenet1_1"), images(), CONV, 0.25, library="torchvision"),
-    "ShuffleNetV2": Architecture(shufflenet, images(), CONV, 0.31, library="torchvision"),
+    "ShuffleNetV2": Architecture(shufflenet, images(), CONV, 0.28, library="torchvision"),
     "RegNetY": Architecture(vision("regnet_y_400mf"), images(), CONV, 0.27, library="torchvision"),
-    "MNASNet": Architecture(vision("mnasnet0_5"), images(), CONV, 0.26, library="torchvision"),
+    "MNASNet": Architecture(vision("mnasnet0_5"), images(), CONV, 0.28, library="torchvision"),
     "GoogLeNet": Architecture(
         vision("googlenet", aux_logits=False, init_weights=False),
         images(),
@@ -401,13 +401,13 @@ ARCHITECTURES: dict[str, Architecture] = {
     "Swin of torchvision": Architecture(windows, images(32), LINEAR, 0.69, library="torchvision"),
     # timm.
     "ViT": Architecture(
-        timm("vit_tiny_patch16_224", depth=2, num_heads=4, **PATCHES), images(32), LINEAR | HEADS, 0.5, library="timm"
+        timm("vit_tiny_patch16_224", depth=2, num_heads=4, **PATCHES), images(32), LINEAR | HEADS, 0.62, library="timm"
     ),
     "DeiT with distillation": Architecture(
         timm("deit_tiny_distilled_patch16_224", depth=2, num_heads=4, **PATCHES),
         images(32),
         LINEAR | HEADS,
-        0.5,
+        0.62,
         library="timm",
     ),
     "Swin": Architecture(
@@ -422,13 +422,13 @@ ARCHITECTURES: dict[str, Architecture] = {
         ),
         images(32),
         LINEAR | HEADS,
-        0.5,
+        0.56,
         library="timm",
     ),
     "ConvNeXt": Architecture(
-        timm("convnext_tiny", depths=(1, 1, 2, 1), dims=(8, 16, 32, 64)), images(), LINEAR, 0.56, library="timm"
+        timm("convnext_tiny", depths=(1, 1, 2, 1), dims=(8, 16, 32, 64)), images(), LINEAR, 0.64, library="timm"
     ),
-    "MLP-Mixer": Architecture(mixer, images(32), LINEAR, 0.54, library="timm"),
+    "MLP-Mixer": Architecture(mixer, images(32), LINEAR, 0.64, library="timm"),
     "GhostNet": Architecture(timm("ghostnet_050"), images(), CONV, 0.26, library="timm"),
     "HRNet": Architecture(hrnet, images(), CONV, 0.25, library="timm"),
     "SE-ResNet": Architecture(
@@ -443,7 +443,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         ),
         ids(),
         LINEAR | HEADS,
-        0.6,
+        0.58,
         library="transformers",
     ),
     "GPT-2": Architecture(
@@ -460,7 +460,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         ),
         ids(),
         LINEAR | HEADS,
-        0.6,
+        0.56,
         library="transformers",
     ),
     "OPT": Architecture(
@@ -477,21 +477,21 @@ ARCHITECTURES: dict[str, Architecture] = {
         ),
         ids(),
         LINEAR | HEADS,
-        0.6,
+        0.58,
         library="transformers",
     ),
     "T5 encoder": Architecture(
         transformer("T5EncoderModel", vocab_size=50, d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4),
         ids(),
         LINEAR | HEADS,
-        0.6,
+        0.55,
         library="transformers",
     ),
     "Llama with grouped queries": Architecture(
         transformer("LlamaForCausalLM", num_key_value_heads=2, use_cache=False, **SIZES),
         ids(),
         LINEAR | HEADS,
-        0.6,
+        0.58,
         library="transformers",
     ),
 }
