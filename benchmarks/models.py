@@ -168,13 +168,13 @@ class EncoderLayer(nn.Module):
         self.norm2 = nn.LayerNorm(width)
 
     def forward(self, x: Tensor) -> Tensor:
-        batch, length, width = x.shape
+        batch, length, _ = x.shape
 
         def split(t: Tensor) -> Tensor:
-            return t.view(batch, length, self.heads, width // self.heads).transpose(1, 2)
+            return t.view(batch, length, self.heads, -1).transpose(1, 2)
 
         mixed = F.scaled_dot_product_attention(split(self.query(x)), split(self.key(x)), split(self.value(x)))
-        x = self.norm1(x + self.out(mixed.transpose(1, 2).reshape(batch, length, width)))
+        x = self.norm1(x + self.out(mixed.transpose(1, 2).reshape(batch, length, -1)))
         return self.norm2(x + self.down(F.gelu(self.up(x))))
 
 
