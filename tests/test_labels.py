@@ -113,6 +113,7 @@ CASES: dict[str, tuple[nn.Module, Tensor, list[list[int]]]] = {
         [[0, 1, 2, 3], [4, 5, 6, 7]],
     ),
     "LayerNorm": (rows(lambda m, x: m.norm(x), norm=nn.LayerNorm(8)), ROWS, ALL),
+    "LayerNorm with the input": (rows(lambda m, x: F.layer_norm(torch.cat([ROWS, x], -1), [11]), 11), ROWS, []),
     "softmax": (rows(lambda m, x: x.softmax(-1)), ROWS, ALL),
     "softmax of positions": (rows(lambda m, x: x.softmax(1)), ROWS, SINGLE),
     "a norm by hand": (rows(lambda m, x: x * (x * x).mean(-1, keepdim=True).rsqrt()), ROWS, ALL),
