@@ -21,20 +21,20 @@ Gone = dict[str, tuple[int, ...]]
 
 
 def norms(model: nn.Module, families: Mapping[str, Family]) -> dict[str, Tensor]:
-    """The L2 norm of every channel's rows, in all weights of its family together, by family.
+    """The L2 norm of every channel, its rows and its columns in all weights of its family together, by family.
 
     Raises:
         DataError: a weight holds NaN or infinity.
     """
-    # Rows alone. On a ResNet of digits at half and a quarter of the channels, rows and columns together, and these with
-    # the norm's weights, were no better: see the module's test of scores.
+    # A small ResNet on digits, a quarter of the channels left, mean accuracy of 4 seeds after one epoch more: rows and
+    # columns .968, with the weights of norms .948, each place in units of its mean .966, rows alone .941, random .934.
     parameters = named_parameters(model)
     found: dict[str, Tensor] = {}
     for name, family in families.items():
         squares: Tensor | None = None
         for place in family.places:
             weight = parameters.get(place.tensor)
-            if place.role != "row" or weight is None:
+            if place.role == "other" or weight is None:
                 continue
             values = weight.detach()
             wide = torch.promote_types(values.dtype, torch.float32)

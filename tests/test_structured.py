@@ -69,12 +69,6 @@ ENCODER: dict[str, list[tuple[str, int, int]]] = {
     "up.weight": [("up.weight", 0, 1), ("up.bias", 0, 1), ("down.weight", 1, 1)],
 }
 PARTS: dict[type[nn.Module], dict[str, list[tuple[str, int, int]]]] = {Residual: RESIDUAL, Encoder: ENCODER}
-ROWS = {
-    "conv1.weight": ["conv1.weight", "conv3.weight"],
-    "conv2.weight": ["conv2.weight"],
-    "attention.query.weight": [f"attention.{name}.weight" for name in ("query", "key", "value")],
-    "up.weight": ["up.weight"],
-}
 
 
 def slices_of(model: nn.Module, family: str, channel: int) -> list[Tensor]:
@@ -97,12 +91,12 @@ def gone(model: nn.Module, family: str, size: int) -> set[int]:
 
 
 def worth(model: nn.Module, family: str, size: int) -> list[float]:
+    """The norm of all that is one channel of weights, without biases and norms."""
     total = [0.0] * size
-    for name in ROWS[family]:
+    for name, dim, width in PARTS[type(model)][family]:
         weight = model.get_parameter(name).detach().double()
-        width = len(weight) // size
-        for channel in range(size):
-            total[channel] += float(weight[channel * width : (channel + 1) * width].square().sum())
+        for channel in range(size if weight.dim() > 1 else 0):
+            total[channel] += float(weight.narrow(dim, channel * width, width).square().sum())
     return [math.sqrt(value) for value in total]
 
 
@@ -137,7 +131,7 @@ def test_exactly_so_many_channels_are_gone_at_every_step_and_they_only_grow(kind
 
 
 def reference(kind: Any, name: str, steps: int) -> Any:
-    """The same training without sparsify: the lowest rows are chosen by hand, and zeroed by hand after every step."""
+    """The same training without sparsify: the lowest channels are chosen and zeroed by hand."""
     model = small.made(kind)
     optimizer = small.optimizer_of(name, model)
     dead: dict[str, list[int]] = {family: [] for family in small.FAMILIES[kind]}
@@ -156,7 +150,7 @@ def reference(kind: Any, name: str, steps: int) -> Any:
 
 @both
 @optimizers
-def test_training_is_that_of_a_loop_that_zeroes_the_lowest_rows_by_hand(kind: Any, name: str) -> None:
+def test_training_is_that_of_a_loop_that_zeroes_the_lowest_channels_by_hand(kind: Any, name: str) -> None:
     model, optimizer, _ = at_work(kind, name=name)
     for number in range(14):
         small.step(model, optimizer, number)

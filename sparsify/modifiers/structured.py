@@ -30,7 +30,7 @@ class StructuredPruningModifier(GradualPruning):
     their biases, norms and tables, and the columns of all layers that read them. All of that is masked, so removing it
     changes nothing. A head of attention is one channel. A sparsity is a fraction of a family's channels: exactly
     round(n * sparsity) of n are masked at every update, those worth least first. A channel is worth the L2 norm of its
-    rows in all weights of the family; with `global_sparsity` in units of the family's mean, all in one ranking.
+    rows and columns in all weights of the family; with `global_sparsity` in units of the family's mean, in one ranking.
 
     How many channels stay at the end is rounded to `multiple`, and the ramp leads there; with `global_sparsity` every
     update is rounded. Only families that a dry run found to be exact are masked. What else `params` names is reported
