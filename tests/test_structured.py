@@ -267,6 +267,11 @@ def test_one_ranking_takes_exactly_so_many_of_all_and_leaves_one_of_each() -> No
     }
 
 
+def test_in_one_ranking_what_a_limit_spares_comes_from_the_others() -> None:
+    kept = kept_of(Residual, structured(final_sparsity=0.3, global_sparsity=True, limits={"fc": 0.0}))
+    assert kept == {"conv1.weight": 12, "conv2.weight": 10 - round(22 * 0.3)}
+
+
 def test_one_ranking_is_in_units_of_a_familys_mean() -> None:
     model = small.made(Residual)
     with torch.no_grad():
@@ -654,6 +659,14 @@ def test_one_that_prunes_what_reads_the_channels_is_refused() -> None:
         at_work(Residual, structured(params=["conv1"]), single)
     # Those of conv2 it does not touch.
     at_work(Residual, structured(params=["conv2"]), single)
+
+
+def test_two_on_families_that_share_a_weight_mask_it_together() -> None:
+    model, optimizer, _ = at_work(Residual, structured(params=["conv1"]), structured(params=["conv2"]))
+    for number in range(13):
+        assert len(gone(model, "conv1.weight", 12)) == ramp(number, 0.1, 0.5, 12)
+        assert len(gone(model, "conv2.weight", 10)) == ramp(number, 0.1, 0.5, 10)
+        small.step(model, optimizer, number)
 
 
 def test_two_on_families_that_share_a_weight_end_apart() -> None:
