@@ -662,7 +662,8 @@ def test_one_that_prunes_what_reads_the_channels_is_refused() -> None:
 
 
 def test_two_on_families_that_share_a_weight_mask_it_together() -> None:
-    model, optimizer, _ = at_work(Residual, structured(params=["conv1"]), structured(params=["conv2"]))
+    # The columns of conv3 read sigmoid(0), so only their own mask holds them, whoever masks its rows afterwards.
+    model, optimizer, _ = at_work(Residual, structured(params=["conv2"]), structured(params=["conv1"]))
     for number in range(13):
         assert len(gone(model, "conv1.weight", 12)) == ramp(number, 0.1, 0.5, 12)
         assert len(gone(model, "conv2.weight", 10)) == ramp(number, 0.1, 0.5, 10)
