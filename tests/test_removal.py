@@ -326,6 +326,7 @@ def test_a_number_in_code_that_means_two_sizes_is_left_alone() -> None:
     families = find(model, (torch.randn(3, 2),))
     assert plan_removal(model, families, {"a.weight": [0], "b.weight": [1]}).attributes[""] == {"width": 3}
     assert "" not in plan_removal(model, families, {"a.weight": [0]}).attributes
+    assert "" not in plan_removal(model, families, {"a.weight": [0], "b.weight": [0, 1]}).attributes
 
 
 def test_places_of_two_families_in_one_tensor_are_both_cut() -> None:

@@ -145,9 +145,35 @@ class Lying(nn.Module):
 
 def test_what_computes_something_else_when_smaller_stays_whole() -> None:
     model, x = Lying(), torch.randn(3, 4)
+    # As residual branches begin: as long as it is zero, all that comes before looks right.
+    nn.init.zeros_(model.down.weight)
     checked = dry_run(model, find(model, (x,)), (x,))
     assert not checked.families
     assert "computes something else" in checked.whole["up.weight"]
+
+
+class Undefined(Lying):
+    """Gives no numbers when it is smaller."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = self.up(x).relu()
+        out: Tensor = (
+            self.down(wide) * (wide.shape[1] - 7) ** 0.5 if wide.shape[1] == 8 else self.down(wide) * torch.nan
+        )
+        return out
+
+
+def test_what_gives_nan_when_smaller_stays_whole() -> None:
+    model, x = Undefined(), torch.randn(3, 4)
+    checked = dry_run(model, find(model, (x,)), (x,))
+    assert "computes something else: its output is nan off" in checked.whole["up.weight"]
+
+
+def test_a_model_in_training_is_compared_without_its_dropout() -> None:
+    model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Dropout(), nn.Linear(8, 2)).train()
+    x = torch.randn(3, 4)
+    assert set(dry_run(model, find(model, (x,)), (x,)).families) == {"0.weight"}
+    assert all(module.training for module in model.modules())
 
 
 class Single(nn.Module):
