@@ -1,0 +1,148 @@
+"""One method of quantization-aware training on one network, beside the bare step: run by benchmarks/qat_step.py.
+
+    python benchmarks/peers/qat.py METHOD NETWORK [--pairs N] [--memory quantized|bare]
+
+In an environment of its own (benchmarks/peers/METHOD.txt); torch.ao and sparsify in that of sparsify. Prints one line
+of JSON. All methods quantize weights and activations to 8 bits, with ranges observed at every step.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import resource
+import sys
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from models import Encoder, mlp, resnet20
+from paired import paired
+
+NETWORKS: dict[str, tuple[Callable[[], nn.Module], Callable[[], Tensor]]] = {
+    "ResNet-20": (resnet20, lambda: torch.randn(32, 3, 32, 32)),
+    "encoder": (Encoder, lambda: torch.randint(0, 1000, (8, 128))),
+    "MLP": (mlp, lambda: torch.randn(64, 784)),
+}
+Prepared = tuple[nn.Module, Callable[[], object]]
+"""A model that simulates quantization, and what its method wants called before every step."""
+
+
+def ours(model: nn.Module, inputs: Tensor) -> Prepared:
+    from sparsify import ScheduledModifierManager
+
+    manager = ScheduledModifierManager.from_yaml("modifiers:\n  - !QuantizationModifier\n    start_epoch: 0.0\n")
+    manager.initialize(model, sample_inputs=(inputs,))
+    model.manager = [manager]
+    return model, lambda: None
+
+
+def torch_ao(model: nn.Module, inputs: Tensor) -> Prepared:
+    from torch.ao.quantization import get_default_qat_qconfig_mapping
+    from torch.ao.quantization.qconfig import float_qparams_weight_only_qconfig
+    from torch.ao.quantization.quantize_fx import prepare_qat_fx
+
+    mapping = get_default_qat_qconfig_mapping("x86").set_object_type(nn.Embedding, float_qparams_weight_only_qconfig)
+    return prepare_qat_fx(model, mapping, (inputs,)), lambda: None
+
+
+def coremltools(model: nn.Module, inputs: Tensor) -> Prepared:
+    from coremltools.optimize.torch.quantization import (
+        LinearQuantizer,
+        LinearQuantizerConfig,
+        ModuleLinearQuantizerConfig,
+    )
+
+    never = 10**6
+    config = LinearQuantizerConfig(global_config=ModuleLinearQuantizerConfig(milestones=[0, 0, never, never]))
+    quantizer = LinearQuantizer(model, config)
+    prepared = quantizer.prepare(example_inputs=(inputs,), inplace=True)
+    return prepared, quantizer.step
+
+
+def nncf(model: nn.Module, inputs: Tensor) -> Prepared:
+    import nncf
+
+    return nncf.quantize(model, nncf.Dataset([inputs]), subset_size=1), lambda: None
+
+
+def brevitas(model: nn.Module, inputs: Tensor) -> Prepared:
+    from brevitas.graph.quantize import layerwise_quantize, preprocess_for_quantize, quantize
+
+    try:
+        return quantize(preprocess_for_quantize(copy.deepcopy(model).eval(), trace_model=True)), lambda: None
+    # Whatever its tracer raises: layer by layer works for every model, and quantizes less.
+    except Exception:
+        return layerwise_quantize(model), lambda: None
+
+
+METHODS: dict[str, Callable[[nn.Module, Tensor], Prepared]] = {
+    "sparsify": ours,
+    "torch.ao": torch_ao,
+    "coremltools": coremltools,
+    "nncf": nncf,
+    "brevitas": brevitas,
+}
+
+
+def stepper(model: nn.Module, inputs: Tensor, labels: Tensor, before: Callable[[], object]) -> Callable[[], None]:
+    """One training step as a function."""
+    model.train()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9, weight_decay=1e-4)
+
+    def step() -> None:
+        before()
+        optimizer.zero_grad()
+        F.cross_entropy(model(inputs), labels).backward()
+        optimizer.step()
+
+    return step
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("method", choices=METHODS)
+    parser.add_argument("network", choices=NETWORKS)
+    parser.add_argument("--pairs", type=int, default=31)
+    parser.add_argument("--memory", choices=["quantized", "bare"])
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    warnings.simplefilter("ignore")
+    build, batch = NETWORKS[arguments.network]
+    model, inputs = build().train(), batch()
+    labels = torch.randint(0, 10, (len(inputs),))
+    result: dict[str, Any] = {}
+    prepared, before = (model, lambda: None)
+    bare = stepper(copy.deepcopy(model), inputs, labels, lambda: None)
+    if arguments.memory != "bare":
+        prepared, before = METHODS[arguments.method](model, inputs)
+    step = stepper(prepared, inputs, labels, before)
+    if arguments.memory:
+        start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        for _ in range(5):
+            step()
+        result["peak_mib"] = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - start) / 1024
+    else:
+        for _ in range(2):
+            step()
+            bare()
+        start = time.perf_counter()
+        bare()
+        ratio = paired(step, bare, pairs=arguments.pairs, repeats=max(1, round(0.05 / (time.perf_counter() - start))))
+        ratios = ratio.ratios
+        result = {"median": ratio.median, "min": min(ratios), "max": max(ratios), "pairs": len(ratios)}
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()
