@@ -4,12 +4,13 @@ Every name that is public stands in the `__all__` of its file and is carried fro
 onnx nor onnxruntime, and has no side effects.
 """
 
-from sparsify import benchmark, errors, export, manager, modifiers, recipe, shrinking, verify
+from sparsify import benchmark, errors, export, manager, modifiers, oneshot, recipe, shrinking, verify
 from sparsify.benchmark import *
 from sparsify.errors import *
 from sparsify.export import *
 from sparsify.manager import *
 from sparsify.modifiers import *
+from sparsify.oneshot import *
 from sparsify.recipe import *
 from sparsify.shrinking import *
 from sparsify.verify import *
@@ -22,6 +23,7 @@ __all__ += errors.__all__
 __all__ += export.__all__
 __all__ += manager.__all__
 __all__ += modifiers.__all__
+__all__ += oneshot.__all__
 __all__ += recipe.__all__
 __all__ += shrinking.__all__
 __all__ += verify.__all__

@@ -31,6 +31,8 @@ NAMES = {
     "Shrunk",
     "benchmark_onnx",
     "export_onnx",
+    "quantize_model",
+    "quantize_onnx",
     "shrink",
     "verify_onnx",
 }

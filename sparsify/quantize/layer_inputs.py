@@ -39,9 +39,14 @@ def set_matrix(layer: nn.Module, matrix: Tensor) -> None:
             weight.copy_(matrix.reshape(weight.shape))
 
 
-def has_matrix(layer: nn.Module) -> bool:
-    """Whether its output is a product of its weight as a matrix and what it reads: Linear and convolutions."""
-    return isinstance(layer, (nn.Linear, nn.Conv1d, nn.Conv2d)) or (
+def has_matrix(layer: Any) -> bool:
+    """Whether it gives the product of its weight as a matrix and what it reads: Linear, convolutions, GPT-2's Conv1D.
+
+    Not of a user's subclass: its forward may pad or scale first, as timm's Conv2dSame does.
+    """
+    wiring = layer.__dict__.get("_wiring")
+    kind = type(layer) if wiring is None else wiring.original
+    return kind in (nn.Linear, nn.Conv1d, nn.Conv2d) or (
         not isinstance(layer, (nn.ConvTranspose2d, nn.Embedding)) and stores_transposed(layer)
     )
 

@@ -82,7 +82,7 @@ def gptq(weight: Tensor, moment: Tensor, scale: Tensor, largest: int) -> Tensor:
     return result.scatter(2, order[:, None, :].expand_as(result), result.clone())
 
 
-def adaround(weight: Tensor, moment: Tensor, scale: Tensor, largest: int, *, iterations: int = 1000) -> Tensor:
+def adaround(weight: Tensor, moment: Tensor, scale: Tensor, largest: int, *, iterations: int = 500) -> Tensor:
     """Learns for each weight whether it goes up or down (Nagel 2020, https://arxiv.org/abs/2004.10568).
 
     Minimized by Adam: the error of the output plus a penalty sum(1 - |2 h - 1|^b) on undecided weights, where h is a
@@ -104,7 +104,7 @@ def adaround(weight: Tensor, moment: Tensor, scale: Tensor, largest: int, *, ite
     logits = torch.logit((rest - low) / (high - low))
     first, second = torch.zeros_like(logits), torch.zeros_like(logits)
     warm = iterations // 5
-    rate = 0.02
+    rate = 0.1
     for i in range(iterations):
         sigmoid = torch.sigmoid(logits)
         stretched = sigmoid * (high - low) + low
@@ -116,7 +116,7 @@ def adaround(weight: Tensor, moment: Tensor, scale: Tensor, largest: int, *, ite
             power = 2.0 + 18.0 * (1.0 - progress)
             centered = 2.0 * h - 1.0
             # The weight of the penalty grows as it becomes flat-bottomed: in the end every weight is decided.
-            force = 0.02 + 0.5 * progress
+            force = 0.5 + 5.0 * progress
             slope = slope - force / weight.shape[-1] * 2 * power * centered.abs().pow(power - 1) * centered.sign()
         moving = (stretched > 0.0) & (stretched < 1.0) & ~pinned
         slope = slope * moving * sigmoid * (1.0 - sigmoid) * (high - low)
