@@ -35,6 +35,9 @@ class MovementPruningModifier(GradualPruning):
     The score of a weight accumulates -0.01 * gradient * weight over the steps since `modify`; the rest is as
     GMPruningModifier. What differs from the paper: the scores are that sum, and no parameters that an optimizer
     trains; a mask only grows; and before the first step, when no score is there, the smallest weights go first.
+
+    Cost: the scores are added up at every step until the end, 1.0 ns a weight on one CPU core with the masks, where the
+    masks of GMPruningModifier take 0.3; 4 bytes a weight. An update takes 12 ns a weight.
     """
 
     resizable: ClassVar[bool] = False
@@ -93,6 +96,9 @@ class RigLPruningModifier(SparseTraining):
     training, or of losses that the `grad_sampler` given to modify() yields, then of the masked weights as they are
     now. What differs from the paper: the first masks keep the largest weights and are not random; what the optimizer
     remembers of a grown weight is forgotten, under Adam both moments.
+
+    Cost: gradients are copied in the last `num_grads` steps before a move alone; a move takes 7 ns a weight on one CPU
+    core, and its gradients with them 4 bytes a weight.
     """
 
     resizable: ClassVar[bool] = False
@@ -127,6 +133,9 @@ class TopKASTPruningModifier(SparseTraining):
     weights of the forward set alone; the others live in the manager's state, and are given up at end_epoch.
     What differs from the paper: the penalty is added to the gradients, as weight decay; the last choice stays.
     Optimizers that compute the loss inside of their step (LBFGS, closures) are refused.
+
+    Cost: the backward set is put in and taken out at every step until the end, 1.9 ns a weight on one CPU core with the
+    masks, where those of GMPruningModifier take 0.3; an update takes 14 ns a weight.
     """
 
     resizable: ClassVar[bool] = False
