@@ -207,8 +207,8 @@ def dry_run(
     """The families of which `fraction` was masked and removed on a copy, with equal outputs; the others become whole.
 
     On a copy in float64 whose norms and zero weights have random values, so that nothing is equal by chance; the model
-    itself, its modes and the random state are not touched. Costs two copies and two forward passes, and where something
-    is wrong two more for each kind of family and each family of a wrong kind.
+    itself, its modes and the random state are not touched. Costs two copies and three forward passes of two samples;
+    where something is wrong two more passes for each kind of family and each family of a wrong kind.
 
     Raises:
         DataError: the model's outputs on these inputs are not finite.
@@ -241,17 +241,18 @@ class _Judge:
 
     def __init__(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *, shaken: bool) -> None:
         self.shaken = shaken
-        self.tolerance, dtype = _DOUBLE, torch.float64
-        self.args, self.kwargs = _cast((args, kwargs), dtype)
-        self.model = self._copied(model, dtype)
-        try:
-            self.expected = self._outputs(self.model)
-        except (RuntimeError, TypeError, ValueError):
-            # A part of it is fixed to float32, by a cast in its code.
-            self.tolerance, dtype = _SINGLE, torch.float32
-            self.args, self.kwargs = _cast((args, kwargs), dtype)
-            self.model = self._copied(model, dtype)
-            self.expected = self._outputs(self.model)
+        small = _first_two((args, kwargs))
+        # In float32 where a part of the model is fixed to it, by a cast in its code; with the whole batch where code
+        # counts on its size.
+        ways = [(small, torch.float64), ((args, kwargs), torch.float64), (small, torch.float32)]
+        for given, dtype in ways:
+            try:
+                self._begin(model, given, dtype)
+                break
+            except (RuntimeError, TypeError, ValueError):
+                continue
+        else:
+            self._begin(model, (args, kwargs), torch.float32)
         for name, output in self.expected.items():
             if not bool(output.isfinite().all()):
                 raise DataError(
@@ -259,11 +260,13 @@ class _Judge:
                     "inputs and the weights."
                 )
 
-    def _copied(self, model: nn.Module, dtype: torch.dtype) -> nn.Module:
-        made = _copy(model).to(dtype).eval()
+    def _begin(self, model: nn.Module, given: Any, dtype: torch.dtype) -> None:
+        self.tolerance = _DOUBLE if dtype == torch.float64 else _SINGLE
+        self.args, self.kwargs = _cast(given, dtype)
+        self.model = _copy(model).to(dtype).eval()
         if self.shaken:
-            _shake(made)
-        return made
+            _shake(self.model)
+        self.expected = self._outputs(self.model)
 
     def _outputs(self, model: nn.Module) -> dict[str, Tensor]:
         devices = sorted({p.device.index for p in model.parameters() if p.is_cuda and p.device.index is not None})
@@ -386,6 +389,15 @@ def _cast(value: Any, dtype: torch.dtype) -> Any:
         return leaf.detach().to(dtype) if isinstance(leaf, Tensor) and leaf.is_floating_point() else leaf
 
     return torch.utils._pytree.tree_map(cast, value)
+
+
+def _first_two(given: Any) -> Any:
+    """The first two samples of a batch, where all tensors begin with one size: enough to compare, at a fraction."""
+    leaves, structure = torch.utils._pytree.tree_flatten(given)
+    sizes = {leaf.shape[0] if leaf.dim() else 0 for leaf in leaves if isinstance(leaf, Tensor)}
+    if len(sizes) != 1 or min(sizes) <= 2:
+        return given
+    return torch.utils._pytree.tree_unflatten([x[:2] if isinstance(x, Tensor) else x for x in leaves], structure)
 
 
 def _some(names: list[str]) -> str:

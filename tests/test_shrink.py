@@ -176,6 +176,38 @@ def test_a_model_in_training_is_compared_without_its_dropout() -> None:
     assert all(module.training for module in model.modules())
 
 
+class Counted(nn.Module):
+    """Tells how many samples it has seen at once; `least`: fails on fewer."""
+
+    def __init__(self, least: int = 1) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(4, 8), nn.Linear(8, 2)
+        self.least = least
+        self.seen: list[int] = []
+
+    def __deepcopy__(self, memo: dict[int, object]) -> Counted:
+        made = Counted(self.least).to(self.up.weight.dtype)
+        made.load_state_dict(self.state_dict())
+        made.seen = self.seen  # one list for all copies
+        return made
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.seen.append(len(x))
+        if len(x) < self.least:
+            raise ValueError("too few")
+        out: Tensor = self.down(self.up(x).relu())
+        return out
+
+
+@pytest.mark.parametrize(("least", "expected"), [(1, {2}), (5, {2, 9})])
+def test_two_samples_are_compared_unless_code_wants_more(least: int, expected: set[int]) -> None:
+    model, x = Counted(least), torch.randn(9, 4)
+    families = find(model, (x,))
+    model.seen.clear()
+    assert set(dry_run(model, families, (x,)).families) == {"up.weight"}
+    assert set(model.seen) == expected
+
+
 class Single(nn.Module):
     """Has a part in float32 whatever its weights are."""
 
