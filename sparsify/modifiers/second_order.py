@@ -39,8 +39,8 @@ class OBSPruningModifier(GradualPruning):
     What differs from the paper: blocks are summed up and solved at an update, where it updates their inverses gradient
     by gradient; the weights that stay make up for all that go in their block at once; with `num_recomputations` the
     sparsity grows in even steps, without a sampler on the same gradients; a block of `mask_type` is worth the mean of
-    its weights' scores; one rounding error of a block's trace is added to `damp`. Where a network fits its training data
-    most gradients vanish, and the default `damp` trusts noise: try 1e-3 then.
+    its weights' scores; one rounding error of a block's trace is added to `damp`. Where a network fits its training
+    data most gradients vanish, and the default `damp` trusts noise: try 1e-3 then.
 
     Cost, with the defaults on one CPU core: a gradient that is taken in 10 ns a weight, an update 2 us a weight; at
     steps before the last `num_grads`, and with a sampler at all of them, no more than GMPruningModifier.
@@ -86,8 +86,8 @@ class MFACPruningModifier(GradualPruning):
     What differs from the paper: its recursion over gradients is done at once, by factoring a matrix of `num_grads` by
     `num_grads` a block; the weights that stay make up for all that go in their block at once.
 
-    Cost on one CPU core: a gradient that is taken in 2 ns a weight, an update with 16 of them 0.2 us a weight; otherwise
-    as OBSPruningModifier.
+    Cost on one CPU core: a gradient that is taken in 2 ns a weight, an update with 16 of them 0.2 us a weight;
+    otherwise as OBSPruningModifier.
 
     Memory, while gradients are collected: 4 * (num_grads + 1) bytes for each weight in float32 or less on
     `grads_device`, and to work in on the model's 8 bytes for each weight and 200 MB, or 96 * num_grads^2 bytes where
