@@ -198,7 +198,9 @@ def numbers_in_code(model: nn.Module, families: Families, gone: Gone) -> dict[st
         if hasattr(module, "nx") and hasattr(module, "nf"):
             continue
         for name, value in vars(module).items():
-            if type(value) is not int or name in families.constants or any(part in name for part in _NEVER):
+            # all_head_size, in the manner of BERT, is the size of all heads together.
+            fixed = any(part in name.replace("all_head_size", "") for part in _NEVER)
+            if type(value) is not int or name in families.constants or fixed:
                 continue
             left_over = by_size.get(value, set())
             if len(left_over) == 1 and value not in left_over:
