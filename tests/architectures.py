@@ -480,6 +480,30 @@ ARCHITECTURES: dict[str, Architecture] = {
         0.58,
         library="transformers",
     ),
+    "MPNet": Architecture(transformer("MPNetModel", **BERT), ids(), LINEAR | HEADS, 0.60, library="transformers"),
+    "ALBERT, one layer for all": Architecture(
+        transformer("AlbertModel", embedding_size=16, **BERT), ids(), LINEAR | HEADS, 0.64, library="transformers"
+    ),
+    "Qwen3 with norms on its heads": Architecture(
+        transformer("Qwen3Model", num_key_value_heads=2, head_dim=8, use_cache=False, **SIZES),
+        ids(),
+        LINEAR | HEADS,
+        0.54,
+        library="transformers",
+    ),
+    "SegFormer": Architecture(
+        transformer(
+            "SegformerForSemanticSegmentation",
+            hidden_sizes=[8, 16, 24, 32],
+            depths=[1, 1, 1, 1],
+            num_attention_heads=[1, 2, 3, 4],
+            decoder_hidden_size=16,
+        ),
+        images(),
+        CONV | LINEAR | HEADS,
+        0.73,
+        library="transformers",
+    ),
     "T5 encoder": Architecture(
         transformer("T5EncoderModel", vocab_size=50, d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4),
         ids(),
