@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -32,7 +33,7 @@ class Removal:
     Attributes:
         keep: {parameter or buffer: {dimension: int64 indices that stay}}.
         attributes: {module: {attribute: value}}, "" being the model itself: in_channels, num_heads, ...
-        config: values of the model's Hugging Face config.
+        config: values of the model's Hugging Face config, which is replaced by a changed copy.
         before, after: the shapes of the tensors in `keep`.
     """
 
@@ -316,10 +317,16 @@ def remove(model: nn.Module, removal: Removal, optimizer: Any = None) -> None:
             for key, value in values.items():
                 undo.append(_setter(modules[path].__dict__, key, getattr(modules[path], key)))
                 setattr(modules[path], key, value)
-        config = getattr(model, "config", None)
-        for key, value in removal.config.items():
-            undo.append(_setter(config.__dict__, key, getattr(config, key)))
-            setattr(config, key, value)
+        if removal.config:
+            # A copy: the user's own config object still says what the model was made from.
+            config = getattr(model, "config", None)
+            changed = copy.deepcopy(config)
+            for key, value in removal.config.items():
+                setattr(changed, key, value)
+            for module in model.modules():
+                if module.__dict__.get("config") is config:
+                    undo.append(_setter(module.__dict__, "config", config))
+                    module.__dict__["config"] = changed
     except BaseException:
         for back in reversed(undo):
             back()

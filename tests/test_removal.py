@@ -243,6 +243,25 @@ def test_a_removal_is_saved_and_applied_to_a_fresh_model() -> None:
     assert fresh.attention.heads == 2
 
 
+def test_a_config_is_changed_in_a_copy() -> None:
+    transformers = pytest.importorskip("transformers")
+    config = transformers.BertConfig(
+        hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=24, vocab_size=20
+    )
+    model = transformers.BertModel(config)
+    inputs = (torch.randint(0, 20, (2, 5)),)
+    families = find(model, inputs)
+    columns = {name: range(8) for name, family in families.families.items() if family.kind == "linear"}
+    plan = plan_removal(model, families, columns)
+    remove(model, plan)
+    assert config.intermediate_size == 24
+    assert model.config.intermediate_size == model.encoder.layer[1].intermediate.dense.out_features == 16
+    # What was removed stands in the config: a model made from it takes the weights.
+    transformers.BertModel(model.config).load_state_dict(model.state_dict())
+    # And a model made as this one was takes the removal.
+    remove(transformers.BertModel(config), plan)
+
+
 def unchanged(model: nn.Module, before: dict[str, Tensor]) -> bool:
     after = model.state_dict()
     return before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
