@@ -18,28 +18,29 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from sparsify.errors import ArgumentError, ExportError
 from sparsify.export import deployed_copy
+from sparsify.proof import Proof, TensorDifference, prove
 from sparsify.quantize.emit import QUANTIZE_DEQUANTIZE
 from sparsify.runtime import first_line, open_session, read_model, run_session
 from sparsify.signature import Call, named_outputs, unwrapped
 
 if TYPE_CHECKING:
     import numpy as np
-    from onnx import ModelProto, NodeProto
+    from onnx import ModelProto
+
+    from sparsify.quantize.fusion import Unfused
 
 __all__ = ["verify_onnx"]
 
-FLOAT_TOLERANCE = 1e-4
-"""Of a float model: the largest difference, as a fraction of the largest value of the output."""
+TOLERANCE = 1e-4
+"""The largest difference of an output, as a fraction of its largest value. Of a quantized model: between each side and
+what the reference makes of the integers that this side has."""
 HALF_TOLERANCE = 0.01
 """Likewise, where weights are stored in float16."""
-QUANTIZED_TOLERANCE = 0.05
-"""Of a quantized model: the root mean square of the difference, as a fraction of that of the output. A value that lies
-on the edge between two steps may fall either way, and what follows it differs by the whole step: 11.7 % of the values
-after sixteen convolutions differ, by four steps at most."""
-STEP_TOLERANCE = 4
-"""Of an output that is quantized itself: quantization steps."""
-DIVERGED = 0.01
-"""A quantized tensor diverges when more than this share of its values is off by more than one step."""
+UNPROVEN_TOLERANCE = 0.05
+"""Of a quantized model that the reference cannot run: the root mean square of the difference, as a fraction of that of
+the output."""
+UNPROVEN_STEPS = 4
+"""Likewise, of an output that is quantized itself: quantization steps."""
 
 
 @dataclass(frozen=True)
@@ -58,25 +59,14 @@ class Difference:
     """The fraction of values that differ by more than 1e-5 of the largest."""
     step: float | None
     """The scale of the output where it is quantized itself."""
+    local: float | None
+    """Kernel by kernel: how far either side is from what the reference makes of its integers, as `relative`."""
     ok: bool
 
     @property
     def steps(self) -> float | None:
         """The largest difference in quantization steps."""
         return None if self.step is None else self.max_abs / self.step
-
-
-@dataclass(frozen=True)
-class TensorDifference:
-    """One quantized tensor within the network: the deployed copy in torch against onnxruntime without optimizations."""
-
-    name: str
-    """The node that quantizes it: "<layer>/QuantizeLinear"."""
-    steps: float
-    """The largest difference."""
-    share: float
-    """The fraction of values that differ at all."""
-    diverges: bool
 
 
 @dataclass(frozen=True)
@@ -89,25 +79,42 @@ class Verification:
     outputs: tuple[Difference, ...]
     tensors: tuple[TensorDifference, ...]
     """In the order of computation; empty for a float model."""
+    unfused: tuple[Unfused, ...]
+    """Operators next to quantized values that onnxruntime runs in float, and why."""
+    exact: bool
+    """The reference, from the inputs to the outputs, equals onnxruntime with optimizations in every bit."""
+    unproven: str | None
+    """Why the reference could not run the file; outputs are then compared with a tolerance."""
 
     @property
     def ok(self) -> bool:
-        """Every output within its tolerance, with optimizations off and on."""
-        return all(output.ok for output in self.outputs)
+        """Every output within its tolerance, and no tensor that diverges."""
+        return all(output.ok for output in self.outputs) and self.first_divergence is None
+
+    @property
+    def exit_code(self) -> int:
+        """0 where `ok`, else 1."""
+        return 0 if self.ok else 1
 
     @property
     def first_divergence(self) -> str | None:
-        """The first quantized tensor of which more than 1 % is off by more than one step; None where there is none."""
+        """The first tensor that one kernel makes otherwise than the reference; None where there is none."""
         return next((tensor.name for tensor in self.tensors if tensor.diverges), None)
+
+    @property
+    def why(self) -> str | None:
+        """Why that one diverges, in words."""
+        return next((tensor.why for tensor in self.tensors if tensor.diverges), None)
 
     def __bool__(self) -> bool:
         return self.ok
 
     def __str__(self) -> str:
-        what = "root mean square of the difference" if self.quantized else "largest difference"
+        what = "root mean square of the difference" if self.unproven else "largest difference"
+        how_far = ", kernel by kernel," if self.quantized and not self.unproven else ""
         width = max(6, *(len(output.output) for output in self.outputs))
         lines = [
-            f"{self.path}: {'agrees' if self.ok else 'DIFFERS'} ({what} <= {self.tolerance:g} of the output)",
+            f"{self.path}: {'agrees' if self.ok else 'DIFFERS'} ({what}{how_far} <= {self.tolerance:g} of the output)",
             f"{'output':{width}}  onnxruntime    max abs   relative        rms  differing  steps",
         ]
         for output in self.outputs:
@@ -115,14 +122,29 @@ class Verification:
             steps = "-" if output.steps is None else f"{output.steps:.1f}"
             figures = f"{output.max_abs:9.3g}  {output.relative:9.3g}  {output.rms:9.3g}  {output.share:9.2%}"
             lines.append(f"{output.output:{width}}  {how:11}  {figures}  {steps:>5}{'' if output.ok else '  <--'}")
+        if self.unproven:
+            lines.append(f"not proven kernel by kernel: {self.unproven}")
         if self.tensors:
-            worst = max(self.tensors, key=lambda tensor: tensor.steps)
-            where = self.first_divergence
-            lines.append(
-                f"{len(self.tensors)} quantized tensors compared: at most {worst.steps:.0f} steps ({worst.name}); "
-                + (f"the first that diverges is {where}" if where else "none diverges")
-            )
+            lines += self._proof()
+        lines += [f"  {each}" for each in self.unfused]
         return "\n".join(lines)
+
+    def _proof(self) -> list[str]:
+        integer = [tensor for tensor in self.tensors if tensor.exact]
+        wrong = sum(1 for tensor in integer if tensor.optimized and tensor.optimized.count)
+        whole = "and so is the whole file" if self.exact else "from end to end it is not, as parts run in float"
+        lines = [
+            f"{len(self.tensors)} tensors compared with the integer reference, kernel by kernel: "
+            f"{len(integer) - wrong} of {len(integer)} integer kernels of onnxruntime are exact, {whole}"
+        ]
+        for side, text in (("torch", "torch"), ("written", "as written"), ("optimized", "optimized")):
+            gaps = [(gap, tensor) for tensor in self.tensors if (gap := getattr(tensor, side)) is not None]
+            if gaps:
+                gap, tensor = max(gaps, key=lambda pair: (pair[0].steps, pair[0].share))
+                lines.append(f"  {text}: at most {gap.steps:.0f} steps, {gap.share:.2%} of the values ({tensor.name})")
+        where = self.first_divergence
+        lines.append(f"the first that diverges is {where}: {self.why}" if where else "none diverges")
+        return lines
 
 
 def verify_onnx(
@@ -130,17 +152,20 @@ def verify_onnx(
 ) -> Verification:
     """Runs `model` in torch and its file in onnxruntime, with optimizations off and on, and compares every output.
 
-    The model's eval forward is the reference: of a quantized model, the simulated quantization that was trained. It is
-    run on a copy; mode, device and buffers of `model` stay as they are.
+    A quantized file is proven kernel by kernel: every quantized tensor of torch, of onnxruntime as the file is written
+    and of onnxruntime with optimizations is compared with what exact integer arithmetic makes of that side's own
+    inputs to the kernel. Integer kernels of onnxruntime have to be exact; torch and other computation in float may put
+    values that lie on the edge one step aside, of a layer with weights 2 % at most. The run is on a copy; mode, device
+    and buffers of `model` stay as they are.
 
     Args:
         model: what was exported.
         path: its file.
         inputs: as `sample_inputs` of `export_onnx`, with any batch size that the file takes.
-        tolerance: a float model agrees where the largest difference is at most this fraction of the largest value
-            (default 1e-4; 0.01 in float16); a quantized one where the root mean square of the difference is at most
-            this fraction of that of the output (default 0.05), and an output that is quantized itself is off by at
-            most 4 steps.
+        tolerance: an output agrees where the largest difference is at most this fraction of the largest value (default
+            1e-4; 0.01 in float16); in a quantized model the difference to the reference on the same integers. Of a
+            file that the reference cannot run (`unproven` says why), the root mean square of the difference is held
+            to this fraction (default 0.05), and a quantized output to 4 steps.
 
     Raises:
         ArgumentError: inputs that do not fit the model or the file, or a tolerance that is no positive number.
@@ -156,8 +181,6 @@ def verify_onnx(
     proto = read_model(path)
     quantized = any(node.op_type in ("QuantizeLinear", "DequantizeLinear") for node in proto.graph.node)
     steps = _output_steps(proto)
-    limit = tolerance or (QUANTIZED_TOLERANCE if quantized else _float_tolerance(proto))
-
     expected = _eager(model, call)
     plain = open_session(path, optimized=False, model=proto)
     feed = _feed(plain, call, Path(path))
@@ -166,23 +189,61 @@ def verify_onnx(
         raise ExportError(
             f"{Path(path)} has the outputs {', '.join(names)}; {type(model).__name__} returns {', '.join(expected)}."
         )
+    results = {False: run_session(plain, feed)}
+    results[True] = run_session(open_session(path, optimized=True, model=proto), feed)
+    for name, values in zip(names, expected.values(), strict=True):
+        if values.shape != results[False][name].shape:
+            raise ExportError(
+                f"output {name!r} has the shape {list(results[False][name].shape)} in onnxruntime and "
+                f"{list(values.shape)} in torch; something in forward was fixed to the sample inputs."
+            )
+    proof, unproven = None, None
+    if quantized:
+        recorded = _recorded(model, call)
+        try:
+            proof = prove(proto, path, feed, recorded, results[True])
+        except ExportError as error:
+            unproven = str(error)
+    limit = tolerance or (UNPROVEN_TOLERANCE if unproven else _float_tolerance(proto))
     found: list[Difference] = []
-    for optimized in (False, True):
-        session = open_session(path, optimized=True, model=proto) if optimized else plain
-        results = run_session(session, feed)
-        for name, reference in zip(names, expected.values(), strict=True):
-            found.append(_difference(name, optimized, reference, results[name], steps.get(name), quantized, limit))
-    order = {name: i for i, name in enumerate(names)}
-    found.sort(key=lambda difference: (order[difference.output], difference.optimized))
-    tensors = _compare_tensors(model, call, proto, path, feed) if quantized else []
-    return Verification(Path(path), quantized, limit, tuple(found), tuple(tensors))
+    for name, values in zip(names, expected.values(), strict=True):
+        for optimized in (False, True):
+            found.append(
+                _difference(name, optimized, values, results[optimized][name], steps.get(name), limit, proof, quantized)
+            )
+    return Verification(
+        Path(path),
+        quantized,
+        limit,
+        tuple(found),
+        tensors=proof.tensors if proof else (),
+        unfused=proof.unfused if proof else (),
+        exact=proof is not None and all(_same(proof.reference[name], results[True][name]) for name in names),
+        unproven=unproven,
+    )
+
+
+def _recorded(model: nn.Module, call: Call) -> dict[str, np.ndarray]:
+    """The integers of every quantizer in the deployed copy."""
+    try:
+        return _record(deployed_copy(model), call)
+    except ExportError:
+        raise
+    except Exception as error:
+        raise ExportError(f"the deployed copy of {type(model).__name__} does not run: {first_line(error)}") from error
+
+
+def _same(one: np.ndarray, other: np.ndarray) -> bool:
+    import numpy as np
+
+    return one.dtype == other.dtype and np.array_equal(one, other, equal_nan=one.dtype.kind == "f")
 
 
 def _float_tolerance(proto: ModelProto) -> float:
     from onnx import TensorProto
 
     half = any(tensor.data_type == TensorProto.FLOAT16 for tensor in proto.graph.initializer)
-    return HALF_TOLERANCE if half else FLOAT_TOLERANCE
+    return HALF_TOLERANCE if half else TOLERANCE
 
 
 def _eager(model: nn.Module, call: Call) -> dict[str, np.ndarray]:
@@ -227,36 +288,52 @@ def _difference(
     expected: np.ndarray,
     found: np.ndarray,
     step: float | None,
-    quantized: bool,
     tolerance: float,
+    proof: Proof | None,
+    quantized: bool,
 ) -> Difference:
     import numpy as np
 
-    if expected.shape != found.shape:
-        raise ExportError(
-            f"output {name!r} has the shape {list(found.shape)} in onnxruntime and {list(expected.shape)} in torch; "
-            "something in forward was fixed to the sample inputs."
-        )
+    gap, largest = _apart(expected, found)
+    finite = expected[np.isfinite(expected)].astype(np.float64)
+    max_abs = float(gap.max(initial=0.0))
+    relative = _fraction(max_abs, largest)
+    power = float(np.sqrt(np.mean(finite**2))) if finite.size else 0.0
+    rms = _fraction(float(np.sqrt(np.mean(gap**2))) if gap.size else 0.0, power)
+    share = float(np.mean(gap > 1e-5 * largest)) if gap.size else 0.0
+    local = None
+    if proof is not None:
+        sides = (("torch", expected), ("optimized" if optimized else "written", found))
+        local = max(_relative(proof.local[side].get(name, proof.reference[name]), value) for side, value in sides)
+        ok = local <= tolerance
+    elif quantized:
+        within = share <= tolerance if found.dtype.kind in "iub" else rms <= tolerance
+        ok = within and (step is None or max_abs <= (UNPROVEN_STEPS + 0.5) * step)
+    else:
+        ok = max_abs == 0 if found.dtype.kind in "iub" else relative <= tolerance
+    return Difference(name, optimized, max_abs, relative, rms, share, step, local, ok)
+
+
+def _apart(expected: np.ndarray, found: np.ndarray) -> tuple[np.ndarray, float]:
+    """(absolute differences, the largest finite absolute value of `expected`)."""
+    import numpy as np
+
     wide, other = expected.astype(np.float64), found.astype(np.float64)
     # Where both are the same infinity, or both NaN, nothing differs.
     same = (wide == other) | (np.isnan(wide) & np.isnan(other))
     with np.errstate(invalid="ignore"):
         gap = np.where(same, 0.0, np.abs(wide - other))
     gap = np.where(np.isnan(gap), np.inf, gap)
-    finite = wide[np.isfinite(wide)]
-    largest = float(np.abs(finite).max(initial=0.0))
-    max_abs = float(gap.max(initial=0.0))
-    relative = max_abs / largest if largest else (0.0 if max_abs == 0 else math.inf)
-    power = float(np.sqrt(np.mean(finite**2))) if finite.size else 0.0
-    spread = float(np.sqrt(np.mean(gap**2))) if gap.size else 0.0
-    rms = spread / power if power else (0.0 if spread == 0 else math.inf)
-    share = float(np.mean(gap > 1e-5 * largest)) if gap.size else 0.0
-    if found.dtype.kind in "iub":
-        ok = max_abs == 0 or (quantized and share <= tolerance)
-    else:
-        ok = (rms if quantized else relative) <= tolerance
-    ok = ok and (step is None or max_abs <= (STEP_TOLERANCE + 0.5) * step)
-    return Difference(name, optimized, max_abs, relative, rms, share, step, ok)
+    return gap, float(np.abs(wide[np.isfinite(wide)]).max(initial=0.0))
+
+
+def _relative(expected: np.ndarray, found: np.ndarray) -> float:
+    gap, largest = _apart(expected, found)
+    return _fraction(float(gap.max(initial=0.0)), largest)
+
+
+def _fraction(part: float, whole: float) -> float:
+    return part / whole if whole else (0.0 if part == 0 else math.inf)
 
 
 def _output_steps(proto: ModelProto) -> dict[str, float]:
@@ -280,48 +357,6 @@ def _output_steps(proto: ModelProto) -> dict[str, float]:
 
 
 _MOVEMENT = {"Reshape", "Flatten", "Transpose", "Squeeze", "Unsqueeze", "MaxPool", "Slice", "Gather", "Identity"}
-
-
-def _compare_tensors(
-    model: nn.Module, call: Call, proto: ModelProto, path: str | os.PathLike[str], feed: dict[str, np.ndarray]
-) -> list[TensorDifference]:
-    """Every quantized tensor that both sides have under one name."""
-    import numpy as np
-
-    nodes: dict[str, NodeProto] = {node.name: node for node in proto.graph.node if node.op_type == "QuantizeLinear"}
-    try:
-        recorded = _record(deployed_copy(model), call)
-    except ExportError:
-        raise
-    except Exception as error:
-        raise ExportError(f"the deployed copy of {type(model).__name__} does not run: {first_line(error)}") from error
-    common = [name for name in recorded if name in nodes]
-    if not common:
-        return []
-    outputs = {name: nodes[name].output[0] for name in common}
-    mine = type(proto)()
-    mine.CopyFrom(proto)
-    del mine.graph.output[:]
-    session = open_session(path, optimized=False, model=mine, extra_outputs=list(dict.fromkeys(outputs.values())))
-    results = run_session(session, feed)
-    found: list[TensorDifference] = []
-    for name in common:
-        expected, actual = recorded[name], results[outputs[name]]
-        if expected.size == actual.size and expected.shape[-1:] == actual.shape[-1:]:
-            # In the file layers over a sequence work on its rows.
-            expected = expected.reshape(actual.shape)
-        if expected.shape != actual.shape:
-            continue
-        gap = np.abs(expected.astype(np.int64) - actual.astype(np.int64))
-        found.append(
-            TensorDifference(
-                name,
-                steps=float(gap.max(initial=0)),
-                share=float(np.mean(gap > 0)) if gap.size else 0.0,
-                diverges=bool(gap.size) and float(np.mean(gap > 1)) > DIVERGED,
-            )
-        )
-    return found
 
 
 def _record(deployed: nn.Module, call: Call) -> dict[str, np.ndarray]:

@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[1] / "sparsify"
 FLOORS = {
     6: {"cli", "experiments", "integrations"},
     5: {"manager", "session", "autorecipe", "oneshot"},
-    4: {"recipe", "analysis", "export", "verify", "benchmark", "report"},
+    4: {"recipe", "analysis", "export", "verify", "proof", "benchmark", "report"},
     3: {"modifiers"},
     2: {
         "masking",

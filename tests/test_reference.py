@@ -209,14 +209,15 @@ def test_every_integer_is_that_of_onnxruntime(name: str, ties: bool, tmp_path: A
 
 
 def half_away(x: Array) -> Array:
-    return np.trunc(x + np.copysign(0.5, x)).astype(x.dtype)
+    rounded: Array = np.trunc(x + np.copysign(0.5, x)).astype(x.dtype)
+    return rounded
 
 
 @pytest.mark.parametrize("name", ["conv", "gemm", "add", "mul", "average"])
 def test_another_rounding_of_ties_would_be_seen(name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
     model, feed = built(CASES[name], 0, ties=True)
     found, _ = optimized(model, feed, tmp_path / "optimized.onnx")
-    monkeypatch.setattr(integer_kernels.np, "rint", half_away)
+    monkeypatch.setattr(np, "rint", half_away)
     assert np.count_nonzero(Reference(model).run(feed)["out"] != found) > 0
 
 
@@ -230,7 +231,7 @@ def test_the_order_within_an_add_would_be_seen(monkeypatch: pytest.MonkeyPatch, 
     for seed in range(20):
         model, feed = built(Case("Add", ((8, 64, 40, 40),) * 2), seed, ties=False)
         found, _ = optimized(model, feed, tmp_path / "optimized.onnx")
-        differ += np.count_nonzero(Reference(model).run(feed)["out"] != found)
+        differ += int(np.count_nonzero(Reference(model).run(feed)["out"] != found))
     assert differ > 0
 
 

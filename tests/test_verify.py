@@ -12,10 +12,12 @@ import pytest
 import torch
 from deployment_forms import Encoder, ResNet
 from onnx import numpy_helper
+from quantized_models import trained
 from torch import Tensor, nn
 
 from sparsify.errors import ArgumentError, DataError, DataFileError, ExportError
 from sparsify.export import export_onnx
+from sparsify.quantize import integer_kernels
 from sparsify.quantize.emit import quantize_dequantize
 from sparsify.verify import verify_onnx
 
@@ -79,12 +81,33 @@ def test_a_quantized_network_agrees_tensor_by_tensor(path: Path) -> None:
     model = ResNet(1, 8)
     export_onnx(model, torch.randn(2, 3, 16, 16), path)
     result = verify_onnx(model, path, torch.randn(4, 3, 16, 16))
-    assert result.quantized and result.ok, str(result)
+    assert result.quantized and result.ok and result.exit_code == 0, str(result)
     names = [tensor.name for tensor in result.tensors]
     assert names[:3] == ["input/QuantizeLinear", "after_stem/QuantizeLinear", "layers.0.first/QuantizeLinear"]
-    assert len(names) == 14
-    assert result.tensors[0].steps == 0 and result.first_divergence is None
-    assert "14 quantized tensors compared" in str(result) and "none diverges" in str(result)
+    assert result.first_divergence is None and result.why is None and result.unproven is None
+    assert "none diverges" in str(result)
+
+
+def test_a_network_of_integer_kernels_is_exact_from_end_to_end(path: Path) -> None:
+    torch.manual_seed(0)
+    model = ResNet(1, 8)
+    export_onnx(model, torch.randn(2, 3, 16, 16), path)
+    result = verify_onnx(model, path, torch.randn(4, 3, 16, 16))
+    assert result.exact and result.unfused == ()
+    # 14 quantizers, and the last layer's result in float.
+    assert len(result.tensors) == 15 and all(tensor.exact for tensor in result.tensors)
+    for tensor in result.tensors:
+        assert tensor.optimized is not None and tensor.total is not None
+        assert tensor.optimized.count == tensor.total.count == 0
+        assert (tensor.torch is None) == (tensor.kernel == "QGemm")
+    assert {tensor.kernel for tensor in result.tensors} == {
+        "QuantizeLinear",
+        "QLinearConv",
+        "QLinearAdd",
+        "QLinearGlobalAveragePool",
+        "QGemm",
+    }
+    assert "15 of 15 integer kernels of onnxruntime are exact, and so is the whole file" in str(result)
 
 
 def test_the_first_tensor_that_diverges_is_named(path: Path) -> None:
@@ -93,9 +116,38 @@ def test_the_first_tensor_that_diverges_is_named(path: Path) -> None:
     export_onnx(model, torch.randn(2, 3, 16, 16), path)
     change(path, "layers.1.conv2.bias_int32", lambda value: value + 20_000)
     result = verify_onnx(model, path, torch.randn(4, 3, 16, 16))
-    assert not result.ok
+    assert not result.ok and result.exit_code == 1
     assert result.first_divergence == "layers.1.second/QuantizeLinear"
-    assert "the first that diverges is layers.1.second/QuantizeLinear" in str(result)
+    assert result.why is not None and "biases or ranges in the file are not those of the model" in result.why
+    assert "the first that diverges is layers.1.second/QuantizeLinear: torch gives other integers" in str(result)
+    # Kernel by kernel, the layers behind it are as they should be.
+    assert [tensor.name for tensor in result.tensors if tensor.diverges] == ["layers.1.second/QuantizeLinear"]
+
+
+def test_a_bias_that_is_off_by_less_than_a_step_is_found(path: Path) -> None:
+    torch.manual_seed(0)
+    model = ResNet(1, 8)
+    export_onnx(model, torch.randn(2, 3, 16, 16), path)
+    change(path, "layers.1.conv2.bias_int32", lambda value: value + 40)
+    result = verify_onnx(model, path, torch.randn(4, 3, 16, 16))
+    changed = next(tensor for tensor in result.tensors if tensor.name == "layers.1.second/QuantizeLinear")
+    assert changed.torch is not None and changed.torch.steps == 1 and changed.torch.share > 0.02
+    assert result.first_divergence == changed.name
+
+
+def test_an_integer_kernel_that_rounds_otherwise_is_found(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    model = ResNet(1, 8)
+    export_onnx(model, torch.randn(2, 3, 16, 16), path)
+    original = integer_kernels.add
+
+    def one_off(*operands: Any) -> Any:
+        return original(*operands) ^ 1
+
+    monkeypatch.setattr(integer_kernels, "add", one_off)
+    result = verify_onnx(model, path, torch.randn(4, 3, 16, 16))
+    assert not result.ok and not result.exact and result.first_divergence == "layers.0.last/QuantizeLinear"
+    assert result.why is not None and "onnxruntime's QLinearAdd gives other integers" in result.why
 
 
 def test_an_encoder_agrees(path: Path) -> None:
@@ -103,7 +155,41 @@ def test_an_encoder_agrees(path: Path) -> None:
     model = Encoder()
     export_onnx(model, torch.randn(2, 7, 32), path)
     result = verify_onnx(model, path, torch.randn(3, 7, 32))
-    assert result.ok and len(result.tensors) == 8 and result.first_divergence is None
+    assert result.ok and result.first_divergence is None and result.unproven is None
+    quantizers = [tensor for tensor in result.tensors if tensor.torch is not None]
+    assert len(quantizers) == 8 and all(tensor.steps <= 1 for tensor in quantizers)
+    # Every Linear is an integer kernel, compared on onnxruntime's own inputs.
+    integer = [tensor for tensor in result.tensors if tensor.kernel == "QGemm"]
+    assert len(integer) == 12
+    assert all(tensor.exact and tensor.optimized is not None and tensor.optimized.count == 0 for tensor in integer)
+
+
+def test_what_runs_in_float_next_to_quantized_values_is_said(path: Path) -> None:
+    torch.manual_seed(0)
+    model, x = trained("up")
+    export_onnx(model.eval(), (x,), path)
+    result = verify_onnx(model, path, (x,))
+    assert result.ok and {each.operator for each in result.unfused} == {"ConvTranspose", "Conv"}
+    assert "up/ConvTranspose (ConvTranspose) runs in float: onnxruntime has no integer kernel" in str(result)
+
+
+def test_a_file_that_the_reference_cannot_run_is_held_to_a_tolerance(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    model = ResNet(1, 8)
+    export_onnx(model, torch.randn(2, 3, 16, 16), path)
+
+    def refuse(*operands: Any) -> Any:
+        raise ValueError("of no use")
+
+    monkeypatch.setattr(integer_kernels, "add", refuse)
+    result = verify_onnx(model, path, torch.randn(4, 3, 16, 16))
+    assert result.ok and not result.exact and result.tolerance == 0.05 and result.tensors == ()
+    assert result.unproven is not None and "ValueError: of no use" in result.unproven
+    assert "not proven kernel by kernel" in str(result)
+    change(path, "head.bias_int32", lambda value: value + 200_000)
+    assert not verify_onnx(model, path, torch.randn(4, 3, 16, 16)).ok
 
 
 class QuantizedOutput(nn.Module):
