@@ -3,10 +3,12 @@
     python benchmarks/method_overhead.py [--quick] [--only MLP] [--methods GM RigL]
 
 First a whole step (zero_grad, forward, loss, backward, optimizer) with the method at work at 90 % zeros against a bare
-one, in turn. Bars, medians on one thread: 1.01 on ResNet-18 and the encoder, 1.08 on the MLP, for every method that
-need not see every gradient. Movement pruning adds up scores and Top-KAST puts weights in and out at every step; OBS and
-M-FAC without a grad_sampler take in the gradients of the last `num_grads` steps before an update: their rows have no
-bar. Then, on the MLP, the optimizer's step in which an update falls less one in which none does.
+one. Methods work inside of the optimizer's step, so whole steps are taken in turn, and the bare one with its own
+optimizer's step exchanged for the other's is compared with itself: what forward and backward passes vary by cancels
+out. (step_overhead.py compares whole steps.) Bars, medians, one thread: 1.01 on ResNet-18 and the encoder, 1.08 on the
+MLP, for every method that need not see every gradient. Movement pruning adds up scores and Top-KAST puts weights in and
+out at every step; OBS and M-FAC without a grad_sampler take in the gradients of the last `num_grads` steps before an
+update: their rows have no bar. Then, on the MLP, the optimizer's step in which an update falls less one without.
 
 Times are the process's own on the CPU, so that other programs disturb little; --wall takes the clock on the wall.
 """
@@ -71,23 +73,41 @@ EVERY_STEP = ("movement", "Top-KAST")
 COLLECTING = ("OBS", "M-FAC")
 
 
-def prepared(
-    model: nn.Module, inputs: Tensor, labels: Tensor, modifier: Modifier | None, steps_per_epoch: int = STEPS
-) -> tuple[Callable[[], None], Callable[[], object]]:
-    """A whole training step, and the optimizer's alone; `modifier` is put to work first."""
-    model = copy.deepcopy(model).train()
-    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9, weight_decay=1e-4)
-    if modifier is not None:
-        # Kept alive by the optimizer's hooks.
-        ScheduledModifierManager([modifier]).modify(model, optimizer, steps_per_epoch=steps_per_epoch)
+class Trained:
+    """A copy of a model in training, with `modifier` at work from the start.
 
-    def step() -> None:
-        optimizer.zero_grad()
-        F.cross_entropy(model(inputs), labels).backward()
-        optimizer.step()
+    Attributes:
+        step: a whole step.
+        optimizer_step: the optimizer's alone, with the gradients of the last step.
+        inside: seconds in the optimizer's step, of the last whole step.
+    """
 
-    step()
-    return step, optimizer.step
+    def __init__(
+        self,
+        problem: tuple[nn.Module, Tensor, Tensor],
+        modifier: Modifier | None,
+        clock: Callable[[], float],
+        steps_per_epoch: int = STEPS,
+    ) -> None:
+        self.model, self.inputs, self.labels = copy.deepcopy(problem[0]).train(), *problem[1:]
+        self.optimizer = torch.optim.SGD(self.model.parameters(), lr=1e-3, momentum=0.9, weight_decay=1e-4)
+        self.clock, self.inside = clock, 0.0
+        if modifier is not None:
+            # Kept alive by the optimizer's hooks.
+            ScheduledModifierManager([modifier]).modify(self.model, self.optimizer, steps_per_epoch=steps_per_epoch)
+        self.optimizer_step = self.optimizer.step
+        self.step()
+
+    def step(self) -> float:
+        """How long it took, in seconds."""
+        start = self.clock()
+        self.optimizer.zero_grad()
+        F.cross_entropy(self.model(self.inputs), self.labels).backward()
+        before = self.clock()
+        self.optimizer.step()
+        end = self.clock()
+        self.inside = end - before
+        return end - start
 
 
 def problem(name: str) -> tuple[nn.Module, Tensor, Tensor]:
@@ -97,54 +117,56 @@ def problem(name: str) -> tuple[nn.Module, Tensor, Tensor]:
     return model, inputs, torch.randint(0, classes, (len(inputs),))
 
 
-def measured(a: Callable[[], object], b: Callable[[], object], options: argparse.Namespace) -> Ratio:
-    clock = time.perf_counter if options.wall else time.process_time
-    start = clock()
-    b()
-    # An even number: an update of AC/DC is one of two kinds in turn.
-    repeats = max(2, 2 * round(0.025 / max(clock() - start, 1e-4)))
-    return paired(a, b, pairs=3 if options.quick else options.pairs, repeats=repeats, clock=clock, warmup=1)
+def in_turn(a: Trained, b: Trained, pairs: int) -> Ratio:
+    """Whole steps of b with the optimizer's step of a, against whole steps of b."""
+    times: tuple[list[float], list[float]] = ([], [])
+    for pair in range(pairs):
+        for one in (a, b) if pair % 2 else (b, a):
+            whole = one.step()
+            if one is b:
+                times[1].append(whole)
+        times[0].append(times[1][-1] - b.inside + a.inside)
+    return Ratio(*times)
 
 
 def between_updates(name: str, options: argparse.Namespace) -> None:
-    model, inputs, labels = problem(name)
+    task, clock = problem(name), options.clock
     bar = next(value for key, value in BARS.items() if name.startswith(key))
-    bare, _ = prepared(model, inputs, labels, None)
+    bare = Trained(task, None, clock)
     for method in options.methods:
-        ratio = measured(prepared(model, inputs, labels, METHODS[method](EPOCHS))[0], bare, options)
+        ratio = in_turn(Trained(task, METHODS[method](EPOCHS), clock), bare, options.pairs)
         free = method in EVERY_STEP
         note = "at every step" if free else f"bar {bar}: {'reached' if ratio.median <= bar else 'NOT reached'}"
         print(f"{name:40} {method:19} {ratio}  {note}", flush=True)
     if not name.startswith("MLP"):
         return
     for method in (m for m in options.methods if m in COLLECTING):
-        # One step an epoch, and updates every 16: gradients are wanted at all of them; the next update is far away.
-        step, _ = prepared(model, inputs, labels, METHODS[method](float(GRADIENTS)), steps_per_epoch=1)
-        ratio = measured_collecting(step, bare, options)
+        # One step an epoch, and updates every 16: gradients are wanted at all steps, and one of 16 is an update, an
+        # outlier that the median drops.
+        collecting = Trained(task, METHODS[method](float(GRADIENTS)), clock, steps_per_epoch=1)
+        ratio = in_turn(collecting, bare, min(options.pairs, 2 * GRADIENTS))
         print(f"{name:40} {method + ', collecting':19} {ratio}  while it collects", flush=True)
-
-
-def measured_collecting(step: Callable[[], object], bare: Callable[[], object], options: argparse.Namespace) -> Ratio:
-    """Pairs of single steps; those in which an update falls, one of 16, are outliers that the median drops."""
-    clock = time.perf_counter if options.wall else time.process_time
-    return paired(step, bare, pairs=5 if options.quick else max(options.pairs, 31), clock=clock, warmup=1)
 
 
 def updates(options: argparse.Namespace) -> None:
     name = next(name for name in MODELS if name.startswith("MLP"))
-    model, inputs, labels = problem(name)
-    weights = sum(p.numel() for p in model.parameters() if p.dim() > 1)
+    task = problem(name)
+    weights = sum(p.numel() for p in task[0].parameters() if p.dim() > 1)
     print(
         f"\nan update of the masks of {weights / 1e6:.1f} M weights, {name}: the optimizer's step with less without it"
     )
     for method in options.methods:
-        _, with_update = prepared(model, inputs, labels, METHODS[method](-1.0))
-        _, without = prepared(model, inputs, labels, METHODS[method](EPOCHS))
-        if method in COLLECTING:
-            clock = time.perf_counter if options.wall else time.process_time
-            ratio = paired(with_update, without, pairs=3, clock=clock, warmup=1)
-        else:
-            ratio = measured(with_update, without, options)
+        with_update, without = (Trained(task, METHODS[method](every), options.clock) for every in (-1.0, EPOCHS))
+        # Repeats are even: an update of AC/DC is one of two kinds in turn.
+        pairs, repeats = (3, 1) if method in COLLECTING else (options.pairs // 2, 4)
+        ratio = paired(
+            with_update.optimizer_step,
+            without.optimizer_step,
+            pairs=pairs,
+            repeats=repeats,
+            warmup=1,
+            clock=options.clock,
+        )
         seconds = statistics.median(x - y for x, y in zip(ratio.a, ratio.b, strict=True))
         also = " with one gradient taken in" if method in COLLECTING else ""
         print(f"{method:19} {1e3 * seconds:9.2f} ms  {1e9 * seconds / weights:8.1f} ns a weight{also}", flush=True)
@@ -155,9 +177,11 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="few pairs: shows that it runs, not how fast")
     parser.add_argument("--only", default="", help="only the models whose name contains this")
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
-    parser.add_argument("--pairs", type=int, default=21)
+    parser.add_argument("--pairs", type=int, default=41)
     parser.add_argument("--wall", action="store_true", help="the clock on the wall instead of the processor's time")
     options = parser.parse_args()
+    options.clock = time.perf_counter if options.wall else time.process_time
+    options.pairs = 4 if options.quick else options.pairs
     torch.set_num_threads(1)
     # OBS and M-FAC say that their first masks go by magnitude: here that is how they get to 90 %.
     logging.getLogger("sparsify").setLevel(logging.ERROR)
