@@ -128,7 +128,7 @@ def test_what_is_left_in_float_is_named_with_the_reason() -> None:
             self.scaled = Scaled(4, 4)
             self.sub = Sub(4, 4)
             self.normed = torch.nn.utils.parametrizations.weight_norm(nn.Linear(4, 4))
-            self.attention = nn.MultiheadAttention(4, 2, batch_first=True)
+            self.attention = nn.MultiheadAttention(4, 2, batch_first=True, add_zero_attn=True)
 
         def forward(self, x: Tensor) -> Tensor:
             return self.attention(*[self.normed(self.scaled(self.sub(self.used(x))))] * 3)[0]
@@ -145,7 +145,7 @@ def test_what_is_left_in_float_is_named_with_the_reason() -> None:
     assert why["unused"] == "was not called on the example inputs"
     assert why["scaled"] == "what Scaled computes is not one operation on its weight and bias"
     assert "recomputed before every forward" in why["normed"]
-    assert "MultiheadAttention" in why["attention"]
+    assert "add_zero_attn" in why["attention"]
     assert [layer.name for layer in plan.layers] == ["used", "sub"]
     assert "unused: was not called" in str(plan)
 

@@ -31,8 +31,9 @@ class QuantizationModifier(Modifier):
     Quantized are Linear, Conv1d, Conv2d, ConvTranspose2d and transformers' Conv1D (weights and what they read),
     subclasses of them that compute the same, Embedding (weights), and in convolutional blocks what activations,
     residual adds, products, concatenations and average pools give. BatchNorm behind a convolution is folded in eval
-    mode and at export. The projections of MultiheadAttention and LSTM stay in float. At its end quantized layers stay,
-    ready for export.
+    mode and at export. Of MultiheadAttention the projections are quantized where query, key and value are one tensor;
+    LSTM and other recurrent layers stay in float. What stays in float is logged by name, with the reason. At its end
+    quantized layers stay, ready for export.
     """
 
     kind: ClassVar[Kind] = "quantization"

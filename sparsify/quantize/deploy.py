@@ -24,6 +24,7 @@ from sparsify.quantize.layers import (
     QuantizedEmbedding,
     QuantizedLayer,
     QuantizedLinear,
+    QuantizedMultiheadAttention,
     integers,
     quantizers,
 )
@@ -175,6 +176,9 @@ def deployment_copy(model: nn.Module) -> nn.Module:
             if module.gate is not None:
                 module.register_buffer("gate_scale", torch.tensor(GATES[module.gate], device=module.scale.device))
                 module.register_buffer("gate_zero_point", torch.zeros_like(module.zero_point))
+        elif isinstance(module, QuantizedMultiheadAttention):
+            # Its layer in_proj has them as integers.
+            module._parameters["in_proj_weight"] = module._parameters["in_proj_bias"] = None
         elif type(module) in NORMS.values() and cast(Any, module)._wiring.layer is not None:
             for name in list(module._parameters):
                 module._parameters[name] = None

@@ -20,7 +20,15 @@ from torch import nn
 from sparsify.graph import Node, Trace
 from sparsify.quantize.fake import GATES
 from sparsify.quantize.functional import KINDS, LAYER, NORM, child_name
-from sparsify.quantize.layers import NORMS, POINTWISE, WEIGHTED, channel_axis, is_norm_and_more, is_weighted
+from sparsify.quantize.layers import (
+    NORMS,
+    POINTWISE,
+    PROJECTION,
+    WEIGHTED,
+    channel_axis,
+    is_norm_and_more,
+    is_weighted,
+)
 from sparsify.quantize.plan import Layer, Left, Plan, Site
 from sparsify.quantize.scheme import ActivationScheme, Scheme, Settings
 from sparsify.targets import named_modules
@@ -56,17 +64,19 @@ class _Planner:
                 self.layers[name] = self.schemes[name] or settings.scheme
             else:
                 self.left.append(Left(name, why))
-        for name, module in self.modules.items():
+        self.attentions: list[str] = []
+        for name, module in list(self.modules.items()):
             kind = type(module).__name__
-            if is_weighted(module) or not isinstance(module, (*WEIGHTED, nn.MultiheadAttention, nn.Conv3d)):
+            if is_weighted(module) or kind == PROJECTION or not isinstance(module, (*WEIGHTED, *UNSUPPORTED)):
                 continue
-            if kind == "MultiheadAttention":
-                why = "MultiheadAttention computes its projections by itself, without layers"
-            elif kind == "NonDynamicallyQuantizableLinear":
-                continue
+            if type(module) is nn.MultiheadAttention:
+                why = self._why_no_attention(name, module)
+            elif isinstance(module, (nn.RNNBase, nn.RNNCellBase)):
+                why = f"{kind} computes its steps in one operator of torch, in which nothing can be quantized"
             else:
                 why = f"{kind} is not one of {', '.join(cls.__name__ for cls in WEIGHTED)} exactly"
-            self.left.append(Left(name, why))
+            if why is not None:
+                self.left.append(Left(name, why))
         self.folds = self._find_folds()
         # The node that gives what a layer gives: its BatchNorm where that is folded.
         self.ends: dict[str, str] = {}
@@ -75,6 +85,31 @@ class _Planner:
                 if node.kind != "embedding":
                     last = self.folds.get(name)
                     self.ends[self._norm_node(node, last) if last else node.name] = name
+
+    def _why_no_attention(self, name: str, module: nn.MultiheadAttention) -> str | None:
+        """Takes the projections of a self-attention as two layers; or says why not."""
+        names = [f"{name}.in_proj", f"{name}.out_proj"]
+        schemes = self.settings.per_layer(self.modules[""], names)
+        scheme = schemes[names[0]]
+        if (
+            scheme is None
+            or schemes[names[1]] != scheme
+            or (scheme.weights is None and scheme.input_activations is None)
+        ):
+            return "left out by the recipe"
+        if name not in self.trace.calls:
+            return "was not called on the example inputs"
+        if module.in_proj_weight is None or module.bias_k is not None or module.add_zero_attn:
+            return "keys or values of another width, bias_k and add_zero_attn are not supported"
+        nodes = [node for node in self.trace.of_module(name) if node.kind == "linear" and node.is_float]
+        if len(nodes) != 2 or self.trace.calls[name] != 1 or len(nodes[0].inputs) != 1:
+            return "its query, key and value are not one tensor, or it is called more than once"
+        self.attentions.append(name)
+        # The layer that `plan.apply_plan` gives it; here only its type counts.
+        self.modules[names[0]] = nn.Linear(1, 1, device="meta")
+        for one, node in zip(names, nodes, strict=True):
+            self.nodes[one], self.layers[one] = [node], scheme
+        return None
 
     def _why_not(self, name: str) -> str | None:
         scheme = self.schemes[name]
@@ -132,7 +167,7 @@ class _Planner:
         """Where the quantizer of what `node` gives can stand: (module, child, role); None: only at its readers."""
         if node.name in self.ends:
             layer = self.ends[node.name]
-            if self.trace.calls[layer] > 1:
+            if self.trace.calls.get(layer, 1) > 1:
                 return None
             return self.folds.get(layer, layer), "output_quantizer", "output"
         if node.kind not in KINDS or not node.is_float or self._ignored(node):
@@ -302,6 +337,7 @@ class _Planner:
             norms=tuple(name for name, m in self.modules.items() if type(m) in NORMS or is_norm_and_more(m)),
             slow=self._slow(),
             left=tuple(dict.fromkeys(self.left)),
+            attentions=tuple(self.attentions),
         )
 
     def _layer_node(self, end: str) -> str:
@@ -370,7 +406,7 @@ class _Planner:
                 if kind not in found:
                     counts.pop(kind, None)
         for name in self.layers:
-            if type(self.modules[name]) not in WEIGHTED:
+            if type(self.modules[name]) not in WEIGHTED and type(self.modules[name]).__name__ != PROJECTION:
                 watched.setdefault(name, {})[LAYER] = 1
         for norm in self.folds.values():
             if is_norm_and_more(self.modules[norm]):
@@ -395,6 +431,11 @@ class _Planner:
         )
 
 
+UNSUPPORTED = (
+    *(nn.MultiheadAttention, nn.RNNBase, nn.RNNCellBase, nn.EmbeddingBag, nn.Bilinear),
+    *(nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose3d),
+)
+"""Modules of torch with weights that are named, with a reason, where they stay in float."""
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 
 

@@ -18,7 +18,15 @@ from torch import Tensor, nn
 from sparsify.errors import StateError
 from sparsify.quantize.fake import FakeQuantize
 from sparsify.quantize.functional import Watched, watch
-from sparsify.quantize.layers import WEIGHTED, QuantizedLayer, Retyped, is_norm_and_more, is_weighted, retype
+from sparsify.quantize.layers import (
+    WEIGHTED,
+    QuantizedLayer,
+    Retyped,
+    hold_projection,
+    is_norm_and_more,
+    is_weighted,
+    retype,
+)
 from sparsify.targets import named_modules
 
 __all__: list[str] = []
@@ -95,6 +103,7 @@ class Plan:
         norms: every BatchNorm, so that its statistics can be frozen, folded or not.
         slow: TransformerEncoderLayers that must not take their fused path.
         left: what stays in float, and why.
+        attentions: MultiheadAttentions whose projections are layers, of the names "<name>.in_proj" and ".out_proj".
     """
 
     layers: tuple[Layer, ...] = ()
@@ -103,6 +112,7 @@ class Plan:
     norms: tuple[str, ...] = ()
     slow: tuple[str, ...] = ()
     left: tuple[Left, ...] = ()
+    attentions: tuple[str, ...] = ()
 
     @property
     def folds(self) -> dict[str, str]:
@@ -131,6 +141,7 @@ class Plan:
                 norms=tuple(state["norms"]),
                 slow=tuple(state["slow"]),
                 left=tuple(Left(**left) for left in state["left"]),
+                attentions=tuple(state.get("attentions", ())),
             )
         except (KeyError, TypeError, AttributeError) as error:
             raise StateError(
@@ -163,13 +174,24 @@ def check_plan(model: nn.Module, plan: Plan, *, again: bool = False) -> None:
     """
     modules: dict[str, Any] = {"": model, **named_modules(model)}
     wanted = {layer.name for layer in plan.layers} | {site.module for site in plan.sites} | set(plan.watched)
-    missing = sorted(name for name in (wanted | set(plan.norms) | set(plan.slow)) if name not in modules)
+    made = {f"{name}.in_proj" for name in plan.attentions}
+    wanted |= set(plan.norms) | set(plan.slow) | set(plan.attentions)
+    missing = sorted(name for name in wanted - made if name not in modules)
     if missing:
         raise StateError(
             f"the plan of quantized layers names {missing[0]!r}, which {type(model).__name__} does not have. It was "
             "made for another model."
         )
+    for name in plan.attentions:
+        if type(modules[name]) is not nn.MultiheadAttention and not (again and isinstance(modules[name], Retyped)):
+            raise StateError(
+                f"{name} is a {type(modules[name]).__name__}, not a MultiheadAttention: it is quantized already, or "
+                "the plan is of another model."
+            )
+    projections = made | {f"{name}.out_proj" for name in plan.attentions}
     for layer in plan.layers:
+        if layer.name in projections:
+            continue
         if not is_weighted(modules[layer.name]) and not (again and isinstance(modules[layer.name], Retyped)):
             raise StateError(
                 f"{layer.name} is a {type(modules[layer.name]).__name__}, not one of "
@@ -185,6 +207,10 @@ def apply_plan(model: nn.Module, plan: Plan) -> None:
         StateError: a layer of the plan is missing or of another type; nothing is changed then.
     """
     check_plan(model, plan)
+    for name in plan.attentions:
+        attention: Any = named_modules(model)[name]
+        retype(attention)
+        hold_projection(attention)
     modules: dict[str, Any] = {"": model, **named_modules(model)}
     for path, counts in plan.watched.items():
         watch(modules[path], dict(counts))
