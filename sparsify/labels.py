@@ -250,7 +250,6 @@ class Walk:
             if weighted is not None:
                 return weighted
         read = [one for one in node.all_input_nodes if isinstance(one.meta.get("val"), Tensor)]
-        read = [one for one in node.all_input_nodes if isinstance(one.meta.get("val"), Tensor)]
         if not any(self.tensor(one) for one in read) and not any(core(self.read(one)).any() for one in read):
             return _nothing(node)
         rule = rule_of(node)
