@@ -200,7 +200,7 @@ def quantize_model(
         work = copy.deepcopy(reference)
         apply_plan(work, plan)
         settle(work, args, kwargs)
-        _take_ranges(work, plan, data, (args, kwargs), progress)
+        _take_ranges(work, plan, data, (args, kwargs), type(model).__name__, progress)
         job = _Weights(reference, work, plan, traced, rounding, correct_bias, bool(data))
         layers = job.run(data, sequential, progress)
         for name, tensor in work.state_dict().items():
@@ -235,9 +235,10 @@ def quantize_onnx(
     Raises:
         ExportError: the file does not compute what the model computes; nothing is written then. Otherwise as the three.
     """
-    data = None if calibration_data is None else list(islice(calibration_data, options.get("batches")))
-    quantized = quantize_model(model, data, sample_inputs=sample_inputs, **options)
-    args, kwargs = called_with(quantized.model, sample_inputs if sample_inputs is not None else cast(Any, data)[0])
+    least = options.get("least_samples", SAMPLES)
+    data, _ = _batches(calibration_data, options.get("batches"), least)
+    quantized = quantize_model(model, data or None, sample_inputs=sample_inputs, **options)
+    args, kwargs = called_with(quantized.model, data[0] if sample_inputs is None else sample_inputs)
     sample = kwargs or args
     with replacing(path) as temporary:
         exported = export_onnx(
@@ -336,15 +337,18 @@ class _Weights:
         layer, module = self.plan[name], self.modules[name]
         norm = None if layer.norm is None else self.modules[layer.norm]
         corrected = self.correct_bias and bias_correction.can_correct(module, norm)
-        weight = layer_inputs.as_matrix(module).detach().float()
+        # A copy: it is compared with what takes its place.
+        weight = layer_inputs.as_matrix(module).detach().float().clone()
         bits, kind = _bits(layer.largest), self._kind(name)
         if not moments.columns:
             return QuantizedWeights(name, bits, "nearest")
         second, cross = moments.second, moments.cross
         power = second
         if corrected:
-            # Means are the bias's business.
+            # Means are the bias's business. Where nothing but a mean is there, float32 leaves noise of either sign.
+            noise = 1e-6 * second.diagonal(dim1=1, dim2=2).mean(-1)[:, None, None]
             second = second - moments.mean[:, :, None] * moments.mean[:, None, :]
+            second = second + noise * torch.eye(second.shape[-1], device=second.device)
             power = second
             if cross is not None:
                 cross = cross - moments.mean[:, :, None] * moments.mean_float[:, None, :]
@@ -392,6 +396,7 @@ def _take_ranges(
     plan: Plan,
     data: Sequence[Any],
     sample: tuple[tuple[Any, ...], dict[str, Any]],
+    name: str,
     progress: bool | None,
 ) -> None:
     """Ranges of activations, by the values of the float model; the weights are not rounded meanwhile."""
@@ -404,7 +409,7 @@ def _take_ranges(
             calibrate(work, _tracked(data, "calibrating", progress))
         else:
             warnings.warn(
-                f"no calibration_data: ranges of {type(work).__name__} come from the statistics of its BatchNorms, and "
+                f"no calibration_data: ranges of {name} come from the statistics of its BatchNorms, and "
                 "that of its input from sample_inputs. A few hundred samples would give better ones.",
                 SparsifyWarning,
                 stacklevel=3,
@@ -428,10 +433,10 @@ def _batches(data: Iterable[Any] | None, most: int | None, least: int) -> tuple[
     """The batches, looked through: (batches, samples)."""
     if data is None:
         return [], 0
-    if isinstance(data, (str, bytes, Mapping)) or not isinstance(data, Iterable):
-        raise ArgumentError(f"calibration_data is a {type(data).__name__}: give an iterable of batches, as a loader.")
     if isinstance(data, Tensor):
         raise ArgumentError("calibration_data is one tensor: give an iterable of batches; [x] for a single one.")
+    if isinstance(data, (str, bytes, Mapping)) or not isinstance(data, Iterable):
+        raise ArgumentError(f"calibration_data is a {type(data).__name__}: give an iterable of batches, as a loader.")
     if most is not None and (isinstance(most, bool) or not isinstance(most, int) or most < 1):
         raise ArgumentError(f"batches={most!r}: give a whole number above 0, or None for all.")
     found = list(islice(data, most))

@@ -6,10 +6,10 @@ import copy
 
 import pytest
 import torch
+from quantized_models import Block
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from quantized_models import Block
 from sparsify.graph import trace
 from sparsify.quantize.equalize import Neighbours, equalize, neighbours
 

@@ -177,13 +177,15 @@ def watch_inputs(model: nn.Module, names: Sequence[str], batch: Any, see: Callab
 
     def hook(name: str) -> Callable[..., None]:
         def before(module: Any, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
-            x = inputs[0] if inputs else next(iter(named.values()))
-            wiring = getattr(module, "_wiring", None)
-            if wiring is not None:
-                quantizer = wiring.shared if wiring.shared is not None else module._modules.get("input_quantizer")
-                # Not by calling it: it counts its readers.
-                x = x if quantizer is None else quantizer._evaluate(x)
-            see(name, x)
+            # What is computed here is no operation of the user's: it is hidden from whoever counts them.
+            with torch._C.DisableTorchFunction():
+                x = inputs[0] if inputs else next(iter(named.values()))
+                wiring = getattr(module, "_wiring", None)
+                if wiring is not None:
+                    quantizer = wiring.shared if wiring.shared is not None else module._modules.get("input_quantizer")
+                    # Not by calling it: it counts its readers.
+                    x = x if quantizer is None else quantizer._evaluate(x)
+                see(name, x)
 
         return before
 
