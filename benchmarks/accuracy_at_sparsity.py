@@ -215,13 +215,14 @@ def figures(values: list[float]) -> str:
 
 
 def table(store: Store, rows: list[str], levels: tuple[float, ...], seeds: list[int], heads: list[str]) -> None:
-    print(f"{'':15}" + "".join(f"{head:>14}" for head in heads) + f"{'s a run':>10}")
+    print(f"{'':15}" + "".join(f"{head:>14}" for head in heads) + f"{'seeds':>7}{'s a run':>9}")
     for row in rows:
         cells = [store.accuracies(row, 0.0 if row == "dense" else level, seeds) for level in levels]
         if not any(cells):
             continue
         seconds = [r["seconds"] for (name, _, _), r in store.results.items() if name == row]
-        print(f"{row:15}" + "".join(figures(cell) for cell in cells) + f"{statistics.mean(seconds):10.1f}")
+        print(f"{row:15}" + "".join(figures(cell) for cell in cells), end="")
+        print(f"{min(map(len, cells)):7}{statistics.median(seconds):9.1f}")
 
 
 def comparison(store: Store, peer: str, levels: Iterable[float], seeds: list[int]) -> None:
