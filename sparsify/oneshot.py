@@ -26,6 +26,7 @@ from sparsify.quantize import bias_correction, layer_inputs, rounding
 from sparsify.quantize.calibrate import calibrate, called_with
 from sparsify.quantize.equalize import equalize as equalize_channels
 from sparsify.quantize.equalize import neighbours
+from sparsify.quantize.functional import switch_off_all, switched_off
 from sparsify.quantize.layers import QuantizedEmbedding, quantizers
 from sparsify.quantize.placement import make_plan
 from sparsify.quantize.plan import Plan, apply_plan, is_quantized, settle
@@ -209,9 +210,9 @@ def quantize_model(
     if inplace:
         apply_plan(model, plan)
         model.load_state_dict(work.state_dict())
-        for ours, theirs in zip(quantizers(model), quantizers(work), strict=True):
-            ours.enabled = theirs.enabled
-            ours.observing = False
+        switch_off_all(model, switched_off(work))
+        for quantizer in quantizers(model):
+            quantizer.observing = False
     return QuantizedModel(user_model if inplace else work, plan, layers, equalized, samples)
 
 

@@ -245,6 +245,19 @@ def test_transformers_are_quantized_from_batches_of_named_inputs(tmp_path: Path)
     assert written.verification.ok
 
 
+def test_multihead_attention_is_quantized_with_the_rest() -> None:
+    torch.manual_seed(0)
+    model = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True).eval()
+    batches = [torch.randn(8, 6, 16) for _ in range(4)]
+    for bits, most in ((8, 0.05), (4, 0.3)):
+        result = quantize_model(model, batches, scheme={"weights": {"num_bits": bits}})
+        kinds = {layer.layer: layer.rounding for layer in result.layers}
+        assert {"self_attn.in_proj", "self_attn.out_proj", "linear1", "linear2"} <= kinds.keys()
+        with torch.no_grad():
+            wanted = model(batches[0])
+            assert 0 < float((result.model(batches[0]) - wanted).norm() / wanted.norm()) < most
+
+
 def test_overrides_and_exceptions_are_those_of_the_modifier(net: nn.Module) -> None:
     result = quantize_model(
         net, samples(), scheme_overrides={"first.conv1": {"weights": {"num_bits": 4}}}, ignore=["fc"], batches=2
