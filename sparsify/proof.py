@@ -252,9 +252,9 @@ def _session(model: ModelProto, options: Any, path: str | os.PathLike[str]) -> A
 
 
 def _kernel(producer: Mapping[str, NodeProto], name: str) -> str:
-    """The operator behind a value; not the Transpose out of the layout in which convolutions run."""
+    """The operator behind a value; not what moves integers, as the Transpose out of the layout of convolutions."""
     node = producer[name]
-    while node.op_type == "Transpose" and node.input[0] in producer:
+    while node.op_type in ("Transpose", "Reshape", "Flatten", "Squeeze", "Unsqueeze") and node.input[0] in producer:
         node = producer[node.input[0]]
     return str(node.op_type)
 

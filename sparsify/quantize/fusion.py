@@ -115,7 +115,9 @@ class Fusion:
                 where = self._producer.get(name)
                 made = f"what {where.name or where.output[0]} gives" if where is not None else f"{name!r}"
                 return f"it reads {made} in float; quantize that as well"
-            if why := self._unsuitable(source, weight=source.input[0] in self._stored, bias=i == 2):
+            if why := self._unsuitable(
+                source, weight=source.input[0] in self._stored, bias=i == 2 and kind in ("Conv", "Gemm")
+            ):
                 return why
         if kind == "Gemm" and (
             integer(node, "transA", 0) or any(a.name in ("alpha", "beta") and a.f != 1.0 for a in node.attribute)
