@@ -286,3 +286,9 @@ def test_the_trace_and_the_settings_are_all_that_a_plan_depends_on() -> None:
         for parameter in model.parameters():
             parameter.mul_(3.0)
     assert plan_of(model, images()) == first
+
+
+def test_weight_only_leaves_what_layers_read_in_float() -> None:
+    plan = plan_of(mlp(), torch.randn(4, 6), scheme=NAMED["weight_only"])
+    assert not plan.sites and [layer.largest for layer in plan.layers] == [127] * 3
+    assert NAMED["onnxruntime"] == NAMED["default"]

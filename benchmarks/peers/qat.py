@@ -28,10 +28,22 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from models import Encoder, mlp, resnet20
 from paired import paired
 
+
+class Whole(nn.Module):
+    """A Sequential as a child: what NNCF adds to the model itself would be one of its layers."""
+
+    def __init__(self, body: nn.Module) -> None:
+        super().__init__()
+        self.body = body
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.body(x)
+
+
 NETWORKS: dict[str, tuple[Callable[[], nn.Module], Callable[[], Tensor]]] = {
     "ResNet-20": (resnet20, lambda: torch.randn(32, 3, 32, 32)),
     "encoder": (Encoder, lambda: torch.randint(0, 1000, (8, 128))),
-    "MLP": (mlp, lambda: torch.randn(64, 784)),
+    "MLP": (lambda: Whole(mlp()), lambda: torch.randn(64, 784)),
 }
 Prepared = tuple[nn.Module, Callable[[], object]]
 """A model that simulates quantization, and what its method wants called before every step."""

@@ -42,8 +42,8 @@ class QuantizationModifier(Modifier):
 
     scheme: Scheme | Named | None = Field(
         default=None,
-        description="default, deepsparse, tensorrt, or {input_activations, weights, output_activations}, each of "
-        "{num_bits, symmetric, strategy, kwargs} or null for float. null: default.",
+        description="default, onnxruntime, deepsparse, tensorrt, weight_only, or {input_activations, weights, "
+        "output_activations}, each of {num_bits, symmetric, strategy, kwargs} or null for float. null: default.",
     )
     scheme_overrides: dict[str, Scheme | Named | None] = Field(
         default_factory=dict,

@@ -17,7 +17,7 @@ from sparsify.targets import resolve_layers
 __all__: list[str] = []
 
 Bits = Annotated[int, Field(ge=2, le=8)]
-Named = Literal["default", "deepsparse", "tensorrt"]
+Named = Literal["default", "onnxruntime", "deepsparse", "tensorrt", "weight_only"]
 
 
 class ActivationScheme(BaseModel):
@@ -99,10 +99,14 @@ class Scheme(BaseModel):
 
 NAMED: dict[str, Scheme] = {
     "default": Scheme(),
+    "onnxruntime": Scheme(),
     "deepsparse": Scheme(),
     "tensorrt": Scheme(input_activations=ActivationScheme(symmetric=True)),
+    "weight_only": Scheme(input_activations=None),
 }
-"""default and deepsparse: uint8 activations, int8 weights per channel. tensorrt: int8, symmetric activations."""
+"""default, onnxruntime and deepsparse: uint8 activations, int8 weights per channel, which onnxruntime runs in integers
+on the CPU. tensorrt: int8, symmetric activations. weight_only: int8 weights, computed with in float: a quarter of the
+size, and no faster."""
 
 
 @dataclass(frozen=True)
