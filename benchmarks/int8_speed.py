@@ -29,6 +29,7 @@ from paired import Ratio, machine, paired
 from torch import Tensor, nn
 
 from sparsify import ScheduledModifierManager, export_onnx
+from sparsify.runtime import optimized_operators
 
 RECIPE = "modifiers:\n  - !QuantizationModifier\n    start_epoch: 0.0\n"
 CALIBRATION = 4
@@ -159,7 +160,11 @@ def main() -> None:
                 continue
             unseen = {key: value.numpy() for key, value in inputs(8).items()}
             mine, theirs = error(ours, plain, unseen), error(static, plain, unseen)
-            print(f"{name}: error {mine:.4f}, quantize_static {theirs:.4f}", flush=True)
+            same = optimized_operators(ours) == optimized_operators(static)
+            print(
+                f"{name}: error {mine:.4f}, quantize_static {theirs:.4f}{'; the same kernels' if same else ''}",
+                flush=True,
+            )
             for batch in arguments.batch:
                 feeds = {key: value.numpy() for key, value in inputs(batch).items()}
                 for threads in arguments.threads:
