@@ -326,3 +326,129 @@ def test_what_cannot_be_traced_is_refused() -> None:
 
     with pytest.raises(ArgumentError, match="cannot be traced"):
         find(Branching(), (IMAGE,))
+
+
+def places(families: Families, name: str) -> set[tuple[str, int]]:
+    return {(place.tensor, place.dim) for place in families.families[name].places}
+
+
+@pytest.mark.parametrize(
+    ("between", "expected"),
+    [
+        (nn.GroupNorm(4, 8), {("1.weight", 0), ("1.bias", 0)}),
+        (nn.PReLU(8), {("1.weight", 0)}),
+        (nn.Conv2d(8, 8, 1, groups=2), {("1.weight", 0), ("1.bias", 0)}),
+    ],
+)
+def test_what_scales_channels_goes_with_them(between: nn.Module, expected: set[tuple[str, int]]) -> None:
+    model = nn.Sequential(nn.Conv2d(3, 8, 1), between, nn.Conv2d(8, 5, 1))
+    families = found(model, IMAGE)
+    family = families.families["0.weight"]
+    assert places(families, "0.weight") == {("0.weight", 0), ("0.bias", 0), ("2.weight", 1)} | expected
+    size = {nn.GroupNorm: 4, nn.PReLU: 8, nn.Conv2d: 2}[type(between)]
+    assert family.size == size
+    # What goes together in one place goes together in all.
+    assert {place.channels for place in family.places} == {tuple(i // (8 // size) for i in range(8))}
+
+
+def test_the_halves_of_a_gate_lose_the_same_channels() -> None:
+    families = found(nn.Sequential(nn.Linear(12, 8), nn.GLU(), nn.Linear(4, 5)), ROWS)
+    family = families.families["0.weight"]
+    assert family.size == 4
+    rows = next(place for place in family.places if place.role == "row")
+    assert rows.channels == (0, 1, 2, 3, 0, 1, 2, 3)
+
+
+class Gated(nn.Module):
+    """The halves of a gate come from a layer and from its channels in another order."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(12, 4), nn.Linear(4, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.up(x)
+        result: Tensor = self.down(F.glu(torch.cat([x, x], -1), -1))
+        return result
+
+
+def test_a_gate_over_one_layer_twice_is_free() -> None:
+    assert found(Gated(), ROWS).families["up.weight"].size == 4
+
+
+class Picked(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down, self.last = nn.Linear(12, 6), nn.Linear(6, 4), nn.Linear(3, 2)
+        self.register_buffer("chosen", torch.tensor([0, 2, 3]))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.down(self.up(x).relu())
+        result: Tensor = self.last(x[..., self.chosen])
+        return result
+
+
+def test_channels_that_code_picks_by_number_stay() -> None:
+    families = found(Picked(), ROWS)
+    assert set(families.families) == {"up.weight"}
+    assert "takes some by number" in families.whole["down.weight"]
+
+
+class Twice(nn.Module):
+    """One layer reads two others: both lose the same channels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.left, self.right, self.both = nn.Linear(12, 6), nn.Linear(12, 6), nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        result: Tensor = self.both(self.left(x).relu()) * self.both(self.right(x).sigmoid())
+        return result
+
+
+def test_a_layer_that_is_called_twice_ties_what_it_reads() -> None:
+    families = found(Twice(), ROWS)
+    assert set(families.families) == {"left.weight"}
+    assert set(families.families["left.weight"].rows) == {"left.weight", "right.weight"}
+
+
+class Crossed(nn.Module):
+    """Attention of torch whose queries and keys have other widths: its projections are parameters of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(12, 3, kdim=4, vdim=4, batch_first=True)
+        self.keys, self.up, self.down = nn.Linear(12, 4), nn.Linear(12, 7), nn.Linear(7, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        keys = self.keys(x)
+        result: Tensor = self.down(self.up(self.attention(x, keys, keys, need_weights=False)[0]).relu())
+        return result
+
+
+def test_attention_of_torch_stays_whole_and_says_so() -> None:
+    families = found(Crossed(), ROWS)
+    assert set(families.families) == {"up.weight"}
+    fixed = {name: why for name, why in families.whole.items() if "fixes its width" in why}
+    assert {"attention.q_proj_weight", "attention.out_proj.weight"} <= set(fixed)
+
+
+class Counting(nn.Module):
+    """Writes into a buffer of positions and looks rows up by it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("positions", torch.arange(5))
+        self.up, self.down = nn.Linear(12, 6), nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        order = self.positions.add_(1) % 5
+        result: Tensor = self.down(self.up(x)[:, order].relu())
+        return result
+
+
+def test_what_writes_is_not_run_for_real() -> None:
+    model = Counting()
+    before = model.positions.clone()
+    found(model, ROWS)
+    assert torch.equal(model.positions, before)
