@@ -208,6 +208,15 @@ def test_every_integer_is_that_of_onnxruntime(name: str, ties: bool, tmp_path: A
         assert {0, 255} <= seen
 
 
+def test_softmax_rounds_right_where_it_shows_in_one_of_a_million(tmp_path: Any) -> None:
+    case = Case("Softmax", ((3, 4, 197, 197),), {"axis": -1}, kernel="QLinearSoftmax")
+    for seed in range(10):
+        model, feed = built(case, seed, ties=False)
+        found, operators = optimized(model, feed, tmp_path / "optimized.onnx")
+        assert operators[case.kernel] == 1
+        assert np.count_nonzero(Reference(model).run(feed)["out"] != found) == 0
+
+
 def half_away(x: Array) -> Array:
     rounded: Array = np.trunc(x + np.copysign(0.5, x)).astype(x.dtype)
     return rounded
