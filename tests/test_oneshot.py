@@ -165,6 +165,13 @@ def test_ranges_are_those_that_were_asked_for(net: nn.Module) -> None:
 
 def test_without_data_ranges_come_from_batchnorm_with_a_warning(net: nn.Module) -> None:
     x = samples()[0]
+    net = copy.deepcopy(net)
+    with torch.no_grad():
+        # Means and deviations that are not those of a fresh BatchNorm.
+        for norm in (net.bn, net.first.bn1):
+            norm.weight.mul_(0.3)
+            norm.bias.copy_(torch.tensor([2.0, -1.0, 1.5, 0.0]))
+        net.second.bn2.weight.mul_(0.1)
     state = torch.get_rng_state()
     with pytest.warns(SparsifyWarning, match="ranges of Net come from the statistics of its BatchNorms"):
         result = quantize_model(net, sample_inputs=(x,))
@@ -172,7 +179,10 @@ def test_without_data_ranges_come_from_batchnorm_with_a_warning(net: nn.Module) 
     known = quantize_model(net, samples(256))
     for ours, theirs in zip(quantizers(result.model), quantizers(known.model), strict=True):
         assert 0.4 < ours.scale.item() / theirs.scale.item() < 2.5, ours.name
-    assert error(net, result.model) < 0.3
+    x = torch.cat(samples(32, seed=9))
+    with torch.no_grad():
+        wanted = net(x)
+        assert float((result.model(x) - wanted).norm() / wanted.norm()) < 0.1
 
 
 def test_without_data_and_without_batchnorm_nothing_is_known() -> None:
