@@ -102,10 +102,9 @@ def fields(model: type[BaseModel]) -> str:
 
 def section(model: type[BaseModel], level: int) -> str:
     parts = [f"{'#' * level} {model.__name__}", inspect.cleandoc(text_of(model)), fields(model)]
-    if issubclass(model, Modifier):
-        if model.without_effect:
-            dropped = ", ".join(f"`{name}`" for name in sorted(model.without_effect))
-            parts.append(f"Read from older files, and without effect: {dropped}.")
+    if issubclass(model, Modifier) and model.without_effect:
+        dropped = ", ".join(f"`{name}`" for name in sorted(model.without_effect))
+        parts.append(f"Read from older files, and without effect: {dropped}.")
     return "\n\n".join(parts)
 
 

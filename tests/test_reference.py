@@ -17,6 +17,7 @@ from onnx import ModelProto, TensorProto, helper, numpy_helper
 
 from sparsify.errors import ArgumentError, ExportError
 from sparsify.quantize import integer_kernels
+from sparsify.quantize.float_kernels import compute
 from sparsify.quantize.fusion import Fusion
 from sparsify.quantize.integer_kernels import Grid, Quantized, quantize
 from sparsify.quantize.reference import Reference
@@ -263,6 +264,25 @@ def test_quantize_rounds_ties_to_even_and_clips_and_takes_what_is_not_finite() -
     many = np.concatenate([x, np.random.default_rng(0).normal(0, 60, 100_000).astype(np.float32)])
     assert np.array_equal(session.run(None, {"x": many})[0], quantize(many, grid))
     assert np.array_equal(Reference(model).run({"x": many})["q"], quantize(many, grid))
+
+
+@pytest.mark.parametrize(
+    ("shape", "picked", "axis"), [((1, 6), (1, 4), 1), ((5, 6), (2, 4), 1), ((4, 3, 2), (7, 2, 2), 0)]
+)
+def test_elements_are_gathered_as_onnxruntime_does(shape: tuple[int, ...], picked: tuple[int, ...], axis: int) -> None:
+    generator = np.random.default_rng(0)
+    data = generator.standard_normal(shape).astype(np.float32)
+    indices = generator.integers(-shape[axis], shape[axis], picked)
+    node = helper.make_node("GatherElements", ["x", "i"], ["y"], axis=axis)
+    inputs = [
+        helper.make_tensor_value_info("x", TensorProto.FLOAT, shape),
+        helper.make_tensor_value_info("i", TensorProto.INT64, picked),
+    ]
+    graph = helper.make_graph([node], "g", inputs, [helper.make_tensor_value_info("y", TensorProto.FLOAT, picked)])
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
+    session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    expected = session.run(None, {"x": data, "i": indices})[0]
+    assert np.array_equal(compute(node, [data, indices], 20)[0], expected)
 
 
 def test_accumulators_wrap_at_32_bits() -> None:

@@ -42,8 +42,8 @@ class OBSPruningModifier(GradualPruning):
     its weights' scores; one rounding error of a block's trace is added to `damp`. Where a network fits its training
     data most gradients vanish, and the default `damp` trusts noise: try 1e-3 then.
 
-    Cost, with the defaults on one CPU core: a gradient that is taken in 10 ns a weight, an update 1 to 2 us a weight; at
-    steps before the last `num_grads`, and with a sampler at all of them, no more than GMPruningModifier.
+    Cost, with the defaults on one CPU core: a gradient that is taken in 10 ns a weight, an update 1 to 2 us a weight;
+    at steps before the last `num_grads`, and with a sampler at all of them, no more than GMPruningModifier.
 
     Memory, while gradients are collected: 4 * (fisher_block_size + 10) bytes for each weight in float32 or less, and
     to work in what is most of 100 MB, 96 bytes for each weight of the largest parameter, and 48 *

@@ -144,12 +144,22 @@ def _layer_normalization(inputs: list[Array | None], attributes: dict[str, Any])
     return rounded
 
 
+def _gather_elements(inputs: list[Array | None], attributes: dict[str, Any]) -> Array | None:
+    data, indices = inputs[0], inputs[1]
+    assert data is not None and indices is not None
+    axis = int(attributes.get("axis", 0)) % data.ndim
+    # Along the other dimensions the indices may be fewer: those at the beginning are meant.
+    begin = tuple(slice(None) if d == axis else slice(size) for d, size in enumerate(indices.shape))
+    return np.take_along_axis(data[begin], np.where(indices < 0, indices + data.shape[axis], indices), axis)
+
+
 _OWN: dict[str, Callable[[list[Array | None], dict[str, Any]], Array | None]] = {
     "Conv": _conv,
     "MaxPool": _max_pool,
     "AveragePool": _average_pool,
     "Resize": _resize,
     "LayerNormalization": _layer_normalization,
+    "GatherElements": _gather_elements,  # onnx's own fails on one row
 }
 
 

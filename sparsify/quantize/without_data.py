@@ -61,4 +61,5 @@ def _values(norm: Any, x: Tensor, generator: torch.Generator) -> Tensor:
         # Folded: it hands its input through.
         mean = torch.zeros_like(norm.running_mean) if norm.bias is None else norm.bias
         deviation = torch.ones_like(norm.running_var) if norm.weight is None else norm.weight.abs()
-    return z.to(x) * deviation.view(shape) + mean.view(shape)
+    seen: Tensor = z.to(x) * deviation.view(shape) + mean.view(shape)
+    return seen
