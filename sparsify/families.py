@@ -9,15 +9,16 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from sparsify.atoms import NEVER, core, thin, varying
-from sparsify.graph import exported
-from sparsify.labels import Labelled, Role, labelled
 from sparsify.targets import clean_name, is_prunable_layer, named_modules, named_parameters
+
+if TYPE_CHECKING:
+    from sparsify.labels import Labelled, Role
 
 __all__: list[str] = []
 
@@ -102,6 +103,10 @@ def find(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None 
     Raises:
         ArgumentError: the model cannot be traced or fails on these inputs; the message says where in its code.
     """
+    # Here and not above: most who import this only read what was found.
+    from sparsify.graph import exported
+    from sparsify.labels import labelled
+
     return _grouped(model, labelled(model, exported(model, args, kwargs)))
 
 

@@ -18,7 +18,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from sparsify.errors import ArgumentError, ExportError
 from sparsify.export import deployed_copy
-from sparsify.proof import Proof, TensorDifference, prove
 from sparsify.quantize.emit import QUANTIZE_DEQUANTIZE
 from sparsify.runtime import first_line, open_session, read_model, run_session
 from sparsify.signature import Call, named_outputs, unwrapped
@@ -27,6 +26,7 @@ if TYPE_CHECKING:
     import numpy as np
     from onnx import ModelProto
 
+    from sparsify.proof import Proof, TensorDifference
     from sparsify.quantize.fusion import Unfused
 
 __all__ = ["verify_onnx"]
@@ -201,6 +201,8 @@ def verify_onnx(
     if quantized:
         recorded = _recorded(model, call)
         try:
+            from sparsify.proof import prove
+
             proof = prove(proto, path, feed, recorded, results[True])
         except ExportError as error:
             unproven = str(error)
