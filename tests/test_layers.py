@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[1] / "sparsify"
 
 FLOORS = {
     6: {"cli", "experiments", "integrations"},
-    5: {"manager", "session", "autorecipe", "oneshot"},
+    5: {"manager", "session", "optimize", "oneshot"},
     4: {"recipe", "analysis", "export", "verify", "proof", "benchmark", "report"},
     3: {"modifiers"},
     2: {

@@ -1,0 +1,92 @@
+"""What a model computes, layer by layer: types, shapes, parameters, MACs, and what can be compressed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+__all__ = ["LayerInfo", "ModelAnalysis", "UnknownOperator"]
+
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class LayerInfo:
+    """One layer, which has at most one weight; or a functional operation that costs something (a product in attention).
+
+    Attributes:
+        name: the module's path, as in `named_modules()`; with the parameter's name without "_weight" behind it where a
+            module has several ("attention.in_proj"); the owner's path and the operation for a functional one
+            ("encoder.layer.0.matmul").
+        type: the module's class ("Conv2d"), or the operation ("matmul").
+        weight: the name of the parameter that pruning and quantization act on; None for layers without.
+        shared_with: the layer that holds the same weight and comes first; its parameters are counted there.
+        input_shapes, output_shape: of the first call, batch included.
+        parameters: elements of the layer's own parameters, bias included; 0 where they are shared with an earlier one.
+        weights: elements of `weight` alone, 0 where it is shared with an earlier one.
+        macs: multiply-accumulates of all its calls on the sample inputs; FLOPs are twice that.
+        calls: how often it is computed in one forward.
+        groups: of a convolution; 1 elsewhere.
+        sparsity: the fraction of zeros in `weight`, 0 to 1, now.
+        bits: of the weight's values, now: 32, 16, or what its quantizer has.
+        why_not_prunable, why_not_quantizable: empty where it can be.
+    """
+
+    name: str
+    type: str
+    weight: str | None
+    shared_with: str | None
+    input_shapes: tuple[Shape, ...]
+    output_shape: Shape
+    parameters: int
+    weights: int
+    macs: int
+    calls: int
+    groups: int
+    sparsity: float
+    bits: int
+    why_not_prunable: str
+    why_not_quantizable: str
+
+    @property
+    def prunable(self) -> bool:
+        return not self.why_not_prunable
+
+    @property
+    def quantizable(self) -> bool:
+        return not self.why_not_quantizable
+
+
+@dataclass(frozen=True)
+class UnknownOperator:
+    """An operator whose MACs are not known, so that the total is a lower bound."""
+
+    operator: str
+    calls: int
+    where: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class ModelAnalysis:
+    """All layers in the order in which they are first computed, and the operators whose cost is not known.
+
+    `parameters` counts all of the model's, those of norms and of layers that are not listed too.
+    """
+
+    model: str
+    layers: tuple[LayerInfo, ...]
+    unknown: tuple[UnknownOperator, ...]
+    parameters: int
+    batch_size: int
+
+    @property
+    def macs(self) -> int:
+        return sum(layer.macs for layer in self.layers)
+
+    @property
+    def sparsity(self) -> float:
+        """Zeros in all weights / elements of all weights."""
+        weights = sum(layer.weights for layer in self.layers)
+        return sum(layer.sparsity * layer.weights for layer in self.layers) / weights if weights else 0.0
+
+    def layer(self, name: str) -> LayerInfo:
+        return next(layer for layer in self.layers if layer.name == name)
