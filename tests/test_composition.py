@@ -24,9 +24,10 @@ from sparsify.modifiers.layer_pruning import LayerPruningModifier
 from sparsify.modifiers.pruning import ConstantPruningModifier, GMPruningModifier
 from sparsify.modifiers.quantization import QuantizationModifier
 from sparsify.modifiers.second_order import OBSPruningModifier
-from sparsify.modifiers.sparse_training import MovementPruningModifier, TopKASTPruningModifier
+from sparsify.modifiers.sparse_training import MovementPruningModifier
 from sparsify.modifiers.structured import StructuredPruningModifier
 from sparsify.modifiers.thinning import LayerThinningModifier
+from sparsify.modifiers.top_kast import TopKASTPruningModifier
 from sparsify.recipe import Recipe
 
 both = pytest.mark.parametrize("kind", [Residual, Encoder])

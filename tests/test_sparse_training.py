@@ -28,8 +28,8 @@ from sparsify.modifiers.sparse_training import (
     ACDCPruningModifier,
     MovementPruningModifier,
     RigLPruningModifier,
-    TopKASTPruningModifier,
 )
+from sparsify.modifiers.top_kast import TopKASTPruningModifier
 
 STEPS_PER_EPOCH = 2
 STEPS = 14

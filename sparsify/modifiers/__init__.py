@@ -15,6 +15,7 @@ from sparsify.modifiers import (
     sparse_training,
     structured,
     thinning,
+    top_kast,
     training,
 )
 from sparsify.modifiers.base import *
@@ -31,6 +32,7 @@ from sparsify.modifiers.second_order import *
 from sparsify.modifiers.sparse_training import *
 from sparsify.modifiers.structured import *
 from sparsify.modifiers.thinning import *
+from sparsify.modifiers.top_kast import *
 from sparsify.modifiers.training import *
 
 __all__: list[str] = []
@@ -48,4 +50,5 @@ __all__ += second_order.__all__
 __all__ += sparse_training.__all__
 __all__ += structured.__all__
 __all__ += thinning.__all__
+__all__ += top_kast.__all__
 __all__ += training.__all__

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from sparsify.families import Families
     from sparsify.graph import Trace
     from sparsify.masking import Masker
-    from sparsify.modifiers.ledger import LearningRateLedger
+    from sparsify.modifiers.ledger import Entry, LearningRateLedger
     from sparsify.modifiers.log import RunLog
     from sparsify.removal import Removal
 
@@ -135,6 +135,26 @@ class Modifier(BaseModel, ABC):
             TargetError: a name that matches nothing or cannot be used.
         """
         return {}
+
+    def rate(self) -> Entry | None:
+        """The learning rate that it sets, if it sets one, as it enters the ledger."""
+        return None
+
+    def foreseen_zeros(self, clock: Clock, model: nn.Module) -> dict[str, float | None]:
+        """The share of zeros, 0 to 1, that its fields say each parameter will have at `clock`, by the parameter's name.
+
+        Of channels, where it masks `whole_channels`. None: what is there by then. Absent: not its business. Touches
+        nothing, and needs no data.
+        """
+        return {}
+
+    def foreseen_bits(self, clock: Clock, model: nn.Module) -> dict[str, int]:
+        """The bits that weights will have in the exported file from `clock` on, by the parameter's name."""
+        return {}
+
+    def activity(self, clock: Clock) -> str:
+        """What it does at `clock`, in a word or two; empty before its start and after its end."""
+        return "active" if clock.reached(self.window.start) and not clock.reached(self.window.end) else ""
 
     @abstractmethod
     def attach(self, run: Run) -> Active:

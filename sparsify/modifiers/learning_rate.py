@@ -32,13 +32,15 @@ class SetLearningRateModifier(Modifier):
         default=False, description="Whether the learning rate is logged at every step, not only where it changes."
     )
 
+    def rate(self) -> Entry:
+        """The fixed value."""
+        groups = None if self.param_groups is None else tuple(self.param_groups)
+        start, value = self.window.start, self.learning_rate
+        return Entry(type(self).__name__, start, lambda _: value, False, groups, self.constant_logging)
+
     def attach(self, run: Run) -> Active:
         """Enters the ledger, which asks for the value at every step."""
-        name = type(self).__name__
-        groups = None if self.param_groups is None else tuple(self.param_groups)
-        run.learning_rates.add(
-            Entry(name, self.window.start, lambda _: self.learning_rate, False, groups, self.constant_logging)
-        )
+        run.learning_rates.add(self.rate())
         return Active()
 
 
@@ -75,11 +77,14 @@ class LearningRateFunctionModifier(Modifier):
             return between("linear", self.init_lr, self.final_lr, progress)
         return between(self.lr_func, self.init_lr, self.final_lr, self.window.progress(clock.epoch))
 
+    def rate(self) -> Entry:
+        """`value`, at every step."""
+        groups = None if self.param_groups is None else tuple(self.param_groups)
+        return Entry(type(self).__name__, self.window.start, self.value, True, groups)
+
     def attach(self, run: Run) -> Active:
         """Enters the ledger, which asks for the value at every step."""
-        name = type(self).__name__
-        groups = None if self.param_groups is None else tuple(self.param_groups)
-        run.learning_rates.add(Entry(name, self.window.start, self.value, True, groups))
+        run.learning_rates.add(self.rate())
         return Active()
 
 
@@ -145,11 +150,14 @@ class LearningRateModifier(Modifier):
             return float(self.init_lr * gamma ** sum(m <= window.start + whole for m in given["milestones"]))
         return float(self.init_lr * gamma**whole)
 
+    def rate(self) -> Entry:
+        """`value`, at every step."""
+        groups = None if self.param_groups is None else tuple(self.param_groups)
+        return Entry(type(self).__name__, self.window.start, self.value, True, groups, self.constant_logging)
+
     def attach(self, run: Run) -> Active:
         """Enters the ledger, which asks for the value at every step."""
-        name = type(self).__name__
-        groups = None if self.param_groups is None else tuple(self.param_groups)
-        run.learning_rates.add(Entry(name, self.window.start, self.value, True, groups, self.constant_logging))
+        run.learning_rates.add(self.rate())
         return Active()
 
 

@@ -74,6 +74,28 @@ class SparseTraining(Modifier, ABC):
         return targets.resolve_parameters(model, self.names(), where=f"{type(self).__name__}.params")
 
     @abstractmethod
+    def sparsities(self, point: float, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, float]:
+        """The share of zeros in each parameter from `point` of the grid on, by its shape."""
+
+    def foreseen_zeros(self, clock: Clock, model: nn.Module) -> dict[str, float | None]:
+        """What `sparsities` says at the last point of the grid; nobody knows once the masks are released."""
+        point = Grid(self.window, self.update_frequency).latest(clock)
+        if point is None:
+            return {}
+        shapes = {name: tuple(p.shape) for name, p in self.targets(model).items() if isinstance(p, nn.Parameter)}
+        if point >= self.window.end and not self.leave_enabled:
+            return dict.fromkeys(shapes)
+        return {**self.sparsities(point, shapes)}
+
+    def activity(self, clock: Clock) -> str:
+        """Its masks move, and from its end on stay."""
+        if not clock.reached(self.window.start):
+            return ""
+        if not clock.reached(self.window.end):
+            return "moving masks"
+        return "holding zeros" if self.leave_enabled else ""
+
+    @abstractmethod
     def attach(self, run: Run) -> Active:
         """Its work on one model."""
 
@@ -149,3 +171,9 @@ class Moving(Active, ABC):
         self.point = None if state["point"] < 0 else float(state["point"])
         self.released = bool(state["released"])
         self.names = [name for name in state["names"] if name in self.finals]
+
+
+def taken_over(saved: Mapping[str, Tensor], parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
+    """Copies of saved tensors on the device of the parameters whose shape they have."""
+    fits = {name: value for name, value in saved.items() if name in parameters}
+    return {n: v.to(parameters[n].device, copy=True) for n, v in fits.items() if v.shape == parameters[n].shape}

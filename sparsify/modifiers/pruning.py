@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, field_validator, model_validator
+from torch import nn
 
 from sparsify import ranks, targets
 from sparsify.errors import SparsifyWarning, TargetError
@@ -18,7 +19,7 @@ from sparsify.modifiers.base import Active, Epoch, FieldProblem, Kind, Modifier,
 from sparsify.schedule import Clock, Curve, Grid, between
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
+    from torch import Tensor
 
 __all__ = [
     "ConstantPruningModifier",
@@ -188,6 +189,38 @@ class GradualPruning(Modifier, ABC):
             model, self.names(), where=f"{type(self).__name__}.{field}", strict=self.strict
         )
 
+    def foreseen_zeros(self, clock: Clock, model: nn.Module) -> dict[str, float | None]:
+        """The ramp, at the last point of the grid; with `global_sparsity` the share of all parameters together."""
+        point = Grid(self.window, self.update_frequency).latest(clock)
+        if point is None:
+            return {}
+        parameters = {name: p for name, p in self.targets(model).items() if isinstance(p, nn.Parameter)}
+        if point >= self.window.end and not self.leave_enabled:
+            return dict.fromkeys(parameters)
+        shape = MaskType.parse(self.mask_type)
+        exact = 1.0 - shape.keep / shape.of if shape.kind == "n_of_m" else None
+        zeros = {name: 1.0 - float(p.detach().count_nonzero()) / max(p.numel(), 1) for name, p in parameters.items()}
+        weights = sum(p.numel() for p in parameters.values())
+        overall = sum(zeros[name] * p.numel() for name, p in parameters.items()) / max(weights, 1)
+        found: dict[str, float | None] = {}
+        for final, names in self.final_by_names().items():
+            where = f"{type(self).__name__}.params"
+            last = final if exact is None else exact
+            for name in targets.resolve_parameters(model, names, where=where, strict=self.strict):
+                there = min(overall if self.global_sparsity else zeros[name], last)
+                initial = there if isinstance(self.init_sparsity, str) else self.init_sparsity
+                found[name] = between(self.inter_func, initial, last, self.window.progress(point))
+        return found
+
+    def activity(self, clock: Clock) -> str:
+        """Pruning, and from the end on holding what it pruned."""
+        point = Grid(self.window, self.update_frequency).latest(clock)
+        if point is None:
+            return ""
+        if point < self.window.end:
+            return "pruning"
+        return "holding zeros" if self.leave_enabled else ""
+
     @abstractmethod
     def attach(self, run: Run) -> Active: ...
 
@@ -237,6 +270,15 @@ class ConstantPruningModifier(Modifier):
         return targets.resolve_parameters(
             model, self.names(), where=f"{type(self).__name__}.params", strict=self.strict
         )
+
+    def foreseen_zeros(self, clock: Clock, model: nn.Module) -> dict[str, float | None]:
+        """What is there when it starts."""
+        within = clock.reached(self.window.start) and not clock.reached(self.window.end)
+        return dict.fromkeys(self.targets(model)) if within else {}
+
+    def activity(self, clock: Clock) -> str:
+        """It holds, from its start to its end."""
+        return "holding zeros" if super().activity(clock) else ""
 
     def attach(self, run: Run) -> Active:
         return _Constant(self, run)

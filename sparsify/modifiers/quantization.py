@@ -199,6 +199,30 @@ class QuantizationModifier(Modifier):
         schemes = settings.per_layer(model, layers)
         return {name: module for name, module in layers.items() if schemes[name] is not None}
 
+    def foreseen_bits(self, clock: Clock, model: nn.Module) -> dict[str, int]:
+        """Those of the scheme, for every layer that could be quantized; which can be is known from the traced model."""
+        if not clock.reached(self.window.start):
+            return {}
+        layers = {name: module for name, module in named_modules(model).items() if is_weighted(module)}
+        found = {}
+        for name, scheme in self.settings().per_layer(model, layers).items():
+            if scheme is not None and scheme.weights is not None:
+                found[f"{name}.weight"] = scheme.weights.num_bits
+        return found
+
+    def activity(self, clock: Clock) -> str:
+        """What is trained, and what no longer moves."""
+        if not clock.reached(self.window.start):
+            return ""
+        said = ["quantized"]
+        for epoch, what in (
+            (self.disable_quantization_observer_epoch, "ranges frozen"),
+            (self.freeze_bn_stats_epoch, "BatchNorm frozen"),
+        ):
+            if epoch is not None and epoch >= 0 and clock.reached(epoch):
+                said.append(what)
+        return ", ".join(said)
+
     def attach(self, run: Run) -> Active:
         """Checks names; the model is traced and quantized at the start.
 
