@@ -35,6 +35,8 @@ class Column:
     field: str
     title: str
     spec: str = ""
+    left: bool = False
+    """Text stands at the left, figures at the right; the first column is at the left in any case."""
 
     def cell(self, row: Mapping[str, object]) -> str:
         """The field's value as text; "-" where there is none.
@@ -91,8 +93,8 @@ class Table:
         widths = [max(len(line[index]) for line in lines) for index in range(len(self.columns))]
         body = [
             "  ".join(
-                cell.rjust(width) if index else cell.ljust(width)
-                for index, (cell, width) in enumerate(zip(line, widths, strict=True))
+                cell.rjust(width) if index and not column.left else cell.ljust(width)
+                for index, (cell, width, column) in enumerate(zip(line, widths, self.columns, strict=True))
             )
             for line in lines
         ]
@@ -109,7 +111,7 @@ class Table:
         |---|---:|
         | a | 1.2 |
         """
-        rule = "|".join("---:" if index else "---" for index in range(len(self.columns)))
+        rule = "|".join("---:" if i and not column.left else "---" for i, column in enumerate(self.columns))
         head = " | ".join(column.title for column in self.columns)
         body = [f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in row)} |" for row in self.cells()]
         return "\n".join([f"**{self.title}**", "", f"| {head} |", f"|{rule}|", *body])
@@ -147,7 +149,7 @@ def show(table: Table, file: TextIO | None = None) -> None:
         else:
             drawn = Drawn(title=Text(table.title))
             for index, column in enumerate(table.columns):
-                drawn.add_column(Text(column.title), justify="right" if index else "left")
+                drawn.add_column(Text(column.title), justify="right" if index and not column.left else "left")
             for row in table.cells():
                 drawn.add_row(*map(Text, row))
             Console(file=file).print(drawn)

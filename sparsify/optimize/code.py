@@ -1,0 +1,300 @@
+"""The lines that a recipe needs in a training loop, and a whole training script: text that runs as it is."""
+
+from __future__ import annotations
+
+import keyword
+import re
+from string import Template
+from typing import Literal, get_args
+
+from sparsify.errors import ArgumentError, did_you_mean
+
+__all__ = ["Framework", "integration_code", "training_script"]
+
+Framework = Literal["torch", "accelerate", "lightning", "transformers"]
+
+
+def integration_code(recipe: str = "recipe.yaml", *, framework: Framework = "torch") -> str:
+    """What is added to a training loop that exists: Python, with the names that such loops usually have.
+
+    Args:
+        recipe: the path of the recipe file as the code is to name it.
+        framework: whose loop it is.
+
+    Raises:
+        ArgumentError: no such framework.
+
+    >>> print(integration_code().splitlines()[0])
+    from sparsify import ScheduledModifierManager, export_onnx, verify_onnx
+    """
+    if framework not in _INTEGRATIONS:
+        known = get_args(Framework)
+        raise ArgumentError(
+            f"framework: {framework!r} is none of {', '.join(known)}.{did_you_mean(str(framework), known)}"
+        )
+    return Template(_INTEGRATIONS[framework]).substitute(recipe=repr(str(recipe)))
+
+
+def training_script(
+    recipe: str = "recipe.yaml",
+    *,
+    model: str = "my_package.models:build",
+    data: str = "my_package.data:loaders",
+    optimizer: str = "SGD",
+    learning_rate: float = 0.1,
+    loss: str = "cross_entropy",
+) -> str:
+    """A complete script that trains by the recipe, can be stopped and resumed, exports, verifies and benchmarks.
+
+    Args:
+        recipe: the path of the recipe file, as the script's default.
+        model: "package.module:function" that builds the model.
+        data: "package.module:function" that gives (training batches, test batches), each an iterable of
+            (inputs, labels) that has a length.
+        optimizer: a class of torch.optim.
+        learning_rate: where it starts; learning-rate modifiers of the recipe take over.
+        loss: a function of torch.nn.functional, of outputs and labels.
+
+    Raises:
+        ArgumentError: a reference that is none, an optimizer or a loss that torch does not have.
+    """
+    import torch
+    from torch.nn import functional
+
+    for name, reference in (("model", model), ("data", data)):
+        check_reference(reference, name)
+    if not (isinstance(optimizer, str) and isinstance(getattr(torch.optim, optimizer, None), type)):
+        known = [n for n in dir(torch.optim) if n[0].isupper()]
+        raise ArgumentError(f"optimizer: torch.optim has no {optimizer!r}.{did_you_mean(str(optimizer), known)}")
+    if not (isinstance(loss, str) and callable(getattr(functional, loss, None))):
+        known = [n for n in dir(functional) if not n.startswith("_")]
+        raise ArgumentError(f"loss: torch.nn.functional has no {loss!r}.{did_you_mean(str(loss), known)}")
+    if isinstance(learning_rate, bool) or not isinstance(learning_rate, int | float) or not 0 < learning_rate < 1e6:
+        raise ArgumentError(f"learning_rate: {learning_rate!r} is no learning rate; give a number above 0.")
+    extra = ", momentum=0.9" if optimizer == "SGD" else ""
+    return Template(_SCRIPT).substitute(
+        recipe=repr(str(recipe)),
+        model=repr(model),
+        data=repr(data),
+        optimizer=optimizer,
+        extra=extra,
+        learning_rate=repr(float(learning_rate)),
+        loss=loss,
+    )
+
+
+def check_reference(reference: str, what: str) -> tuple[str, str]:
+    """(module, attribute path) of "package.module:function".
+
+    Raises:
+        ArgumentError: it is not written like that.
+    """
+    match = re.fullmatch(r"([\w.]+):([\w.]+)", reference) if isinstance(reference, str) else None
+    parts = [part for side in match.groups() for part in side.split(".")] if match else []
+    if match is None or not all(part.isidentifier() and not keyword.iskeyword(part) for part in parts):
+        raise ArgumentError(f"{what}: {reference!r} is not written as package.module:function.")
+    return match.group(1), match.group(2)
+
+
+_INTEGRATIONS: dict[str, str] = {
+    "torch": """from sparsify import ScheduledModifierManager, export_onnx, verify_onnx
+
+# After the model, its optimizer and the loader are built:
+manager = ScheduledModifierManager.from_yaml($recipe)
+optimizer = manager.modify(model, optimizer, steps_per_epoch=len(loader), sample_inputs=sample_inputs)
+
+for epoch in range(manager.max_epochs):
+    model.train()
+    for inputs, labels in loader:
+        optimizer.zero_grad()
+        loss = manager.update_loss(criterion(model(inputs), labels))
+        loss.backward()
+        optimizer.step()
+
+# When training is over:
+manager.finalize(model)
+model.eval()
+export_onnx(model, sample_inputs, "model.onnx")
+print(verify_onnx(model, "model.onnx", sample_inputs))
+""",
+    "accelerate": """from accelerate import Accelerator
+from sparsify import ScheduledModifierManager, export_onnx, verify_onnx
+
+accelerator = Accelerator()
+model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
+manager = ScheduledModifierManager.from_yaml($recipe)
+# Batches divided by the accumulation, where there is any: what counts is the optimizer's steps.
+manager.modify(model, optimizer, steps_per_epoch=len(loader), sample_inputs=sample_inputs)
+
+for epoch in range(manager.max_epochs):
+    model.train()
+    for inputs, labels in loader:
+        optimizer.zero_grad()
+        loss = manager.update_loss(criterion(model(inputs), labels))
+        accelerator.backward(loss)
+        optimizer.step()
+
+model = accelerator.unwrap_model(model)
+manager.finalize(model)
+model.eval()
+export_onnx(model, sample_inputs, "model.onnx")
+print(verify_onnx(model, "model.onnx", sample_inputs))
+""",
+    "lightning": """import lightning
+import torch
+from sparsify import ScheduledModifierManager, export_onnx, verify_onnx
+
+manager = ScheduledModifierManager.from_yaml($recipe)
+
+
+class Compressed(lightning.LightningModule):
+    def __init__(self) -> None:
+        super().__init__()
+        self.model = model
+
+    def training_step(self, batch, index):
+        inputs, labels = batch
+        return manager.update_loss(criterion(self.model(inputs), labels))
+
+    def configure_optimizers(self):
+        optimizer = torch.optim.SGD(self.model.parameters(), lr=0.05, momentum=0.9)
+        return manager.modify(self.model, optimizer, steps_per_epoch=len(loader), sample_inputs=sample_inputs)
+
+    def on_save_checkpoint(self, checkpoint):
+        checkpoint["sparsify"] = manager.state_dict()
+
+    def on_load_checkpoint(self, checkpoint):
+        manager.apply_structure(self.model, state=checkpoint["sparsify"])
+
+
+trainer = lightning.Trainer(max_epochs=manager.max_epochs, logger=False, enable_checkpointing=False)
+trainer.fit(Compressed(), loader)
+manager.finalize(model)
+model.eval()
+export_onnx(model, sample_inputs, "model.onnx")
+print(verify_onnx(model, "model.onnx", sample_inputs))
+""",
+    "transformers": """from sparsify import ScheduledModifierManager, export_onnx, verify_onnx
+from transformers import Trainer
+
+manager = ScheduledModifierManager.from_yaml($recipe)
+
+
+class CompressedTrainer(Trainer):
+    def create_optimizer(self, *args, **kwargs):
+        optimizer = super().create_optimizer(*args, **kwargs)
+        if not manager.attached:
+            batches = len(self.get_train_dataloader()) // self.args.gradient_accumulation_steps
+            manager.modify(self.model, optimizer, steps_per_epoch=max(1, batches), sample_inputs=sample_inputs)
+        return optimizer
+
+    def compute_loss(self, model, inputs, return_outputs=False, **kwargs):
+        loss, outputs = super().compute_loss(model, inputs, return_outputs=True, **kwargs)
+        loss = manager.update_loss(loss, outputs=outputs, inputs=inputs, labels=inputs.get("labels"))
+        return (loss, outputs) if return_outputs else loss
+
+
+# Give TrainingArguments num_train_epochs=manager.max_epochs.
+trainer = CompressedTrainer(model=model, args=arguments, train_dataset=dataset)
+trainer.train()
+manager.finalize(model)
+model.eval()
+export_onnx(model, sample_inputs, "model.onnx")
+print(verify_onnx(model, "model.onnx", sample_inputs))
+""",
+}
+
+_SCRIPT = '''"""Trains by a recipe, can be resumed, exports, verifies and benchmarks. Written by sparsify; it is yours to change.
+
+    python train.py --model package.module:function --data package.module:function
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+from pathlib import Path
+
+import torch
+from sparsify import ScheduledModifierManager, benchmark_onnx, export_onnx, verify_onnx
+from torch.nn import functional as F
+
+
+def load(reference):
+    """What "package.module:name" names."""
+    module, _, path = reference.partition(":")
+    found = importlib.import_module(module)
+    for name in path.split("."):
+        found = getattr(found, name)
+    return found
+
+
+@torch.no_grad()
+def evaluate(model, batches, device):
+    """Mean loss and, where the outputs are classes, accuracy."""
+    model.eval()
+    loss, right, count = 0.0, 0, 0
+    for inputs, labels in batches:
+        outputs, labels = model(inputs.to(device)), labels.to(device)
+        loss += F.$loss(outputs, labels).item() * len(labels)
+        if not labels.is_floating_point():
+            right += int((outputs.argmax(1) == labels).sum())
+        count += len(labels)
+    return loss / count, right / count
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--recipe", default=$recipe)
+    parser.add_argument("--model", default=$model, help="package.module:function that builds the model")
+    parser.add_argument("--data", default=$data, help="package.module:function: (training batches, test batches)")
+    parser.add_argument("--learning-rate", type=float, default=$learning_rate)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--output", type=Path, default=Path("compressed"))
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--resume", action="store_true", help="go on from the checkpoint in the output folder")
+    arguments = parser.parse_args()
+
+    torch.manual_seed(arguments.seed)
+    model = load(arguments.model)().to(arguments.device)
+    batches, tests = load(arguments.data)()
+    sample = next(iter(batches))[0][:2].to(arguments.device)
+    arguments.output.mkdir(parents=True, exist_ok=True)
+    checkpoint = arguments.output / "checkpoint.pt"
+
+    optimizer = torch.optim.$optimizer(model.parameters(), lr=arguments.learning_rate$extra)
+    manager = ScheduledModifierManager.from_yaml(Path(arguments.recipe))
+    optimizer = manager.modify(model, optimizer, steps_per_epoch=len(batches), sample_inputs=(sample,))
+    parts = {"manager": manager, "model": model, "optimizer": optimizer}
+    first = 0
+    if arguments.resume:
+        saved = torch.load(checkpoint, map_location=arguments.device, weights_only=True)
+        for name, part in parts.items():  # the manager's first: it gives the model the structure it had
+            part.load_state_dict(saved[name])
+        first = round(manager.epoch)
+
+    for epoch in range(first, manager.max_epochs):
+        model.train()
+        for inputs, labels in batches:
+            inputs, labels = inputs.to(arguments.device), labels.to(arguments.device)
+            optimizer.zero_grad()
+            loss = manager.update_loss(F.$loss(model(inputs), labels))
+            loss.backward()
+            optimizer.step()
+        test_loss, accuracy = evaluate(model, tests, arguments.device)
+        print(f"epoch {epoch + 1} of {manager.max_epochs}: loss {test_loss:.4f}, accuracy {accuracy:.2%}", flush=True)
+        torch.save({name: part.state_dict() for name, part in parts.items()}, f"{checkpoint}.new")
+        os.replace(f"{checkpoint}.new", checkpoint)  # the old one or the new one, never half of either
+
+    manager.finalize(model)
+    model.eval().cpu()
+    path = arguments.output / "model.onnx"
+    print(export_onnx(model, (sample.cpu(),), path))
+    print(verify_onnx(model, path, (sample.cpu(),)))
+    print(benchmark_onnx(path))
+
+
+if __name__ == "__main__":
+    main()
+'''
