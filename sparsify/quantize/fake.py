@@ -71,32 +71,23 @@ def fake_weight(weight: Tensor, *, axis: int | None, largest: int) -> Tensor:
     return _apply(_FakeWeight, weight, axis, largest)
 
 
-class _ClampedInPlace(torch.autograd.Function):
-    """ReLU and fake-quant in one: x is overwritten by its output, which is all that backward needs."""
+def _clamped_in_place(x: Tensor, scale: float, levels: int) -> Tensor:
+    """ReLU and fake-quant in one: x is overwritten by its output, which is all that backward needs.
 
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, scale: float, levels: int) -> Tensor:
-        ctx.mark_dirty(x)
-        _onto_positive_grid(x, x, scale, levels)
-        # Backward looks at the output. The highest level counts as clipped, as does all that was rounded to zero.
-        ctx.high = (levels - 0.5) * scale
-        ctx.save_for_backward(x)
-        return x
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        (y,) = ctx.saved_tensors
-        return torch.ops.aten.hardtanh_backward(grad, y, 0.0, ctx.high), None, None
+    Without a function of its own, whose two calls take as long as the arithmetic on a small tensor: the gradient is
+    that of hardtanh_, which looks at what came out. The highest level counts as clipped, as does what became zero.
+    """
+    x.detach().mul_(1.0 / scale).round_().mul_(scale)
+    return F.hardtanh_(x, 0.0, levels * scale)
 
 
 class _Clamped(torch.autograd.Function):
-    """As `_ClampedInPlace`, for an x that others still read."""
+    """As `_clamped_in_place`, for an x that others still read."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, scale: float, levels: int) -> Tensor:
-        y = torch.empty_like(x)
-        _onto_positive_grid(x, y, scale, levels)
-        ctx.high = (levels - 0.5) * scale
+        y = x.mul(1.0 / scale).round_().clamp_(0, levels).mul_(scale)
+        ctx.high = levels * scale
         ctx.save_for_backward(y)
         return y
 
@@ -106,23 +97,16 @@ class _Clamped(torch.autograd.Function):
         return torch.ops.aten.hardtanh_backward(grad, y, 0.0, ctx.high), None, None
 
 
-def _onto_positive_grid(x: Tensor, out: Tensor, scale: float, levels: int) -> None:
-    torch.mul(x, 1.0 / scale, out=out).round_().clamp_(0, levels).mul_(scale)
-
-
 class _Within(torch.autograd.Function):
     """Fake-quant where nothing lies outside the range: the gradient passes, and nothing needs to be kept."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, scale: float, in_place: bool) -> Tensor:
-        if in_place:
-            ctx.mark_dirty(x)
-            return x.mul_(1.0 / scale).round_().mul_(scale)
+    def forward(ctx: Any, x: Tensor, scale: float) -> Tensor:
         return x.mul(1.0 / scale).round_().mul_(scale)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        return grad, None, None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad, None
 
 
 class _Clipped(torch.autograd.Function):
@@ -322,17 +306,22 @@ class FakeQuantize(nn.Module):
         low, high = self._limits_of(x, watching)
         if watching and x.numel():
             self._observe(low, high, x)
-        if self.calibrating or not self.enabled or not self.batches:
+        buffers: Any = self._buffers
+        if self.calibrating or not self.enabled or not buffers["batches"].item():
             return self._rectified(x)
-        scale = self.scale.item()
+        scale = buffers["scale"].item()
         alone = self._producer is None or not self._producer[0]._forward_hooks
         in_place = self.in_place and alone and not (x.requires_grad and x.is_leaf) and not x._is_view()
         if self.relu and self.first == 0:
-            return _apply(_ClampedInPlace if in_place else _Clamped, x, scale, self.last)
-        zero_point = int(self.zero_point)
+            return _clamped_in_place(x, scale, self.last) if in_place else _apply(_Clamped, x, scale, self.last)
+        zero_point = buffers["zero_point"].item()
         lowest, highest = self.first - zero_point, self.last - zero_point
         if not self.relu and lowest - 0.5 < low / scale and high / scale < highest + 0.5:
-            return _apply(_Within, x, scale, in_place)
+            if in_place:
+                # Behind autograd's back: the gradient is what it would be without it.
+                x.detach().mul_(1.0 / scale).round_().mul_(scale)
+                return x
+            return _apply(_Within, x, scale)
         return _apply(_Clipped, self._rectified(x), scale, lowest, highest)
 
     def _gated(self, x: Tensor, gate: str) -> Tensor:
@@ -375,23 +364,25 @@ class FakeQuantize(nn.Module):
             seen_low, seen_high = torch.tensor(low), torch.tensor(high)
             ranks.reduce_range(seen_low, seen_high)
             low, high = seen_low.item(), seen_high.item()
-        if self.batches and self.observer == "min_max":
-            low, high = min(low, self.low.item()), max(high, self.high.item())
-        elif self.batches and self.observer == "moving_average":
-            share, low_before, high_before = self.averaging_constant, self.low.item(), self.high.item()
+        # By way of the dictionary: an attribute of a module takes as long as reading the value.
+        buffers: Any = self._buffers
+        seen = buffers["batches"].item()
+        if seen and self.observer == "min_max":
+            low, high = min(low, buffers["low"].item()), max(high, buffers["high"].item())
+        elif seen and self.observer == "moving_average":
+            share, low_before, high_before = self.averaging_constant, buffers["low"].item(), buffers["high"].item()
             low = low_before + share * (low - low_before)
             high = high_before + share * (high - high_before)
-        with torch.no_grad():
-            self.low.fill_(low)
-            self.high.fill_(high)
-            self.batches.add_(1)
-            if self.symmetric:
-                self.scale.fill_(max(-low, high, TINY) / self.last)
-            else:
-                scale = max(high - low, TINY) / self.last
-                self.scale.fill_(scale)
-                if low != 0.0 or not self.relu:
-                    self.zero_point.fill_(min(round(-low / scale), self.last))
+        buffers["low"].fill_(low)
+        buffers["high"].fill_(high)
+        buffers["batches"].fill_(seen + 1)
+        if self.symmetric:
+            buffers["scale"].fill_(max(-low, high, TINY) / self.last)
+            return
+        scale = max(high - low, TINY) / self.last
+        buffers["scale"].fill_(scale)
+        if low != 0.0 or not self.relu:
+            buffers["zero_point"].fill_(min(round(-low / scale), self.last))
 
     @torch.no_grad()
     def _observe_histogram(self, x: Tensor) -> tuple[Tensor, Tensor] | None:

@@ -99,7 +99,10 @@ class QuantizedLayer(Retyped):
     def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
         input = self._input(input)
         weight, bias = self._weights()
-        return self._output(self._compute(input, weight, bias, output_size))
+        # A watched module above asks about every function; this one is no operation of its own.
+        with torch._C.DisableTorchFunction():
+            y = self._compute(input, weight, bias, output_size)
+        return self._output(y)
 
 
 class QuantizedLinear(QuantizedLayer, nn.Linear):
@@ -176,8 +179,9 @@ class QuantizedNorm(Retyped):
         return self._output(norm())
 
     def forward(self, input: Tensor) -> Tensor:
-        plain = super().forward
-        return self._normed(input, lambda: plain(input))
+        with torch._C.DisableTorchFunction():
+            plain = super().forward
+            return self._normed(input, lambda: plain(input))
 
 
 class QuantizedBatchNorm1d(QuantizedNorm, nn.BatchNorm1d):
