@@ -1,0 +1,250 @@
+"""From how a model was trained to how long it is compressed, and with which learning rates."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+from sparsify.errors import ArgumentError, did_you_mean
+from sparsify.modifiers.base import Modifier
+from sparsify.modifiers.learning_rate import (
+    LearningRateFunctionModifier,
+    LearningRateModifier,
+    SetLearningRateModifier,
+)
+
+__all__ = ["LearningRateSchedule", "OriginalTraining", "TrainingStage", "learning_rates"]
+
+StageName = Literal["stabilization", "pruning", "fine-tuning", "quantization"]
+LearningRateSchedule = Literal["set", "step", "multi-step", "exponential", "cosine", "linear"]
+
+FACTOR = 0.25
+"""Every step multiplies the learning rate by this, the one from pruning to fine-tuning too."""
+UPDATES = 40
+"""Updates of the masks in the stage of pruning."""
+RISE = 2.5
+"""Quantization starts with a learning rate at most this many times the one before it: more undoes what recovered."""
+PLAIN = ("SGD", "ASGD", "Rprop", "LBFGS", "Muon", "LARS")
+ADAPTIVE = (
+    "Adam",
+    "AdamW",
+    "NAdam",
+    "RAdam",
+    "Adamax",
+    "Adagrad",
+    "Adadelta",
+    "RMSprop",
+    "SparseAdam",
+    "Adafactor",
+    "LAMB",
+    "Lion",
+)
+
+
+@dataclass(frozen=True)
+class TrainingStage:
+    """One stretch of training, in epochs."""
+
+    name: StageName
+    start: float
+    end: float
+
+    @property
+    def epochs(self) -> float:
+        return self.end - self.start
+
+
+@dataclass(frozen=True)
+class OriginalTraining:
+    """How the dense model was trained: what compressing it is laid out from.
+
+    Attributes:
+        epochs: more than 1, generally 20 or more.
+        initial_lr: the highest learning rate, above 0 and below 1; None: learning rates are left to the training loop.
+        final_lr: the lowest, above 0 and below `initial_lr`; None where `initial_lr` is.
+        optimizer: the name of its class.
+
+    Raises:
+        ArgumentError: one of them cannot be.
+
+    >>> [(stage.name, stage.start, stage.end) for stage in OriginalTraining(90, 0.1, 0.001).stages()]
+    [('stabilization', 0.0, 1.0), ('pruning', 1.0, 31.0), ('fine-tuning', 31.0, 53.0)]
+    """
+
+    epochs: float
+    initial_lr: float | None = None
+    final_lr: float | None = None
+    optimizer: str = "SGD"
+
+    def __post_init__(self) -> None:
+        epochs = _number("epochs", self.epochs)
+        if not 1 < epochs <= 1e6:
+            raise ArgumentError(
+                f"epochs: {self.epochs!r}: the original training took more than 1 epoch, generally 20 or more."
+            )
+        if (self.initial_lr is None) != (self.final_lr is None):
+            raise ArgumentError("initial_lr and final_lr: one alone is no range; give both, or neither.")
+        if self.initial_lr is not None:
+            initial, final = _number("initial_lr", self.initial_lr), _number("final_lr", self.final_lr)
+            if not 0 < initial < 1:
+                raise ArgumentError(f"initial_lr: {self.initial_lr!r} lies not between 0 and 1; give the highest rate.")
+            if not 0 < final < initial:
+                raise ArgumentError(
+                    f"final_lr: {self.final_lr!r} lies not between 0 and initial_lr {self.initial_lr!r}; give the "
+                    "lowest rate that still trained, like a hundredth of the initial one."
+                )
+        known = (*PLAIN, *ADAPTIVE)
+        if not isinstance(self.optimizer, str) or self.optimizer.lower() not in {name.lower() for name in known}:
+            raise ArgumentError(
+                f"optimizer: {self.optimizer!r} is not known.{did_you_mean(str(self.optimizer), known)} Give the one "
+                f"that it is nearest to, of {', '.join(known)}."
+            )
+
+    @property
+    def adaptive(self) -> bool:
+        """Whether the optimizer scales each step by past gradients, like Adam."""
+        return self.optimizer.lower() in {name.lower() for name in ADAPTIVE}
+
+    @property
+    def update_frequency(self) -> float:
+        """Epochs between two updates of the masks: 40 updates in the stage of pruning."""
+        return self._pruning / UPDATES
+
+    @property
+    def base_lr(self) -> float | None:
+        """The learning rate up to the end of pruning: (initial + final) / 2."""
+        if self.initial_lr is None or self.final_lr is None:
+            return None
+        return (self.initial_lr + self.final_lr) / 2
+
+    @property
+    def _pruning(self) -> int:
+        return max(1, int(self.epochs / 3))
+
+    def stages(self, *, prune: bool = True, quantize: bool = False) -> tuple[TrainingStage, ...]:
+        """One after the other from epoch 0: E / 3 epochs of pruning after one of stabilization, E / 4 of fine-tuning,
+        E / 10 of quantization, in whole epochs and at least 1.
+
+        Args:
+            prune: with the stages of pruning; without them, and with `quantize`, quantization starts at once.
+            quantize: with the stage of quantization.
+        """
+        lengths: list[tuple[StageName, int]] = []
+        if prune:
+            lengths += [("stabilization", 1), ("pruning", self._pruning)]
+        if prune or not quantize:
+            lengths += [("fine-tuning", max(1, int(self.epochs / 4)))]
+        if quantize:
+            lengths += [("quantization", max(1, int(self.epochs / 10)))]
+        found, start = [], 0.0
+        for name, length in lengths:
+            found.append(TrainingStage(name, start, start + length))
+            start += length
+        return tuple(found)
+
+
+def learning_rates(
+    training: OriginalTraining,
+    schedule: LearningRateSchedule | None = None,
+    stages: Iterable[TrainingStage] | None = None,
+) -> list[Modifier]:
+    """The learning-rate modifiers for the stages, as a list to add to, to edit and to remove from.
+
+    (initial + final) / 2 is set up to the end of pruning, after a linear rise in stabilization for adaptive optimizers,
+    whose averages are still empty then. Fine-tuning starts with a quarter of it and falls to a tenth of the final
+    rate, or what the steps leave of it. Quantization restarts at the final rate, but not above 2.5 times where
+    fine-tuning ended, and falls to a tenth of that.
+
+    Args:
+        training: with learning rates.
+        schedule: how it falls in fine-tuning. "set": not at all. "step": by 1/4 every so many epochs. "multi-step":
+            twice, after a half and three quarters. "exponential": every epoch. "cosine" and "linear": every step.
+            None: "linear" for adaptive optimizers, "step" for others.
+        stages: as `training.stages()` gives them; None: those of pruning.
+
+    Raises:
+        ArgumentError: no such schedule, or the training has no learning rates.
+
+    >>> found = learning_rates(OriginalTraining(90, 0.1, 0.001))
+    >>> found[0].learning_rate, found[1].init_lr, found[1].lr_kwargs
+    (0.0505, 0.012625, {'step_size': 6, 'gamma': 0.25})
+    """
+    check_schedule(schedule)
+    base, final = training.base_lr, training.final_lr
+    if base is None or final is None:
+        raise ArgumentError("training: it has no learning rates; give OriginalTraining(epochs, initial_lr, final_lr).")
+    chosen = schedule or ("linear" if training.adaptive else "step")
+    by_name = {stage.name: stage for stage in (training.stages() if stages is None else stages)}
+    found: list[Modifier] = []
+    if "pruning" in by_name:
+        warm = by_name.get("stabilization")
+        if training.adaptive and warm is not None:
+            found.append(_moving("linear", warm, 0.1 * base, base))
+        start = warm.end if training.adaptive and warm is not None else 0.0
+        found.append(SetLearningRateModifier(start_epoch=start, learning_rate=base))
+    ended = math.inf
+    if (stage := by_name.get("fine-tuning")) is not None:
+        init = FACTOR * base
+        fall, ended = _falling(chosen, stage, init, 0.1 * final)
+        found.append(fall)
+    if (stage := by_name.get("quantization")) is not None:
+        first = min(final, RISE * ended)
+        found.append(_moving("linear", stage, first, 0.1 * first))
+    return found
+
+
+def check_schedule(schedule: Any) -> None:
+    """Refuses what is no name of a schedule; None is fine."""
+    known = get_args(LearningRateSchedule)
+    if schedule is not None and schedule not in known:
+        raise ArgumentError(
+            f"schedule: {schedule!r} is none of {', '.join(known)}.{did_you_mean(str(schedule), known)}"
+        )
+
+
+def _falling(schedule: LearningRateSchedule, stage: TrainingStage, init: float, floor: float) -> tuple[Modifier, float]:
+    """From `init` toward `floor` within a stage, and the learning rate that it ends with.
+
+    step: n = ln(floor / init) / ln(1/4) steps fit, one every max(1, floor((epochs - 1) / n)) epochs.
+    """
+    start, epochs = stage.start, stage.epochs
+    if schedule == "set":
+        return SetLearningRateModifier(start_epoch=start, learning_rate=init), init
+    if schedule == "cosine" or schedule == "linear":
+        return _moving(schedule, stage, init, floor), floor
+    kwargs: dict[str, Any]
+    if schedule == "step":
+        steps = math.log(floor / init) / math.log(FACTOR)
+        size = max(1, math.floor((epochs - 1) / steps))
+        kwargs, name = {"step_size": size, "gamma": FACTOR}, "StepLR"
+        drops = math.ceil(epochs / size) - 1
+        last = init * FACTOR**drops
+    elif schedule == "multi-step":
+        milestones = sorted({start + math.ceil(epochs * share) for share in (0.5, 0.75)})
+        # A stage of one epoch ends where its first drop would be.
+        drops = sum(epoch < stage.end for epoch in milestones)
+        gamma = (floor / init) ** (1 / max(1, drops))
+        kwargs, name, last = {"milestones": milestones, "gamma": gamma}, "MultiStepLR", init * gamma**drops
+    else:
+        gamma = (floor / init) ** (1 / max(1.0, epochs - 1))
+        kwargs, name, last = {"gamma": gamma}, "ExponentialLR", init * gamma ** max(0.0, epochs - 1)
+    made = LearningRateModifier.model_validate(
+        {"start_epoch": start, "end_epoch": stage.end, "lr_class": name, "lr_kwargs": kwargs, "init_lr": init}
+    )
+    return made, last
+
+
+def _moving(
+    function: Literal["linear", "cosine"], stage: TrainingStage, first: float, last: float
+) -> LearningRateFunctionModifier:
+    return LearningRateFunctionModifier(
+        start_epoch=stage.start, end_epoch=stage.end, lr_func=function, init_lr=first, final_lr=last
+    )
+
+
+def _number(name: str, value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise ArgumentError(f"{name}: {value!r} is no number.")
+    return float(value)
