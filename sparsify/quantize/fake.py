@@ -71,23 +71,34 @@ def fake_weight(weight: Tensor, *, axis: int | None, largest: int) -> Tensor:
     return _apply(_FakeWeight, weight, axis, largest)
 
 
-def _clamped_in_place(x: Tensor, scale: float, levels: int) -> Tensor:
+class _ClampedInPlace(torch.autograd.Function):
     """ReLU and fake-quant in one: x is overwritten by its output, which is all that backward needs.
 
-    Without a function of its own, whose two calls take as long as the arithmetic on a small tensor: the gradient is
-    that of hardtanh_, which looks at what came out. The highest level counts as clipped, as does what became zero.
+    Not hardtanh_, which has the same gradient and keeps a copy of x for it.
     """
-    x.detach().mul_(1.0 / scale).round_().mul_(scale)
-    return F.hardtanh_(x, 0.0, levels * scale)
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, scale: float, levels: int) -> Tensor:
+        ctx.mark_dirty(x)
+        x.mul_(1.0 / scale).round_().clamp_(0, levels).mul_(scale)
+        # Backward looks at the output. The highest level counts as clipped, as does all that was rounded to zero.
+        ctx.high = (levels - 0.5) * scale
+        ctx.save_for_backward(x)
+        return x
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        (y,) = ctx.saved_tensors
+        return torch.ops.aten.hardtanh_backward(grad, y, 0.0, ctx.high), None, None
 
 
 class _Clamped(torch.autograd.Function):
-    """As `_clamped_in_place`, for an x that others still read."""
+    """As `_ClampedInPlace`, for an x that others still read."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, scale: float, levels: int) -> Tensor:
         y = x.mul(1.0 / scale).round_().clamp_(0, levels).mul_(scale)
-        ctx.high = levels * scale
+        ctx.high = (levels - 0.5) * scale
         ctx.save_for_backward(y)
         return y
 
@@ -313,7 +324,7 @@ class FakeQuantize(nn.Module):
         alone = self._producer is None or not self._producer[0]._forward_hooks
         in_place = self.in_place and alone and not (x.requires_grad and x.is_leaf) and not x._is_view()
         if self.relu and self.first == 0:
-            return _clamped_in_place(x, scale, self.last) if in_place else _apply(_Clamped, x, scale, self.last)
+            return _apply(_ClampedInPlace if in_place else _Clamped, x, scale, self.last)
         zero_point = buffers["zero_point"].item()
         lowest, highest = self.first - zero_point, self.last - zero_point
         if not self.relu and lowest - 0.5 < low / scale and high / scale < highest + 0.5:
