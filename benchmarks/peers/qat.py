@@ -3,7 +3,13 @@
     python benchmarks/peers/qat.py METHOD NETWORK [--pairs N] [--memory quantized|bare]
 
 In an environment of its own (benchmarks/peers/METHOD.txt); torch.ao and sparsify in that of sparsify. Prints one line
-of JSON. All methods quantize weights and activations to 8 bits, with ranges observed at every step.
+of JSON. All methods quantize weights and activations to 8 bits, with ranges that are observed (NNCF: learned) at every
+step. Times are those of the processor, of this process alone: on one thread nothing waits, and what else runs on the
+machine counts less.
+
+Memory is that of tensors, as torch's allocator reports it to the profiler: what is there before a step (parameters,
+buffers, the optimizer's state) and the most that the step adds to it at any one time (activations and what backward
+keeps of them, quantized weights, gradients). Scratch space inside of operators does not count.
 """
 
 from __future__ import annotations
@@ -11,8 +17,8 @@ from __future__ import annotations
 import argparse
 import copy
 import json
-import resource
 import sys
+import tempfile
 import time
 import warnings
 from collections.abc import Callable
@@ -47,6 +53,7 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], Callable[[], Tensor]]] = {
 }
 Prepared = tuple[nn.Module, Callable[[], object]]
 """A model that simulates quantization, and what its method wants called before every step."""
+Stepper = tuple[Callable[[], None], torch.optim.Optimizer]
 
 
 def ours(model: nn.Module, inputs: Tensor) -> Prepared:
@@ -106,8 +113,8 @@ METHODS: dict[str, Callable[[nn.Module, Tensor], Prepared]] = {
 }
 
 
-def stepper(model: nn.Module, inputs: Tensor, labels: Tensor, before: Callable[[], object]) -> Callable[[], None]:
-    """One training step as a function."""
+def stepper(model: nn.Module, inputs: Tensor, labels: Tensor, before: Callable[[], object]) -> Stepper:
+    """One training step as a function, and its optimizer."""
     model.train()
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9, weight_decay=1e-4)
 
@@ -117,7 +124,28 @@ def stepper(model: nn.Module, inputs: Tensor, labels: Tensor, before: Callable[[
         F.cross_entropy(model(inputs), labels).backward()
         optimizer.step()
 
-    return step
+    return step, optimizer
+
+
+def peak_bytes(model: nn.Module, step: Callable[[], object], optimizer: torch.optim.Optimizer) -> int:
+    """The most bytes in tensors at any moment of a step."""
+    optimizer.zero_grad()
+    lasting: dict[int, int] = {}
+    moments = [t for state in optimizer.state.values() for t in state.values() if isinstance(t, Tensor)]
+    for tensor in (*model.parameters(), *model.buffers(), *moments):
+        storage = tensor.untyped_storage()
+        lasting[storage.data_ptr()] = storage.nbytes()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        step()
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "trace.json"
+        profile.export_chrome_trace(str(path))
+        events = [e for e in json.loads(path.read_text())["traceEvents"] if e.get("name") == "[memory]"]
+    now = most = 0
+    for event in sorted(events, key=lambda event: float(event["ts"])):
+        now += int(event["args"]["Bytes"])
+        most = max(most, now)
+    return sum(lasting.values()) + most
 
 
 def main() -> None:
@@ -135,24 +163,24 @@ def main() -> None:
     labels = torch.randint(0, 10, (len(inputs),))
     result: dict[str, Any] = {}
     prepared, before = (model, lambda: None)
-    bare = stepper(copy.deepcopy(model), inputs, labels, lambda: None)
+    # Not where memory is measured: a second model would be in it.
+    bare = (lambda: None) if arguments.memory else stepper(copy.deepcopy(model), inputs, labels, lambda: None)[0]
     if arguments.memory != "bare":
         prepared, before = METHODS[arguments.method](model, inputs)
-    step = stepper(prepared, inputs, labels, before)
+    step, optimizer = stepper(prepared, inputs, labels, before)
     if arguments.memory:
-        start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        for _ in range(5):
+        for _ in range(3):
             step()
-        result["peak_mib"] = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - start) / 1024
+        result["peak_mib"] = peak_bytes(prepared, step, optimizer) / 2**20
     else:
         for _ in range(2):
             step()
             bare()
-        start = time.perf_counter()
+        start = time.process_time()
         bare()
-        ratio = paired(step, bare, pairs=arguments.pairs, repeats=max(1, round(0.05 / (time.perf_counter() - start))))
-        ratios = ratio.ratios
-        result = {"median": ratio.median, "min": min(ratios), "max": max(ratios), "pairs": len(ratios)}
+        repeats = max(1, round(0.05 / (time.process_time() - start)))
+        ratio = paired(step, bare, pairs=arguments.pairs, repeats=repeats, clock=time.process_time)
+        result["ratios"] = ratio.ratios
     print(json.dumps(result))
 
 
