@@ -19,6 +19,7 @@ from sparsify.errors import ArgumentError, RecipeError, RecipeFileError
 from sparsify.files import replacing
 from sparsify.modifiers.base import Modifier
 from sparsify.recipe import compose, grammar, schema, writer
+from sparsify.recipe.evidence import Evidence
 from sparsify.recipe.order import conflict, in_order
 from sparsify.recipe.reader import overrides_of, read_parts
 
@@ -135,6 +136,11 @@ class Recipe(BaseModel):
         return min((math.floor(m.start_epoch) for m in self.modifiers if m.start_epoch != -1), default=0)
 
     @property
+    def evidence(self) -> Evidence | None:
+        """What stands behind its numbers, where `create_recipe` made it."""
+        return Evidence.of(self.metadata)
+
+    @property
     def fingerprint(self) -> str:
         """The SHA-256 of all that it says, defaults included: equal recipes have the same, however they are written."""
         return hashlib.sha256(writer.to_yaml(self, everything=True).encode()).hexdigest()
@@ -142,6 +148,7 @@ class Recipe(BaseModel):
     def to_yaml(self) -> str:
         """Its text: tags, the fields that were given in the order of their declaration, `eval(...)` as what it gave.
 
+        A recipe with evidence has it as comments too: beside the numbers, and summed up before them.
         Reading it gives an equal recipe, and writing that one the same text.
         """
         return writer.to_yaml(self)

@@ -9,6 +9,7 @@ from yaml.representer import RepresenterError
 
 from sparsify.errors import RecipeError
 from sparsify.modifiers.base import Modifier
+from sparsify.recipe.evidence import Evidence, head, woven
 from sparsify.recipe.grammar import Problem, plain
 from sparsify.recipe.reader import METADATA
 
@@ -24,15 +25,34 @@ def to_yaml(recipe: Recipe, *, everything: bool = False) -> str:
     Raises:
         RecipeError: metadata holds what YAML has no form for.
     """
-    sections: list[dict[str, Any]] = []
-    if recipe.metadata is not None:
-        sections.append({METADATA: recipe.metadata})
-    if recipe.variables:
-        sections.append(recipe.variables)
+    evidence = None if everything or recipe.staged else Evidence.of(recipe.metadata)
+    metadata = [] if recipe.metadata is None else [_text({METADATA: recipe.metadata})]
+    sections = [_text(recipe.variables)] if recipe.variables else []
     for stage in recipe.stages:
         body = _stage(stage, everything)
-        sections += [{stage.name: body}] if stage.name is not None else [{key: value} for key, value in body.items()]
-    return "\n".join(_text(section) for section in sections)
+        if stage.name is not None:
+            sections.append(_text({stage.name: body}))
+        else:
+            sections += [
+                _text({key: value})
+                if evidence is None or key not in stage.groups
+                else _commented(key, stage.groups[key], evidence)
+                for key, value in body.items()
+            ]
+    # Whoever opens a recipe that was made from measurements looks for what it does first.
+    ordered = [*metadata, *sections] if evidence is None else [head(evidence, recipe.written), *sections, *metadata]
+    return "\n".join(ordered)
+
+
+def _commented(key: str, modifiers: tuple[Modifier, ...], evidence: Evidence) -> str:
+    """One list of modifiers, a line for every name, with what stands behind the numbers."""
+    tagged = []
+    for modifier in modifiers:
+        given = fields(modifier)
+        if isinstance(given.get("params"), list):
+            given["params"] = _Lines(given["params"])
+        tagged.append(_Tagged(type(modifier).__name__, given))
+    return woven(_text({key: tagged}), modifiers, evidence)
 
 
 def _stage(stage: Stage, everything: bool) -> dict[str, Any]:
@@ -52,6 +72,10 @@ class _Tagged:
     def __init__(self, tag: str, fields: dict[str, Any]) -> None:
         self.tag = tag
         self.fields = fields
+
+
+class _Lines(list[Any]):
+    """A list that is written one item a line, however short it is."""
 
 
 class _Dumper(yaml.SafeDumper):
@@ -89,7 +113,12 @@ def _represent_mapping(dumper: yaml.SafeDumper, values: dict[Any, Any]) -> yaml.
     return dumper.represent_mapping("tag:yaml.org,2002:map", values.items(), flow_style=not values)
 
 
+def _represent_lines(dumper: yaml.SafeDumper, values: _Lines) -> yaml.Node:
+    return dumper.represent_sequence("tag:yaml.org,2002:seq", values, flow_style=not values)
+
+
 _Dumper.add_representer(str, _represent_text)
+_Dumper.add_representer(_Lines, _represent_lines)
 _Dumper.add_representer(list, _represent_list)
 _Dumper.add_representer(tuple, _represent_list)
 _Dumper.add_representer(dict, _represent_mapping)
