@@ -239,7 +239,7 @@ def trace(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None
     Raises:
         ArgumentError: as `exported` does.
     """
-    return _plain(exported(model, args, kwargs), Names(model))
+    return plain_trace(exported(model, args, kwargs), Names(model))
 
 
 def exported(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> Any:
@@ -309,8 +309,8 @@ class Names:
             yield Call(name, numbers.setdefault(keys, len(numbers)))
 
 
-def _plain(program: Any, names: Names) -> Trace:
-    """Trace of an ExportedProgram."""
+def plain_trace(program: Any, names: Names) -> Trace:
+    """The traced view in what `exported` gives."""
     signature = program.graph_signature
     parameters = {
         name: names.parameters.get(target, clean_name(target))

@@ -32,8 +32,8 @@ class Call:
     structure: pytree.TreeSpec
 
     @classmethod
-    def of(cls, model: nn.Module, sample_inputs: Any) -> Call:
-        """`sample_inputs`: a tensor; a tuple or list of arguments; or a mapping of keyword arguments.
+    def of(cls, model: nn.Module, sample_inputs: Any, more: Mapping[str, Any] | None = None) -> Call:
+        """`sample_inputs`: a tensor; a tuple or list of arguments; or a mapping of keyword arguments. `more` of these.
 
         Names are those of the parameters of `model.forward`; what stands inside a tuple or dictionary argument is
         called "<parameter>_<index or key>".
@@ -42,6 +42,7 @@ class Call:
             ArgumentError: no tensor among them, or arguments that `forward` does not take.
         """
         args, kwargs = _arguments(sample_inputs)
+        kwargs |= {str(name): value for name, value in (more or {}).items()}
         names = _parameter_names(model, args, kwargs)
         leaves, structure = pytree.tree_flatten_with_path((args, kwargs))
         inputs: dict[str, Tensor] = {}

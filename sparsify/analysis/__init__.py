@@ -1,3 +1,7 @@
 """What a model is made of, what each layer costs, and what it loses when it is compressed. Values, nothing printed."""
 
+from sparsify.analysis import layers
+from sparsify.analysis.layers import *
+
 __all__: list[str] = []
+__all__ += layers.__all__

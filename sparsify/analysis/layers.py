@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
-__all__ = ["LayerInfo", "ModelAnalysis", "UnknownOperator"]
+from sparsify.errors import ArgumentError
+
+if TYPE_CHECKING:
+    from torch import nn
+
+__all__ = ["LayerInfo", "ModelAnalysis", "UnknownOperator", "analyze_model"]
 
 Shape = tuple[int, ...]
 
@@ -90,3 +97,35 @@ class ModelAnalysis:
 
     def layer(self, name: str) -> LayerInfo:
         return next(layer for layer in self.layers if layer.name == name)
+
+
+def analyze_model(
+    model: nn.Module,
+    sample_inputs: Any = None,
+    *,
+    sample_kwargs: Mapping[str, Any] | None = None,
+) -> ModelAnalysis:
+    """What `model` computes on `sample_inputs`, layer by layer; nothing of it is changed.
+
+    MACs are those of convolutions, linear layers, matrix products, attention and recurrent layers: products that are
+    summed up. Biases, norms, activations, pools, additions and looking up embeddings count nothing. Operators that
+    multiply in a way that is not known here are listed in `unknown`.
+
+    A module is read from its traced view. One that cannot be traced is watched in one forward in eval mode; there
+    `why_not_quantizable` says why it could not be traced, because then it cannot be quantized.
+
+    Args:
+        model: a module, wrapped in DistributedDataParallel or torch.compile, too.
+        sample_inputs: a tensor, a tuple of arguments, or a dictionary of keyword arguments.
+        sample_kwargs: keyword arguments besides.
+
+    Raises:
+        ArgumentError: the model fails on these inputs; the message says in which module.
+    """
+    from torch import nn
+
+    if not isinstance(model, nn.Module):
+        raise ArgumentError(f"model is a {type(model).__name__}; give a torch.nn.Module.")
+    from sparsify.analysis.modules import analyze_module
+
+    return analyze_module(model, sample_inputs, sample_kwargs)

@@ -1,0 +1,211 @@
+"""Every operator that a model runs on sample inputs: read from the traced view, or watched in one forward."""
+
+from __future__ import annotations
+
+import contextlib
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from sparsify.analysis.counting import FREE, Cost, Operand, Shape, count
+from sparsify.errors import ArgumentError
+from sparsify.graph import Call, Names
+from sparsify.targets import clean_name
+
+__all__: list[str] = []
+
+
+@dataclass(frozen=True)
+class Operation:
+    """One call of an operator that multiplies, or of one that is not known.
+
+    Attributes:
+        operator: without the namespace "aten", overload and the "_" of in-place ones.
+        owner: the call of the innermost module in whose forward it stands.
+        cost: None where the operator is not known.
+    """
+
+    operator: str
+    owner: Call
+    cost: Cost | None
+    output: Shape
+
+
+def from_program(model: nn.Module, program: Any) -> list[Operation] | None:
+    """Of an ExportedProgram; None where it holds programs within, whose operators it does not show."""
+    names = Names(model)
+    parameters = {
+        name: names.parameters.get(target, clean_name(target))
+        for name, target in program.graph_signature.inputs_to_parameters.items()
+    }
+    found: list[Operation] = []
+    for node in program.graph.nodes:
+        if node.op != "call_function":
+            continue
+        if isinstance(node.target, torch._ops.HigherOrderOperator):
+            return None
+        if not isinstance(node.target, torch._ops.OpOverload):
+            # Arithmetic of Python on sizes, and picking one of several outputs.
+            _follow(node, parameters)
+            continue
+        stack = list(names.calls(node.meta.get("nn_module_stack") or {}))
+        args = pytree.tree_map(lambda value: _operand_of_node(value, parameters), list(node.args))
+        operation = _operation(node.target, args, stack[-1] if stack else Call("", 0), node.meta.get("val"))
+        if operation is not None:
+            found.append(operation)
+        elif _moves(node.target):
+            _follow(node, parameters)
+    return found
+
+
+def _follow(node: Any, parameters: dict[str, str]) -> None:
+    """A view of a parameter, and a part of one, goes by the parameter's name."""
+    read = node.all_input_nodes
+    if len(read) == 1 and read[0].name in parameters:
+        parameters[node.name] = parameters[read[0].name]
+
+
+def _operand_of_node(value: Any, parameters: dict[str, str]) -> Any:
+    if not isinstance(value, torch.fx.Node):
+        return value
+    tensor = value.meta.get("val")
+    return Operand(tuple(map(int, tensor.shape)), parameters.get(value.name)) if isinstance(tensor, Tensor) else tensor
+
+
+def watched(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Operation]:
+    """Of one forward in eval mode, without gradients. Modes, random states, buffers and hooks are afterwards as before.
+
+    Raises:
+        ArgumentError: the model fails on these inputs; the message says in which module.
+    """
+    watch = _Watch(model)
+    handles: list[Any] = []
+    try:
+        with untouched(model), torch.compiler.set_stance("force_eager"):
+            for name, module in model.named_modules():
+                path = clean_name(name)
+                handles.append(module.register_forward_pre_hook(lambda *_, path=path: watch.enter(path)))
+                handles.append(module.register_forward_hook(lambda *_: watch.leave(), always_call=True))
+            with watch:
+                model(*args, **kwargs)
+    except Exception as error:  # whatever the user's forward raises
+        where = f" in {watch.deepest}" if watch.deepest else ""
+        text = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
+        raise ArgumentError(
+            f"{type(model).__name__} fails on these inputs{where}: {type(error).__name__}: {text[:300]} "
+            "Give sample_inputs that the model accepts as they are."
+        ) from error
+    finally:
+        for handle in handles:
+            handle.remove()
+    return watch.found
+
+
+class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Notes operators, and the calls of modules that they stand in."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.found: list[Operation] = []
+        self.stack: list[Call] = []
+        self.numbers: Counter[str] = Counter()
+        self.deepest = ""
+        # By storage: what is multiplied is mostly a view of the parameter.
+        self.parameters: dict[int, str] = {}
+        for name, parameter in model.named_parameters():
+            self.parameters[parameter.untyped_storage()._cdata] = clean_name(name)
+
+    def enter(self, path: str) -> None:
+        self.stack.append(Call(path, self.numbers[path]))
+        self.numbers[path] += 1
+        self.deepest = path
+
+    def leave(self) -> None:
+        if self.stack:
+            self.stack.pop()
+            if self.stack:
+                self.deepest = self.stack[-1].path
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        plain = pytree.tree_map(self._operand, list(args))
+        operation = _operation(func, plain, self.stack[-1] if self.stack else Call("", 0), result)
+        if operation is not None:
+            self.found.append(operation)
+        return result
+
+    def _operand(self, value: Any) -> Any:
+        if not isinstance(value, Tensor):
+            return value
+        shape = tuple(map(int, value.shape))
+        if not _has_storage(value):
+            return Operand(shape)
+        name = self.parameters.get(value.untyped_storage()._cdata)
+        return Operand(shape, name)
+
+
+def _has_storage(value: Tensor) -> bool:
+    return value.layout is torch.strided and not value.is_nested
+
+
+@contextlib.contextmanager
+def untouched(model: nn.Module) -> Iterator[None]:
+    """The model in eval mode, without gradients and fused encoders; then its modes, buffers and random states again."""
+    modes = {module: module.training for module in model.modules()}
+    buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
+    fast = torch.backends.mha.get_fastpath_enabled()
+    devices = sorted({t.device.index for t in model.parameters() if t.is_cuda and t.device.index is not None})
+    with torch.random.fork_rng(devices=devices):
+        try:
+            # The fast path of TransformerEncoderLayer is one opaque operator.
+            torch.backends.mha.set_fastpath_enabled(False)
+            for module in modes:
+                module.training = False
+            with torch.no_grad():
+                yield
+        finally:
+            torch.backends.mha.set_fastpath_enabled(fast)
+            for module, mode in modes.items():
+                module.training = mode
+            with torch.no_grad():
+                for buffer, value in buffers:
+                    # By value only where it changed: a copy would bump version counters that autograd looks at.
+                    if not buffer.is_meta and not torch.equal(buffer, value):
+                        buffer.copy_(value)
+
+
+def _operation(target: Any, args: list[Any], owner: Call, result: Any) -> Operation | None:
+    """None for an operator that multiplies nothing."""
+    namespace, _, name = target._schema.name.partition("::")
+    name = name if name.startswith("__") else name.rstrip("_")
+    operator = name if namespace in ("aten", "prims") else f"{namespace}::{name}"
+    first = next((value for value in pytree.tree_leaves(result) if isinstance(value, Tensor)), None)
+    output = tuple(map(int, first.shape)) if first is not None else ()
+    cost = count(operator, args, output)
+    if cost is not None:
+        return Operation(_plain_name(operator), owner, cost, output)
+    return None if _is_free(target, operator) else Operation(operator, owner, None, output)
+
+
+def _plain_name(operator: str) -> str:
+    """One name for attention, whichever kernel computes it."""
+    return "scaled_dot_product_attention" if operator.startswith("_scaled_dot_product") else operator
+
+
+def _is_free(target: Any, operator: str) -> bool:
+    tags = {torch.Tag.pointwise, torch.Tag.reduction, torch.Tag.view_copy} & set(target.tags)
+    reads = any("Tensor" in str(argument.type) for argument in target._schema.arguments)
+    # Our own operators quantize, dequantize and mask.
+    return bool(tags) or not reads or _moves(target) or operator in FREE or operator.startswith("sparsify::")
+
+
+def _moves(target: Any) -> bool:
+    """Whether it gives a view of what it reads, or such a view's copy."""
+    aliases = [argument.alias_info for argument in target._schema.arguments]
+    return any(alias is not None and not alias.is_write for alias in aliases)
