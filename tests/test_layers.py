@@ -14,8 +14,8 @@ ROOT = Path(__file__).parents[1] / "sparsify"
 
 FLOORS = {
     6: {"cli", "experiments", "integrations"},
-    5: {"manager", "session", "optimize", "oneshot"},
-    4: {"recipe", "analysis", "export", "verify", "proof", "benchmark", "report"},
+    5: {"manager", "session", "optimize"},
+    4: {"recipe", "oneshot", "analysis", "export", "verify", "proof", "benchmark", "report"},
     3: {"modifiers"},
     2: {
         "masking",

@@ -2,13 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+import dataclasses
+import itertools
+import json
+import os
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-__all__ = ["LayerPerformance", "PerformanceProfile"]
+from sparsify.errors import ArgumentError, DataError, DataFileError
+from sparsify.files import replacing
+from sparsify.report import Column, Table
+
+if TYPE_CHECKING:
+    from torch import nn
+
+__all__ = ["LayerPerformance", "PerformanceProfile", "performance_profile"]
 
 SPARSITIES = (0.0, 0.4, 0.6, 0.7, 0.8, 0.85, 0.9, 0.95, 0.975, 0.99)
 WIDTHS = (1.0, 0.875, 0.75, 0.625, 0.5, 0.375, 0.25)
+SKIPPING_FLOOR = 0.1
+"""Of the dense time, that a runtime which skips zeros still needs: activations are read and written all the same."""
+FORMAT = 1
+"""Of saved profiles; raised whenever fields or the way of measuring change, so that none is taken for another."""
 
 
 @dataclass(frozen=True)
@@ -20,9 +38,10 @@ class LayerPerformance:
         int8_ms: likewise in int8; None where it was not measured or stays in float.
         sparse_ms: at each of `SPARSITIES`, of a runtime that skips zeros: the stated cost model. onnxruntime skips
             none: its time is `ms` at each.
-        width_ms: measured, at each of `WIDTHS`: this fraction of the channels in and out; None where nothing of it can
-            be removed.
+        width_ms: measured, at each of the profile's widths: this fraction of the channels in and out; None where
+            nothing of it can be removed.
         width_int8_ms: likewise in int8.
+        type: as in `ModelAnalysis`.
     """
 
     name: str
@@ -31,17 +50,28 @@ class LayerPerformance:
     sparse_ms: tuple[float, ...]
     width_ms: tuple[float, ...] | None
     width_int8_ms: tuple[float, ...] | None
+    type: str = ""
 
 
 @dataclass(frozen=True)
 class PerformanceProfile:
-    """Times of a whole model and of its layers.
+    """Times of a whole model and of its layers. `str()` is three tables: the model, by operator, by layer.
+
+    The profiler costs time itself, so what it saw (`profiled_ms`) is more than what the model takes (`total_ms`). The
+    times of layers are the profiler's: `sum(layer.ms) + sum(others) == profiled_ms`, and likewise in int8.
 
     Attributes:
         total_ms, total_int8_ms: the whole model, without the profiler, median.
         totals: the whole model in float and int8 at further batch sizes and threads: {"batch 8, 2 threads, int8": ms}.
         content: the hash of what was measured; a profile of the same content is not measured again.
         versions: of onnxruntime and so on, and the processor.
+        profiled_ms, profiled_int8_ms: the whole model as the profiler saw it.
+        others, others_int8: what runs but belongs to no layer, by the node's name in the file ("block.0/Add"); layers
+            that stay in float in the int8 file ("head, in float"); and what onnxruntime put in ("nowhere in the file").
+        widths: the fractions of channels that were measured; empty where none was.
+        width_total_ms, width_total_int8_ms: the whole model at these widths, without the profiler.
+        width_profiled_ms, width_profiled_int8_ms: the same as the profiler saw it.
+        notes: what could not be measured, and why: {"int8": ..., "widths": ...}.
     """
 
     layers: tuple[LayerPerformance, ...]
@@ -52,3 +82,311 @@ class PerformanceProfile:
     threads: int
     content: str
     versions: Mapping[str, str]
+    profiled_ms: float = 0.0
+    profiled_int8_ms: float | None = None
+    others: Mapping[str, float] = field(default_factory=dict)
+    others_int8: Mapping[str, float] = field(default_factory=dict)
+    widths: tuple[float, ...] = ()
+    width_total_ms: tuple[float, ...] = ()
+    width_total_int8_ms: tuple[float, ...] = ()
+    width_profiled_ms: tuple[float, ...] = ()
+    width_profiled_int8_ms: tuple[float, ...] = ()
+    notes: Mapping[str, str] = field(default_factory=dict)
+    model: str = ""
+
+    def layer(self, name: str) -> LayerPerformance:
+        return next(layer for layer in self.layers if layer.name == name)
+
+    @property
+    def sparse_total_ms(self) -> tuple[float, ...]:
+        """The whole model at each of `SPARSITIES` in a runtime that skips zeros: what layers save, off `total_ms`.
+
+        By the cost model of `performance_profile`; in onnxruntime the time is `total_ms` at each.
+        """
+        rest = sum(self.others.values())
+        scale = self.total_ms / self.profiled_ms if self.profiled_ms else 0.0
+        return tuple(scale * (rest + sum(layer.sparse_ms[i] for layer in self.layers)) for i in range(len(SPARSITIES)))
+
+    def tables(self) -> tuple[Table, Table, Table]:
+        """The model, by operator, by layer."""
+        return self._summary(), self._by_operator(), self._by_layer()
+
+    def _summary(self) -> Table:
+        rows: list[dict[str, object]] = []
+
+        def add(what: str, ms: float) -> None:
+            speedup = self.total_ms / ms if ms else None
+            rows.append({"what": what, "ms": ms, "items": 1e3 * self.batch_size / ms if ms else None, "x": speedup})
+
+        add("float", self.total_ms)
+        if self.total_int8_ms is not None:
+            add("int8", self.total_int8_ms)
+        for kind, totals in (("float", self.width_total_ms), ("int8", self.width_total_int8_ms)):
+            for width, ms in zip(self.widths, totals, strict=False):
+                if width < 1:
+                    add(f"{kind}, {width:.1%} of the channels", ms)
+        threads = f"{self.threads} thread{'s' * (self.threads != 1)}"
+        columns = (
+            Column("what", "Model"),
+            Column("ms", "ms per batch", ".3f"),
+            Column("items", "Items/s", ",.1f"),
+            Column("x", "Speed-up", ".2f"),
+        )
+        return Table.of(f"{self.model}: batch {self.batch_size}, {threads}, onnxruntime", rows, columns)
+
+    def _by_operator(self) -> Table:
+        times: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0, 0.0])
+        for layer in self.layers:
+            entry = times[layer.type or "layer"]
+            entry[0] += 1
+            entry[1] += layer.ms
+            entry[2] += layer.int8_ms or 0.0
+        for label in dict.fromkeys([*self.others, *self.others_int8]):
+            entry = times[_operator(label)]
+            entry[0] += 1
+            entry[1] += self.others.get(label, 0.0)
+            entry[2] += self.others_int8.get(label, 0.0)
+        rows = [
+            {
+                "type": kind,
+                "count": int(count),
+                "ms": ms,
+                "share": ms / self.profiled_ms if self.profiled_ms else None,
+                "int8": int8 if self.profiled_int8_ms is not None else None,
+            }
+            for kind, (count, ms, int8) in sorted(times.items(), key=lambda item: -item[1][1])
+        ]
+        columns = (
+            Column("type", "Operator"),
+            Column("count", "Number", "d"),
+            Column("ms", "ms", ".3f"),
+            Column("share", "Share", ".1%"),
+            Column("int8", "int8 ms", ".3f"),
+        )
+        return Table.of("By operator", rows, columns)
+
+    def _by_layer(self) -> Table:
+        half = self.widths.index(0.5) if 0.5 in self.widths else None
+        rows: list[dict[str, object]] = [
+            {
+                "name": layer.name,
+                "type": layer.type,
+                "ms": layer.ms,
+                "share": layer.ms / self.profiled_ms if self.profiled_ms else None,
+                "int8": layer.int8_ms,
+                "half": layer.width_ms[half] if layer.width_ms and half is not None else None,
+                "skip": layer.sparse_ms[SPARSITIES.index(0.9)],
+            }
+            for layer in self.layers
+        ]
+        dense, int8 = sum(self.others.values()), sum(self.others_int8.values())
+        rest: dict[str, object] = {
+            "name": "in no layer",
+            "type": "",
+            "ms": dense,
+            "int8": int8,
+            "half": None,
+            "skip": dense,
+        }
+        rest["share"] = dense / self.profiled_ms if self.profiled_ms else None
+        columns = [
+            Column("name", "Layer"),
+            Column("type", "Type", left=True),
+            Column("ms", "ms", ".3f"),
+            Column("share", "Share", ".1%"),
+            Column("int8", "int8 ms", ".3f"),
+            Column("half", "half as wide", ".3f"),
+            Column("skip", "90% zeros, if skipped", ".3f"),
+        ]
+        rows.append(rest)
+        shown = [column for column in columns if any(row[column.field] is not None for row in rows)]
+        return Table.of("By layer, under the profiler (onnxruntime itself skips no zeros)", rows, shown)
+
+    def __str__(self) -> str:
+        said = [table.text() for table in self.tables()]
+        said += [f"{what}: not measured: {why}" for what, why in self.notes.items()]
+        return "\n\n".join(said)
+
+    def to_json(self) -> str:
+        return json.dumps({"format": FORMAT, **dataclasses.asdict(self)}, indent=1)
+
+    @classmethod
+    def from_json(cls, text: str) -> PerformanceProfile:
+        """What `to_json` wrote.
+
+        Raises:
+            DataError: something else, or what another version wrote.
+        """
+        try:
+            plain = json.loads(text)
+            written = plain.pop("format")
+            if written != FORMAT:
+                raise DataError(
+                    f"a performance profile of format {written}; this version reads {FORMAT}. Measure again."
+                )
+            plain["layers"] = tuple(LayerPerformance(**_checked(layer, LayerPerformance)) for layer in plain["layers"])
+            return cls(**_checked(plain, cls))
+        except DataError:
+            raise
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise DataError(f"not a performance profile: {error}. Measure again.") from error
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """To a JSON file.
+
+        Raises:
+            DataFileError: it cannot be written.
+        """
+        with replacing(path) as temporary:
+            temporary.write_text(self.to_json() + "\n", encoding="utf-8")
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> PerformanceProfile:
+        """From a JSON file.
+
+        Raises:
+            DataFileError: it is missing or unreadable. DataError: it holds something else.
+        """
+        try:
+            text = Path(path).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise DataFileError(f"cannot read {path}: {error}.") from error
+        try:
+            return cls.from_json(text)
+        except DataError as error:
+            raise DataError(f"{path}: {error}") from error
+
+
+def performance_profile(
+    model: nn.Module | str | os.PathLike[str],
+    sample_inputs: Any = None,
+    *,
+    batch_sizes: Sequence[int] = (1,),
+    threads: Sequence[int] = (1,),
+    quantized: bool = True,
+    widths: Sequence[float] | None = WIDTHS,
+    iterations: int = 10,
+    warmup: int = 5,
+    cache: bool | str | os.PathLike[str] = False,
+    progress: bool | None = None,
+) -> PerformanceProfile:
+    """Measures a model and each of its layers in onnxruntime: in float, in int8, and with fewer channels.
+
+    The model is exported as it is, quantized, and shrunk to each of `widths` in all families of channels at once, with
+    the rounding of StructuredPruningModifier; each file runs under onnxruntime's profiler, and the time of each node
+    counts to the layer it came from, with what was fused into it and the conversions made for it. What belongs to no
+    layer is reported as `others`. The model itself is not touched; weights play no part in the times.
+
+    Zeros: with a fraction s of zeros, `sparse_ms` is time * max(1 - s, 0.1), which a runtime that skips zeros would
+    reach. onnxruntime gains 0 from zeros: there only removed channels and int8 save time.
+
+    Args:
+        model: a torch module that was not quantized before, or an ONNX file, of which the times as it is are measured.
+        sample_inputs: a tensor, a tuple of arguments or a dictionary of keywords, as the model is called with: batches
+            are made of its items, so token ids stay inside their tables. None for a file: inputs are made up.
+        batch_sizes, threads: layers are measured at the first of each, the whole model at all combinations.
+        quantized: whether int8 is measured; ranges come from the sample inputs, which is good enough for times only.
+        widths: fractions of the channels that stay, 1.0 first; None: not measured.
+        iterations, warmup: calls that are timed, and calls before them.
+        cache: a folder where profiles are kept by the hash of graph, shapes, settings, versions and processor; True:
+            the user's cache folder; False: nothing is kept.
+        progress: whether a bar is shown; None: on a terminal.
+
+    Raises:
+        ExportError: the model cannot be exported, or not be run. Parts that cannot be measured, int8 or widths, are
+            None, with the reason in `notes`.
+        StateError: the model is quantized already; profile its file.
+        ArgumentError: a wrong argument. DataFileError, DataError: a file that is missing or broken.
+    """
+    from sparsify.analysis.measuring import Settings, profile_of_file, profile_of_model
+
+    settings = Settings(
+        batch_sizes=_wholes("batch_sizes", batch_sizes, 1),
+        threads=_wholes("threads", threads, 1),
+        quantized=quantized,
+        widths=() if widths is None else _fractions(widths),
+        iterations=_wholes("iterations", [iterations], 1)[0],
+        warmup=_wholes("warmup", [warmup], 0)[0],
+    )
+    folder = _cache_folder(cache)
+    if isinstance(model, (str, os.PathLike)):
+        if sample_inputs is not None:
+            raise ArgumentError("sample_inputs: inputs of a file are made up from what it says; leave them out.")
+        return profile_of_file(Path(model), settings, folder, progress)
+    return profile_of_model(model, sample_inputs, settings, folder, progress)
+
+
+def _wholes(name: str, values: Sequence[int], least: int) -> tuple[int, ...]:
+    if isinstance(values, (str, bytes, int)) or not isinstance(values, Sequence) or not values:
+        raise ArgumentError(f"{name}={values!r}: give a list of whole numbers, {least} or more.")
+    for value in values:
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            raise ArgumentError(f"{name}: {value!r} is no whole number, {least} or more.")
+    return tuple(dict.fromkeys(values))
+
+
+def _fractions(widths: Sequence[float]) -> tuple[float, ...]:
+    if isinstance(widths, (str, bytes)) or not isinstance(widths, Sequence) or not widths:
+        raise ArgumentError(f"widths={widths!r}: give a list of fractions, 1.0 first, or None.")
+    for width in widths:
+        if isinstance(width, bool) or not isinstance(width, (int, float)) or not 0 < width <= 1:
+            raise ArgumentError(f"widths: {width!r} is no fraction of the channels, above 0 and up to 1.")
+    if widths[0] != 1 or any(a <= b for a, b in itertools.pairwise(widths)):
+        raise ArgumentError(f"widths={tuple(widths)}: give them falling, 1.0 first, each once.")
+    return tuple(float(width) for width in widths)
+
+
+def _cache_folder(cache: bool | str | os.PathLike[str]) -> Path | None:
+    if cache is False:
+        return None
+    if cache is True:
+        base = os.environ.get("XDG_CACHE_HOME") or os.environ.get("LOCALAPPDATA")
+        return (Path(base) if base else Path.home() / ".cache") / "sparsify" / "performance"
+    if not isinstance(cache, (str, os.PathLike)):
+        raise ArgumentError(f"cache={cache!r}: give a folder, True or False.")
+    return Path(cache)
+
+
+def _operator(label: str) -> str:
+    """The operator in the label of what is in no layer.
+
+    >>> _operator("block.0/Add_2"), _operator("nowhere in the file/ReorderOutput"), _operator("head, in float")
+    ('Add', 'ReorderOutput', 'in float')
+    """
+    if "/" not in label:
+        return label.rpartition(", ")[2]
+    last = label.rpartition("/")[2]
+    head, _, number = last.rpartition("_")
+    return head if head and number.isdigit() else last
+
+
+def _checked(plain: Mapping[str, Any], kind: type[Any]) -> dict[str, Any]:
+    """The fields as they were: lists become tuples again.
+
+    Raises:
+        TypeError: a field is missing, unknown, or of another type.
+    """
+    types: dict[str, tuple[type[Any], ...]] = {"str": (str,), "int": (int,), "float": (int, float)}
+    found: dict[str, Any] = {}
+    for entry in dataclasses.fields(kind):
+        name = entry.name
+        value = plain[name]
+        text = str(entry.type)
+        if text.endswith("| None") and value is None:
+            found[name] = None
+            continue
+        text = text.removesuffix(" | None")
+        if text.startswith("tuple"):
+            items = tuple(value)
+            if text == "tuple[float, ...]" and not all(isinstance(item, (int, float)) for item in items):
+                raise TypeError(f"{name} holds something that is no number")
+            found[name] = items
+        elif text.startswith("Mapping"):
+            found[name] = dict(value)
+        elif isinstance(value, types[text]) and not isinstance(value, bool):
+            found[name] = value
+        else:
+            raise TypeError(f"{name} is {value!r}")
+    if unknown := set(plain) - set(found):
+        raise TypeError(f"unknown: {', '.join(sorted(unknown))}")
+    return found

@@ -1,0 +1,472 @@
+"""A model, or a file, -> its performance profile: exported, quantized, shrunk, run under the profiler."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+import platform
+import statistics
+import sys
+import tempfile
+import time
+import warnings
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from sparsify.analysis.layers import ModelAnalysis, analyze_model
+from sparsify.analysis.node_times import NodeTimes, node_times
+from sparsify.analysis.performance import FORMAT, SKIPPING_FLOOR, SPARSITIES, LayerPerformance, PerformanceProfile
+from sparsify.channels import Bounds, multiple_of
+from sparsify.errors import ArgumentError, DataError, ExportError, SparsifyError, SparsifyWarning, StateError
+from sparsify.export import export_onnx
+from sparsify.families import Families, find
+from sparsify.oneshot import quantize_model
+from sparsify.quantize.plan import is_quantized
+from sparsify.removal import plan_removal, remove
+from sparsify.report import track
+from sparsify.runtime import open_session, read_model, run_session
+from sparsify.shrinking import dry_run
+from sparsify.signature import Call, unwrapped
+
+if TYPE_CHECKING:
+    import numpy as np
+    from onnx import GraphProto, ModelProto, NodeProto
+
+__all__: list[str] = []
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What is measured; see `performance_profile`."""
+
+    batch_sizes: tuple[int, ...]
+    threads: tuple[int, ...]
+    quantized: bool
+    widths: tuple[float, ...]
+    iterations: int
+    warmup: int
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One file: by the profiler, and without it by (batch size, threads)."""
+
+    times: NodeTimes
+    totals: Mapping[tuple[int, int], float]
+    floating: frozenset[str] = frozenset()
+    """Layers that stay in float in it, though it is int8."""
+
+
+# ---------------------------------------------------------------------- the two ways in
+
+
+def profile_of_model(
+    model: nn.Module, sample_inputs: Any, settings: Settings, cache: Path | None, progress: bool | None
+) -> PerformanceProfile:
+    if not isinstance(model, nn.Module):
+        raise ArgumentError(f"model is a {type(model).__name__}: give a torch.nn.Module or the path of an ONNX file.")
+    if sample_inputs is None:
+        raise ArgumentError("sample_inputs: a torch model is exported with them; give inputs as it is called with.")
+    model = unwrapped(model)
+    if is_quantized(model):
+        raise StateError(
+            f"{type(model).__name__} is quantized already. Give the float model, whose int8 times are measured with "
+            "it, or the file that was exported."
+        )
+    call = Call.of(model, sample_inputs)
+    with tempfile.TemporaryDirectory(prefix="sparsify-") as text:
+        path = Path(text) / "model.onnx"
+        export(model, sample_inputs, path)
+        proto = read_model(path)
+        feeds = {size: _feed(proto, call, size) for size in settings.batch_sizes}
+        content, versions = _content(proto, feeds, settings)
+        if (kept := _kept(cache, content)) is not None:
+            return kept
+        analysis = analyze_model(model, sample_inputs)
+        bench = Bench(analysis, feeds, settings)
+        notes: dict[str, str] = {}
+        families: Families | None = None
+        if settings.widths:
+            families, why = cuttable(model, call)
+            if why:
+                notes["widths"] = why
+        narrow = settings.widths[1:] if families is not None else ()
+        jobs = [(kind, width) for width in (1.0, *narrow) for kind in ("float", "int8")]
+        found: dict[tuple[str, float], Measured] = {}
+        models: dict[float, nn.Module] = {1.0: model}
+        for kind, width in _tracked(jobs, "measuring", progress):
+            if ("widths" in notes and width < 1) or (kind == "int8" and ("int8" in notes or not settings.quantized)):
+                continue
+            try:
+                if width not in models and families is not None:
+                    # One at a time: the float and the int8 file come from one copy.
+                    models = {1.0: model, width: narrowed(model, families, width)}
+                if kind == "int8":
+                    quantized = as_int8(models[width], sample_inputs)
+                    exported = export(quantized, sample_inputs, path)
+                    floating = frozenset(name.split("/")[0] for name in exported.floating)
+                    found[kind, width] = bench.measure(path, floating, all_totals=width == 1)
+                else:
+                    if width != 1:
+                        export(models[width], sample_inputs, path)
+                    found[kind, width] = bench.measure(path, all_totals=width == 1)
+            except SparsifyError as error:
+                if (kind, width) == ("float", 1.0):
+                    raise
+                notes["widths" if width < 1 else "int8"] = str(error)
+    touched = (
+        set() if families is None else {place.tensor for one in families.families.values() for place in one.places}
+    )
+    profile = _assembled(type(model).__name__, analysis, found, touched, settings, content, versions, notes)
+    _keep(cache, profile)
+    return profile
+
+
+def profile_of_file(path: Path, settings: Settings, cache: Path | None, progress: bool | None) -> PerformanceProfile:
+    from sparsify.benchmark import random_inputs
+
+    proto = read_model(path)
+    session = open_session(path, model=proto)
+    feeds = {size: random_inputs(proto, session, size)[0] for size in settings.batch_sizes}
+    content, versions = _content(proto, feeds, settings)
+    if (kept := _kept(cache, content)) is not None:
+        return kept
+    analysis = analyze_model(path)
+    found: dict[tuple[str, float], Measured] = {}
+    for kind in _tracked(["float"], "measuring", progress):
+        found[kind, 1.0] = Bench(analysis, feeds, settings).measure(path, all_totals=True)
+    why = "a file is measured as it is; give the torch model for int8 and widths"
+    notes = {"int8": why} if settings.quantized else {}
+    notes |= {"widths": why} if settings.widths else {}
+    profile = _assembled(path.name, analysis, found, set(), settings, content, versions, notes)
+    _keep(cache, profile)
+    return profile
+
+
+# ---------------------------------------------------------------------- the forms of a model
+
+
+def export(model: nn.Module, sample_inputs: Any, path: Path) -> Any:
+    """With a free batch size, or with that of the inputs where the model's forward fixes it."""
+    try:
+        return export_onnx(model, sample_inputs, path)
+    except ExportError as error:
+        if "dynamic_batch=False" not in str(error):
+            raise
+        return export_onnx(model, sample_inputs, path, dynamic_batch=False)
+
+
+def as_int8(model: nn.Module, sample_inputs: Any) -> nn.Module:
+    """Quantized for the sake of its speed: the ranges are those of one batch, the weights rounded to nearest."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", SparsifyWarning)
+        return quantize_model(
+            model,
+            [sample_inputs if isinstance(sample_inputs, Mapping | tuple) else _as_tuple(sample_inputs)],
+            least_samples=1,
+            ranges="min_max",
+            rounding="nearest",
+            equalize=False,
+            correct_bias=False,
+            progress=False,
+        ).model
+
+
+def cuttable(model: nn.Module, call: Call) -> tuple[Families | None, str]:
+    """The families of channels that can be removed; or None and why there are none."""
+    args, kwargs = call.arguments(list(call.inputs.values()))
+    try:
+        families = dry_run(model, find(model, args, kwargs), args, kwargs)
+    except SparsifyError as error:
+        return None, str(error)
+    if not any(family.size > 1 for family in families.families.values()):
+        reasons = "; ".join(dict.fromkeys(families.whole.values())) or "it has no layers with channels"
+        return None, f"no channels can be removed: {reasons}"
+    return families, ""
+
+
+def narrowed(model: nn.Module, families: Families, width: float | Mapping[str, float]) -> nn.Module:
+    """A copy in which `width` of the channels of every family, or of those that are named, are left.
+
+    Speed does not depend on which channels go: the last ones do.
+    """
+    smaller = copy.deepcopy(model)
+    gone = {}
+    for name, family in families.families.items():
+        share = width if isinstance(width, int | float) else width.get(name, 1.0)
+        gone[name] = tuple(range(kept_channels(families, name, share), family.size))
+    remove(smaller, plan_removal(smaller, families, {name: lost for name, lost in gone.items() if lost}))
+    return smaller
+
+
+def kept_channels(families: Families, name: str, share: float) -> int:
+    """How many channels of a family stay, rounded as StructuredPruningModifier does."""
+    family = families.families[name]
+    # Exactly what it masks before it rounds: round(n * sparsity) of n.
+    wanted = family.size - round(family.size * (1 - share))
+    return Bounds.of(family.size, multiple_of(family, None)).nearest(wanted)
+
+
+# ---------------------------------------------------------------------- measuring
+
+
+class Bench:
+    """Measures files of one model, in its several forms, on the same inputs."""
+
+    def __init__(
+        self, analysis: ModelAnalysis, feeds: Mapping[int, Mapping[str, np.ndarray]], settings: Settings
+    ) -> None:
+        self.analysis, self.feeds, self.settings = analysis, feeds, settings
+
+    def measure(self, path: Path, floating: frozenset[str] = frozenset(), *, all_totals: bool = False) -> Measured:
+        settings = self.settings
+        proto = read_model(path)
+        times = node_times(
+            proto,
+            self.feeds[settings.batch_sizes[0]],
+            layers_of_nodes(proto.graph, self.analysis),
+            {layer.name: float(layer.macs) for layer in self.analysis.layers},
+            threads=settings.threads[0],
+            warmup=settings.warmup,
+            iterations=settings.iterations,
+            folder=path.parent,
+        )
+        totals = {}
+        for count in settings.threads if all_totals else settings.threads[:1]:
+            session = open_session(path, threads=count, model=proto)
+            for size in settings.batch_sizes if all_totals else settings.batch_sizes[:1]:
+                totals[size, count] = median_ms(session, self.feeds[size], settings.warmup, settings.iterations)
+        return Measured(times, totals, floating)
+
+
+def median_ms(session: Any, feed: Mapping[str, np.ndarray], warmup: int, iterations: int) -> float:
+    """Of one call."""
+    inputs = dict(feed)
+    for _ in range(warmup):
+        run_session(session, inputs)
+    times = []
+    for _ in range(iterations):
+        start = time.perf_counter()
+        session.run(None, inputs)
+        times.append(time.perf_counter() - start)
+    return statistics.median(times) * 1e3
+
+
+def layers_of_nodes(graph: GraphProto, analysis: ModelAnalysis) -> list[str | None]:
+    """The layer that each node of a file computes; None for those that compute none.
+
+    Our files name a node "<module>/<operator>" and a weight by its parameter; in files of others a node has the name
+    that `analyze_model` gives it.
+    """
+    names = {layer.name for layer in analysis.layers}
+    producer = {name: node for node in graph.node for name in node.output}
+    stored = {tensor.name for tensor in graph.initializer}
+    owners = [_owner(node, names, producer, stored) for node in graph.node]
+    # Products of activations: in the order in which they stand in their module, attention with two of them.
+    functional: dict[str, list[str]] = defaultdict(list)
+    calls: dict[str, int] = defaultdict(lambda: 1)
+    for layer in analysis.layers:
+        if layer.weight is None:
+            module = layer.name.rpartition(".")[0]
+            functional[module] += [layer.name] * (2 if "attention" in layer.type else 1)
+            calls[module] = max(calls[module], layer.calls)
+    waiting: dict[str, list[int]] = defaultdict(list)
+    for i, node in enumerate(graph.node):
+        if owners[i] is None and node.op_type in ("MatMul", "Einsum", "Gemm"):
+            waiting[_module(node)].append(i)
+    for module, nodes in waiting.items():
+        mine = functional.get(module, []) * calls[module]
+        if len(set(mine)) == 1:
+            mine = mine[:1] * len(nodes)
+        if len(mine) == len(nodes):
+            for i, name in zip(nodes, mine, strict=True):
+                owners[i] = name
+    return owners
+
+
+def _owner(node: NodeProto, names: set[str], producer: Mapping[str, NodeProto], stored: set[str]) -> str | None:
+    for value in node.input:
+        for _ in range(8):
+            made = producer.get(value)
+            if made is None or made.op_type not in ("DequantizeLinear", "Transpose", "Reshape", "Cast"):
+                break
+            value = made.input[0]
+        if value in stored:
+            stem = str(value).removesuffix("_int8")
+            for suffix in (".weight", "_weight"):
+                if stem.endswith(suffix) and stem.removesuffix(suffix) in names:
+                    return stem.removesuffix(suffix)
+    module = _module(node)
+    if module in names:
+        return module
+    name = str(node.name)
+    parent, _, last = module.rpartition(".")
+    if last.endswith("_quantizer") and parent in names:
+        return parent
+    return name if name in names else None
+
+
+def _module(node: NodeProto) -> str:
+    return node.name.split("/", 1)[0] if "/" in node.name else ""
+
+
+def _assembled(
+    name: str,
+    analysis: ModelAnalysis,
+    found: Mapping[tuple[str, float], Measured],
+    touched: set[str],
+    settings: Settings,
+    content: str,
+    versions: Mapping[str, str],
+    notes: Mapping[str, str],
+) -> PerformanceProfile:
+    dense, int8 = found["float", 1.0], found.get(("int8", 1.0))
+    first = (settings.batch_sizes[0], settings.threads[0])
+    wide = {kind: [found[kind, w] for w in settings.widths if (kind, w) in found] for kind in ("float", "int8")}
+    for kind in wide:
+        if len(wide[kind]) < len(settings.widths) or not touched:
+            wide[kind] = []
+
+    def layer(info: Any) -> LayerPerformance:
+        ms = dense.times.owners.get(info.name, 0.0)
+        removable = info.weight in touched or (info.weight is None and bool(touched))
+        floating = int8 is None or info.name in int8.floating
+        at_widths = {
+            kind: tuple(one.times.owners.get(info.name, 0.0) for one in wide[kind]) if removable else ()
+            for kind in wide
+        }
+        return LayerPerformance(
+            name=info.name,
+            ms=ms,
+            int8_ms=None if int8 is None or floating else int8.times.owners.get(info.name, 0.0),
+            sparse_ms=tuple(ms * max(1 - s, SKIPPING_FLOOR) if info.prunable else ms for s in SPARSITIES),
+            width_ms=at_widths["float"] or None,
+            width_int8_ms=None if floating else at_widths["int8"] or None,
+            type=info.type,
+        )
+
+    others_int8: dict[str, float] = {}
+    if int8 is not None:
+        others_int8 = {f"{name}, in float": ms for name, ms in int8.times.owners.items() if name in int8.floating}
+        others_int8 |= int8.times.others
+    totals = {}
+    for kind, measured in (("float", dense), ("int8", int8)):
+        for (size, count), ms in measured.totals.items() if measured is not None else ():
+            totals[f"batch {size}, {count} thread{'s' * (count != 1)}, {kind}"] = ms
+    return PerformanceProfile(
+        layers=tuple(layer(info) for info in analysis.layers),
+        total_ms=dense.totals[first],
+        total_int8_ms=None if int8 is None else int8.totals[first],
+        totals=totals,
+        batch_size=first[0],
+        threads=first[1],
+        content=content,
+        versions=versions,
+        profiled_ms=dense.times.total,
+        profiled_int8_ms=None if int8 is None else int8.times.total,
+        others=dense.times.others,
+        others_int8=others_int8,
+        widths=settings.widths if wide["float"] else (),
+        width_total_ms=tuple(one.totals[first] for one in wide["float"]),
+        width_total_int8_ms=tuple(one.totals[first] for one in wide["int8"]),
+        width_profiled_ms=tuple(one.times.total for one in wide["float"]),
+        width_profiled_int8_ms=tuple(one.times.total for one in wide["int8"]),
+        notes=notes,
+        model=name,
+    )
+
+
+# ---------------------------------------------------------------------- inputs and the cache
+
+
+def _as_tuple(sample_inputs: Any) -> Any:
+    return tuple(sample_inputs) if isinstance(sample_inputs, list) else sample_inputs
+
+
+def _feed(proto: ModelProto, call: Call, size: int) -> dict[str, np.ndarray]:
+    """The sample inputs as a batch of `size`: its items, again and again."""
+    feed = {}
+    for value in proto.graph.input:
+        tensor = call.inputs[value.name].detach().cpu()
+        dims = value.type.tensor_type.shape.dim
+        if len(dims) and dims[0].dim_param:
+            tensor = tensor[torch.arange(size) % tensor.shape[0]]
+        feed[value.name] = tensor.contiguous().numpy()
+    if not any(
+        len(v.type.tensor_type.shape.dim) and v.type.tensor_type.shape.dim[0].dim_param for v in proto.graph.input
+    ):
+        own = next((array.shape[0] for array in feed.values() if array.ndim), 1)
+        if size != own:
+            raise ArgumentError(
+                f"batch_sizes: this model's forward fixes its batch to {own}; give sample_inputs of {size} items, and "
+                f"batch_sizes=({size},)."
+            )
+    return feed
+
+
+def _content(
+    proto: ModelProto, feeds: Mapping[int, Mapping[str, np.ndarray]], settings: Settings
+) -> tuple[str, dict[str, str]]:
+    """(the hash of graph, shapes, settings, versions and processor; the versions)."""
+    import onnx
+    import onnxruntime
+
+    versions = {
+        "onnxruntime": onnxruntime.__version__,
+        "onnx": onnx.__version__,
+        "torch": torch.__version__,
+        "processor": processor(),
+    }
+    hashed = hashlib.sha256()
+    for node in proto.graph.node:
+        hashed.update(node.SerializeToString(deterministic=True))
+    for tensor in proto.graph.initializer:
+        hashed.update(f"{tensor.name} {list(tensor.dims)} {tensor.data_type}".encode())
+        if tensor.data_type == onnx.TensorProto.INT64:  # shapes and axes, which are part of the graph
+            hashed.update(tensor.SerializeToString(deterministic=True))
+    inputs = [[name, str(a.dtype), list(a.shape)] for feed in feeds.values() for name, a in feed.items()]
+    hashed.update(json.dumps([FORMAT, inputs, asdict(settings), versions], sort_keys=True).encode())
+    return hashed.hexdigest(), versions
+
+
+def processor() -> str:
+    """The name of the processor, as well as it can be known."""
+    try:
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass  # Not on Linux.
+    return platform.processor() or platform.machine()
+
+
+def _kept(cache: Path | None, content: str) -> PerformanceProfile | None:
+    """What was kept for this content; None also where it is damaged: it is measured again then, and replaced."""
+    if cache is None:
+        return None
+    try:
+        profile = PerformanceProfile.load(cache / f"{content}.json")
+    except DataError:
+        return None
+    return profile if profile.content == content else None
+
+
+def _keep(cache: Path | None, profile: PerformanceProfile) -> None:
+    if cache is not None:
+        try:
+            cache.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ArgumentError(f"cache: the folder {cache} cannot be made: {error.strerror or error}.") from error
+        profile.save(cache / f"{profile.content}.json")
+
+
+def _tracked(work: Sequence[Any], what: str, progress: bool | None) -> Iterator[Any]:
+    shown = sys.stderr.isatty() if progress is None else progress
+    return track(work, what) if shown else iter(work)

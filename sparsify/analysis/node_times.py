@@ -1,0 +1,277 @@
+"""Where the time goes in an ONNX file: onnxruntime's profiler, read back in terms of the nodes that stand in the file.
+
+onnxruntime fuses, renames and reorders. So the nodes and values of a copy get numbers for names, which survive in the
+names of what they become: "@12@_nchwc" is what became of node 12.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import tempfile
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sparsify.errors import ExportError
+from sparsify.runtime import first_line, run_session, session_options
+
+if TYPE_CHECKING:
+    import numpy as np
+    from onnx import GraphProto, ModelProto, NodeProto
+
+__all__: list[str] = []
+
+BEFORE = frozenset({"QuantizeLinear", "DynamicQuantizeLinear", "ReorderInput"})
+"""Conversions for the node that reads their result."""
+AFTER = frozenset({"DequantizeLinear", "ReorderOutput"})
+"""Conversions of the result of the node before."""
+EITHER = frozenset({"Transpose", "Cast", "MemcpyToHost", "MemcpyFromHost"})
+"""Conversions where onnxruntime put them in; where the file has them, they are nodes like others."""
+ELSEWHERE = "nowhere in the file"
+
+
+@dataclass(frozen=True)
+class NodeTimes:
+    """Of one call of a file, in milliseconds: the mean of the faster half of the calls, so that all add up.
+
+    Attributes:
+        owners: by the name that was given to the nodes.
+        others: nodes without an owner, by their own name; those that cannot be traced to the file by "nowhere in the
+            file" and their operator.
+        total: of all nodes; the sum of both.
+    """
+
+    owners: Mapping[str, float]
+    others: Mapping[str, float]
+    total: float
+
+
+def node_times(
+    model: ModelProto,
+    feed: Mapping[str, np.ndarray],
+    owners: Sequence[str | None],
+    shares: Mapping[str, float],
+    *,
+    threads: int | None,
+    warmup: int,
+    iterations: int,
+    folder: Path | None = None,
+) -> NodeTimes:
+    """Runs a model under the profiler and counts the time of what onnxruntime made of each node to the node's owner.
+
+    What runs fused counts to the owner it is named for. A fused node that is named for none of its parts that have an
+    owner is shared among those, in proportion to `shares`. Conversions of types and layouts count to the node they
+    are made for.
+
+    Args:
+        owners: of each node of the model's graph, in order; None for those without.
+        shares: by owner, e.g. multiplications.
+        folder: where values lie that the model has outside of its file.
+
+    Raises:
+        ExportError: onnxruntime cannot run the model.
+    """
+    with tempfile.TemporaryDirectory(prefix="sparsify-") as text:
+        runs, optimized = _profiled(
+            numbered(model), feed, threads, warmup + iterations, Path(text), None if folder is None else str(folder)
+        )
+    runs = sorted(runs[warmup:], key=lambda run: sum(run.values()))
+    runs = runs[: (len(runs) + 1) // 2]
+    means: dict[tuple[str, str], float] = defaultdict(float)
+    for run in runs:
+        for key, microseconds in run.items():
+            means[key] += microseconds / 1e3 / len(runs)
+    inner = {(node.name, node.op_type) for node in _inner_nodes(optimized.graph)}
+    found = _Origins(model.graph, optimized.graph, owners)
+    mine: dict[str, float] = defaultdict(float)
+    others: dict[str, float] = defaultdict(float)
+    total = 0.0
+    for (name, op), ms in means.items():
+        if (name, op) in inner and name not in found.nodes:
+            continue  # Within the time of the If or Loop around it.
+        total += ms
+        who = found.owners(name)
+        if not who:
+            others[found.label(name, op)] += ms
+            continue
+        whole = sum(shares.get(owner, 0.0) for owner in who)
+        for owner in who:
+            mine[owner] += ms * (shares.get(owner, 0.0) / whole if whole else 1 / len(who))
+    return NodeTimes(dict(mine), dict(others), total)
+
+
+def numbered(model: ModelProto) -> ModelProto:
+    """A copy whose node i is called "@i@", and its k-th output "@i.k@"; the graph's own outputs keep their names."""
+    import onnx
+
+    copy = onnx.ModelProto()
+    copy.CopyFrom(model)
+    kept = {value.name for value in copy.graph.output}
+    names: dict[str, str] = {}
+    for i, node in enumerate(copy.graph.node):
+        node.name = f"@{i}@"
+        names.update({name: f"@{i}.{k}@" for k, name in enumerate(node.output) if name and name not in kept})
+    _rename(copy.graph.node, names)
+    return copy
+
+
+def _rename(nodes: Iterable[NodeProto], names: Mapping[str, str]) -> None:
+    """In subgraphs too, which read values of the graph around them."""
+    for node in nodes:
+        for values in (node.input, node.output):
+            for k, name in enumerate(values):
+                values[k] = names.get(name, name)
+        for attribute in node.attribute:
+            for inner in [attribute.g, *attribute.graphs]:
+                # A subgraph hands values from around it on as they are.
+                for value in inner.output:
+                    value.name = names.get(value.name, value.name)
+                _rename(inner.node, names)
+
+
+def _profiled(
+    model: ModelProto,
+    feed: Mapping[str, np.ndarray],
+    threads: int | None,
+    calls: int,
+    scratch: Path,
+    folder: str | None,
+) -> tuple[list[dict[tuple[str, str], float]], ModelProto]:
+    """({(node, operator): microseconds} of every call, the graph that was run)."""
+    import onnx
+    import onnxruntime
+
+    options = session_options(optimized=True, threads=threads)
+    options.enable_profiling = True
+    options.profile_file_prefix = str(scratch / "profile")
+    options.optimized_model_filepath = str(scratch / "optimized.onnx")
+    # Without the weights, which nobody reads here.
+    options.add_session_config_entry("session.optimized_model_external_initializers_file_name", "weights")
+    options.add_session_config_entry("session.optimized_model_external_initializers_min_size_in_bytes", "64")
+    if folder is not None:
+        options.add_session_config_entry("session.model_external_initializers_file_folder_path", folder)
+    try:
+        session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # its exceptions have no common base
+        raise ExportError(f"onnxruntime cannot run this model under its profiler: {first_line(error)}") from error
+    for _ in range(calls):
+        run_session(session, dict(feed))
+    events = json.loads(Path(session.end_profiling()).read_text(encoding="utf-8"))
+    optimized = onnx.load(scratch / "optimized.onnx", load_external_data=False)
+    runs: list[dict[tuple[str, str], float]] = []
+    run: dict[tuple[str, str], float] = defaultdict(float)
+    for event in events:
+        if event.get("cat") == "Node" and event["name"].endswith("_kernel_time"):
+            run[event["name"].removesuffix("_kernel_time"), event["args"]["op_name"]] += event["dur"]
+        elif event.get("name") == "model_run":
+            runs.append(dict(run))
+            run = defaultdict(float)
+    return runs, optimized
+
+
+class _Origins:
+    """Which nodes of the file the nodes of the optimized graph stand for."""
+
+    def __init__(self, file: GraphProto, optimized: GraphProto, owners: Sequence[str | None]) -> None:
+        self.file, self.file_owners = file, owners
+        self.nodes: dict[str, NodeProto] = {node.name: node for node in optimized.node}
+        self.made_in_file = {name: i for i, node in enumerate(file.node) for name in node.output}
+        self.made: dict[str, NodeProto] = {name: node for node in optimized.node for name in node.output}
+        self.read: dict[str, list[NodeProto]] = defaultdict(list)
+        for node in optimized.node:
+            for name in node.input:
+                self.read[name].append(node)
+        self.outputs = {value.name for value in file.output}
+        self.anchors = {node.name: self._anchors(node) for node in optimized.node}
+        self.taken = {i for anchors in self.anchors.values() for i in anchors}
+
+    def _anchors(self, node: NodeProto) -> list[int]:
+        """The nodes of the file that it is named for."""
+        for names in ([node.name], list(node.output)):
+            found = [int(i) for name in names for i in re.findall(r"@(\d+)(?:\.\d+)?@", name)]
+            found += [self.made_in_file[name] for name in names if name in self.outputs and name in self.made_in_file]
+            if found:
+                return list(dict.fromkeys(found))
+        return []
+
+    def owners(self, name: str) -> list[str]:
+        """Whom the time of one optimized node counts to; several where several owners' nodes run as one."""
+        node = self.nodes.get(name)
+        if node is None:
+            return []
+        own = self._own(node)
+        if own or not self._converts(node):
+            return own
+        return self._neighbour(node)
+
+    def label(self, name: str, op: str) -> str:
+        """What the time of one without an owner is reported as."""
+        anchors = self.anchors.get(name, [])
+        if not anchors:
+            return f"{ELSEWHERE}/{op}"
+        node = self.file.node[anchors[-1]]
+        return node.name or f"{node.op_type}_{anchors[-1]}"
+
+    def _own(self, node: NodeProto) -> list[str]:
+        anchors = self.anchors[node.name]
+        direct = [owner for i in anchors if (owner := self.file_owners[i]) is not None]
+        if direct:
+            return list(dict.fromkeys(direct))
+        if len(anchors) == 1 and self.file.node[anchors[0]].op_type == node.op_type:
+            return []  # The very node of the file.
+        # Named for the last of the nodes that were fused: the others are those before it that do not run by themselves.
+        found: dict[str, None] = {}
+        todo, seen = list(anchors), set(anchors)
+        while todo:
+            for value in self.file.node[todo.pop()].input:
+                i = self.made_in_file.get(value)
+                if i is None or i in seen or i in self.taken:
+                    continue
+                seen.add(i)
+                owner = self.file_owners[i]
+                if owner is None:
+                    todo.append(i)
+                else:
+                    found[owner] = None
+        return list(found)
+
+    def _converts(self, node: NodeProto) -> bool:
+        return node.op_type in BEFORE | AFTER or (node.op_type in EITHER and not self.anchors[node.name])
+
+    def _neighbour(self, node: NodeProto) -> list[str]:
+        """The owner next to a conversion: the one it is made for, or else the one on its other side."""
+        for forward in (False, True) if node.op_type in AFTER else (True, False):
+            if found := self._along(node, forward=forward):
+                return found
+        return []
+
+    def _along(self, node: NodeProto, *, forward: bool) -> list[str]:
+        """The owner of the nearest node that is no conversion, where there is one in this direction."""
+        for _ in range(len(self.nodes)):
+            if forward:
+                readers = [reader for name in node.output for reader in self.read[name]]
+                if not readers:
+                    return []
+                node = readers[0]
+            else:
+                before = next((self.made[name] for name in node.input if name in self.made), None)
+                if before is None:
+                    return []
+                node = before
+            own = self._own(node)
+            if own or not self._converts(node):
+                return own
+        return []
+
+
+def _inner_nodes(graph: GraphProto) -> list[Any]:
+    """The nodes of subgraphs, at any depth."""
+    found: list[Any] = []
+    for node in graph.node:
+        for attribute in node.attribute:
+            for inner in [attribute.g, *attribute.graphs]:
+                found += [*inner.node, *_inner_nodes(inner)]
+    return found
