@@ -98,10 +98,13 @@ def brevitas(model: nn.Module, inputs: Tensor) -> Prepared:
     from brevitas.graph.quantize import layerwise_quantize, preprocess_for_quantize, quantize
 
     try:
-        return quantize(preprocess_for_quantize(copy.deepcopy(model).eval(), trace_model=True)), lambda: None
-    # Whatever its tracer raises: layer by layer works for every model, and quantizes less.
+        whole = quantize(preprocess_for_quantize(copy.deepcopy(model).eval(), trace_model=True))
+        whole(inputs)
+    # Whatever its tracer raises, or what it made: with an embedding, an endless recursion. Layer by layer works for
+    # every model, and quantizes less.
     except Exception:
         return layerwise_quantize(model), lambda: None
+    return whole, lambda: None
 
 
 METHODS: dict[str, Callable[[nn.Module, Tensor], Prepared]] = {
