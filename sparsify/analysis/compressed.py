@@ -1,0 +1,130 @@
+"""What is compressed at once: the weight of a layer, or all that goes with the channels of a family."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import Tensor, nn
+
+from sparsify import channels
+from sparsify.analysis.layers import ModelAnalysis
+from sparsify.analysis.trials import Batch
+from sparsify.errors import TargetError
+from sparsify.families import find
+from sparsify.masking import prune
+from sparsify.quantize.fake import fake_weight
+from sparsify.quantize.layers import channel_axis
+from sparsify.shrinking import deletion_masks, dry_run
+from sparsify.targets import is_prunable_layer, owners, refuse_unusable, resolve_parameters
+
+__all__: list[str] = []
+
+Of = Literal["pruning", "quantization"]
+Layers = ModelAnalysis | str | Iterable[str] | None
+"""Names as in a recipe, an analysis, or None for all that can be pruned."""
+
+
+@dataclass(frozen=True)
+class Unit:
+    """What is compressed at once: the weights of a layer, or all that goes with the channels of a family.
+
+    Attributes:
+        compressed: level -> the weights that change, by the parameter's name.
+        layer: the module that holds the weight; None of a family.
+    """
+
+    name: str
+    parameters: Mapping[str, nn.Parameter]
+    compressed: Callable[[float], dict[str, Tensor]]
+    layer: nn.Module | None = None
+
+
+def layer_weights(model: nn.Module, layers: Layers, of: Of = "pruning", *, where: str) -> list[Unit]:
+    """The layers that are meant, in the model's order, under the names that they have in an analysis.
+
+    Raises:
+        TargetError: a name matches nothing, or no layer's weight; nothing is left.
+    """
+    if isinstance(layers, ModelAnalysis):
+        usable = [i for i in layers.layers if (i.prunable if of == "pruning" else i.quantizable)]
+        wanted = {info.weight for info in usable if info.weight is not None and info.shared_with is None}
+        missing = wanted - {name for name, _, _ in owners(model)}
+        if missing:
+            raise TargetError(f"{where}.layers: {min(missing)!r} of the analysis is not in {type(model).__name__}.")
+    elif layers is None:
+        wanted = {name for name, module, own in owners(model) if own == "weight" and is_prunable_layer(module)}
+    else:
+        wanted = set(resolve_parameters(model, layers, where=f"{where}.layers"))
+    found = []
+    for name, module, own in owners(model):
+        if name not in wanted:
+            continue
+        parameter = module._parameters[own]
+        assert parameter is not None
+        if parameter.dim() < 2:
+            raise TargetError(
+                f"{where}.layers: {name!r} has {parameter.dim()} dimension; a layer's weight has 2 or more."
+            )
+        if hasattr(parameter, "placements"):
+            raise TargetError(f"{where}.layers: {name!r} is sharded (DTensor), which is not supported.")
+        found.append(_layer(name, own, module, parameter, of))
+    if not found:
+        raise TargetError(f"{where}: {type(model).__name__} has no layer that can be compressed.")
+    refuse_unusable({name: p for unit in found for name, p in unit.parameters.items()}, where=where)
+    return found
+
+
+def _layer(name: str, own: str, module: nn.Module, parameter: nn.Parameter, of: Of) -> Unit:
+    def pruned(level: float) -> dict[str, Tensor]:
+        weight = parameter.detach()
+        return {name: weight.masked_fill(~prune({name: weight}, level)[name], 0.0)}
+
+    def rounded(bits: float) -> dict[str, Tensor]:
+        return {name: fake_weight(parameter.detach(), axis=channel_axis(module), largest=2 ** (int(bits) - 1) - 1)}
+
+    title = layer_name(name, own)
+    return Unit(title, {name: parameter}, pruned if of == "pruning" else rounded, module)
+
+
+def layer_name(parameter: str, own: str) -> str:
+    """The layer's name in an analysis, by the parameter's whole name and what it is called in its module.
+
+    >>> layer_name("layer1.conv.weight", "weight"), layer_name("attention.in_proj_weight", "in_proj_weight")
+    ('layer1.conv', 'attention.in_proj')
+    """
+    return parameter.removesuffix(own).removesuffix(".") if own == "weight" else parameter.removesuffix("_weight")
+
+
+def channel_families(
+    model: nn.Module, sample: Batch, layers: Layers, *, where: str
+) -> tuple[list[Unit], dict[str, tuple[str, ...]]]:
+    """Families whose channels can go, and the layers of each; with `layers` those that have a row among them."""
+    found = dry_run(model, find(model, sample.args, sample.kwargs), sample.args, sample.kwargs)
+    chosen = (
+        None
+        if layers is None
+        else {name for unit in layer_weights(model, layers, where=where) for name in unit.parameters}
+    )
+    names = {name: layer_name(name, own) for name, _, own in owners(model)}
+    parameters = {name: module._parameters[own] for name, module, own in owners(model)}
+    kept = {n: f for n, f in found.families.items() if f.rows and (chosen is None or chosen & set(f.rows))}
+    if not kept:
+        raise TargetError(f"{where}: {type(model).__name__} has no channels that can go; see `shrink` for the reasons.")
+    scores = channels.norms(model, kept)
+    units = []
+    for name, family in kept.items():
+        held = {p.tensor: value for p in family.places if (value := parameters.get(p.tensor)) is not None}
+
+        def masked(
+            level: float, name: str = name, size: int = family.size, held: dict[str, nn.Parameter] = held
+        ) -> dict[str, Tensor]:
+            gone = channels.lowest({name: scores[name]}, {name: min(round(size * level), size - 1)}, {})
+            masks = deletion_masks(model, found, gone)
+            return {tensor: held[tensor].detach() * mask for tensor, mask in masks.items()}
+
+        row, _, number = name.partition("#")
+        units.append(Unit(names[row] + (f"#{number}" if number else ""), held, masked))
+    members = {unit.name: tuple(names[row] for row in f.rows) for unit, f in zip(units, kept.values(), strict=True)}
+    return units, members

@@ -1,0 +1,320 @@
+"""A model on trial: its loss on the same batches with some of its weights changed, and everything put back."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from sparsify.errors import ArgumentError, DataError
+from sparsify.quantize.calibrate import called_with
+from sparsify.signature import named_outputs
+
+__all__: list[str] = []
+
+Loss = Callable[[Any, Any], Any]
+DRAWS = 4
+"""Of the model's own answers, for each batch: more say little, fewer leave one noisy sign a weight."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One batch as the model is called with it. `target` is what the loss compares with; None: nothing was left."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    target: Any
+    samples: int
+
+
+def taken(model: nn.Module, data: Iterable[Any], *, with_target: bool, most: int | None, where: str) -> list[Batch]:
+    """The batches of `data`, at most `most`, gone through once so that every trial sees the same.
+
+    Args:
+        with_target: whether the last of a tuple goes to the loss, not to the model. Of a dict all goes to the loss
+            too, of one tensor the tensor itself. False: the model gets as many as it takes, and the last is a target
+            where it is left over.
+
+    Raises:
+        ArgumentError: `data` is no iterable of batches. DataError: it is empty, or a batch holds no tensor.
+    """
+    if isinstance(data, Tensor):
+        raise ArgumentError(f"{where}: data is one tensor: give an iterable of batches; [x] for a single one.")
+    if isinstance(data, str | bytes | Mapping) or not isinstance(data, Iterable):
+        raise ArgumentError(f"{where}: data is a {type(data).__name__}: give an iterable of batches, as a loader.")
+    if most is not None and (isinstance(most, bool) or not isinstance(most, int) or most < 1):
+        raise ArgumentError(f"{where}: batches={most!r}: give a whole number above 0, or None for all.")
+    with torch.random.fork_rng(devices=_devices(model)):  # a loader draws its order from torch's generator
+        batches = [_batch(model, one, at, with_target, where) for at, one in enumerate(islice(data, most))]
+    if not batches:
+        raise DataError(f"{where}: data holds no batch. Give an iterable that can be gone through once more.")
+    return batches
+
+
+def _batch(model: nn.Module, batch: Any, at: int, with_target: bool, where: str) -> Batch:
+    tensors = [leaf for leaf in pytree.tree_leaves(batch) if isinstance(leaf, Tensor)]
+    if not tensors:
+        raise DataError(f"{where}: batch {at} of data is a {type(batch).__name__} without a tensor.")
+    samples = next((len(tensor) for tensor in tensors if tensor.dim()), 1)
+    target: Any = None
+    inputs = batch
+    if isinstance(batch, Mapping) or not isinstance(batch, tuple | list):
+        target = batch if with_target else None
+    elif with_target:
+        target = batch[-1]
+        inputs = batch[0] if len(batch) <= 2 else tuple(batch[:-1])
+    args, kwargs = called_with(model, inputs)
+    if not with_target and isinstance(batch, tuple | list) and len(args) < len(batch):
+        target = batch[-1]
+    device = next((leaf.device for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)), None)
+    target = pytree.tree_map(lambda leaf: leaf.to(device) if isinstance(leaf, Tensor) else leaf, target)
+    return Batch(args, kwargs, target, samples)
+
+
+class Trials:
+    """The mean loss of a model over `batches`, as it is (`base`) or with other weights.
+
+    In eval mode; between calls the model is what it was: weights, buffers, modes, random state, gradients.
+
+    Args:
+        loss: of the model's outputs and a batch's target. None: the outputs' own `loss` where they have one; else their
+            distance from those of the model as it is now: the Kullback-Leibler divergence of outputs that are named
+            "logits" or stand beside whole-number targets, or of others the mean square over that of the outputs.
+
+    Raises:
+        DataError: the loss is not finite, or no number.
+    """
+
+    def __init__(self, model: nn.Module, batches: Sequence[Batch], loss: Loss | None, *, where: str) -> None:
+        self.model = model
+        self.batches = batches
+        self.where = where
+        self.samples = sum(batch.samples for batch in batches)
+        self._loss = loss
+        self._dense: list[dict[str, Tensor]] = []
+        self._classes: list[dict[str, int]] = []
+        self.base = self._measured("as it is")
+
+    def with_weights(self, parameters: Mapping[str, nn.Parameter], values: Mapping[str, Tensor], what: str) -> float:
+        """The loss with `values` in the place of those parameters; `what` names them in errors."""
+        with replaced(parameters, values):
+            return self._measured(what)
+
+    def curvature(self, parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
+        """The diagonal of the Fisher matrix: for each weight an estimate of the loss's second derivative, >= 0.
+
+        With a loss: mean squares of the gradients of batches, times their samples (the gradient itself is near zero in
+        a trained model). Without one, of answers that are drawn from the model's own outputs: then its mean is the
+        exact curvature of the distance, whatever the labels (Martens 2020, https://arxiv.org/abs/1412.1193).
+
+        Raises:
+            DataError: a loss cannot be differentiated, or a gradient is not finite.
+        """
+        found = {
+            name: torch.zeros(p.shape, dtype=torch.promote_types(p.dtype, torch.float32), device=p.device)
+            for name, p in parameters.items()
+        }
+        wanted = [(parameter, parameter.requires_grad) for parameter in parameters.values()]
+        try:
+            for parameter, _ in wanted:
+                parameter.requires_grad_(True)
+            for at, batch in enumerate(self.batches):
+                with _undisturbed(self.model), torch.enable_grad():
+                    self._add_squares(found, parameters, at, batch)
+        finally:
+            for parameter, required in wanted:
+                parameter.requires_grad_(required)
+        for name, value in found.items():
+            if not bool(value.isfinite().all()):
+                raise DataError(f"{self.where}: the gradient of {name!r} is not finite on this data.")
+        return found
+
+    def _add_squares(
+        self, found: Mapping[str, Tensor], parameters: Mapping[str, nn.Parameter], at: int, batch: Batch
+    ) -> None:
+        outputs = self.model(*batch.args, **batch.kwargs)
+        scalars = self._draws(outputs, at) if self._dense else [self._number(outputs, batch) * batch.samples**0.5]
+        for scalar in scalars:
+            if not isinstance(scalar, Tensor) or not scalar.requires_grad:
+                raise DataError(f"{self.where}: the loss cannot be differentiated; method='data' needs no gradients.")
+            gradients = torch.autograd.grad(
+                scalar, list(parameters.values()), retain_graph=len(scalars) > 1, allow_unused=True
+            )
+            share = batch.samples / self.samples / len(scalars)
+            for name, gradient in zip(parameters, gradients, strict=True):
+                if gradient is not None:
+                    dense = gradient.to_dense() if gradient.layout != torch.strided else gradient
+                    found[name] += dense.to(found[name].dtype).square_() * share
+
+    def _measured(self, what: str) -> float:
+        first = not hasattr(self, "base")
+        total = 0.0
+        for at, batch in enumerate(self.batches):
+            with _undisturbed(self.model), torch.no_grad():
+                outputs = self.model(*batch.args, **batch.kwargs)
+                if first and self._loss is None and _own_loss(outputs) is None:
+                    self._keep(outputs, batch)
+                value = self._distance(outputs, at) if self._dense else self._number(outputs, batch)
+            number = float(value.detach() if isinstance(value, Tensor) else value)
+            if not math.isfinite(number):
+                raise DataError(
+                    f"{self.where}: the loss of batch {at} is {number} with the model {what}. Look for NaN in the data "
+                    "and the weights, and for what overflows in the loss."
+                )
+            total += number * batch.samples
+        return total / self.samples
+
+    def _number(self, outputs: Any, batch: Batch) -> Any:
+        value = _own_loss(outputs) if self._loss is None else self._loss(outputs, batch.target)
+        if isinstance(value, Tensor) and value.numel() == 1:
+            return value.reshape(())
+        if isinstance(value, int | float) and not isinstance(value, bool):
+            return value
+        shape = f" of shape {tuple(value.shape)}" if isinstance(value, Tensor) else ""
+        raise DataError(f"{self.where}: the loss is a {type(value).__name__}{shape}; it must give one number, a mean.")
+
+    # -- distances from the model as it was
+
+    def _keep(self, outputs: Any, batch: Batch) -> None:
+        given = {name: value for name, value in named_outputs(outputs)[0].items() if value.is_floating_point()}
+        classes = {name: dim for name, value in given.items() if (dim := _class_dim(name, value, batch.target)) >= 0}
+        if not given:
+            raise DataError(f"{self.where}: the model gives no floating-point tensor to compare; give a loss.")
+        # Beside logits other outputs (hidden states, caches) say the same again.
+        self._dense.append({name: value.clone() for name, value in given.items() if not classes or name in classes})
+        self._classes.append(classes)
+
+    def _distance(self, outputs: Any, at: int) -> Tensor:
+        now = named_outputs(outputs)[0]
+        found = []
+        for name, dense in self._dense[at].items():
+            if name in self._classes[at]:
+                dim = self._classes[at][name]
+                wanted = dense.float().log_softmax(dim)
+                difference = wanted - now[name].float().log_softmax(dim)
+                # A class that is masked by -inf has no share, and inf - inf no value.
+                each = torch.where(wanted.isneginf(), 0.0, wanted.exp() * difference)
+                found.append(each.sum(dim).mean())
+            else:
+                power = dense.float().square().mean().clamp(min=1e-30)
+                found.append((now[name].float() - dense.float()).square().mean() / power)
+        return torch.stack(found).mean()
+
+    def _draws(self, outputs: Any, at: int) -> list[Tensor]:
+        """Numbers whose squared gradients are, in the mean, the curvature of `_distance`."""
+        now = named_outputs(outputs)[0]
+        scalars = []
+        for draw in range(DRAWS):
+            found = []
+            for name, dense in self._dense[at].items():
+                generator = torch.Generator(dense.device).manual_seed(DRAWS * at + draw)
+                if name in self._classes[at]:
+                    logs = now[name].float().movedim(self._classes[at][name], -1).flatten(0, -2).log_softmax(-1)
+                    labels = torch.multinomial(logs.detach().exp(), 1, generator=generator)
+                    found.append(logs.gather(1, labels).sum() / len(logs) ** 0.5)
+                else:
+                    power = dense.float().square().mean().clamp(min=1e-30)
+                    noise = torch.randn(dense.shape, generator=generator, device=dense.device)
+                    found.append((now[name].float() * noise).sum() * (2 / (power * dense.numel())).sqrt())
+            scalars.append(torch.stack(found).sum() / len(found) ** 0.5)
+        return scalars
+
+
+def _own_loss(outputs: Any) -> Any:
+    value = outputs.get("loss") if isinstance(outputs, Mapping) else getattr(outputs, "loss", None)
+    return value if isinstance(value, Tensor) and value.numel() == 1 else None
+
+
+def _class_dim(name: str, output: Tensor, target: Any) -> int:
+    """The dimension of the classes; -1 where the output is no distribution over classes."""
+    if output.dim() < 2:
+        return -1
+    if isinstance(target, Tensor) and not target.is_floating_point() and not target.is_complex():
+        for dim in (1, output.dim() - 1):
+            if target.shape == output.shape[:dim] + output.shape[dim + 1 :]:
+                return dim
+    if name == "logits":
+        return 1 if output.dim() >= 4 else output.dim() - 1
+    return -1
+
+
+@contextmanager
+def replaced(parameters: Mapping[str, nn.Parameter], values: Mapping[str, Tensor]) -> Iterator[None]:
+    """Other values in the place of some parameters; at the end, also of an interrupted block, theirs, bit for bit."""
+    kept = {name: parameters[name].detach().clone() for name in values}
+
+    def put_back() -> None:
+        while kept:
+            name = next(iter(kept))
+            parameters[name].data.copy_(kept[name])
+            del kept[name]
+
+    try:
+        for name, value in values.items():
+            # Not through the parameter: a graph that the user still holds would find its weights changed.
+            parameters[name].data.copy_(value)
+        yield
+    finally:
+        try:
+            put_back()
+        except KeyboardInterrupt:
+            put_back()
+            raise
+
+
+@contextmanager
+def _undisturbed(model: nn.Module) -> Iterator[None]:
+    """In eval mode; at the end modes, buffers and random state are what they were."""
+    modes = [(module, module.training) for module in model.modules()]
+    buffers = [
+        (module, name, buffer, buffer.detach().clone())
+        for module in model.modules()
+        for name, buffer in module._buffers.items()
+        if buffer is not None
+    ]
+    try:
+        with torch.random.fork_rng(devices=_devices(model)):
+            for module, _ in modes:
+                module.training = False
+            yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+        for module, name, buffer, value in buffers:
+            module._buffers[name] = buffer
+            buffer.data.copy_(value)
+
+
+def call_shapes(model: nn.Module, layers: Mapping[str, nn.Module], batch: Batch) -> dict[str, tuple[int, int]]:
+    """Elements of the tensors that go into and come out of the first call of each layer, of one sample."""
+    found: dict[str, tuple[int, int]] = {}
+
+    def hook(name: str) -> Callable[..., None]:
+        def see(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+            found.setdefault(name, (_elements(args), _elements(output)))
+
+        return see
+
+    handles = [layer.register_forward_hook(hook(name)) for name, layer in layers.items()]
+    try:
+        with _undisturbed(model), torch.no_grad():
+            model(*batch.args, **batch.kwargs)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return {name: (into // batch.samples, out // batch.samples) for name, (into, out) in found.items()}
+
+
+def _elements(value: Any) -> int:
+    return sum(leaf.numel() for leaf in pytree.tree_leaves(value) if isinstance(leaf, Tensor))
+
+
+def _devices(model: nn.Module) -> list[int]:
+    return sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
