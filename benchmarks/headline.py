@@ -21,6 +21,7 @@ import tempfile
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from int8_speed import compare, session
@@ -48,6 +49,7 @@ COLUMNS = (
     Column("mega_weights", "M weights", ".2f"),
     Column("kilobytes", "KB", ".0f"),
 )
+"""Behind them come the milliseconds and the speed-up on each number of threads."""
 
 
 @dataclass(frozen=True)
@@ -75,17 +77,6 @@ class Digits:
     @property
     def steps_per_epoch(self) -> int:
         return math.ceil(len(self.train_x) / BATCH)
-
-
-@dataclass(frozen=True)
-class Result:
-    """A row of the table: one model and its file."""
-
-    model: str
-    accuracy: float
-    mega_macs: float
-    mega_weights: float
-    kilobytes: float
 
 
 def sgd(model: nn.Module) -> torch.optim.Optimizer:
@@ -122,15 +113,20 @@ def compress(model: nn.Module, digits: Digits, variables: dict[str, float]) -> N
     model.eval()
 
 
-def measured(name: str, model: nn.Module, path: Path, digits: Digits) -> Result:
+def measured(name: str, model: nn.Module, path: Path, digits: Digits) -> dict[str, Any]:
+    """A row of the table: one model and its file."""
     run = session(path, 1)
     right = 0
     for x, y in zip(digits.test_x.split(BATCH), digits.test_y.split(BATCH), strict=True):
         (scores,) = run.run(None, {run.get_inputs()[0].name: x.numpy()})
         right += int((torch.from_numpy(scores).argmax(1) == y).sum())
-    work = macs(model, {"x": digits.test_x[:1]})
-    weights = sum(p.numel() for p in model.parameters())
-    return Result(name, right / len(digits.test_y), work / 1e6, weights / 1e6, path.stat().st_size / 1024)
+    return {
+        "model": name,
+        "accuracy": right / len(digits.test_y),
+        "mega_macs": macs(model, {"x": digits.test_x[:1]}) / 1e6,
+        "mega_weights": sum(p.numel() for p in model.parameters()) / 1e6,
+        "kilobytes": path.stat().st_size / 1024,
+    }
 
 
 def once(seed: int, folder: Path, arguments: argparse.Namespace) -> tuple[float, dict[int, Ratio]]:
@@ -144,30 +140,33 @@ def once(seed: int, folder: Path, arguments: argparse.Namespace) -> tuple[float,
     compress(small, digits, variables)
 
     sample = (digits.test_x[:2],)
-    paths = {name: folder / f"{name}_{seed}.onnx" for name in ("dense", "compressed")}
-    export_onnx(dense, sample, paths["dense"])
-    export_onnx(small, sample, paths["compressed"])
-    proof = verify_onnx(small, paths["compressed"], (digits.test_x[:BATCH],))
-    rows = [
-        measured("dense, float", dense, paths["dense"], digits),
-        measured("compressed, int8", small, paths["compressed"], digits),
-    ]
-    show(Table.of(f"Seed {seed}: {len(digits.test_x)} images held out", rows, COLUMNS))
-    lost = 100 * (rows[0].accuracy - rows[1].accuracy)
-    integer = [tensor for tensor in proof.tensors if tensor.exact]
-    print(
-        f"lost {lost:+.2f} points; verify_onnx: {'agrees' if proof else 'DIFFERS'}, {len(integer)} integer kernels, "
-        f"{'exact from end to end' if proof.exact else 'not exact from end to end'}"
-    )
-    feeds = {"x": digits.test_x[:1].numpy()}
-    pairs = 3 if arguments.quick else 15
-    ratios = {}
-    for threads in arguments.threads:
-        ratios[threads] = compare(paths["dense"], paths["compressed"], feeds, threads, pairs)
-        print(f"{threads} thread(s): dense / compressed {ratios[threads]}", flush=True)
+    paths = [folder / f"{name}_{seed}.onnx" for name in ("dense", "compressed")]
+    for model, path in zip((dense, small), paths, strict=True):
+        export_onnx(model, sample, path)
+    proof = verify_onnx(small, paths[1], (digits.test_x[:BATCH],))
     if not proof:
         raise SystemExit(str(proof))
-    return lost, ratios
+    rows = [
+        measured("dense, float", dense, paths[0], digits),
+        measured("compressed, int8", small, paths[1], digits),
+    ]
+    feeds = {"x": digits.test_x[:1].numpy()}
+    ratios = {}
+    columns = list(COLUMNS)
+    for threads in arguments.threads:
+        ratio = compare(*paths, feeds, threads, 3 if arguments.quick else 15)
+        ratios[threads] = ratio
+        for row, seconds, speedup in zip(rows, (ratio.a, ratio.b), (1.0, ratio.median), strict=True):
+            row.update({f"ms_{threads}": 1e3 * statistics.median(seconds), f"speedup_{threads}": speedup})
+        where = f"{threads} thread{'s' * (threads != 1)}"
+        columns += [Column(f"ms_{threads}", f"ms, {where}", ".3f"), Column(f"speedup_{threads}", "Speed-up", ".2f")]
+    show(Table.of(f"Seed {seed}: {len(digits.test_x)} images held out, batch 1", rows, columns))
+    for threads, ratio in ratios.items():
+        print(f"{threads} thread(s): dense / compressed {ratio}")
+    integer = sum(1 for tensor in proof.tensors if tensor.exact)
+    whole = "exact from end to end" if proof.exact else "not exact from end to end"
+    print(f"verify_onnx: agrees, {integer} integer kernels, {whole}", flush=True)
+    return 100 * (rows[0]["accuracy"] - rows[1]["accuracy"]), ratios
 
 
 def main() -> None:
