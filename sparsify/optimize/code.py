@@ -204,7 +204,7 @@ print(verify_onnx(model, "model.onnx", sample_inputs))
 """,
 }
 
-_SCRIPT = '''"""Trains by a recipe, can be resumed, exports, verifies and benchmarks. Written by sparsify; it is yours to change.
+_SCRIPT = '''"""Trains by a recipe, resumes, exports, verifies, benchmarks. Written by sparsify; yours to change.
 
     python train.py --model package.module:function --data package.module:function
 """

@@ -1,0 +1,142 @@
+"""What in a recipe will not come out as it was probably meant: ends that are not reached, jumps, no time to recover."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from sparsify.modifiers.base import Modifier
+    from sparsify.optimize.plan import PlannedMoment
+
+__all__: list[str] = []
+
+JUMP = 3.0
+"""A learning rate that rises by more than this factor from one moment to the next is a jump."""
+DROP = 0.25
+"""Shares of zeros may fall by this much between two moments before it is said."""
+
+Labels = Sequence[tuple["Modifier", str]]
+Rates = Sequence[tuple[float, float | None]]
+
+
+def pitfalls(
+    modifiers: Sequence[Modifier],
+    labels: Labels,
+    moments: Sequence[PlannedMoment],
+    rates: Rates,
+    last: float,
+    steps_per_epoch: int | None,
+) -> Iterator[str]:
+    """All that can be said, a sentence each, the same sentence once."""
+    said: dict[str, None] = {}
+    for text in (
+        *_unreached(labels, last),
+        *_cut_short(labels),
+        *_jumps(rates),
+        *_standing_still(labels, rates),
+        *_no_recovery(labels, last),
+        *_too_fine(labels, steps_per_epoch),
+        *_falling(moments),
+        *_frozen_unseen(labels),
+    ):
+        said[text] = None
+    yield from said
+
+
+def _unreached(labels: Labels, last: float) -> Iterator[str]:
+    """Ends that lie behind the end of training, and starts."""
+    for modifier, name in labels:
+        start, end = modifier.window.start, modifier.window.end
+        if start > last:
+            yield f"{name} starts at epoch {start:g}, after training has ended at {last:g}: it never runs."
+        elif last < end < math.inf and modifier.kind != "range":
+            yield f"{name} ends at epoch {end:g}, but training ends at {last:g}: it does not get to its end."
+
+
+def _cut_short(labels: Labels) -> Iterator[str]:
+    """Learning rates that another one takes over before their end."""
+    rates = [(modifier, name, entry) for modifier, name in labels if (entry := modifier.rate()) is not None]
+    for modifier, name, entry in rates:
+        if not math.isfinite(modifier.window.end):
+            continue
+        for other, other_name, after in rates:
+            same = entry.groups is None or after.groups is None or set(entry.groups) & set(after.groups)
+            later = (other.window.start, after.scheduled) > (modifier.window.start, entry.scheduled)
+            if same and later and other.window.start < modifier.window.end:
+                yield (
+                    f"{other_name} takes over the learning rate at epoch {other.window.start:g}: {name}, which runs to "
+                    f"{modifier.window.end:g}, does not get to its last value."
+                )
+
+
+def _jumps(rates: Rates) -> Iterator[str]:
+    for (_, before), (epoch, after) in pairwise(rates):
+        if before is None or after is None or after <= before:
+            continue
+        if before == 0.0 or after / before > JUMP:
+            times = "from 0" if before == 0.0 else f"{after / before:.3g} times"
+            yield f"the learning rate jumps up at epoch {epoch:.4g}, {times}, from {before:.3g} to {after:.3g}."
+
+
+def _standing_still(labels: Labels, rates: Rates) -> Iterator[str]:
+    """Pruning while nothing can adapt to it."""
+    for modifier, name in labels:
+        if modifier.kind != "pruning" or modifier.holds:
+            continue
+        inside = [rate for epoch, rate in rates if modifier.window.start <= epoch < modifier.window.end]
+        if inside and all(rate == 0.0 for rate in inside):
+            yield f"the learning rate is 0 while {name} prunes: the weights that stay cannot make up for what goes."
+
+
+def _no_recovery(labels: Labels, last: float) -> Iterator[str]:
+    for modifier, name in labels:
+        window = modifier.window
+        if modifier.kind == "pruning" and not modifier.holds and window.start <= window.end <= last < window.end + 1:
+            rest = last - window.end
+            left = "no training" if rest == 0 else f"{rest:g} epochs of training"
+            yield f"{name} ends at epoch {window.end:g} with {left} left: give some epochs to recover."
+        if modifier.kind == "quantization" and window.start >= last:
+            yield (
+                f"{name} starts at epoch {window.start:g}, where training ends: the model is quantized and not trained "
+                "as such. Let training go on, by an EpochRangeModifier with a later end_epoch."
+            )
+
+
+def _too_fine(labels: Labels, steps_per_epoch: int | None) -> Iterator[str]:
+    for modifier, name in labels:
+        frequency, window = getattr(modifier, "update_frequency", None), modifier.window
+        if modifier.kind != "pruning" or not isinstance(frequency, float | int) or modifier.holds:
+            continue
+        length = window.end - window.start
+        if steps_per_epoch is not None and 0 < frequency < (1 - 1e-6) / steps_per_epoch:
+            yield (
+                f"{name} is to update every {frequency:g} epochs, less than one of {steps_per_epoch} steps: it updates "
+                "at every step."
+            )
+        if 0 < length < frequency < math.inf:
+            yield f"{name} updates every {frequency:g} epochs and runs for {length:g}: all goes at once."
+
+
+def _falling(moments: Sequence[PlannedMoment]) -> Iterator[str]:
+    """Zeros that are given up where another modifier takes over."""
+    for before, after in pairwise(moments):
+        if any("moving masks" in doing for doing in before.doing.values()):
+            continue
+        for name, share in before.zeros.items():
+            now = after.zeros.get(name, share)
+            if share is not None and now is not None and share - now > DROP:
+                yield f"{name} falls from {share:.0%} zeros to {now:.0%} at epoch {after.epoch:g}."
+                break
+
+
+def _frozen_unseen(labels: Labels) -> Iterator[str]:
+    for modifier, name in labels:
+        frozen = getattr(modifier, "disable_quantization_observer_epoch", None)
+        if modifier.kind == "quantization" and frozen is not None and 0 <= frozen <= modifier.window.start:
+            yield (
+                f"{name} freezes its ranges at epoch {frozen:g}, when it starts: each range is that of the first batch "
+                "(or of calibration_data)."
+            )

@@ -1,0 +1,251 @@
+"""plan() foresees what a run does: it is held against runs, epoch by epoch, and against its own promises."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from sparsify.errors import ArgumentError, RecipeError, TargetError
+from sparsify.manager import ScheduledModifierManager
+from sparsify.optimize.plan import Plan, plan
+from sparsify.recipe import Recipe
+
+STEPS = 6
+RAMP = "init_sparsity: 0.05, final_sparsity: 0.8, start_epoch: 1.0, end_epoch: 4.0, update_frequency: 0.5"
+MOVING = "start_epoch: 1.0, end_epoch: 7.0, update_frequency: 2.0, params: __ALL_PRUNABLE__"
+PRUNING = {
+    "gradual": f"!GMPruningModifier {{params: __ALL_PRUNABLE__, {RAMP}}}",
+    "linear by name": "!GMPruningModifier {params: [], final_sparsity: {0.5: ['0.weight'], 0.9: ['3.weight']}, "
+    "init_sparsity: 0.1, start_epoch: 0.0, end_epoch: 3.0, update_frequency: 1.0, inter_func: linear}",
+    "from what is there": "!MagnitudePruningModifier {params: __ALL_PRUNABLE__, init_sparsity: __FROM_PARAM__, "
+    "final_sparsity: 0.9, start_epoch: 0.0, end_epoch: 3.0, update_frequency: 1.0}",
+    "2:4": "!GMPruningModifier {params: ['3.weight'], mask_type: '2:4', init_sparsity: 0.0, final_sparsity: 0.5, "
+    "start_epoch: 0.0, end_epoch: 3.0, update_frequency: 1.0}",
+    "alternating": f"!ACDCPruningModifier {{compression_sparsity: 0.75, global_sparsity: false, {MOVING}}}",
+    "regrown": f"!RigLPruningModifier {{final_sparsity: 0.75, {MOVING}}}",
+    "few forward": "!TopKASTPruningModifier {forward_sparsity: 0.7, backward_sparsity: 0.4, global_sparsity: false, "
+    f"{MOVING}}}",
+    "moved": f"!MovementPruningModifier {{params: __ALL_PRUNABLE__, {RAMP}}}",
+}
+
+
+def network() -> nn.Sequential:
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(2, 16, 3), nn.ReLU(), nn.Flatten(), nn.Linear(16 * 36, 40), nn.ReLU(), nn.Linear(40, 3)
+    )
+    with torch.no_grad():
+        model[5].weight[:, :10] = 0.0
+    return model
+
+
+def recipe(*modifiers: str, end: float = 8.0) -> Recipe:
+    text = "".join(f"  - {modifier}\n" for modifier in modifiers)
+    return Recipe.from_yaml(f"modifiers:\n  - !EpochRangeModifier {{start_epoch: 0.0, end_epoch: {end}}}\n{text}")
+
+
+def run(made: Recipe, model: nn.Module) -> list[tuple[dict[str, float], float]]:
+    """Zeros and learning rate at every whole epoch of a real run."""
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    manager = ScheduledModifierManager(made)
+    manager.modify(model, optimizer, steps_per_epoch=STEPS)
+    found = []
+    for step in range(STEPS * int(made.max_epochs) + 1):
+        if step % STEPS == 0:
+            zeros = {n: float((p == 0).sum()) / p.numel() for n, p in model.named_parameters()}
+            found.append((zeros, optimizer.param_groups[0]["lr"]))
+        if step < STEPS * made.max_epochs:
+            optimizer.zero_grad()
+            model(torch.randn(4, 2, 8, 8)).square().mean().backward()
+            optimizer.step()
+    return found
+
+
+@pytest.mark.parametrize("name", PRUNING)
+def test_zeros_are_those_of_a_run(name: str) -> None:
+    made, model = recipe(PRUNING[name]), network()
+    foreseen = plan(made, copy.deepcopy(model), STEPS)
+    for epoch, (zeros, _) in enumerate(run(made, model)):
+        for parameter, share in foreseen.at(epoch).zeros.items():
+            assert share is not None
+            size = foreseen.weights[parameter]
+            # A dense phase leaves what was zero, and what was just regrown is zero still: those are no weights that
+            # are held at zero.
+            if name == "regrown":
+                assert zeros[parameter] >= share - 0.51 / size
+            elif share > 0:
+                assert zeros[parameter] == pytest.approx(share, abs=0.51 / size + 1e-9), (epoch, parameter)
+    assert any(foreseen.moments[-1].zeros_known)
+
+
+def test_one_ranking_has_the_share_of_all_weights_together() -> None:
+    made, model = recipe(f"!GlobalMagnitudePruningModifier {{params: __ALL_PRUNABLE__, {RAMP}}}"), network()
+    foreseen = plan(made, model, STEPS)
+    zeros = run(made, model)[-1][0]
+    names = list(foreseen.moments[-1].zeros)
+    whole = sum(foreseen.weights[n] for n in names)
+    assert sum(zeros[n] * foreseen.weights[n] for n in names) / whole == pytest.approx(0.8, abs=1 / whole)
+    assert foreseen.average(foreseen.moments[-1]) == pytest.approx(0.8)
+
+
+@pytest.mark.parametrize(
+    "rates",
+    [
+        ["!SetLearningRateModifier {start_epoch: 0.0, learning_rate: 0.3}"],
+        [
+            "!LearningRateFunctionModifier {start_epoch: 0.0, end_epoch: 8.0, lr_func: cosine, init_lr: 0.1, "
+            "final_lr: 0.001}"
+        ],
+        [
+            "!SetLearningRateModifier {start_epoch: 0.0, learning_rate: 0.3}",
+            "!LearningRateModifier {start_epoch: 3.0, lr_class: StepLR, lr_kwargs: {step_size: 2, gamma: 0.5}, "
+            "init_lr: 0.2}",
+        ],
+    ],
+)
+def test_learning_rates_are_those_of_a_run(rates: list[str]) -> None:
+    made, model = recipe(*rates), network()
+    foreseen = plan(made, model, STEPS)
+    for epoch, (_, rate) in enumerate(run(made, model)):
+        assert foreseen.at(epoch).learning_rates == {0: pytest.approx(rate)}
+
+
+def test_a_rate_that_nobody_sets_is_left_open() -> None:
+    late = plan(recipe("!SetLearningRateModifier {start_epoch: 2.0, learning_rate: 0.3}"))
+    assert late.at(1).learning_rates == {0: None} and late.at(2).learning_rates == {0: 0.3}
+    assert plan(recipe(PRUNING["gradual"])).moments[0].learning_rates == {}
+
+
+def test_groups_have_rates_of_their_own() -> None:
+    made = plan(
+        recipe(
+            "!SetLearningRateModifier {start_epoch: 0.0, learning_rate: 0.3, param_groups: [0]}",
+            "!SetLearningRateModifier {start_epoch: 0.0, learning_rate: 0.1, param_groups: [1]}",
+        )
+    )
+    assert made.moments[0].learning_rates == {0: 0.3, 1: 0.1}
+
+
+def test_what_is_left_after_channels_go_is_that_of_a_run() -> None:
+    structured = (
+        "!StructuredPruningModifier {params: __ALL_PRUNABLE__, init_sparsity: 0.0, final_sparsity: 0.5, "
+        "start_epoch: 0.0, end_epoch: 2.0, update_frequency: 1.0, shrink: true}"
+    )
+    made, model = recipe(structured, end=3.0), network()
+    sample = torch.zeros(1, 2, 8, 8)
+    before = copy.deepcopy(model.state_dict())
+    foreseen = plan(made, model, STEPS, sample_inputs=sample)
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+    run(made, model)
+    left = sum(p.numel() for p in model.parameters())
+    last = foreseen.moments[-1]
+    assert last.parameters == left < (foreseen.moments[0].parameters or 0)
+    # 8 of 16 channels of 3x3x2 at 6x6 places, 288 of 576 inputs and 20 of 40 outputs, 20 inputs of 3.
+    assert last.macs == 8 * 18 * 36 + 288 * 20 + 20 * 3
+    assert foreseen.at(1).macs == 16 * 18 * 36 + 576 * 40 + 40 * 3
+    assert not foreseen.notes
+    assert any("sample_inputs" in note for note in plan(made, network(), STEPS).notes)
+
+
+def test_size_follows_the_bits() -> None:
+    made = plan(recipe("!QuantizationModifier {start_epoch: 4.0}"), network(), STEPS)
+    weights, biases = 16 * 18 + 576 * 40 + 120, 16 + 40 + 3
+    assert made.at(3).size_bytes == 4 * (weights + biases)
+    assert made.at(5).size_bytes == weights + 4 * biases
+    assert made.at(5).doing == {"Quantization": "quantized"}
+
+
+RATE = "!LearningRateFunctionModifier {{start_epoch: {}, end_epoch: {}, lr_func: linear, init_lr: {}, final_lr: {}}}"
+
+
+@pytest.mark.parametrize(
+    ("modifiers", "said"),
+    [
+        (
+            [RATE.format(0.0, 8.0, 0.1, 0.01), RATE.format(4.0, 8.0, 0.05, 0.001)],
+            "takes over the learning rate at epoch 4",
+        ),
+        (
+            [RATE.format(0.0, 4.0, 0.1, 0.001), RATE.format(4.0, 8.0, 0.1, 0.001)],
+            "jumps up at epoch 4, 19.5 times, from 0.00512 to 0.1",
+        ),
+        (["!QuantizationModifier {start_epoch: 8.0}"], "starts at epoch 8, where training ends"),
+        ([PRUNING["gradual"].replace("end_epoch: 4.0", "end_epoch: 8.0")], "with no training left"),
+        ([PRUNING["gradual"].replace("frequency: 0.5", "frequency: 0.01")], "less than one of 6 steps"),
+        ([PRUNING["gradual"].replace("frequency: 0.5", "frequency: 9.0")], "all goes at once"),
+        (
+            ["!QuantizationModifier {start_epoch: 2.0, disable_quantization_observer_epoch: 2.0}"],
+            "that of the first batch",
+        ),
+        (
+            ["!SetLearningRateModifier {start_epoch: 0.0, learning_rate: 0.0}", PRUNING["gradual"]],
+            "the learning rate is 0",
+        ),
+    ],
+)
+def test_what_was_probably_not_meant_is_said(modifiers: list[str], said: str) -> None:
+    made = plan(recipe(*modifiers), network(), STEPS)
+    assert [text for text in made.warnings if said in text], made.warnings
+    assert said in str(made)
+
+
+def test_a_shorter_training_is_said_to_miss_ends() -> None:
+    made = plan(recipe(PRUNING["gradual"]), network(), STEPS, epochs=3)
+    assert any("ends at epoch 4, but training ends at 3" in text for text in made.warnings)
+    assert made.moments[-1].epoch == 3
+
+
+def test_a_sound_recipe_has_no_warnings() -> None:
+    made = plan(recipe(RATE.format(0.0, 8.0, 0.1, 0.001), PRUNING["gradual"]), network(), STEPS)
+    assert made.warnings == () and made.notes == ()
+
+
+def test_table_json_and_plot(tmp_path: Path) -> None:
+    made = plan(recipe(RATE.format(0.0, 8.0, 0.1, 0.001), PRUNING["gradual"]), network(), STEPS)
+    rows = made.table().rows
+    assert rows[0]["epoch"] == 0.0 and rows[-1]["epoch"] == 8.0 and rows[-1]["zeros"] == pytest.approx(0.8)
+    said = json.loads(made.to_json())
+    assert said["moments"][-1]["zeros"]["0.weight"] == 0.8 and said["steps_per_epoch"] == STEPS
+    assert len(made.layers().rows) == 3
+    pytest.importorskip("matplotlib")
+    assert made.plot(tmp_path / "plan.png").read_bytes().startswith(b"\x89PNG")
+    with pytest.raises(ArgumentError, match=r"is written as \.png"):
+        made.plot(tmp_path / "plan.gif")
+
+
+def test_a_long_recipe_has_a_short_table() -> None:
+    made = plan(recipe(PRUNING["gradual"], end=400.0), network(), STEPS)
+    assert len(made.moments) > 400 and len(made.table().rows) < 25
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"steps_per_epoch": 0}, "steps_per_epoch: 0 is no number of steps"),
+        ({"steps_per_epoch": 2.5}, "steps_per_epoch: 2.5 is no whole number"),
+        ({"epochs": math.inf}, "epochs: inf is no length"),
+        ({"sample_inputs": torch.zeros(1)}, "sample_inputs are inputs of a model"),
+    ],
+)
+def test_wrong_arguments_are_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ArgumentError, match=message):
+        plan(recipe(PRUNING["gradual"]), **options)
+
+
+def test_a_wrong_recipe_is_refused() -> None:
+    with pytest.raises(TargetError, match="matches nothing"):
+        plan(recipe(PRUNING["linear by name"].replace("'3.weight'", "'9.weight'")), network())
+    with pytest.raises(RecipeError):
+        plan("modifiers: [!NoSuchModifier {}]")
+
+
+def test_plan_is_a_value() -> None:
+    first, second = (plan(recipe(PRUNING["gradual"]), network(), STEPS) for _ in range(2))
+    assert isinstance(first, Plan) and first == second
