@@ -87,7 +87,7 @@ def test_the_head_sums_up_and_lays_out_the_stages() -> None:
     head = text[: text.index("modifiers:")]
     for line in (
         "# loss: measured on 12 samples",
-        "#   zeros       80.0% of the weights that may be pruned",
+        "#   zeros       80.0% of the weights that may go",
         "#   recovery    0.987; 1 is the best for this average",
         "#   parameters  1,300 -> 1,300, of which 300 are not zero",
         "#   conv1  the first layer",

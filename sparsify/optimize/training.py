@@ -117,25 +117,31 @@ class OriginalTraining:
         """The learning rate up to the end of pruning: (initial + final) / 2."""
         if self.initial_lr is None or self.final_lr is None:
             return None
-        return (self.initial_lr + self.final_lr) / 2
+        return _neat((self.initial_lr + self.final_lr) / 2)
 
     @property
     def _pruning(self) -> int:
         return max(1, int(self.epochs / 3))
 
-    def stages(self, *, prune: bool = True, quantize: bool = False) -> tuple[TrainingStage, ...]:
+    def stages(
+        self, *, prune: bool = True, quantize: bool = False, transfer: bool = False
+    ) -> tuple[TrainingStage, ...]:
         """One after the other from epoch 0: E / 3 epochs of pruning after one of stabilization, E / 4 of fine-tuning,
         E / 10 of quantization, in whole epochs and at least 1.
 
         Args:
             prune: with the stages of pruning; without them, and with `quantize`, quantization starts at once.
             quantize: with the stage of quantization.
+            transfer: instead of pruning, fine-tuning for as long as both together.
         """
         lengths: list[tuple[StageName, int]] = []
-        if prune:
-            lengths += [("stabilization", 1), ("pruning", self._pruning)]
-        if prune or not quantize:
-            lengths += [("fine-tuning", max(1, int(self.epochs / 4)))]
+        tuning = max(1, int(self.epochs / 4))
+        if transfer:
+            lengths += [("fine-tuning", self._pruning + tuning)]
+        elif prune:
+            lengths += [("stabilization", 1), ("pruning", self._pruning), ("fine-tuning", tuning)]
+        elif not quantize:
+            lengths += [("fine-tuning", tuning)]
         if quantize:
             lengths += [("quantization", max(1, int(self.epochs / 10)))]
         found, start = [], 0.0
@@ -153,9 +159,9 @@ def learning_rates(
     """The learning-rate modifiers for the stages, as a list to add to, to edit and to remove from.
 
     (initial + final) / 2 is set up to the end of pruning, after a linear rise in stabilization for adaptive optimizers,
-    whose averages are still empty then. Fine-tuning starts with a quarter of it and falls to a tenth of the final
-    rate, or what the steps leave of it. Quantization restarts at the final rate, but not above 2.5 times where
-    fine-tuning ended, and falls to a tenth of that.
+    whose averages are still empty then. Fine-tuning starts with a quarter of it, or with all of it where nothing is
+    pruned first, and falls to a tenth of the final rate, or what the steps leave of it. Quantization restarts at the
+    final rate, but not above 2.5 times where fine-tuning ended, and falls to a tenth of that.
 
     Args:
         training: with learning rates.
@@ -186,7 +192,7 @@ def learning_rates(
         found.append(SetLearningRateModifier(start_epoch=start, learning_rate=base))
     ended = math.inf
     if (stage := by_name.get("fine-tuning")) is not None:
-        init = FACTOR * base
+        init = _neat(FACTOR * base) if "pruning" in by_name else base
         fall, ended = _falling(chosen, stage, init, 0.1 * final)
         found.append(fall)
     if (stage := by_name.get("quantization")) is not None:
@@ -225,10 +231,10 @@ def _falling(schedule: LearningRateSchedule, stage: TrainingStage, init: float, 
         milestones = sorted({start + math.ceil(epochs * share) for share in (0.5, 0.75)})
         # A stage of one epoch ends where its first drop would be.
         drops = sum(epoch < stage.end for epoch in milestones)
-        gamma = (floor / init) ** (1 / max(1, drops))
+        gamma = _neat((floor / init) ** (1 / max(1, drops)))
         kwargs, name, last = {"milestones": milestones, "gamma": gamma}, "MultiStepLR", init * gamma**drops
     else:
-        gamma = (floor / init) ** (1 / max(1.0, epochs - 1))
+        gamma = _neat((floor / init) ** (1 / max(1.0, epochs - 1)))
         kwargs, name, last = {"gamma": gamma}, "ExponentialLR", init * gamma ** max(0.0, epochs - 1)
     made = LearningRateModifier.model_validate(
         {"start_epoch": start, "end_epoch": stage.end, "lr_class": name, "lr_kwargs": kwargs, "init_lr": init}
@@ -240,8 +246,13 @@ def _moving(
     function: Literal["linear", "cosine"], stage: TrainingStage, first: float, last: float
 ) -> LearningRateFunctionModifier:
     return LearningRateFunctionModifier(
-        start_epoch=stage.start, end_epoch=stage.end, lr_func=function, init_lr=first, final_lr=last
+        start_epoch=stage.start, end_epoch=stage.end, lr_func=function, init_lr=_neat(first), final_lr=_neat(last)
     )
+
+
+def _neat(rate: float) -> float:
+    """Without the last digits, which are rounding and stand in a file for people to read."""
+    return float(f"{rate:.6g}")
 
 
 def _number(name: str, value: Any) -> float:

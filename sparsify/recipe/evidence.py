@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -27,7 +27,8 @@ class LayerEvidence(NamedTuple):
     Attributes:
         sparsity: what it was given, 0 to 1; of its channels where whole channels go.
         weights: its elements.
-        loss: by how much the loss grows when this layer alone is pruned so, in the units of the loss profile.
+        loss: by how much the loss grows when this layer alone is pruned so; a cost that only orders layers, where the
+            sources say "cost" and not "loss".
         ms: milliseconds saved, by the performance profile; None without one.
     """
 
@@ -41,7 +42,8 @@ class Expected(BaseModel):
     """What the recipe is expected to make of the model; None where nothing was known about it.
 
     Attributes:
-        sparsity: zeros / elements over all that may be pruned.
+        what: goes: single weights, or whole channels.
+        sparsity: of them, what goes / all that may go.
         recovery: of the pruning profile, 1.0 at best.
         parameters: elements that are stored, and how many of them are not zero.
         macs: of a runtime that skips no zeros, and of one that does.
@@ -52,6 +54,7 @@ class Expected(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
+    what: Literal["weights", "channels"] = "weights"
     sparsity: float
     recovery: float | None = None
     parameters_before: int
@@ -73,7 +76,8 @@ class Evidence(BaseModel):
     Attributes:
         goal: what was asked, in words.
         asked: the same as data.
-        sources: {"loss": ..., "time": ...}: where the figures come from.
+        sources: {"loss": ..., "time": ...}: where the figures come from; "cost" instead of "loss" where nothing was
+            measured.
         layers: by the name of the parameter.
         dense: {layer: why it is left dense}.
         stages: {name: (first epoch, last epoch)}.
@@ -170,7 +174,8 @@ def _citations(modifier: Modifier, evidence: Evidence) -> dict[str, str]:
         if layer.sparsity != given:
             found[f"params.{name}"] = f"changed by hand; the profile gave {layer.sparsity:g}"
             continue
-        said = [] if layer.loss is None else [f"loss {layer.loss:+.3g}"]
+        measured = f"{'cost' if 'cost' in evidence.sources else 'loss'} {layer.loss or 0.0:+.3g}"
+        said = [] if layer.loss is None else [measured]
         said += [] if layer.ms is None else [f"saves {layer.ms:.3g} ms"]
         found[f"params.{name}"] = ", ".join([*said, f"{layer.weights:,d} weights"])
     return found
@@ -201,12 +206,13 @@ def _rows(pairs: Any) -> list[str]:
 
 def _expected(expected: Expected) -> Iterator[tuple[str, str]]:
     e = expected
-    yield "zeros", f"{e.sparsity:.1%} of the weights that may be pruned"
+    if e.sparsity:
+        yield ("zeros" if e.what == "weights" else "gone"), f"{e.sparsity:.1%} of the {e.what} that may go"
     if e.recovery is not None:
         yield "recovery", f"{e.recovery:.3f}; 1 is the best for this average"
     yield "parameters", f"{e.parameters_before:,d} -> {e.parameters:,d}, of which {e.nonzero:,.0f} are not zero"
     if e.macs_before is not None and e.macs is not None:
-        skipped = "" if e.nonzero_macs is None else f", {e.nonzero_macs:,.0f} where zeros are skipped"
+        skipped = "" if e.nonzero_macs in (None, e.macs) else f", {e.nonzero_macs:,.0f} where zeros are skipped"
         yield "MACs", f"{e.macs_before:,d} -> {e.macs:,d}{skipped}"
     yield "size", f"{e.size_bytes_before / 1024:,.0f} -> {e.size_bytes / 1024:,.0f} KiB, uncompressed"
     if e.ms_before is not None:
