@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import json
 import logging
 import os
 import re
@@ -16,6 +17,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -24,6 +26,7 @@ from sparsify.files import replacing
 from sparsify.quantize import emit
 from sparsify.runtime import first_line
 from sparsify.signature import Call, named_outputs, unwrapped
+from sparsify.targets import clean_name
 
 if TYPE_CHECKING:
     from onnx import ModelProto
@@ -192,6 +195,7 @@ def _model_proto(
     _name(proto, call, _output_names(name, adapter.returned.names, call, output_names))
     onnx_rewrites.rewrite(proto)
     onnx_rewrites.name_dimensions(proto, batched)
+    _note_weights(proto, deployed)
     proto.producer_name = "sparsify"
     proto.producer_version = ""
     try:
@@ -339,6 +343,32 @@ def _name(proto: ModelProto, call: Call, outputs: Sequence[str]) -> None:
                 # An inner value that bears a name wanted elsewhere makes way.
                 names[name] = f"{name}_inner"
     onnx_rewrites.rename(proto, names)
+
+
+def _note_weights(proto: ModelProto, model: nn.Module) -> None:
+    """Writes into the file what the weights are called in torch, where they bear another name: tied, or transposed."""
+    from onnx import TensorProto, numpy_helper
+
+    from sparsify.analysis.onnx_weights import FILE_WEIGHTS
+
+    first = {id(parameter): clean_name(name) for name, parameter in model.named_parameters()}
+    names = {name: first[id(parameter)] for name, parameter in model.named_parameters(remove_duplicate=False)}
+    noted: dict[str, str] = {}
+    for tensor in proto.graph.initializer:
+        if tensor.name in names:
+            noted[tensor.name] = names[tensor.name]
+        elif len(tensor.dims) > 1 and tensor.data_type in (TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.DOUBLE):
+            shape, values = list(tensor.dims), None
+            for name, parameter in model.named_parameters():
+                if shape in (list(parameter.shape), list(parameter.shape)[::-1]):
+                    values = numpy_helper.to_array(tensor) if values is None else values
+                    own = parameter.detach().numpy()
+                    if any(np.array_equal(values, form) for form in (own, own.T) if form.shape == values.shape):
+                        noted[tensor.name] = clean_name(name)
+                        break
+    noted = {initializer: name for initializer, name in noted.items() if initializer != name}
+    if noted:
+        proto.metadata_props.add(key=FILE_WEIGHTS, value=json.dumps(noted))
 
 
 def _why_not_traced(name: str, error: Exception, dynamic: bool) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -100,10 +101,11 @@ class ModelAnalysis:
 
 
 def analyze_model(
-    model: nn.Module,
+    model: nn.Module | str | os.PathLike[str],
     sample_inputs: Any = None,
     *,
     sample_kwargs: Mapping[str, Any] | None = None,
+    batch_size: int = 1,
 ) -> ModelAnalysis:
     """What `model` computes on `sample_inputs`, layer by layer; nothing of it is changed.
 
@@ -115,17 +117,24 @@ def analyze_model(
     `why_not_quantizable` says why it could not be traced, because then it cannot be quantized.
 
     Args:
-        model: a module, wrapped in DistributedDataParallel or torch.compile, too.
-        sample_inputs: a tensor, a tuple of arguments, or a dictionary of keyword arguments.
+        model: a module, wrapped in DistributedDataParallel or torch.compile, too; or the path of an ONNX file.
+        sample_inputs: a tensor, a tuple of arguments, or a dictionary of keyword arguments. For an ONNX file not
+            needed: arrays, whose shapes take the place of those in the file.
         sample_kwargs: keyword arguments besides.
+        batch_size: of an ONNX file whose batch may be of any length, where there are no sample inputs.
 
     Raises:
         ArgumentError: the model fails on these inputs; the message says in which module.
+        DataError: a file that is no ONNX model.
     """
+    if isinstance(model, (str, os.PathLike)):
+        from sparsify.analysis.onnx_layers import analyze_file
+
+        return analyze_file(model, sample_inputs, batch_size=batch_size)
     from torch import nn
 
     if not isinstance(model, nn.Module):
-        raise ArgumentError(f"model is a {type(model).__name__}; give a torch.nn.Module.")
+        raise ArgumentError(f"model is a {type(model).__name__}; give a torch.nn.Module, or the path of an ONNX file.")
     from sparsify.analysis.modules import analyze_module
 
     return analyze_module(model, sample_inputs, sample_kwargs)

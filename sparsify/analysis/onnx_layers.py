@@ -1,0 +1,374 @@
+"""The layers of an ONNX file: what its nodes multiply, and the weights behind them. Knows no torch.
+
+Shapes are inferred by onnx for the batch that is asked for; where it cannot tell, onnxruntime runs the file once.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from sparsify.analysis.counting import Shape, einsum_macs
+from sparsify.analysis.layers import LayerInfo, ModelAnalysis, UnknownOperator
+from sparsify.analysis.onnx_weights import Stored, StoredWeights
+from sparsify.errors import ArgumentError
+from sparsify.runtime import open_session, read_model, run_session
+
+if TYPE_CHECKING:
+    from onnx import ModelProto, NodeProto
+
+__all__: list[str] = []
+
+NO_WEIGHT = "it has no weight of its own"
+STEPS = "it computes its steps in one operator, in which nothing can be quantized"
+
+_WORDS = """
+Abs Acos Acosh Add AffineGrid And ArgMax ArgMin Asin Asinh Atan Atanh AveragePool BatchNormalization Bernoulli BitShift
+BitCast BitwiseAnd BitwiseNot BitwiseOr BitwiseXor BlackmanWindow Cast CastLike Ceil Celu CenterCropPad Clip Col2Im
+Compress Concat ConcatFromSequence Constant ConstantOfShape Cos Cosh CumProd CumSum DepthToSpace DequantizeLinear Div
+Dropout DynamicQuantizeLinear Elu Equal Erf Exp Expand EyeLike Flatten Floor Gather GatherElements GatherND Gelu
+GlobalAveragePool GlobalLpPool GlobalMaxPool Greater GreaterOrEqual GridSample GroupNormalization HammingWindow
+HannWindow HardSigmoid HardSwish Hardmax Identity InstanceNormalization IsInf IsNaN LRN LayerNormalization LeakyRelu
+Less LessOrEqual Log LogSoftmax LpNormalization LpPool Max MaxPool MaxRoiPool MaxUnpool Mean MeanVarianceNormalization
+Min Mish Mod Mul Multinomial Neg NonMaxSuppression NonZero Not OneHot Optional OptionalGetElement OptionalHasElement Or
+PRelu Pad Pow QuantizeLinear RMSNormalization RandomNormal RandomNormalLike RandomUniform RandomUniformLike Range
+Reciprocal ReduceL1 ReduceL2 ReduceLogSum ReduceLogSumExp ReduceMax ReduceMean ReduceMin ReduceProd ReduceSum
+ReduceSumSquare Relu Reshape Resize ReverseSequence RoiAlign RotaryEmbedding Round ScatterElements ScatterND Selu
+SequenceAt SequenceConstruct SequenceEmpty SequenceErase SequenceInsert SequenceLength Shape Shrink Sigmoid Sign Sin
+Sinh Size Slice Softmax SoftmaxCrossEntropyLoss Softplus Softsign SpaceToDepth Split SplitToSequence Sqrt Squeeze Sub
+Sum Swish Tan Tanh TensorScatter ThresholdedRelu Tile TopK Transpose Trilu Unique Unsqueeze Upsample Where Xor
+"""
+FREE = frozenset(_WORDS.split())
+"""Moves, reductions, norms, pools, comparisons, constants: standard operators that multiply nothing to sum it up."""
+CONTRACTING = {
+    **dict.fromkeys(("Conv", "ConvTranspose", "DeformConv", "ConvInteger"), (0, 1)),
+    **dict.fromkeys(("MatMul", "Gemm", "MatMulInteger"), (0, 1)),
+    "QLinearConv": (0, 3),
+    "QLinearMatMul": (0, 3),
+    "Attention": (0, 1, 2),
+    **dict.fromkeys(("LSTM", "GRU", "RNN"), (0, 1, 2)),
+}
+"""Which inputs are multiplied. Einsum multiplies all of its."""
+
+
+def analyze_file(path: str | os.PathLike[str], sample_inputs: Any, *, batch_size: int = 1) -> ModelAnalysis:
+    """As `analyze_model`.
+
+    Raises:
+        DataError: the file is missing (then a DataFileError) or no ONNX model.
+        ArgumentError: a size that is free in the file is not known, or inputs do not fit it.
+    """
+    if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
+        raise ArgumentError(f"batch_size={batch_size!r}: give a positive int.")
+    model = _inlined(read_model(path))
+    shapes = _Shapes(path, model, _sizes(Path(path), model, sample_inputs, batch_size))
+    file = _File(model, shapes, StoredWeights(model, Path(path).parent))
+    batch = next((shape[0] for shape in shapes.inputs.values() if shape), 1)
+    return ModelAnalysis(
+        model=Path(path).name,
+        layers=file.layers(),
+        unknown=file.unknown(),
+        parameters=file.weights.parameters(),
+        batch_size=batch,
+    )
+
+
+def _inlined(model: ModelProto) -> ModelProto:
+    if not model.functions:
+        return model
+    from onnx import inliner
+
+    return inliner.inline_local_functions(model)
+
+
+def _sizes(path: Path, model: ModelProto, given: Any, batch: int) -> dict[str, Shape]:
+    """The shape of every input: of the samples, or as the file has it, with the first free axis 0 as the batch."""
+    stored = {tensor.name for tensor in model.graph.initializer}
+    inputs = {value.name: value.type.tensor_type.shape.dim for value in model.graph.input if value.name not in stored}
+    if given is not None:
+        return _of_samples(path, list(inputs), given)
+    free = next(
+        (dims[0].dim_param for dims in inputs.values() if len(dims) and not dims[0].HasField("dim_value")), None
+    )
+    found: dict[str, Shape] = {}
+    for name, dims in inputs.items():
+        shape: list[int] = []
+        for axis, dim in enumerate(dims):
+            if dim.HasField("dim_value") and dim.dim_value > 0:
+                shape.append(dim.dim_value)
+            elif axis == 0 or (free and dim.dim_param == free):
+                shape.append(batch)
+            else:
+                raise ArgumentError(
+                    f"{path}: axis {axis} of input {name!r} is {dim.dim_param or 'of any length'!r}. Give "
+                    f"sample_inputs, a dictionary with an array for each of {', '.join(inputs)}."
+                )
+        found[name] = tuple(shape)
+    return found
+
+
+def _of_samples(path: Path, names: list[str], given: Any) -> dict[str, Shape]:
+    if not isinstance(given, Mapping):
+        arrays = given if isinstance(given, (tuple, list)) else [given]
+        if len(arrays) != len(names):
+            raise ArgumentError(f"{path}: {len(arrays)} sample inputs for {len(names)} inputs: {', '.join(names)}.")
+        given = dict(zip(names, arrays, strict=True))
+    if set(given) != set(names):
+        raise ArgumentError(f"{path}: sample_inputs are {', '.join(map(str, given))}, the inputs {', '.join(names)}.")
+    return {name: tuple(int(size) for size in np.shape(given[name])) for name in names}
+
+
+class _Shapes:
+    """Shapes of all values for one batch."""
+
+    def __init__(self, path: str | os.PathLike[str], model: ModelProto, inputs: dict[str, Shape]) -> None:
+        from onnx import shape_inference
+
+        self.inputs = inputs
+        self._path = path
+        self._fixed = type(model)()
+        self._fixed.CopyFrom(model)
+        for value in self._fixed.graph.input:
+            if value.name in inputs:
+                del value.type.tensor_type.shape.dim[:]
+                for size in inputs[value.name]:
+                    value.type.tensor_type.shape.dim.add().dim_value = size
+        # What the exporter wrote holds for any batch: it would be taken for the truth.
+        del self._fixed.graph.value_info[:]
+        for output in self._fixed.graph.output:
+            output.type.tensor_type.ClearField("shape")
+        self.known: dict[str, Shape] = {tensor.name: tuple(tensor.dims) for tensor in model.graph.initializer}
+        try:
+            graph = shape_inference.infer_shapes(self._fixed, data_prop=True).graph
+        except Exception:  # what it cannot infer is run
+            graph = self._fixed.graph
+        for value in [*graph.value_info, *graph.input, *graph.output]:
+            dims = value.type.tensor_type.shape.dim
+            whole = value.type.tensor_type.HasField("shape") and all(dim.HasField("dim_value") for dim in dims)
+            if whole:
+                self.known[value.name] = tuple(dim.dim_value for dim in dims)
+
+    def need(self, names: Iterable[str]) -> None:
+        """Finds the shapes of these values, by a run where they were not inferred.
+
+        Raises:
+            DataError: onnxruntime cannot run the file on zeros.
+        """
+        missing = sorted({name for name in names if name and name not in self.known})
+        if not missing:
+            return
+        from onnx import helper
+
+        kinds = {value.name: value.type.tensor_type.elem_type for value in self._fixed.graph.input}
+        # Zeros are ids inside any embedding.
+        arrays = {
+            name: np.zeros(shape, helper.tensor_dtype_to_np_dtype(kinds[name])) for name, shape in self.inputs.items()
+        }
+        own = {output.name for output in self._fixed.graph.output}
+        session = open_session(
+            self._path, optimized=False, extra_outputs=[n for n in missing if n not in own], model=self._fixed
+        )
+        self.known |= {name: tuple(value.shape) for name, value in run_session(session, arrays, missing).items()}
+
+
+@dataclass
+class _Layer:
+    """What is gathered of one layer."""
+
+    kind: str
+    weight: Stored | None
+    inputs: tuple[Shape, ...]
+    output: Shape
+    groups: int
+    bias: int
+    macs: int = 0
+    calls: int = 0
+
+
+@dataclass
+class _File:
+    model: ModelProto
+    shapes: _Shapes
+    weights: StoredWeights
+    _found: dict[str, _Layer] = field(default_factory=dict)
+    _unknown: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
+
+    def __post_init__(self) -> None:
+        costly: list[NodeProto] = []
+        for node in self.model.graph.node:
+            kind = _operator(node)
+            if kind in CONTRACTING or kind == "Einsum" or self.weights.table(node) is not None:
+                costly.append(node)
+            elif kind in ("If", "Loop", "Scan"):
+                if any(_operator(inner) not in FREE for inner in _inner(node)):
+                    self._unknown[kind].append(node.name)
+            elif kind not in FREE:
+                self._unknown[kind].append(node.name)
+        self.shapes.need(
+            [name for node in costly for name in [*(node.input[i] for i in _factors(node)), _first(node.output)]]
+        )
+        names = [self._name(node) for node in costly]
+        numbers: Counter[str] = Counter()
+        for node, name in zip(costly, names, strict=True):
+            self._add(node, name, numbers)
+
+    def unknown(self) -> tuple[UnknownOperator, ...]:
+        return tuple(
+            UnknownOperator(kind, len(where), tuple(dict.fromkeys(where))) for kind, where in self._unknown.items()
+        )
+
+    def _name(self, node: NodeProto) -> str | None:
+        """What the layer of this node is called in torch; None for a function."""
+        weight = self._weight(node)
+        if weight is None:
+            return None
+        path, slash, _ = node.name.rpartition("/")
+        layer = weight.parameter.removesuffix(".weight").removesuffix("_weight")
+        if self.model.producer_name == "sparsify" and slash:
+            return layer if not path or layer == path or weight.parameter.startswith(f"{path}.") else path
+        return layer if weight.parameter.endswith("weight") and layer else node.name or _first(node.output)
+
+    def _weight(self, node: NodeProto) -> Stored | None:
+        if _operator(node) in ("LSTM", "GRU", "RNN"):
+            return None
+        found = [self.weights.behind(node.input[index]) for index in _factors(node)]
+        return next((one for one in reversed(found) if one is not None and len(one.shape) > 1), None)
+
+    def _add(self, node: NodeProto, name: str | None, numbers: Counter[str]) -> None:
+        kind, output = _operator(node), self.shapes.known[_first(node.output)]
+        operands = [self.shapes.known[node.input[index]] for index in _factors(node)]
+        path = node.name.rpartition("/")[0]
+        if kind in ("LSTM", "GRU", "RNN"):
+            steps = math.prod(operands[0][:-1])
+            for index, short in ((1, "weight_ih"), (2, "weight_hh")):
+                stored = self.weights.behind(node.input[index])
+                full = f"{path or node.name}.{short}"
+                self._note(full, kind, stored, (operands[0],), output, steps * math.prod(operands[index]), 1, 0)
+            return
+        weight = self._weight(node)
+        macs, groups = _macs(node, operands, output)
+        if weight is None or name is None:
+            short = kind.lower()
+            full = f"{path}.{short}" if path else short
+            number = numbers[full]
+            numbers[full] += 1
+            self._note(f"{full}_{number}" if number else full, kind, None, tuple(operands), output, macs, groups, 0)
+            return
+        taken = self._found.get(name)
+        if taken is not None and (taken.weight is None or taken.weight.parameter != weight.parameter):
+            name = node.name or _first(node.output)
+        inputs = tuple(
+            self.shapes.known[node.input[index]]
+            for index in _factors(node)
+            if self.weights.behind(node.input[index]) is not weight
+        )
+        self._note(name, kind, weight, inputs, output, macs, groups, self.weights.bias(node))
+
+    def _note(
+        self,
+        name: str,
+        kind: str,
+        weight: Stored | None,
+        inputs: tuple[Shape, ...],
+        output: Shape,
+        macs: int,
+        groups: int,
+        bias: int,
+    ) -> None:
+        layer = self._found.setdefault(name, _Layer(kind, weight, inputs, output, groups, bias))
+        layer.macs += macs
+        layer.calls += 1
+
+    def layers(self) -> tuple[LayerInfo, ...]:
+        first: dict[str, str] = {}
+        found: list[LayerInfo] = []
+        for name, layer in self._found.items():
+            weight = layer.weight
+            shared = first.setdefault(weight.parameter, name) if weight is not None else name
+            own = math.prod(weight.shape) if weight is not None and shared == name else 0
+            why = "" if weight is not None else NO_WEIGHT
+            found.append(
+                LayerInfo(
+                    name=name,
+                    type=layer.kind,
+                    weight=weight.parameter if weight is not None else None,
+                    shared_with=shared if shared != name else None,
+                    input_shapes=layer.inputs,
+                    output_shape=layer.output,
+                    parameters=own + layer.bias,
+                    weights=own,
+                    macs=layer.macs,
+                    calls=layer.calls,
+                    groups=layer.groups,
+                    sparsity=weight.sparsity if weight is not None else 0.0,
+                    bits=weight.bits if weight is not None else 32,
+                    why_not_prunable=why,
+                    why_not_quantizable=STEPS if layer.kind in ("LSTM", "GRU", "RNN") else why,
+                )
+            )
+        return tuple(found)
+
+
+def _operator(node: NodeProto) -> str:
+    return node.op_type if node.domain in ("", "ai.onnx") else f"{node.domain}::{node.op_type}"
+
+
+def _first(names: Sequence[str]) -> str:
+    return next(name for name in names if name)
+
+
+def _inner(node: NodeProto) -> Iterable[NodeProto]:
+    for attribute in node.attribute:
+        for graph in [attribute.g, *attribute.graphs]:
+            for inner in graph.node:
+                yield inner
+                yield from _inner(inner)
+
+
+def _factors(node: NodeProto) -> tuple[int, ...]:
+    kind = _operator(node)
+    if kind == "Einsum":
+        return tuple(range(len(node.input)))
+    return (1, 0) if kind == "Gather" else CONTRACTING[kind]
+
+
+def _macs(node: NodeProto, operands: list[Shape], output: Shape) -> tuple[int, int]:
+    """(multiply-accumulates, groups)."""
+    kind = _operator(node)
+    from onnx import helper
+
+    attributes = {attribute.name: helper.get_attribute_value(attribute) for attribute in node.attribute}
+    if kind == "Gather":
+        return 0, 1
+    a, b = operands[:2] if len(operands) > 1 else (operands[0], ())
+    groups = int(attributes.get("group", 1))
+    if kind == "ConvTranspose":
+        return math.prod(a) * math.prod(b[1:]), groups
+    if kind in ("Conv", "DeformConv", "ConvInteger", "QLinearConv"):
+        return math.prod(output) * math.prod(b[1:]), groups
+    if kind == "Gemm":
+        return math.prod(output) * a[0 if attributes.get("transA") else 1], 1
+    if kind == "Einsum":
+        return einsum_macs(attributes["equation"].decode(), operands), 1
+    if kind == "Attention":
+        return _attention(attributes, operands), 1
+    return math.prod(output) * a[-1], 1
+
+
+def _attention(attributes: Mapping[str, Any], operands: list[Shape]) -> int:
+    q, k, v = operands
+    if len(q) == 3:
+        # (batch, length, heads * size)
+        heads, shared = int(attributes["q_num_heads"]), int(attributes["kv_num_heads"])
+        q, k, v = (
+            (shape[0], count, shape[1], shape[2] // count)
+            for shape, count in zip((q, k, v), (heads, shared, shared), strict=True)
+        )
+    return math.prod(q[:-1]) * k[-2] * (q[-1] + v[-1])
