@@ -1,0 +1,146 @@
+"""What a recipe is expected to make of a model: zeros, parameters, MACs, size and time, before it is trained."""
+
+from __future__ import annotations
+
+import copy
+import math
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from sparsify.recipe.evidence import Expected
+from sparsify.schedule import Clock
+from sparsify.targets import named_parameters
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from sparsify.analysis.layers import ModelAnalysis
+    from sparsify.analysis.performance import PerformanceProfile
+    from sparsify.modifiers.base import Modifier
+    from sparsify.optimize.allocation import PruningProfile
+    from sparsify.optimize.latency import LatencyPlan
+
+__all__: list[str] = []
+
+LATE = Clock(10**9, 1e9)
+"""After every end."""
+
+
+def expected(
+    model: nn.Module,
+    modifiers: Sequence[Modifier],
+    zeros: Mapping[str, float],
+    *,
+    inputs: Any,
+    analysis: ModelAnalysis | None,
+    profile: PruningProfile | None,
+    performance: PerformanceProfile | None,
+    latency: LatencyPlan | None,
+) -> Expected:
+    """What `modifiers` make of `model`, which is not touched.
+
+    Args:
+        zeros: the sparsity that each parameter gets, where single weights go.
+        inputs: of the model, where whole channels go: they are removed from a copy, whose figures are exact.
+        analysis: with MACs; None where they are not known.
+    """
+    quantized = any(m.kind == "quantization" for m in modifiers)
+    before = {name: p.numel() for name, p in named_parameters(model).items()}
+    bytes_before = sum(p.numel() * p.element_size() for p in named_parameters(model).values())
+    macs = None if analysis is None else analysis.macs
+    after_model, after_analysis = model, analysis
+    if any(m.cuts() for m in modifiers):
+        after_model, after_analysis = _smaller(model, modifiers, inputs, analysis)
+    parameters = named_parameters(after_model)
+    left = {name: float(p.detach().count_nonzero()) for name, p in parameters.items()}
+    left = {name: min(count, parameters[name].numel() * (1 - zeros.get(name, 0.0))) for name, count in left.items()}
+    ms, skipping = _times(modifiers, profile, performance, analysis, after_analysis, quantized=quantized)
+    dense_ms = None if performance is None else performance.total_ms
+    if latency is not None:
+        dense_ms, skipping = latency.dense_ms, None
+        ms = latency.predicted_ms if latency.measured_ms is None else latency.measured_ms
+    macs_after = None if after_analysis is None else after_analysis.macs
+    return Expected(
+        what="channels" if after_model is not model else "weights",
+        sparsity=_share(zeros, before) if profile is None else profile.sparsity,
+        recovery=None if profile is None else profile.recovery,
+        parameters_before=sum(before.values()),
+        parameters=sum(p.numel() for p in parameters.values()),
+        nonzero=sum(left.values()),
+        macs_before=macs,
+        macs=macs_after,
+        nonzero_macs=None
+        if after_analysis is None
+        else sum(info.macs * (1 - zeros.get(info.weight or "", 0.0)) for info in after_analysis.layers),
+        size_bytes_before=bytes_before,
+        size_bytes=_size(after_model, modifiers, after_analysis),
+        ms_before=dense_ms,
+        ms=ms,
+        ms_skipping=skipping,
+    )
+
+
+def _smaller(
+    model: nn.Module, modifiers: Sequence[Modifier], inputs: Any, analysis: ModelAnalysis | None
+) -> tuple[nn.Module, ModelAnalysis | None]:
+    """A copy without the channels that go, and its analysis."""
+    from sparsify.analysis.layers import analyze_model
+    from sparsify.manager import ScheduledModifierManager
+
+    smaller = copy.deepcopy(model)
+    with warnings.catch_warnings():
+        # What the run will warn of is said then.
+        warnings.simplefilter("ignore")
+        shaping = [modifier for modifier in modifiers if modifier.cuts()]
+        ScheduledModifierManager(shaping).apply(smaller, sample_inputs=inputs)
+    return smaller, None if analysis is None else analyze_model(smaller, inputs)
+
+
+def _size(model: nn.Module, modifiers: Sequence[Modifier], analysis: ModelAnalysis | None) -> float:
+    """Bytes of the parameters in the exported file."""
+    bits: dict[str, int] = {}
+    for modifier in modifiers:
+        bits.update(modifier.foreseen_bits(LATE, model))
+    if analysis is not None:
+        stays = {info.weight for info in analysis.layers if not info.quantizable}
+        bits = {name: count for name, count in bits.items() if name not in stays}
+    return sum(p.numel() * bits.get(n, 8 * p.element_size()) / 8 for n, p in named_parameters(model).items())
+
+
+def _times(
+    modifiers: Sequence[Modifier],
+    profile: PruningProfile | None,
+    performance: PerformanceProfile | None,
+    analysis: ModelAnalysis | None,
+    after: ModelAnalysis | None,
+    *,
+    quantized: bool,
+) -> tuple[float | None, float | None]:
+    """Milliseconds in onnxruntime, and in a runtime that skips zeros, in float; None where nothing was measured."""
+    if performance is None:
+        return None, None
+    ms = performance.total_int8_ms if quantized else performance.total_ms
+    if any(modifier.cuts() for modifier in modifiers):
+        totals = performance.width_total_int8_ms if quantized else performance.width_total_ms
+        if analysis is None or after is None or not totals or not analysis.macs:
+            return None, None
+        # MACs go with the product of both widths, so the root of what is left of them is the width in and out.
+        width = math.sqrt(after.macs / analysis.macs)
+        return _between(width, performance.widths, totals), None
+    if profile is None or not profile.ms_before:
+        return ms, None
+    # The profiler costs time itself, so it is the share that counts.
+    return ms, performance.total_ms * profile.ms_after / profile.ms_before
+
+
+def _between(at: float, points: Sequence[float], values: Sequence[float]) -> float:
+    order = np.argsort(points)
+    return float(np.interp(at, np.asarray(points)[order], np.asarray(values)[order]))
+
+
+def _share(zeros: Mapping[str, float], sizes: Mapping[str, int]) -> float:
+    weights = sum(sizes[name] for name in zeros)
+    return sum(share * sizes[name] for name, share in zeros.items()) / weights if weights else 0.0

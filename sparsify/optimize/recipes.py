@@ -1,0 +1,494 @@
+"""From a model, what was measured of it, and a goal to a recipe that says why."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from sparsify.errors import ArgumentError
+from sparsify.modifiers.base import Modifier
+from sparsify.modifiers.distillation import DistillationModifier
+from sparsify.modifiers.epochs import EpochRangeModifier
+from sparsify.modifiers.pruning import ConstantPruningModifier, GMPruningModifier
+from sparsify.modifiers.quantization import QuantizationModifier
+from sparsify.modifiers.structured import StructuredPruningModifier
+from sparsify.modifiers.training import TrainableParamsModifier
+from sparsify.optimize.goals import Goal, goal_of
+from sparsify.optimize.levels import Experiment
+from sparsify.optimize.training import (
+    LearningRateSchedule,
+    OriginalTraining,
+    TrainingStage,
+    check_schedule,
+    learning_rates,
+)
+from sparsify.recipe.evidence import Evidence, Expected, LayerEvidence, cited
+from sparsify.recipe.recipe import Recipe
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from sparsify.analysis.layers import ModelAnalysis
+    from sparsify.analysis.loss import LossProfile
+    from sparsify.analysis.performance import PerformanceProfile
+    from sparsify.optimize.allocation import LayerCurve, PruningProfile, PruningSettings
+    from sparsify.optimize.latency import LatencyPlan
+
+__all__ = ["create_recipe"]
+
+FIRST = 0.05
+"""The sparsity that pruning starts with."""
+UNKNOWN = OriginalTraining(90)
+"""Where nothing is said about the original training: as many epochs, and no learning rates."""
+
+
+def create_recipe(
+    model: nn.Module,
+    sample_inputs: Any = None,
+    *,
+    optim_level: float | None = None,
+    experiment: Experiment = "training-aware",
+    preset: str | None = None,
+    sparsity: float | None = None,
+    settings: PruningSettings | None = None,
+    pruning_profile: PruningProfile | None = None,
+    latency_plan: LatencyPlan | None = None,
+    analysis: ModelAnalysis | None = None,
+    performance: PerformanceProfile | None = None,
+    loss: LossProfile | None = None,
+    training: OriginalTraining | None = None,
+    learning_rate: LearningRateSchedule | Sequence[Modifier] | None = None,
+    quantize: bool | Mapping[str, Any] | None = None,
+    distill: bool | Mapping[str, Any] = False,
+    structured: bool | None = None,
+) -> Recipe:
+    """A recipe that compresses `model`, with the evidence for each of its numbers; the model is not touched.
+
+    How much is said in one way: by `optim_level` (0.5 where nothing is said), `sparsity`, `settings`, a
+    `pruning_profile` or a `latency_plan`. Over the layers it is spread by what each loses and costs: measured where
+    profiles are given, otherwise by the magnitudes of the weights.
+
+    The recipe's text cites the evidence as comments, `recipe.evidence` has it as data, and `recipe.to_yaml()` is read
+    back as an equal recipe.
+
+    Args:
+        sample_inputs: as the model is called with them. Without them MACs are not known, and channels cannot go.
+        optim_level: 0 to 1; see `optim_level`.
+        preset: a name in `PRESETS`; alone, or with an optim level or a sparsity.
+        sparsity: zeros / elements over all that may be pruned, 0 to 1.
+        pruning_profile: what `pruning_profile` gave for this model, edited or not.
+        analysis, performance, loss: of this model; made here as far as they need no data and no measuring.
+        training: how the dense model was trained. None: laid out for 90 epochs, without learning rates.
+        learning_rate: the schedule of fine-tuning, or a list of learning-rate modifiers that stands for all of them.
+        quantize: True, False, fields of the QuantizationModifier, or None: as the optim level says, else not.
+        distill: whether the dense model teaches (`distillation_teacher` of `modify`); or fields of the
+            DistillationModifier.
+        structured: whether whole channels go, and the model gets smaller; None: as the preset says, else not.
+
+    Raises:
+        ArgumentError: an argument that cannot be meant, or two that contradict one another.
+        TargetError: a name is not in the model, or nothing in it can be pruned.
+    """
+    from torch import nn
+
+    from sparsify.analysis.loss import loss_profile
+    from sparsify.signature import unwrapped
+
+    if not isinstance(model, nn.Module):
+        raise ArgumentError(f"model: a {type(model).__name__} is no torch.nn.Module.")
+    goal = goal_of(
+        level=optim_level,
+        experiment=experiment,
+        preset=preset,
+        sparsity=sparsity,
+        settings=settings,
+        profile=pruning_profile,
+        latency=latency_plan,
+        quantize=quantize,
+        structured=structured,
+    )
+    _check(goal, training, learning_rate, distill, sample_inputs, loss)
+    model = unwrapped(model)
+    if loss is None and goal.prunes:
+        loss = loss_profile(model, progress=False)
+    found = _Sources.of(model, sample_inputs, analysis, performance, loss, latency_plan)
+    chosen = _Chosen()
+    if latency_plan is not None:
+        chosen = _of_plan(latency_plan, model, found)
+    elif goal.settings is not None:
+        if goal.structured:
+            chosen = _structured(model, sample_inputs, goal.settings, pruning_profile, found)
+        else:
+            chosen = _unstructured(goal.settings, pruning_profile, found)
+    draft = _Draft()
+    stages = _lay_out(draft, model, goal, chosen, training, learning_rate, distill)
+    from sparsify.optimize.expectations import expected
+
+    figures = expected(
+        model,
+        draft.modifiers,
+        {} if goal.structured else chosen.shares,
+        inputs=sample_inputs,
+        analysis=analysis or (found.analysis if sample_inputs is not None else None),
+        profile=chosen.profile,
+        performance=performance,
+        latency=latency_plan,
+    )
+    evidence = _evidence(goal, training, found, chosen, figures, draft, stages)
+    recipe = Recipe.from_modifiers(draft.modifiers, metadata={"made_by": "create_recipe", **evidence.metadata()})
+    recipe.check(model)
+    return recipe
+
+
+# ---------------------------------------------------------------------- what is known
+
+
+@dataclass(frozen=True)
+class _Sources:
+    """What the numbers come from."""
+
+    analysis: ModelAnalysis
+    performance: PerformanceProfile | None
+    loss: LossProfile | None
+    texts: Mapping[str, str]
+
+    @classmethod
+    def of(
+        cls,
+        model: nn.Module,
+        inputs: Any,
+        analysis: ModelAnalysis | None,
+        performance: PerformanceProfile | None,
+        loss: LossProfile | None,
+        latency: LatencyPlan | None,
+    ) -> _Sources:
+        from sparsify.analysis.layers import analyze_model
+        from sparsify.optimize.structures import without_inputs
+
+        if analysis is None:
+            analysis = without_inputs(model) if inputs is None else analyze_model(model, inputs)
+        texts: dict[str, str] = {}
+        if loss is not None:
+            ways = {
+                "data": f"measured on {loss.samples} samples, one layer at a time; {loss.base:.4g} as it is",
+                "fisher": f"estimated from gradients of {loss.samples} samples",
+                "magnitude": "ordered by the magnitudes of the weights, without data",
+                "shape": "ordered by the shapes of the layers, without data",
+            }
+            texts["loss" if loss.method in ("data", "fisher") else "cost"] = ways[loss.method]
+        if performance is not None:
+            runtime = performance.versions.get("onnxruntime", "")
+            texts["time"] = (
+                f"measured in onnxruntime {runtime}, batch {performance.batch_size}, {performance.threads} threads; "
+                "where zeros are skipped, by the cost model"
+            )
+        elif analysis.macs:
+            texts["time"] = "not measured; by MACs"
+        if latency is not None:
+            goal = f"at most {latency.goal_ms:.4g} ms, batch {latency.batch_size}, {latency.threads} threads"
+            seen = "not measured" if latency.measured_ms is None else f"measured {latency.measured_ms:.4g} ms"
+            texts["time"] = f"by a latency plan: {goal}; predicted {latency.predicted_ms:.4g} ms, {seen}"
+            texts = {"cost": f"by a latency plan: +{latency.loss:.4g} ({latency.loss_method})", "time": texts["time"]}
+        return cls(analysis, performance, loss, texts)
+
+
+@dataclass
+class _Chosen:
+    """What each parameter gets: a share of its weights, or of its channels, that goes."""
+
+    shares: dict[str, float] = field(default_factory=dict)
+    evidence: dict[str, LayerEvidence] = field(default_factory=dict)
+    dense: dict[str, str] = field(default_factory=dict)
+    profile: PruningProfile | None = None
+    notes: list[str] = field(default_factory=list)
+    floating: list[str] = field(default_factory=list)
+    """Layers that stay in float where others are quantized."""
+
+
+def _unstructured(settings: PruningSettings, given: PruningProfile | None, found: _Sources) -> _Chosen:
+    from sparsify.optimize.allocation import curves, pruning_profile
+    from sparsify.optimize.structures import weights_by_layer
+
+    assert found.loss is not None
+    layers = curves(found.analysis, found.performance, found.loss)
+    profile = given or pruning_profile(layers, settings)
+    weights = weights_by_layer(found.analysis)
+    _check_names(profile, weights)
+    return _taken(profile, {name: (weight,) for name, weight in weights.items()}, layers, found)
+
+
+def _structured(
+    model: nn.Module, inputs: Any, settings: PruningSettings, given: PruningProfile | None, found: _Sources
+) -> _Chosen:
+    from sparsify.optimize.allocation import pruning_profile
+    from sparsify.optimize.structures import families_of, family_curves, of_channels
+
+    layers, rows = family_curves(model, families_of(model, inputs), found.analysis, found.performance, found.loss)
+    profile = given or pruning_profile(layers, of_channels(settings))
+    _check_names(profile, rows)
+    return _taken(profile, rows, layers, found)
+
+
+def _check_names(profile: PruningProfile, known: Iterable[str]) -> None:
+    names = set(known)
+    missing = [choice.name for choice in profile.layers if choice.sparsity > 0 and choice.name not in names]
+    if missing:
+        raise ArgumentError(
+            f"pruning_profile: {missing[0]!r} is no layer of this model that can be pruned; make the profile from the "
+            "analysis of this model, and for structured pruning from its families."
+        )
+
+
+def _taken(
+    profile: PruningProfile, weights: Mapping[str, Sequence[str]], layers: Sequence[LayerCurve], found: _Sources
+) -> _Chosen:
+    chosen = _Chosen(profile=profile, notes=list(profile.notes))
+    by_name = {layer.name: layer for layer in layers}
+    for choice in profile.layers:
+        # Written with as many digits as mean something: 0.8371 of a million weights is exact to 50 of them.
+        share = round(choice.sparsity, 4)
+        if share <= 0 and choice.name in weights:
+            chosen.dense[choice.name] = choice.why
+        if share <= 0:
+            continue
+        curve = by_name.get(choice.name)
+        cost = saved = None
+        if curve is not None:
+            cost = _at(share, curve.levels, curve.losses) - curve.losses[0]
+            saved = None if found.performance is None else curve.ms - _at(share, curve.levels, curve.times)
+        for weight in weights[choice.name]:
+            chosen.shares[weight] = share
+            size = next((i.weights for i in found.analysis.layers if i.weight == weight), 0)
+            chosen.evidence[weight] = LayerEvidence(share, size, _digits(cost), _digits(saved))
+    return chosen
+
+
+def _of_plan(plan: LatencyPlan, model: nn.Module, found: _Sources) -> _Chosen:
+    weights = {info.name: info for info in found.analysis.layers if info.weight is not None}
+    missing = [name for name in plan.sparsity if name not in weights]
+    if missing:
+        raise ArgumentError(f"latency_plan: {missing[0]!r} is no layer of this model; make the plan for this model.")
+    modules = dict(model.named_modules())
+    chosen = _Chosen(notes=list(plan.notes), floating=[name for name in plan.floating if name in modules])
+    for name, share in plan.sparsity.items():
+        weight = weights[name].weight or name
+        chosen.shares[weight] = round(share, 6)
+        chosen.evidence[weight] = LayerEvidence(round(share, 6), weights[name].weights, None, None)
+    chosen.dense = {name: "least loss within the time" for name in weights if name not in plan.sparsity}
+    return chosen
+
+
+def _at(level: float, levels: Sequence[float], values: Sequence[float]) -> float:
+    return float(np.interp(level, levels, values))
+
+
+def _digits(value: float | None) -> float | None:
+    return None if value is None else float(f"{value:.4g}")
+
+
+# ---------------------------------------------------------------------- what is done
+
+
+@dataclass
+class _Draft:
+    """Modifiers in the order of the text, and the reasons for their numbers."""
+
+    modifiers: list[Modifier] = field(default_factory=list)
+    because: dict[str, str] = field(default_factory=dict)
+
+    def add(self, modifier: Modifier, **reasons: str) -> None:
+        self.modifiers.append(modifier)
+        for place, reason in reasons.items():
+            self.because[cited(type(modifier).__name__, place, getattr(modifier, place))] = reason
+
+
+def _lay_out(
+    draft: _Draft,
+    model: nn.Module,
+    goal: Goal,
+    chosen: _Chosen,
+    training: OriginalTraining | None,
+    learning_rate: LearningRateSchedule | Sequence[Modifier] | None,
+    distill: bool | Mapping[str, Any],
+) -> tuple[TrainingStage, ...]:
+    """The modifiers, and the stages that they are laid out on."""
+    original = training or UNKNOWN
+    transfer = goal.experiment == "sparse-transfer"
+    trained = goal.experiment != "one-shot" and (transfer or bool(chosen.shares) or goal.quantize is not None)
+    stages: tuple[TrainingStage, ...] = ()
+    if trained:
+        stages = original.stages(prune=bool(chosen.shares), quantize=goal.quantize is not None, transfer=transfer)
+    by_name = {stage.name: stage for stage in stages}
+    end = stages[-1].end if stages else 0.0
+    draft.add(
+        EpochRangeModifier(start_epoch=0.0, end_epoch=end),
+        end_epoch=f"the stages that follow from {original.epochs:g} epochs of the original training"
+        if trained
+        else "nothing is trained",
+    )
+    if chosen.shares:
+        _prune(draft, goal, chosen, original, by_name.get("pruning"))
+    if goal.holds:
+        draft.add(ConstantPruningModifier(params="__ALL_PRUNABLE__", start_epoch=0.0))
+    if trained:
+        _rates(draft, original, learning_rate, stages)
+        frozen = [name for name, parameter in model.named_parameters() if not parameter.requires_grad]
+        # What the user froze stays so, except what is pruned, which must be able to make up for it.
+        learn: str | list[str] = list(chosen.shares) if frozen else "__ALL__"
+        if learn:
+            draft.add(TrainableParamsModifier(params=learn, trainable=True, start_epoch=0.0))
+    if goal.quantize is not None:
+        floating = {"ignore": chosen.floating} if chosen.floating else {}
+        _quantize(draft, {**floating, **goal.quantize}, by_name.get("quantization"))
+    if distill is not False:
+        given = dict(distill) if isinstance(distill, Mapping) else {}
+        draft.add(DistillationModifier(**{"start_epoch": 0.0, "hardness": 0.5, "temperature": 2.0, **given}))
+    return stages
+
+
+def _prune(draft: _Draft, goal: Goal, chosen: _Chosen, original: OriginalTraining, stage: TrainingStage | None) -> None:
+    """One modifier for each distinct sparsity."""
+    names: dict[float, list[str]] = defaultdict(list)
+    for weight, share in chosen.shares.items():
+        names[share].append(weight)
+    when: dict[str, Any] = {"start_epoch": 0.0, "end_epoch": 0.0, "update_frequency": -1.0}
+    reasons: dict[str, str] = {}
+    if stage is not None:
+        frequency = original.update_frequency
+        when = {"start_epoch": stage.start, "end_epoch": stage.end, "update_frequency": frequency}
+        reasons = {
+            "start_epoch": f"after {stage.start:g} epoch of stabilization",
+            "end_epoch": f"{stage.epochs:g} epochs, a third of {original.epochs:g}",
+            "update_frequency": f"{stage.epochs / frequency:.3g} updates within the {stage.epochs:g} epochs",
+        }
+    for share in sorted(names):
+        fields = {
+            "params": names[share],
+            "init_sparsity": min(FIRST, share) if stage is not None else share,
+            "final_sparsity": share,
+            **when,
+        }
+        if goal.structured:
+            draft.add(StructuredPruningModifier(**fields, shrink=True), **reasons)
+        else:
+            draft.add(GMPruningModifier(**fields), **reasons)
+
+
+def _rates(
+    draft: _Draft,
+    original: OriginalTraining,
+    wanted: LearningRateSchedule | Sequence[Modifier] | None,
+    stages: Sequence[TrainingStage],
+) -> None:
+    if wanted is not None and not isinstance(wanted, str):
+        for modifier in wanted:
+            draft.add(modifier)
+        return
+    if original.initial_lr is None:
+        return
+    for modifier in learning_rates(original, wanted, stages):
+        draft.add(modifier)
+    base = f"({original.initial_lr:g} + {original.final_lr:g}) / 2"
+    tuned = f"a quarter of {base}" if any(stage.name == "pruning" for stage in stages) else base
+    reasons = {
+        "stabilization": ("", f"a tenth of {base}: the optimizer's averages are still empty"),
+        "pruning": (base, ""),
+        "fine-tuning": (tuned, tuned),
+        "quantization": ("", "the final rate, or 2.5 times where fine-tuning ended"),
+    }
+    for modifier in draft.modifiers:
+        stage = next((stage.name for stage in stages if stage.start == modifier.window.start), None)
+        if modifier.kind != "learning_rate" or stage is None:
+            continue
+        fixed, first = reasons[stage]
+        cites = {"learning_rate": fixed or base, "init_lr": first}
+        found = {place: getattr(modifier, place, None) for place in cites}
+        steps = getattr(modifier, "lr_kwargs", {}).get("step_size")
+        cites["lr_kwargs.step_size"] = f"down to a tenth of {original.final_lr:g} by the end of fine-tuning"
+        for place, value in (found | {"lr_kwargs.step_size": steps}).items():
+            if value is not None and cites[place]:
+                draft.because[cited(type(modifier).__name__, place, value)] = cites[place]
+
+
+def _quantize(draft: _Draft, given: Mapping[str, Any], stage: TrainingStage | None) -> None:
+    if stage is None:
+        draft.add(QuantizationModifier(**{"start_epoch": 0.0, **given}))
+        return
+    fields: dict[str, Any] = {
+        "start_epoch": stage.start,
+        "disable_quantization_observer_epoch": stage.start + stage.epochs / 2,
+        "freeze_bn_stats_epoch": stage.start + 0.75 * stage.epochs,
+    }
+    reasons = {
+        "start_epoch": "after fine-tuning" if stage.start else "nothing is pruned first",
+        "disable_quantization_observer_epoch": "ranges have settled: half of the stage",
+        "freeze_bn_stats_epoch": "the learning rate is small by then: three quarters of the stage",
+    }
+    draft.add(
+        QuantizationModifier(**{**fields, **given}),
+        **{place: reason for place, reason in reasons.items() if place not in given},
+    )
+
+
+# ---------------------------------------------------------------------- what is said
+
+
+def _evidence(
+    goal: Goal,
+    training: OriginalTraining | None,
+    found: _Sources,
+    chosen: _Chosen,
+    figures: Expected,
+    draft: _Draft,
+    stages: Sequence[TrainingStage],
+) -> Evidence:
+    notes = list(chosen.notes)
+    if training is None and stages:
+        notes.append(f"the original training is not known: laid out for one of {UNKNOWN.epochs:g} epochs.")
+    if stages and not any(modifier.kind == "learning_rate" for modifier in draft.modifiers):
+        notes.append("learning rates are left to the training loop: the original ones are not known.")
+    measured = found.performance
+    asked = dict(goal.asked) | ({} if measured is None else {"batch_size": measured.batch_size})
+    asked |= {} if training is None else {"training": asdict(training)}
+    return Evidence(
+        goal=goal.text,
+        asked=asked,
+        sources=dict(found.texts) if chosen.shares else {},
+        layers=chosen.evidence,
+        dense=chosen.dense,
+        expected=figures,
+        stages={stage.name: (stage.start, stage.end) for stage in stages},
+        because=draft.because,
+        notes=notes,
+    )
+
+
+# ---------------------------------------------------------------------- what may be said
+
+
+def _check(goal: Goal, training: Any, learning_rate: Any, distill: Any, sample_inputs: Any, loss: Any) -> None:
+    """Refuses what cannot be meant, before any work."""
+    if training is not None and not isinstance(training, OriginalTraining):
+        raise ArgumentError(f"training: a {type(training).__name__} is none; give OriginalTraining(epochs, ...).")
+    if isinstance(learning_rate, str) or learning_rate is None:
+        check_schedule(learning_rate)
+        if learning_rate is not None and (training is None or training.initial_lr is None):
+            raise ArgumentError("learning_rate: a schedule needs the rates of `training`; give OriginalTraining(...).")
+    elif not isinstance(learning_rate, list | tuple) or not all(
+        isinstance(modifier, Modifier) and modifier.kind == "learning_rate" for modifier in learning_rate
+    ):
+        raise ArgumentError("learning_rate: give the name of a schedule, or a list of learning-rate modifiers.")
+    if goal.experiment == "one-shot":
+        for name, value in (("training", training), ("learning_rate", learning_rate), ("distill", distill or None)):
+            if value is not None:
+                raise ArgumentError(f"{name}: one-shot trains nothing; leave it out, or take training-aware.")
+    if not isinstance(distill, bool | Mapping):
+        raise ArgumentError(f"distill: {distill!r} is neither True, False nor a mapping of fields.")
+    if goal.structured and sample_inputs is None:
+        raise ArgumentError("sample_inputs: which channels go together is found on inputs of the model; give some.")
+    if loss is not None and loss.of != "pruning":
+        raise ArgumentError("loss: a profile of quantization; give one of pruning, loss_profile(..., of='pruning').")
