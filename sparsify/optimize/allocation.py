@@ -2,10 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import TYPE_CHECKING
 
-__all__ = ["LayerChoice", "LayerCurve", "PruningProfile", "PruningSettings"]
+from sparsify.errors import ArgumentError, did_you_mean
+from sparsify.optimize.lines import at, reaches, slope, within
+
+if TYPE_CHECKING:
+    from sparsify.analysis.layers import ModelAnalysis
+    from sparsify.analysis.loss import LossProfile
+    from sparsify.analysis.performance import PerformanceProfile
+
+__all__ = ["LayerChoice", "LayerCurve", "PruningProfile", "PruningSettings", "curves", "pruning_profile"]
+
+BALANCES = tuple(number / 20 for number in range(21))
+"""Spreads are computed for these balances; the one that is best at the balance asked for is taken."""
+POINTS = 16
+"""Of a layer's curves, at most so many are looked at."""
+TOLERANCE = 0.005
+"""How far from the sparsity asked for a spread may lie before it is said."""
+REST = "(all else)"
+"""The name of the curve of what belongs to no layer."""
 
 
 @dataclass(frozen=True)
@@ -99,3 +119,421 @@ class PruningProfile:
     parameters_before: float
     parameters_after: float
     notes: tuple[str, ...]
+
+
+def pruning_profile(layers: Sequence[LayerCurve], settings: PruningSettings | None = None) -> PruningProfile:
+    """An average sparsity spread over layers: more where little is lost or much time is saved. A pure function.
+
+    With L the summed losses of the layers and T their summed times, each in units of what it can be at most, and b the
+    balance, the spread is the one of least b L + (1 - b) T among candidates that all meet the average, the caps and the
+    filters. Candidates are the same for every balance, so L never falls and T never rises as b goes to 0. One is made
+    for each of 21 balances: on the lower convex hull of b L + (1 - b) T of each layer the steepest gain per weight goes
+    first, which is exact but for the last layer (Shoham & Gersho 1988, https://doi.org/10.1109/29.90373).
+
+    Losses that fall and times that rise with sparsity are noise, and held level.
+
+    Args:
+        layers: see `curves`; in the order of the model.
+
+    Raises:
+        ArgumentError: a setting out of its range, an override that names no layer which can be pruned, curves that do
+            not fit together.
+    """
+    settings = settings or PruningSettings()
+    _check(layers, settings)
+    whole = [_Layer.of(curve, settings) for curve in layers]
+    best = min(_candidates(whole, settings.sparsity), key=lambda one: (one.loss, one.time))
+    limited = whole
+    if settings.min_recovery > 0:
+        means = best.loss / max(1, sum(1 for share in best.shares if share > 0))
+        limited = [
+            layer.limited(layer.loss(share), means, settings.min_recovery)
+            for layer, share in zip(whole, best.shares, strict=True)
+        ]
+    spreads = _candidates(limited, settings.sparsity)
+    if settings.min_recovery > 0:
+        # The best of the same average, as far as it can be met: what is asked of recovery must not judge itself.
+        best = min(spreads, key=lambda one: (one.loss, one.time))
+    losses = max(math.fsum(layer.highest for layer in limited), 1e-300)
+    times = max(math.fsum(layer.curve.ms for layer in limited), 1e-300)
+    balance = settings.balance
+    chosen = min(
+        spreads,
+        key=lambda one: (
+            balance * one.loss / losses + (1 - balance) * one.time / times,
+            # Of equals the one that the other side prefers.
+            one.loss if balance < 1 else one.time,
+        ),
+    )
+    return _profile(limited, settings, chosen, best)
+
+
+def curves(
+    analysis: ModelAnalysis, performance: PerformanceProfile | None, loss: LossProfile
+) -> tuple[LayerCurve, ...]:
+    """What `pruning_profile` has to know of a model's layers, from its profiles.
+
+    Profiles of weights give what one more weight costs at a level; its integral over the weights that are gone is the
+    loss here. Without a performance profile a layer takes one millisecond for a million MACs: times then order layers
+    and mean no more. Times at a sparsity are those of a runtime that skips zeros; onnxruntime does not.
+
+    Raises:
+        ArgumentError: the loss profile is one of quantization, or of channels.
+    """
+    if loss.of != "pruning" or loss.families:
+        kind = "quantization" if loss.of != "pruning" else "channels"
+        raise ArgumentError(f"loss: this is a profile of {kind}; give one of pruning single weights.")
+    found = []
+    first = True
+    known = {} if performance is None else {layer.name: layer for layer in performance.layers}
+    for layer in analysis.layers:
+        why = layer.why_not_prunable
+        if not why and layer.name not in loss.losses:
+            why = "the loss profile does not know it"
+        levels = tuple(loss.levels) if not why else (0.0,)
+        timed = known.get(layer.name)
+        if timed is None:
+            ms = layer.macs / 1e6 if performance is None else 0.0
+            times = tuple(ms * (1 - level) for level in levels)
+        else:
+            from sparsify.analysis.performance import SPARSITIES
+
+            ms = timed.ms
+            times = tuple(at(SPARSITIES, timed.sparse_ms, level) for level in levels)
+        found.append(
+            LayerCurve(
+                name=layer.name,
+                weights=layer.weights,
+                parameters=layer.parameters,
+                macs=layer.macs,
+                ms=ms,
+                first=first and not why,
+                grouped=layer.groups > 1,
+                why_not=why,
+                levels=levels,
+                losses=_losses(loss, layer.name, layer.weights) if not why else (0.0,),
+                times=times,
+            )
+        )
+        first = first and bool(why)
+    parameters = analysis.parameters - sum(layer.parameters for layer in analysis.layers)
+    rest = 0.0 if performance is None else math.fsum(performance.others.values())
+    if parameters > 0 or rest > 0:
+        found.append(
+            LayerCurve(REST, 0, max(parameters, 0), 0, rest, False, False, "no layer", (0.0,), (0.0,), (rest,))
+        )
+    return tuple(found)
+
+
+def _losses(loss: LossProfile, name: str, weights: int) -> tuple[float, ...]:
+    """The loss that is added at each level, 0 at the first."""
+    values = loss.increase(name)
+    if loss.method in ("data", "fisher"):
+        return tuple(value - values[0] for value in values)
+    total, found = 0.0, [0.0]
+    for number in range(1, len(values)):
+        # A value stands for the slice that ends at its level.
+        total += values[number] * (loss.levels[number] - loss.levels[number - 1]) * weights
+        found.append(total)
+    return tuple(found)
+
+
+@dataclass(frozen=True)
+class _Layer:
+    """One layer under the settings: a share is 0, or from `least` to `most`; `fixed` by hand.
+
+    `levels`, `losses` and `times` are thinned, made monotone, and have points at 0, `least` and `most`.
+    """
+
+    curve: LayerCurve
+    levels: tuple[float, ...]
+    losses: tuple[float, ...]
+    times: tuple[float, ...]
+    least: float
+    most: float
+    fixed: float | None
+    why: str
+
+    @classmethod
+    def of(cls, curve: LayerCurve, settings: PruningSettings) -> _Layer:
+        levels, losses, times = _monotone(curve)
+        fixed = settings.overrides.get(curve.name)
+        why, least, most = curve.why_not, settings.min_sparsity, min(settings.max_sparsity, levels[-1])
+        if fixed is None and not why:
+            if curve.first and not settings.first_layer:
+                why = "the first layer"
+            elif curve.grouped and not settings.grouped:
+                why = "a grouped convolution"
+        if not why and settings.min_speedup > 1:
+            # The share from which on it is fast enough; times only fall.
+            wanted = curve.ms / settings.min_speedup
+            if times[-1] > wanted:
+                why = "no share of zeros makes it fast enough"
+            else:
+                least = max(least, reaches(levels, times, wanted))
+        if not why and least > most:
+            why = "what it may have lies below what it must have"
+        if fixed is not None:
+            why = "set by hand"
+        made = cls(curve, levels, losses, times, least, most, 0.0 if why and fixed is None else fixed, why)
+        return made.thinned()
+
+    def thinned(self) -> _Layer:
+        """At most `POINTS` points, with those that matter."""
+        stride = max(1, math.ceil(len(self.levels) / (POINTS - 3)))
+        wanted = {0.0, min(self.least, self.levels[-1]), self.most, self.levels[-1], *self.levels[::stride]}
+        levels = tuple(sorted(wanted))
+        return _Layer(
+            self.curve,
+            levels,
+            tuple(at(self.levels, self.losses, level) for level in levels),
+            tuple(at(self.levels, self.times, level) for level in levels),
+            self.least,
+            self.most,
+            self.fixed,
+            self.why,
+        )
+
+    def limited(self, best: float, mean: float, recovery: float) -> _Layer:
+        """With a cap where the recovery of the layer would fall below `recovery`, against the loss `best`."""
+        if self.fixed is not None:
+            return self
+        allowed = best + (1 - recovery) * (best or mean)
+        if self.losses[-1] <= allowed:
+            return self
+        most = min(self.most, within(self.levels, self.losses, allowed))
+        if most < max(self.least, 1e-9):
+            why = "its recovery would be too low"
+            return _Layer(self.curve, self.levels, self.losses, self.times, self.least, 0.0, 0.0, why)
+        capped = _Layer(self.curve, self.levels, self.losses, self.times, self.least, most, None, self.why)
+        levels = tuple(sorted({*self.levels, most}))
+        return _Layer(
+            self.curve,
+            levels,
+            tuple(capped.loss(level) for level in levels),
+            tuple(capped.time(level) for level in levels),
+            self.least,
+            most,
+            None,
+            self.why,
+        )
+
+    @property
+    def counted(self) -> bool:
+        """Whether it is among the layers of the average: those that may be pruned."""
+        return not self.curve.why_not and self.why not in ("the first layer", "a grouped convolution")
+
+    @property
+    def highest(self) -> float:
+        return self.loss(self.most) if self.counted else 0.0
+
+    def loss(self, share: float) -> float:
+        return at(self.levels, self.losses, share)
+
+    def time(self, share: float) -> float:
+        return at(self.levels, self.times, share)
+
+
+@dataclass(frozen=True)
+class _Spread:
+    """One candidate: a share for each layer, and what they sum up to."""
+
+    shares: tuple[float, ...]
+    loss: float
+    time: float
+
+
+def _candidates(layers: Sequence[_Layer], sparsity: float) -> list[_Spread]:
+    """Spreads that meet the average as nearly as it can be met: those far from it are left out."""
+    counted = [layer for layer in layers if layer.counted]
+    weights = math.fsum(layer.curve.weights for layer in counted)
+    # What is set by hand takes its part of the average first.
+    by_hand = math.fsum(layer.curve.weights * layer.fixed for layer in counted if layer.fixed)
+    budget = sparsity * weights - by_hand
+    scale = max(math.fsum(layer.highest for layer in layers), 1e-300)
+    pace = max(math.fsum(layer.curve.ms for layer in layers), 1e-300)
+    found: dict[tuple[float, ...], _Spread] = {}
+    for balance in BALANCES:
+        shares = _spread(layers, budget, balance / scale, (1 - balance) / pace)
+        if shares not in found:
+            loss = math.fsum(layer.loss(share) for layer, share in zip(layers, shares, strict=True))
+            time = math.fsum(layer.time(share) for layer, share in zip(layers, shares, strict=True))
+            found[shares] = _Spread(shares, loss, time)
+    if weights == 0:
+        return list(found.values())
+
+    def missed(one: _Spread) -> float:
+        free = (layer.curve.weights * share for layer, share in zip(layers, one.shares, strict=True) if layer.counted)
+        return abs(math.fsum(free) / weights - sparsity)
+
+    nearest = min(missed(one) for one in found.values())
+    return [one for one in found.values() if missed(one) <= max(nearest, TOLERANCE / 2) + 1e-12]
+
+
+def _spread(layers: Sequence[_Layer], budget: float, on_loss: float, on_time: float) -> tuple[float, ...]:
+    """The shares of least `on_loss` L + `on_time` T with `budget` weights gone, as nearly as filters allow."""
+    shares = [layer.fixed or 0.0 for layer in layers]
+    steps = []
+    for index, layer in enumerate(layers):
+        if layer.fixed is None:
+            steps += _steps(index, layer, on_loss, on_time)
+    steps.sort()
+    left = budget
+    skipped: tuple[int, float] | None = None
+    for _, index, _, to in steps:
+        size = layers[index].curve.weights
+        if left <= 1e-9 or (skipped and skipped[0] == index) or not size:
+            continue
+        more = (to - shares[index]) * size
+        if more <= left:
+            shares[index] = to
+            left -= more
+            continue
+        share = shares[index] + left / size
+        if share >= layers[index].least:
+            shares[index] = share
+            left = 0.0
+        elif skipped is None:
+            # Less than it must have: the others take it, if they can.
+            skipped = (index, shares[index])
+    if left > 1e-9 and skipped is not None:
+        _made_room(layers, shares, skipped[0], left, steps)
+    return tuple(shares)
+
+
+def _made_room(
+    layers: Sequence[_Layer],
+    shares: list[float],
+    index: int,
+    left: float,
+    steps: Sequence[tuple[float, int, float, float]],
+) -> None:
+    """Gives the layer the least it may have, and takes from the others what that is too much, dearest first."""
+    layer = layers[index]
+    too_much = layer.least * layer.curve.weights - left
+    spare = [
+        (max(layers[i].least, 0.0), i) for _, i, _, _ in reversed(steps) if i != index and shares[i] > layers[i].least
+    ]
+    room = math.fsum((shares[i] - least) * layers[i].curve.weights for least, i in dict.fromkeys(spare))
+    if room < too_much and too_much - room > left:
+        # It comes nearer to what was asked without this layer.
+        return
+    shares[index] = layer.least
+    for least, i in dict.fromkeys(spare):
+        give = min((shares[i] - least) * layers[i].curve.weights, too_much)
+        shares[i] -= give / layers[i].curve.weights
+        too_much -= give
+        if too_much <= 0:
+            return
+
+
+def _steps(index: int, layer: _Layer, on_loss: float, on_time: float) -> list[tuple[float, int, float, float]]:
+    """(cost of one more weight, layer, from, to) along the lower convex hull of the layer's cost."""
+    points = [
+        (level, on_loss * loss + on_time * time)
+        for level, loss, time in zip(layer.levels, layer.losses, layer.times, strict=True)
+        if level == 0.0 or layer.least <= level <= layer.most
+    ]
+    hull: list[tuple[float, float]] = []
+    for point in points:
+        while len(hull) > 1 and slope(hull[-2], hull[-1]) >= slope(hull[-1], point):
+            hull.pop()
+        hull.append(point)
+    size = max(layer.curve.weights, 1)
+    return [(slope(a, b) / size, index, a[0], b[0]) for a, b in pairwise(hull)]
+
+
+def _profile(layers: Sequence[_Layer], settings: PruningSettings, chosen: _Spread, best: _Spread) -> PruningProfile:
+    choices = []
+    for layer, share, ideal in zip(layers, chosen.shares, best.shares, strict=True):
+        curve, ms = layer.curve, layer.time(share)
+        why = layer.why
+        if not why and share == 0.0:
+            why = "its share went to the others"
+        choices.append(
+            LayerChoice(
+                name=curve.name,
+                sparsity=share,
+                overridden=curve.name in settings.overrides,
+                why=why,
+                ms=ms,
+                speedup=curve.ms / ms if ms > 0 else 1.0,
+                recovery=_recovery(layer.loss(share), layer.loss(ideal)),
+                macs=curve.macs * (1 - share),
+                parameters=curve.parameters - curve.weights * share,
+            )
+        )
+    counted = [
+        (layer.curve.weights, share) for layer, share in zip(layers, chosen.shares, strict=True) if layer.counted
+    ]
+    weights = math.fsum(size for size, _ in counted)
+    met = math.fsum(size * share for size, share in counted) / weights if weights else 0.0
+    before = math.fsum(layer.curve.ms for layer in layers)
+    return PruningProfile(
+        settings=settings,
+        layers=tuple(choices),
+        sparsity=met,
+        recovery=_recovery(chosen.loss, best.loss),
+        speedup=before / chosen.time if chosen.time > 0 else 1.0,
+        ms_before=before,
+        ms_after=chosen.time,
+        macs_before=math.fsum(layer.curve.macs for layer in layers),
+        macs_after=math.fsum(choice.macs for choice in choices),
+        parameters_before=math.fsum(layer.curve.parameters for layer in layers),
+        parameters_after=math.fsum(choice.parameters for choice in choices),
+        notes=tuple(_notes(layers, settings, met, bool(weights))),
+    )
+
+
+def _notes(layers: Sequence[_Layer], settings: PruningSettings, met: float, any_weights: bool) -> list[str]:
+    if not any_weights:
+        return ["no layer may be pruned."]
+    if abs(met - settings.sparsity) <= TOLERANCE:
+        return []
+    by_hand = sum(1 for layer in layers if layer.why == "set by hand")
+    if met > settings.sparsity:
+        cause = "what is set by hand is more than that" if by_hand else "no layer may have less than its least share"
+    else:
+        cause = f"caps, filters and {by_hand} overrides leave no more" if by_hand else "caps and filters leave no more"
+    return [f"the average is {met:.1%}, not the {settings.sparsity:.1%} that was asked for: {cause}."]
+
+
+def _recovery(loss: float, best: float) -> float:
+    """2 - loss / best; 1 where both are nothing, and never below 0."""
+    if best <= 0.0:
+        return 1.0 if loss <= 0.0 else 0.0
+    return max(0.0, 2.0 - loss / best)
+
+
+def _monotone(curve: LayerCurve) -> tuple[tuple[float, ...], tuple[float, ...], tuple[float, ...]]:
+    losses, times, high, low = [], [], 0.0, curve.ms
+    for loss, time in zip(curve.losses, curve.times, strict=True):
+        high, low = max(high, loss), min(low, time)
+        losses.append(high)
+        times.append(low)
+    return curve.levels, tuple(losses), tuple(times)
+
+
+def _check(layers: Sequence[LayerCurve], settings: PruningSettings) -> None:
+    for name in ("sparsity", "balance", "min_sparsity", "min_recovery", "max_sparsity"):
+        value = getattr(settings, name)
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0.0 <= value <= 1.0:
+            hint = f"; did you mean {value / 100:g}?" if isinstance(value, int | float) and 1 < value <= 100 else "."
+            raise ArgumentError(f"{name}: {value!r} is not a fraction in [0, 1]{hint}")
+    if not 0.0 <= settings.min_speedup < math.inf:
+        raise ArgumentError(f"min_speedup: {settings.min_speedup!r} is no factor; give 0 or more, 1.5 is half again.")
+    prunable = [curve.name for curve in layers if not curve.why_not]
+    for name, share in settings.overrides.items():
+        if name not in prunable:
+            known = {curve.name: curve.why_not for curve in layers}
+            why = f"it cannot be pruned: {known[name]}" if name in known else "there is no such layer"
+            raise ArgumentError(f"overrides: {name!r}: {why}.{did_you_mean(name, prunable)}")
+        if isinstance(share, bool) or not isinstance(share, int | float) or not 0.0 <= share < 1.0:
+            raise ArgumentError(f"overrides: {share!r} for {name!r} is not a fraction of zeros, 0 to below 1.")
+    for curve in layers:
+        if not len(curve.levels) == len(curve.losses) == len(curve.times) > 0 or curve.levels[0] != 0.0:
+            raise ArgumentError(f"{curve.name}: levels, losses and times must be of one length, the first level 0.")
+        if any(b <= a for a, b in pairwise(curve.levels)):
+            raise ArgumentError(f"{curve.name}: levels must grow: {curve.levels}.")
+        if not all(math.isfinite(value) for value in (*curve.losses, *curve.times, curve.ms)):
+            raise ArgumentError(f"{curve.name}: losses and times must be finite.")
