@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import json
 import platform
 import statistics
-import sys
 import tempfile
 import time
-import warnings
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,19 +17,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from sparsify.analysis.forms import Form, cuttable, export, exported_forms, tracked
 from sparsify.analysis.layers import ModelAnalysis, analyze_model
 from sparsify.analysis.node_times import NodeTimes, node_times
 from sparsify.analysis.performance import FORMAT, SKIPPING_FLOOR, SPARSITIES, LayerPerformance, PerformanceProfile
-from sparsify.channels import Bounds, multiple_of
-from sparsify.errors import ArgumentError, DataError, ExportError, SparsifyError, SparsifyWarning, StateError
-from sparsify.export import export_onnx
-from sparsify.families import Families, find
-from sparsify.oneshot import quantize_model
+from sparsify.errors import ArgumentError, DataError, StateError
+from sparsify.families import Families
 from sparsify.quantize.plan import is_quantized
-from sparsify.removal import plan_removal, remove
-from sparsify.report import track
 from sparsify.runtime import open_session, read_model, run_session
-from sparsify.shrinking import dry_run
 from sparsify.signature import Call, unwrapped
 
 if TYPE_CHECKING:
@@ -61,7 +53,6 @@ class Measured:
     times: NodeTimes
     totals: Mapping[tuple[int, int], float]
     floating: frozenset[str] = frozenset()
-    """Layers that stay in float in it, though it is int8."""
 
 
 # ---------------------------------------------------------------------- the two ways in
@@ -85,42 +76,22 @@ def profile_of_model(
         path = Path(text) / "model.onnx"
         export(model, sample_inputs, path)
         proto = read_model(path)
-        feeds = {size: _feed(proto, call, size) for size in settings.batch_sizes}
+        feeds = {size: feed_of(proto, call, size) for size in settings.batch_sizes}
         content, versions = _content(proto, feeds, settings)
         if (kept := _kept(cache, content)) is not None:
             return kept
         analysis = analyze_model(model, sample_inputs)
-        bench = Bench(analysis, feeds, settings)
         notes: dict[str, str] = {}
         families: Families | None = None
         if settings.widths:
             families, why = cuttable(model, call)
             if why:
                 notes["widths"] = why
-        narrow = settings.widths[1:] if families is not None else ()
-        jobs = [(kind, width) for width in (1.0, *narrow) for kind in ("float", "int8")]
-        found: dict[tuple[str, float], Measured] = {}
-        models: dict[float, nn.Module] = {1.0: model}
-        for kind, width in _tracked(jobs, "measuring", progress):
-            if ("widths" in notes and width < 1) or (kind == "int8" and ("int8" in notes or not settings.quantized)):
-                continue
-            try:
-                if width not in models and families is not None:
-                    # One at a time: the float and the int8 file come from one copy.
-                    models = {1.0: model, width: narrowed(model, families, width)}
-                if kind == "int8":
-                    quantized = as_int8(models[width], sample_inputs)
-                    exported = export(quantized, sample_inputs, path)
-                    floating = frozenset(name.split("/")[0] for name in exported.floating)
-                    found[kind, width] = bench.measure(path, floating, all_totals=width == 1)
-                else:
-                    if width != 1:
-                        export(models[width], sample_inputs, path)
-                    found[kind, width] = bench.measure(path, all_totals=width == 1)
-            except SparsifyError as error:
-                if (kind, width) == ("float", 1.0):
-                    raise
-                notes["widths" if width < 1 else "int8"] = str(error)
+        folder = Path(text)
+        forms = exported_forms(
+            model, sample_inputs, families, settings.quantized, settings.widths, folder, path, notes, progress
+        )
+        found = Bench(analysis, feeds, settings).measure_all(forms, progress)
     touched = (
         set() if families is None else {place.tensor for one in families.families.values() for place in one.places}
     )
@@ -139,79 +110,13 @@ def profile_of_file(path: Path, settings: Settings, cache: Path | None, progress
     if (kept := _kept(cache, content)) is not None:
         return kept
     analysis = analyze_model(path)
-    found: dict[tuple[str, float], Measured] = {}
-    for kind in _tracked(["float"], "measuring", progress):
-        found[kind, 1.0] = Bench(analysis, feeds, settings).measure(path, all_totals=True)
+    found = Bench(analysis, feeds, settings).measure_all({("float", 1.0): Form(path)}, progress)
     why = "a file is measured as it is; give the torch model for int8 and widths"
     notes = {"int8": why} if settings.quantized else {}
     notes |= {"widths": why} if settings.widths else {}
     profile = _assembled(path.name, analysis, found, set(), settings, content, versions, notes)
     _keep(cache, profile)
     return profile
-
-
-# ---------------------------------------------------------------------- the forms of a model
-
-
-def export(model: nn.Module, sample_inputs: Any, path: Path) -> Any:
-    """With a free batch size, or with that of the inputs where the model's forward fixes it."""
-    try:
-        return export_onnx(model, sample_inputs, path)
-    except ExportError as error:
-        if "dynamic_batch=False" not in str(error):
-            raise
-        return export_onnx(model, sample_inputs, path, dynamic_batch=False)
-
-
-def as_int8(model: nn.Module, sample_inputs: Any) -> nn.Module:
-    """Quantized for the sake of its speed: the ranges are those of one batch, the weights rounded to nearest."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", SparsifyWarning)
-        return quantize_model(
-            model,
-            [sample_inputs if isinstance(sample_inputs, Mapping | tuple) else _as_tuple(sample_inputs)],
-            least_samples=1,
-            ranges="min_max",
-            rounding="nearest",
-            equalize=False,
-            correct_bias=False,
-            progress=False,
-        ).model
-
-
-def cuttable(model: nn.Module, call: Call) -> tuple[Families | None, str]:
-    """The families of channels that can be removed; or None and why there are none."""
-    args, kwargs = call.arguments(list(call.inputs.values()))
-    try:
-        families = dry_run(model, find(model, args, kwargs), args, kwargs)
-    except SparsifyError as error:
-        return None, str(error)
-    if not any(family.size > 1 for family in families.families.values()):
-        reasons = "; ".join(dict.fromkeys(families.whole.values())) or "it has no layers with channels"
-        return None, f"no channels can be removed: {reasons}"
-    return families, ""
-
-
-def narrowed(model: nn.Module, families: Families, width: float | Mapping[str, float]) -> nn.Module:
-    """A copy in which `width` of the channels of every family, or of those that are named, are left.
-
-    Speed does not depend on which channels go: the last ones do.
-    """
-    smaller = copy.deepcopy(model)
-    gone = {}
-    for name, family in families.families.items():
-        share = width if isinstance(width, int | float) else width.get(name, 1.0)
-        gone[name] = tuple(range(kept_channels(families, name, share), family.size))
-    remove(smaller, plan_removal(smaller, families, {name: lost for name, lost in gone.items() if lost}))
-    return smaller
-
-
-def kept_channels(families: Families, name: str, share: float) -> int:
-    """How many channels of a family stay, rounded as StructuredPruningModifier does."""
-    family = families.families[name]
-    # Exactly what it masks before it rounds: round(n * sparsity) of n.
-    wanted = family.size - round(family.size * (1 - share))
-    return Bounds.of(family.size, multiple_of(family, None)).nearest(wanted)
 
 
 # ---------------------------------------------------------------------- measuring
@@ -224,6 +129,21 @@ class Bench:
         self, analysis: ModelAnalysis, feeds: Mapping[int, Mapping[str, np.ndarray]], settings: Settings
     ) -> None:
         self.analysis, self.feeds, self.settings = analysis, feeds, settings
+
+    def measure_all(
+        self, forms: Mapping[tuple[str, float], Form], progress: bool | None
+    ) -> dict[tuple[str, float], Measured]:
+        """Every file at two times, the second time in the opposite order; the quieter of both counts."""
+        found: dict[tuple[str, float], Measured] = {}
+        for key in tracked([*forms, *reversed(list(forms))], "measuring", progress):
+            form = forms[key]
+            now = self.measure(form.path, form.floating, all_totals=key[1] == 1)
+            if (before := found.get(key)) is not None:
+                times = min(before.times, now.times, key=lambda times: times.total)
+                totals = {which: min(ms, before.totals[which]) for which, ms in now.totals.items()}
+                now = Measured(times, totals, form.floating)
+            found[key] = now
+        return found
 
     def measure(self, path: Path, floating: frozenset[str] = frozenset(), *, all_totals: bool = False) -> Measured:
         settings = self.settings
@@ -386,11 +306,7 @@ def _assembled(
 # ---------------------------------------------------------------------- inputs and the cache
 
 
-def _as_tuple(sample_inputs: Any) -> Any:
-    return tuple(sample_inputs) if isinstance(sample_inputs, list) else sample_inputs
-
-
-def _feed(proto: ModelProto, call: Call, size: int) -> dict[str, np.ndarray]:
+def feed_of(proto: ModelProto, call: Call, size: int) -> dict[str, np.ndarray]:
     """The sample inputs as a batch of `size`: its items, again and again."""
     feed = {}
     for value in proto.graph.input:
@@ -465,8 +381,3 @@ def _keep(cache: Path | None, profile: PerformanceProfile) -> None:
         except OSError as error:
             raise ArgumentError(f"cache: the folder {cache} cannot be made: {error.strerror or error}.") from error
         profile.save(cache / f"{profile.content}.json")
-
-
-def _tracked(work: Sequence[Any], what: str, progress: bool | None) -> Iterator[Any]:
-    shown = sys.stderr.isatty() if progress is None else progress
-    return track(work, what) if shown else iter(work)

@@ -61,7 +61,8 @@ class PerformanceProfile:
     times of layers are the profiler's: `sum(layer.ms) + sum(others) == profiled_ms`, and likewise in int8.
 
     Attributes:
-        total_ms, total_int8_ms: the whole model, without the profiler, median.
+        total_ms, total_int8_ms: the whole model, without the profiler: the median of the calls, which were made at two
+            times; the lower of both.
         totals: the whole model in float and int8 at further batch sizes and threads: {"batch 8, 2 threads, int8": ms}.
         content: the hash of what was measured; a profile of the same content is not measured again.
         versions: of onnxruntime and so on, and the processor.
