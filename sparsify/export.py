@@ -350,9 +350,13 @@ def _note_weights(proto: ModelProto, model: nn.Module) -> None:
     from onnx import TensorProto, numpy_helper
 
     from sparsify.analysis.onnx_weights import FILE_WEIGHTS
+    from sparsify.quantize.layers import QuantizedMultiheadAttention
 
     first = {id(parameter): clean_name(name) for name, parameter in model.named_parameters()}
     names = {name: first[id(parameter)] for name, parameter in model.named_parameters(remove_duplicate=False)}
+    for path, module in model.named_modules():
+        if isinstance(module, QuantizedMultiheadAttention):
+            names[f"{path}.in_proj.weight_int8"] = f"{clean_name(path)}.in_proj_weight"
     noted: dict[str, str] = {}
     for tensor in proto.graph.initializer:
         if tensor.name in names:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from sparsify.errors import ArgumentError
+from sparsify.errors import ArgumentError, DataError, TargetError, did_you_mean
+from sparsify.report import Column, Table
 
 if TYPE_CHECKING:
     from torch import nn
@@ -15,6 +18,8 @@ if TYPE_CHECKING:
 __all__ = ["LayerInfo", "ModelAnalysis", "UnknownOperator", "analyze_model"]
 
 Shape = tuple[int, ...]
+FORMAT = 1
+"""The version of an analysis as text."""
 
 
 @dataclass(frozen=True)
@@ -77,7 +82,8 @@ class UnknownOperator:
 class ModelAnalysis:
     """All layers in the order in which they are first computed, and the operators whose cost is not known.
 
-    `parameters` counts all of the model's, those of norms and of layers that are not listed too.
+    Layers with a weight that are not computed at all stand at the end, with 0 calls. `parameters` counts all of the
+    model's, those of norms and of layers that are not listed too. str() is a table.
     """
 
     model: str
@@ -97,7 +103,96 @@ class ModelAnalysis:
         return sum(layer.sparsity * layer.weights for layer in self.layers) / weights if weights else 0.0
 
     def layer(self, name: str) -> LayerInfo:
-        return next(layer for layer in self.layers if layer.name == name)
+        """The layer of this name.
+
+        Raises:
+            TargetError: there is none.
+        """
+        for layer in self.layers:
+            if layer.name == name:
+                return layer
+        raise TargetError(f"{self.model} has no layer {name!r}.{did_you_mean(name, [one.name for one in self.layers])}")
+
+    def table(self) -> Table:
+        """One line a layer, its share of the MACs, and what it cannot be: - where it can."""
+        total = self.macs
+        rows = [
+            {
+                **dataclasses.asdict(layer),
+                "shape": "x".join(map(str, layer.output_shape)),
+                "share": layer.macs / total if total else 0.0,
+                "note": _note(layer),
+            }
+            for layer in self.layers
+        ]
+        columns = [
+            Column("name", "Layer"),
+            Column("type", "Type", left=True),
+            Column("shape", "Output"),
+            Column("parameters", "Parameters", ","),
+            Column("macs", "MACs", ","),
+            Column("share", "Share", ".1%"),
+            Column("sparsity", "Zeros", ".1%"),
+            Column("bits", "Bits"),
+            Column("note", "Note", left=True),
+        ]
+        title = (
+            f"{self.model}, batch {self.batch_size}: {len(rows)} layers, {self.parameters:,} parameters, "
+            f"{total:,} MACs{' at least' if self.unknown else ''}, {self.sparsity:.1%} zeros"
+        )
+        return Table.of(title, rows, columns)
+
+    def __str__(self) -> str:
+        lines = [self.table().text()]
+        lines += [
+            f"not counted: {one.operator}, called {one.calls} times, in {', '.join(map(repr, one.where))}"
+            for one in self.unknown
+        ]
+        return "\n".join(lines)
+
+    def to_json(self) -> str:
+        """As text that `from_json` reads back into an equal analysis."""
+        return json.dumps({"format": FORMAT, **dataclasses.asdict(self)}, indent=2)
+
+    @classmethod
+    def from_json(cls, text: str) -> ModelAnalysis:
+        """The analysis that `to_json` wrote.
+
+        Raises:
+            DataError: text that is none, or of another version.
+        """
+        try:
+            state = json.loads(text)
+            if state.pop("format") != FORMAT:
+                raise ValueError(f"its format is not {FORMAT}")
+            layers = tuple(
+                LayerInfo(
+                    **{
+                        **layer,
+                        "input_shapes": tuple(tuple(shape) for shape in layer["input_shapes"]),
+                        "output_shape": tuple(layer["output_shape"]),
+                    }
+                )
+                for layer in state.pop("layers")
+            )
+            unknown = tuple(
+                UnknownOperator(one["operator"], one["calls"], tuple(one["where"])) for one in state.pop("unknown")
+            )
+            return cls(layers=layers, unknown=unknown, **state)
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise DataError(f"the text is no analysis of a model: {error}. Give what `to_json` wrote.") from error
+
+
+def _note(layer: LayerInfo) -> str:
+    """Why it cannot be compressed, where it has a weight."""
+    notes = [f"shared with {layer.shared_with}"] if layer.shared_with else []
+    notes += [f"{layer.calls} calls"] if layer.calls > 1 else []
+    if layer.weight is not None or layer.weights:
+        why = {"not prunable": layer.why_not_prunable, "not quantizable": layer.why_not_quantizable}
+        if layer.why_not_prunable and layer.why_not_prunable == layer.why_not_quantizable:
+            why = {"not compressed": layer.why_not_prunable}
+        notes += [f"{what}: {text}" for what, text in why.items() if text]
+    return "; ".join(notes) or "-"
 
 
 def analyze_model(

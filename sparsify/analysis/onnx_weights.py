@@ -31,8 +31,11 @@ _BITS = {
     "BFLOAT16": 16,
     "DOUBLE": 64,
 }
-_THROUGH = ("DequantizeLinear", "Transpose", "Cast", "Identity", "Reshape", "Squeeze", "Unsqueeze", "QuantizeLinear")
+THROUGH = ("DequantizeLinear", "Transpose", "Cast", "Identity", "Reshape", "Squeeze", "Unsqueeze", "QuantizeLinear")
 """What leads from an initializer to where it is used as a weight."""
+_ZERO_POINTS = {"DequantizeLinear": (0, 2), "QLinearConv": (3, 5), "ConvInteger": (1, 3)}
+_ZERO_POINTS |= {"QLinearMatMul": (3, 5), "MatMulInteger": (1, 3)}
+"""Operator -> which of its inputs is the weight, and which its zero point."""
 _SUFFIXES = ("_int8", "_quantized", "_uint8")
 
 
@@ -63,13 +66,15 @@ class Stored:
             raise DataError(f"the values of {self.name!r} cannot be read: {error}.") from error
 
     @cached_property
+    def zeros(self) -> np.ndarray:
+        """Which values mean 0."""
+        found: np.ndarray = self.values == 0 if self.zero is None else self.values.astype(np.int64) == self.zero
+        return found
+
+    @cached_property
     def sparsity(self) -> float:
         """The fraction of values that mean 0, counted one by one."""
-        if not math.prod(self.shape):
-            return 0.0
-        values = self.values
-        zeros = values == 0 if self.zero is None else values.astype(np.int64) == self.zero
-        return int(np.count_nonzero(zeros)) / values.size
+        return int(np.count_nonzero(self.zeros)) / self.zeros.size if math.prod(self.shape) else 0.0
 
 
 class StoredWeights:
@@ -77,11 +82,15 @@ class StoredWeights:
 
     def __init__(self, model: ModelProto, folder: Path) -> None:
         self._folder = folder
-        self._stored = {tensor.name: tensor for tensor in model.graph.initializer}
+        self.nodes = list(model.graph.node)
+        self.tensors = {tensor.name: tensor for tensor in model.graph.initializer}
+        for node in self.nodes:
+            if node.op_type == "Constant" and node.attribute and node.attribute[0].name == "value":
+                self.tensors[node.output[0]] = node.attribute[0].t
         self._producer = {name: node for node in model.graph.node for name in node.output}
         self._readers: dict[str, list[NodeProto]] = {}
         for node in model.graph.node:
-            for name in node.input:
+            for name in dict.fromkeys(node.input):
                 self._readers.setdefault(name, []).append(node)
         noted = next((entry.value for entry in model.metadata_props if entry.key == FILE_WEIGHTS), "{}")
         try:
@@ -92,32 +101,27 @@ class StoredWeights:
 
     def behind(self, value: str) -> Stored | None:
         """The weight that a value comes from, dequantized and transposed on the way; None for an activation."""
-        zero: np.ndarray | None = None
-        while value not in self._stored:
-            node = self._producer.get(value)
-            if node is None or not node.input:
-                return None
-            if node.op_type == "Constant" and node.attribute and node.attribute[0].name == "value":
-                return self._as_stored(node.output[0], node.attribute[0].t, zero)
-            if node.op_type not in _THROUGH:
-                return None
-            if node.op_type == "DequantizeLinear":
-                zero = self._zero_point(node)
-            value = node.input[0]
-        return self._as_stored(value, self._stored[value], zero)
-
-    def _as_stored(self, name: str, tensor: TensorProto, zero: np.ndarray | None) -> Stored:
         from onnx import TensorProto
 
-        if name not in self._found:
+        while value not in self.tensors:
+            node = self._producer.get(value)
+            if node is None or node.op_type not in THROUGH:
+                return None
+            value = node.input[0]
+        if value not in self._found:
+            tensor = self.tensors[value]
             kind = TensorProto.DataType.Name(tensor.data_type)
-            bits = next(
-                (size for start, size in (("FLOAT8", 8), ("FLOAT4", 4)) if kind.startswith(start)), _BITS.get(kind, 32)
+            small = next((size for start, size in (("FLOAT8", 8), ("FLOAT4", 4)) if kind.startswith(start)), None)
+            self._found[value] = Stored(
+                value,
+                self._parameter(value),
+                tuple(tensor.dims),
+                small or _BITS.get(kind, 32),
+                tensor,
+                self._folder,
+                self._zero_point(value),
             )
-            self._found[name] = Stored(
-                name, self._parameter(name), tuple(tensor.dims), bits, tensor, self._folder, zero
-            )
-        return self._found[name]
+        return self._found[value]
 
     def _parameter(self, name: str) -> str:
         if name in self._parameters:
@@ -126,24 +130,38 @@ class StoredWeights:
             name = name.removesuffix(suffix)
         return name
 
-    def _zero_point(self, node: NodeProto) -> np.ndarray | None:
-        """Shaped so that it is compared with the values: along the axis, per block, or one for all."""
+    def _zero_point(self, name: str) -> np.ndarray | None:
+        """The integer that means 0, shaped so that it is compared with the values; None where that is 0."""
         from onnx import numpy_helper
 
-        if len(node.input) < 3 or node.input[2] not in self._stored or node.input[0] not in self._stored:
-            return None
-        point = numpy_helper.to_array(self._stored[node.input[2]]).astype(np.int64)
-        if not point.any():
-            return None
-        shape = tuple(self._stored[node.input[0]].dims)
-        options = {attribute.name: attribute.i for attribute in node.attribute}
-        axis = options.get("axis", 1) % max(1, len(shape))
-        block = options.get("block_size", 0)
-        if block:
-            return np.repeat(point, block, axis)[tuple(slice(size) for size in shape)]
-        if point.size == 1:
-            return point.reshape(())
-        return point.reshape([-1 if i == axis else 1 for i in range(len(shape))])
+        shape = tuple(self.tensors[name].dims)
+        readers = self._readers.get(name, [])
+        # Rows of an embedding are dequantized after they were looked up.
+        looked_up = [reader for node in readers if node.op_type == "Gather" for reader in self._reading(node)]
+        for node in [*readers, *looked_up]:
+            index, position = _ZERO_POINTS.get(node.op_type, (0, 0))
+            if not position or position >= len(node.input) or node.input[position] not in self.tensors:
+                continue
+            if node in readers and node.input[index] != name:
+                continue
+            point = numpy_helper.to_array(self.tensors[node.input[position]]).astype(np.int64)
+            if not point.any():
+                continue
+            if point.size == 1:
+                return point.reshape(())
+            if node not in readers:
+                continue
+            options = {attribute.name: attribute.i for attribute in node.attribute}
+            axis = options.get("axis", 1 if node.op_type == "DequantizeLinear" else 0) % len(shape)
+            if options.get("block_size"):
+                return np.repeat(point, options["block_size"], axis)[tuple(slice(size) for size in shape)]
+            if node.op_type in ("MatMulInteger", "QLinearMatMul"):
+                axis = len(shape) - 1
+            return point.reshape([-1 if i == axis else 1 for i in range(len(shape))])
+        return None
+
+    def _reading(self, node: NodeProto) -> list[NodeProto]:
+        return self._readers.get(node.output[0], [])
 
     def table(self, node: NodeProto) -> Stored | None:
         """The weight whose rows a Gather looks up by what is computed: no positions, scales, or relative biases."""
@@ -187,6 +205,6 @@ class StoredWeights:
         skipped = (TensorProto.INT64, TensorProto.BOOL, TensorProto.STRING)
         return sum(
             math.prod(tensor.dims)
-            for name, tensor in self._stored.items()
+            for name, tensor in self.tensors.items()
             if name not in aside and tensor.data_type not in skipped and tensor.dims
         )

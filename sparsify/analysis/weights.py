@@ -1,0 +1,226 @@
+"""The large weights of a model or an ONNX file: their values, how many are zero or differ, and who reads them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from sparsify.errors import ArgumentError
+from sparsify.report import Column, Table
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from sparsify.analysis.onnx_weights import StoredWeights
+
+__all__ = ["ChildOp", "WeightMetadata", "get_weights_metadata", "weights_table"]
+
+
+@dataclass(frozen=True)
+class ChildOp:
+    """An operation that reads a weight.
+
+    Attributes:
+        op_type: a module's class ("Conv2d"); in a file, the operator ("Conv").
+        name: the module's path; in a file, the node's name.
+        params_name_mapping: {what the weight is called there ("weight"; in a file, "W"): the weight's name}.
+    """
+
+    op_type: str
+    name: str
+    params_name_mapping: Mapping[str, str]
+
+
+@dataclass(frozen=True, eq=False)
+class WeightMetadata:
+    """One stored weight. Compared by identity: it holds a tensor.
+
+    Attributes:
+        val: the parameter itself, a tensor; of a file an array, as it is stored.
+        sparsity: the fraction of values that are 0, counted one by one, 0 to 1. A quantized value is 0 where it is
+            equal to its zero point.
+        unique_values: how many values differ.
+        child_ops: who reads it, in the order of the model.
+        bits: of a value; of layers that were quantized here, what their quantizers have.
+        zero_rows: the fraction of rows (slices along the first axis) of which every value is 0; a row that only sums
+            to 0 is none.
+    """
+
+    val: Any
+    sparsity: float
+    unique_values: int
+    child_ops: tuple[ChildOp, ...]
+    bits: int
+    zero_rows: float
+
+    @property
+    def size_bytes(self) -> int:
+        """What its values take at `bits` each, packed."""
+        return -(-int(np.prod(self.val.shape, dtype=np.int64)) * self.bits // 8)
+
+
+def get_weights_metadata(
+    model: nn.Module | str | os.PathLike[str], weight_threshold: int = 2048
+) -> dict[str, WeightMetadata]:
+    """Every weight with strictly more than `weight_threshold` elements, by its name in torch.
+
+    A weight that several layers share stands there once, with all of them as its children. Nothing is changed or
+    copied.
+
+    Args:
+        model: a module, or the path of an ONNX file; of files that `export_onnx` wrote the names are torch's, too.
+
+    Raises:
+        ArgumentError: a threshold that is no count, a model that is none.
+        DataError: a file that is no ONNX model.
+    """
+    if isinstance(weight_threshold, bool) or not isinstance(weight_threshold, int) or weight_threshold < 0:
+        raise ArgumentError(f"weight_threshold={weight_threshold!r}: give a number of elements, 0 or more.")
+    if isinstance(model, (str, os.PathLike)):
+        return _of_file(model, weight_threshold)
+    from torch import nn
+
+    if not isinstance(model, nn.Module):
+        raise ArgumentError(f"model is a {type(model).__name__}; give a torch.nn.Module, or the path of an ONNX file.")
+    return _of_module(model, weight_threshold)
+
+
+def weights_table(weights: Mapping[str, WeightMetadata]) -> Table:
+    """One line a weight: shape, zeros, distinct values, bits and bytes."""
+    rows = [
+        {
+            "name": name,
+            "shape": "x".join(map(str, one.val.shape)),
+            "sparsity": one.sparsity,
+            "zero_rows": one.zero_rows,
+            "unique_values": one.unique_values,
+            "bits": one.bits,
+            "size_bytes": one.size_bytes,
+            "children": len(one.child_ops),
+        }
+        for name, one in weights.items()
+    ]
+    columns = [
+        Column("name", "Weight"),
+        Column("shape", "Shape"),
+        Column("sparsity", "Zeros", ".1%"),
+        Column("zero_rows", "Zero rows", ".1%"),
+        Column("unique_values", "Distinct", ","),
+        Column("bits", "Bits"),
+        Column("size_bytes", "Bytes", ","),
+        Column("children", "Readers"),
+    ]
+    total = sum(one.size_bytes for one in weights.values())
+    return Table.of(f"{len(rows)} weights, {total:,} bytes", rows, columns)
+
+
+def _of_module(model: nn.Module, threshold: int) -> dict[str, WeightMetadata]:
+    from sparsify.quantize.layers import QuantizedEmbedding, QuantizedLayer, Retyped
+    from sparsify.signature import unwrapped
+    from sparsify.targets import named_modules, named_parameters
+
+    model = unwrapped(model)
+    parameters = named_parameters(model)
+    name_of = {id(parameter): name for name, parameter in parameters.items()}
+    children: dict[str, list[ChildOp]] = {name: [] for name in parameters}
+    bits: dict[str, int] = {}
+    modules: dict[str, Any] = {"": model, **named_modules(model)}
+    for path, module in modules.items():
+        kind = (module._wiring.original if isinstance(module, Retyped) else type(module)).__name__
+        for own, parameter in module._parameters.items():
+            if parameter is None or id(parameter) not in name_of:
+                continue
+            name = name_of[id(parameter)]
+            if isinstance(module, (QuantizedLayer, QuantizedEmbedding)) and own == "weight" and module._wiring.largest:
+                bits[name] = (module._wiring.largest + 1).bit_length()
+            # The layer that quantized attention holds for its packed weight is the attention itself.
+            if name != f"{path}_weight":
+                children[name].append(ChildOp(kind, path, {own: name}))
+    return {
+        name: WeightMetadata(
+            val=parameter.detach(),
+            child_ops=tuple(children[name]),
+            bits=bits.get(name, parameter.dtype.itemsize * 8),
+            **_figures(parameter.detach()),
+        )
+        for name, parameter in parameters.items()
+        if parameter.numel() > threshold and not parameter.is_meta
+    }
+
+
+def _figures(values: Tensor) -> dict[str, Any]:
+    import torch
+
+    nonzero = values != 0
+    rows = nonzero.reshape(values.shape[0], -1).any(1) if values.dim() else nonzero.reshape(1)
+    return {
+        "sparsity": 1.0 - int(nonzero.sum()) / values.numel(),
+        "unique_values": int(torch.unique(values).numel()),
+        "zero_rows": 1.0 - int(rows.sum()) / rows.numel(),
+    }
+
+
+def _of_file(path: str | os.PathLike[str], threshold: int) -> dict[str, WeightMetadata]:
+    from pathlib import Path
+
+    from sparsify.analysis.onnx_weights import StoredWeights
+    from sparsify.runtime import read_model
+
+    model = read_model(path)
+    stored = StoredWeights(model, Path(path).parent)
+    children = _readers(stored)
+    found: dict[str, WeightMetadata] = {}
+    for name, tensor in stored.tensors.items():
+        weight = stored.behind(name)
+        size = int(np.prod(tensor.dims, dtype=np.int64))
+        if weight is None or size <= threshold:
+            continue
+        ops = tuple(
+            ChildOp(op.op_type, op.name, {own: weight.parameter for own in op.params_name_mapping})
+            for op in children.get(name, ())
+        )
+        twin = found.get(weight.parameter)
+        if twin is not None and sorted(twin.val.shape) == sorted(tensor.dims):
+            # A tied weight, of which the file holds a transposed copy.
+            found[weight.parameter] = WeightMetadata(
+                twin.val, twin.sparsity, twin.unique_values, (*twin.child_ops, *ops), twin.bits, twin.zero_rows
+            )
+            continue
+        nonzero = ~weight.zeros
+        rows = nonzero.reshape(nonzero.shape[0], -1).any(1) if nonzero.ndim else nonzero.reshape(1)
+        found[weight.parameter if twin is None else name] = WeightMetadata(
+            val=weight.values,
+            sparsity=weight.sparsity,
+            unique_values=int(np.unique(weight.values).size),
+            child_ops=ops,
+            bits=weight.bits,
+            zero_rows=1.0 - int(rows.sum()) / rows.size,
+        )
+    return found
+
+
+def _readers(stored: StoredWeights) -> dict[str, list[ChildOp]]:
+    """{initializer: the nodes that compute with it}, where it is dequantized and moved in between, behind that."""
+    from onnx import defs
+
+    from sparsify.analysis.onnx_weights import THROUGH
+
+    found: dict[str, list[ChildOp]] = {}
+    for node in stored.nodes:
+        if node.op_type in THROUGH:
+            continue
+        for index, value in enumerate(node.input):
+            weight = stored.behind(value) if value else None
+            if weight is None:
+                continue
+            try:
+                formal = defs.get_schema(node.op_type, domain=node.domain).inputs
+                own = formal[min(index, len(formal) - 1)].name
+            except defs.SchemaError:
+                own = str(index)
+            found.setdefault(weight.name, []).append(ChildOp(node.op_type, node.name, {own: weight.parameter}))
+    return found
