@@ -327,3 +327,35 @@ def test_other_models_and_profiles_are_refused(model: Net) -> None:
         create_recipe(model, loss=loss_profile(model, of="quantization", progress=False))
     with pytest.raises(TargetError):
         create_recipe(nn.Sequential(nn.ReLU()))
+    loss, performance = measured(model)
+    other = nn.Sequential(nn.Conv2d(1, 4, 3), nn.Conv2d(4, 4, 3))
+    with pytest.raises(ArgumentError, match="loss: it is of another model: 'stem' is no layer of this one"):
+        create_recipe(other, X, loss=loss)
+    with pytest.raises(ArgumentError, match="performance: it is of another model: 'stem'"):
+        create_recipe(other, X, performance=performance)
+
+
+def test_channels_follow_the_losses_of_their_layers(model: Net) -> None:
+    loss, _ = measured(model)
+    of_weights = given(create_recipe(model, X, sparsity=0.6, structured=True, loss=loss))
+    assert of_weights["inner.weight"] > max(of_weights.get("stem.weight", 0), of_weights.get("down.weight", 0))
+    levels = (0.0, 0.25, 0.5, 0.75)
+    families = {"stem": ("stem", "outer"), "inner": ("inner",), "down": ("down",)}
+    losses = {"stem": (1.0, 5.0, 9.0, 20.0), "inner": (1.0, 4.0, 8.0, 9.0), "down": (1.0, 1.1, 1.2, 1.3)}
+    of_channels = LossProfile("data", "pruning", levels, losses, 1.0, 64, families)
+    recipe = create_recipe(model, X, sparsity=0.5, structured=True, loss=of_channels)
+    shares = given(recipe)
+    assert shares["down.weight"] > shares.get("inner.weight", 0)
+    assert recipe.evidence is not None and recipe.evidence.layers["down.weight"].loss == pytest.approx(0.25, abs=0.06)
+    with pytest.raises(ArgumentError, match="this is a profile of channels"):
+        create_recipe(model, X, sparsity=0.5, loss=of_channels)
+
+
+def test_an_empty_profile_or_a_stranger_changes_nothing(model: Net) -> None:
+    layers = curves(analyze_model(model, X), None, loss_profile(model, progress=False))
+    profile = pruning_profile(layers, PruningSettings(0.0))
+    assert not of(create_recipe(model, X, pruning_profile=profile), "GMPruningModifier")
+    other = nn.Sequential(nn.Conv2d(1, 4, 3), nn.Conv2d(4, 4, 3))
+    profile = pruning_profile(layers, PruningSettings(0.5))
+    with pytest.raises(ArgumentError, match=r"pruning_profile: '.*' is no layer of this model"):
+        create_recipe(other, X, pruning_profile=profile)

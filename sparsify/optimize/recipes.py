@@ -171,6 +171,14 @@ class _Sources:
 
         if analysis is None:
             analysis = without_inputs(model) if inputs is None else analyze_model(model, inputs)
+        names = {info.name for info in analysis.layers}
+        for what, others in (
+            ("performance", [] if performance is None else [layer.name for layer in performance.layers]),
+            ("loss", [] if loss is None or loss.families else list(loss.losses)),
+        ):
+            strange = [name for name in others if name not in names]
+            if strange:
+                raise ArgumentError(f"{what}: it is of another model: {strange[0]!r} is no layer of this one.")
         texts: dict[str, str] = {}
         if loss is not None:
             ways = {

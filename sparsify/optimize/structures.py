@@ -56,8 +56,9 @@ def family_curves(
 ) -> tuple[tuple[LayerCurve, ...], dict[str, tuple[str, ...]]]:
     """One curve a family, whose levels are shares of its channels, and {its name: the weights whose rows they are}.
 
-    Without a loss profile of channels a family loses the share of its squared weights that goes, weighted by its own
-    share of all layers. Time falls with the share of rows that stay: the layers that give the channels shrink by it.
+    A loss profile of channels gives the losses; one of single weights the sum over the layers whose rows go together.
+    Without data a family loses the share of its squared weights that goes, whatever its size: about by how much what
+    it computes changes. Time falls with the share of rows that stay.
     """
     kept = {n: f for n, f in families.families.items() if f.rows and f.size > 1}
     names = {name: layer_name(name, own) for name, _, own in owners(model)}
@@ -70,8 +71,12 @@ def family_curves(
         row, _, number = name.partition("#")
         title = names[row] + (f"#{number}" if number else "")
         own = [infos[weight] for weight in family.rows if weight in infos]
-        if loss is not None and title in loss.losses:
-            levels, losses = loss.levels, loss.increase(title)
+        known = [] if loss is None or loss.method in ("magnitude", "shape") else [title]
+        if loss is not None and known and not loss.families:
+            known = [info.name for info in own if info.name in loss.losses]
+        if loss is not None and known and all(layer in loss.losses for layer in known):
+            levels = loss.levels
+            losses = tuple(sum(values) for values in zip(*map(loss.increase, known), strict=True))
         else:
             squares = scores[name].square().sort().values
             energy = (squares.cumsum(0) / squares.sum().clamp(min=1e-300)).tolist()
@@ -89,13 +94,21 @@ def family_curves(
                 ms=ms,
                 first=False,
                 grouped=False,
-                why_not="" if own else "it is not computed on these inputs",
+                why_not=_why_not(own, loss, known),
                 levels=levels,
                 losses=losses,
                 times=tuple(ms * (1 - share) for share in levels),
             )
         )
     return tuple(found), rows
+
+
+def _why_not(own: list[LayerInfo], loss: LossProfile | None, known: list[str]) -> str:
+    if not own:
+        return "it is not computed on these inputs"
+    if loss is not None and loss.method in ("data", "fisher") and not (known and set(known) <= set(loss.losses)):
+        return "the loss profile does not know it"
+    return ""
 
 
 def of_channels(settings: PruningSettings) -> PruningSettings:
