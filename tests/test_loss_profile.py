@@ -120,9 +120,9 @@ def test_the_formula_of_shapes_is_that_of_one_sample(batch: int) -> None:
 def test_rounding_without_data_is_its_share_of_the_squares() -> None:
     model = nn.Sequential(nn.Linear(4, 1))
     with torch.no_grad():
-        model[0].weight.copy_(torch.tensor([[1.0, -0.3, 0.6, 0.1]]))
-    # Two bits: -1, 0, 1 times 1.0. Three: thirds.
-    expected = [(0.3**2 + 0.4**2 + 0.1**2) / 1.46, ((0.3 - 1 / 3) ** 2 + (0.6 - 2 / 3) ** 2 + 0.1**2) / 1.46]
+        model[0].weight.copy_(torch.tensor([[1.0, -0.3, 0.7, 0.1]]))
+    # Two bits: 0.85 and nothing else. Three: thirds.
+    expected = [(2 * 0.15**2 + 0.3**2 + 0.1**2) / 1.59, (2 * (1 / 30) ** 2 + 0.1**2) / 1.59]
     profile = loss_profile(model, of="quantization", levels=(2, 3))
     assert profile.levels == (3, 2)
     assert profile.losses["0"] == pytest.approx(expected[::-1], rel=1e-5)
@@ -154,10 +154,15 @@ def zero_lowest(weight: Tensor, sparsity: float) -> None:
 
 
 def round_rows(weight: Tensor, bits: int) -> None:
+    """Each row to the grid of least squared error, whose largest value is 16/40 to 40/40 of the row's."""
     largest = 2 ** (bits - 1) - 1
     for row in weight:
-        scale = row.abs().max() / largest
-        row.copy_((row / scale).round() * scale)
+        found = []
+        for share in range(40, 15, -1):
+            scale = row.abs().max() * share / 40 / largest
+            rounded = (row / scale).round().clamp(-largest, largest) * scale
+            found.append((float((rounded - row).square().sum()), rounded))
+        row.copy_(min(found, key=lambda one: one[0])[1])
 
 
 def test_losses_are_those_of_the_model_with_one_layer_pruned() -> None:

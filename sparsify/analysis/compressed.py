@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
+import torch
 from torch import Tensor, nn
 
 from sparsify import channels
@@ -14,7 +15,7 @@ from sparsify.analysis.trials import Batch
 from sparsify.errors import TargetError
 from sparsify.families import find
 from sparsify.masking import prune
-from sparsify.quantize.fake import fake_weight
+from sparsify.quantize import rounding
 from sparsify.quantize.layers import channel_axis
 from sparsify.shrinking import deletion_masks, dry_run
 from sparsify.targets import is_prunable_layer, owners, refuse_unusable, resolve_parameters
@@ -82,10 +83,24 @@ def _layer(name: str, own: str, module: nn.Module, parameter: nn.Parameter, of: 
         return {name: weight.masked_fill(~prune({name: weight}, level)[name], 0.0)}
 
     def rounded(bits: float) -> dict[str, Tensor]:
-        return {name: fake_weight(parameter.detach(), axis=channel_axis(module), largest=2 ** (int(bits) - 1) - 1)}
+        return {name: on_grid(parameter.detach(), channel_axis(module), int(bits))}
 
     title = layer_name(name, own)
     return Unit(title, {name: parameter}, pruned if of == "pruning" else rounded, module)
+
+
+def on_grid(weight: Tensor, axis: int, bits: int) -> Tensor:
+    """Rounded to symmetric integers of so many bits, with the scale of least squared error for each index of `axis`.
+
+    >>> on_grid(torch.tensor([[1.0, -0.3, 0.4, 0.1]]), axis=0, bits=3)
+    tensor([[ 1.0000, -0.3333,  0.3333,  0.0000]])
+    """
+    rows = weight.movedim(axis, 0)
+    matrix = rows.reshape(1, len(rows), -1).to(torch.promote_types(weight.dtype, torch.float32))
+    largest = 2 ** (bits - 1) - 1
+    # Not the largest weight: with few bits it leaves most weights at zero, and nobody deploys such.
+    scale = rounding.clipped_scale(matrix, matrix.new_ones(1, matrix.shape[2]), largest=largest)
+    return rounding.nearest(matrix, scale, largest).reshape(rows.shape).movedim(0, axis).to(weight.dtype)
 
 
 def layer_name(parameter: str, own: str) -> str:
