@@ -351,6 +351,12 @@ def test_channels_follow_the_losses_of_their_layers(model: Net) -> None:
         create_recipe(model, X, sparsity=0.5, loss=of_channels)
 
 
+def test_layers_that_inputs_do_not_reach_are_left_alone(model: Net) -> None:
+    model.spare = nn.Linear(32, 10)
+    recipe = create_recipe(model, X, sparsity=0.5)
+    assert "spare.weight" not in given(recipe)
+
+
 def test_an_empty_profile_or_a_stranger_changes_nothing(model: Net) -> None:
     layers = curves(analyze_model(model, X), None, loss_profile(model, progress=False))
     profile = pruning_profile(layers, PruningSettings(0.0))

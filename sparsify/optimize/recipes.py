@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
-
-import numpy as np
 
 from sparsify.errors import ArgumentError
 from sparsify.modifiers.base import Modifier
@@ -17,6 +15,7 @@ from sparsify.modifiers.pruning import ConstantPruningModifier, GMPruningModifie
 from sparsify.modifiers.quantization import QuantizationModifier
 from sparsify.modifiers.structured import StructuredPruningModifier
 from sparsify.modifiers.training import TrainableParamsModifier
+from sparsify.optimize.choices import Chosen, Sources, by_families, by_latency_plan, by_layers
 from sparsify.optimize.goals import Goal, goal_of
 from sparsify.optimize.levels import Experiment
 from sparsify.optimize.training import (
@@ -26,7 +25,7 @@ from sparsify.optimize.training import (
     check_schedule,
     learning_rates,
 )
-from sparsify.recipe.evidence import Evidence, Expected, LayerEvidence, cited
+from sparsify.recipe.evidence import Evidence, Expected, cited
 from sparsify.recipe.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -35,7 +34,7 @@ if TYPE_CHECKING:
     from sparsify.analysis.layers import ModelAnalysis
     from sparsify.analysis.loss import LossProfile
     from sparsify.analysis.performance import PerformanceProfile
-    from sparsify.optimize.allocation import LayerCurve, PruningProfile, PruningSettings
+    from sparsify.optimize.allocation import PruningProfile, PruningSettings
     from sparsify.optimize.latency import LatencyPlan
 
 __all__ = ["create_recipe"]
@@ -115,15 +114,15 @@ def create_recipe(
     model = unwrapped(model)
     if loss is None and goal.prunes:
         loss = loss_profile(model, progress=False)
-    found = _Sources.of(model, sample_inputs, analysis, performance, loss, latency_plan)
-    chosen = _Chosen()
+    found = Sources.of(model, sample_inputs, analysis, performance, loss, latency_plan)
+    chosen = Chosen()
     if latency_plan is not None:
-        chosen = _of_plan(latency_plan, model, found)
+        chosen = by_latency_plan(latency_plan, model, found)
     elif goal.settings is not None:
         if goal.structured:
-            chosen = _structured(model, sample_inputs, goal.settings, pruning_profile, found)
+            chosen = by_families(model, sample_inputs, goal.settings, pruning_profile, found)
         else:
-            chosen = _unstructured(goal.settings, pruning_profile, found)
+            chosen = by_layers(goal.settings, pruning_profile, found)
     draft = _Draft()
     stages = _lay_out(draft, model, goal, chosen, training, learning_rate, distill)
     from sparsify.optimize.expectations import expected
@@ -142,160 +141,6 @@ def create_recipe(
     recipe = Recipe.from_modifiers(draft.modifiers, metadata={"made_by": "create_recipe", **evidence.metadata()})
     recipe.check(model)
     return recipe
-
-
-# ---------------------------------------------------------------------- what is known
-
-
-@dataclass(frozen=True)
-class _Sources:
-    """What the numbers come from."""
-
-    analysis: ModelAnalysis
-    performance: PerformanceProfile | None
-    loss: LossProfile | None
-    texts: Mapping[str, str]
-
-    @classmethod
-    def of(
-        cls,
-        model: nn.Module,
-        inputs: Any,
-        analysis: ModelAnalysis | None,
-        performance: PerformanceProfile | None,
-        loss: LossProfile | None,
-        latency: LatencyPlan | None,
-    ) -> _Sources:
-        from sparsify.analysis.layers import analyze_model
-        from sparsify.optimize.structures import without_inputs
-
-        if analysis is None:
-            analysis = without_inputs(model) if inputs is None else analyze_model(model, inputs)
-        names = {info.name for info in analysis.layers}
-        for what, others in (
-            ("performance", [] if performance is None else [layer.name for layer in performance.layers]),
-            ("loss", [] if loss is None or loss.families else list(loss.losses)),
-        ):
-            strange = [name for name in others if name not in names]
-            if strange:
-                raise ArgumentError(f"{what}: it is of another model: {strange[0]!r} is no layer of this one.")
-        texts: dict[str, str] = {}
-        if loss is not None:
-            ways = {
-                "data": f"measured on {loss.samples} samples, one layer at a time; {loss.base:.4g} as it is",
-                "fisher": f"estimated from gradients of {loss.samples} samples",
-                "magnitude": "ordered by the magnitudes of the weights, without data",
-                "shape": "ordered by the shapes of the layers, without data",
-            }
-            texts["loss" if loss.method in ("data", "fisher") else "cost"] = ways[loss.method]
-        if performance is not None:
-            runtime = performance.versions.get("onnxruntime", "")
-            texts["time"] = (
-                f"measured in onnxruntime {runtime}, batch {performance.batch_size}, {performance.threads} threads; "
-                "where zeros are skipped, by the cost model"
-            )
-        elif analysis.macs:
-            texts["time"] = "not measured; by MACs"
-        if latency is not None:
-            goal = f"at most {latency.goal_ms:.4g} ms, batch {latency.batch_size}, {latency.threads} threads"
-            seen = "not measured" if latency.measured_ms is None else f"measured {latency.measured_ms:.4g} ms"
-            texts["time"] = f"by a latency plan: {goal}; predicted {latency.predicted_ms:.4g} ms, {seen}"
-            texts = {"cost": f"by a latency plan: +{latency.loss:.4g} ({latency.loss_method})", "time": texts["time"]}
-        return cls(analysis, performance, loss, texts)
-
-
-@dataclass
-class _Chosen:
-    """What each parameter gets: a share of its weights, or of its channels, that goes."""
-
-    shares: dict[str, float] = field(default_factory=dict)
-    evidence: dict[str, LayerEvidence] = field(default_factory=dict)
-    dense: dict[str, str] = field(default_factory=dict)
-    profile: PruningProfile | None = None
-    notes: list[str] = field(default_factory=list)
-    floating: list[str] = field(default_factory=list)
-    """Layers that stay in float where others are quantized."""
-
-
-def _unstructured(settings: PruningSettings, given: PruningProfile | None, found: _Sources) -> _Chosen:
-    from sparsify.optimize.allocation import curves, pruning_profile
-    from sparsify.optimize.structures import weights_by_layer
-
-    assert found.loss is not None
-    layers = curves(found.analysis, found.performance, found.loss)
-    profile = given or pruning_profile(layers, settings)
-    weights = weights_by_layer(found.analysis)
-    _check_names(profile, weights)
-    return _taken(profile, {name: (weight,) for name, weight in weights.items()}, layers, found)
-
-
-def _structured(
-    model: nn.Module, inputs: Any, settings: PruningSettings, given: PruningProfile | None, found: _Sources
-) -> _Chosen:
-    from sparsify.optimize.allocation import pruning_profile
-    from sparsify.optimize.structures import families_of, family_curves, of_channels
-
-    layers, rows = family_curves(model, families_of(model, inputs), found.analysis, found.performance, found.loss)
-    profile = given or pruning_profile(layers, of_channels(settings))
-    _check_names(profile, rows)
-    return _taken(profile, rows, layers, found)
-
-
-def _check_names(profile: PruningProfile, known: Iterable[str]) -> None:
-    names = set(known)
-    missing = [choice.name for choice in profile.layers if choice.sparsity > 0 and choice.name not in names]
-    if missing:
-        raise ArgumentError(
-            f"pruning_profile: {missing[0]!r} is no layer of this model that can be pruned; make the profile from the "
-            "analysis of this model, and for structured pruning from its families."
-        )
-
-
-def _taken(
-    profile: PruningProfile, weights: Mapping[str, Sequence[str]], layers: Sequence[LayerCurve], found: _Sources
-) -> _Chosen:
-    chosen = _Chosen(profile=profile, notes=list(profile.notes))
-    by_name = {layer.name: layer for layer in layers}
-    for choice in profile.layers:
-        # Written with as many digits as mean something: 0.8371 of a million weights is exact to 50 of them.
-        share = round(choice.sparsity, 4)
-        if share <= 0 and choice.name in weights:
-            chosen.dense[choice.name] = choice.why
-        if share <= 0:
-            continue
-        curve = by_name.get(choice.name)
-        cost = saved = None
-        if curve is not None:
-            cost = _at(share, curve.levels, curve.losses) - curve.losses[0]
-            saved = None if found.performance is None else curve.ms - _at(share, curve.levels, curve.times)
-        for weight in weights[choice.name]:
-            chosen.shares[weight] = share
-            size = next((i.weights for i in found.analysis.layers if i.weight == weight), 0)
-            chosen.evidence[weight] = LayerEvidence(share, size, _digits(cost), _digits(saved))
-    return chosen
-
-
-def _of_plan(plan: LatencyPlan, model: nn.Module, found: _Sources) -> _Chosen:
-    weights = {info.name: info for info in found.analysis.layers if info.weight is not None}
-    missing = [name for name in plan.sparsity if name not in weights]
-    if missing:
-        raise ArgumentError(f"latency_plan: {missing[0]!r} is no layer of this model; make the plan for this model.")
-    modules = dict(model.named_modules())
-    chosen = _Chosen(notes=list(plan.notes), floating=[name for name in plan.floating if name in modules])
-    for name, share in plan.sparsity.items():
-        weight = weights[name].weight or name
-        chosen.shares[weight] = round(share, 6)
-        chosen.evidence[weight] = LayerEvidence(round(share, 6), weights[name].weights, None, None)
-    chosen.dense = {name: "least loss within the time" for name in weights if name not in plan.sparsity}
-    return chosen
-
-
-def _at(level: float, levels: Sequence[float], values: Sequence[float]) -> float:
-    return float(np.interp(level, levels, values))
-
-
-def _digits(value: float | None) -> float | None:
-    return None if value is None else float(f"{value:.4g}")
 
 
 # ---------------------------------------------------------------------- what is done
@@ -318,7 +163,7 @@ def _lay_out(
     draft: _Draft,
     model: nn.Module,
     goal: Goal,
-    chosen: _Chosen,
+    chosen: Chosen,
     training: OriginalTraining | None,
     learning_rate: LearningRateSchedule | Sequence[Modifier] | None,
     distill: bool | Mapping[str, Any],
@@ -358,7 +203,7 @@ def _lay_out(
     return stages
 
 
-def _prune(draft: _Draft, goal: Goal, chosen: _Chosen, original: OriginalTraining, stage: TrainingStage | None) -> None:
+def _prune(draft: _Draft, goal: Goal, chosen: Chosen, original: OriginalTraining, stage: TrainingStage | None) -> None:
     """One modifier for each distinct sparsity."""
     names: dict[float, list[str]] = defaultdict(list)
     for weight, share in chosen.shares.items():
@@ -448,8 +293,8 @@ def _quantize(draft: _Draft, given: Mapping[str, Any], stage: TrainingStage | No
 def _evidence(
     goal: Goal,
     training: OriginalTraining | None,
-    found: _Sources,
-    chosen: _Chosen,
+    found: Sources,
+    chosen: Chosen,
     figures: Expected,
     draft: _Draft,
     stages: Sequence[TrainingStage],

@@ -1,0 +1,185 @@
+"""What each parameter gets, and from which figures: the pruning profile in the words of a recipe."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from sparsify.errors import ArgumentError
+from sparsify.recipe.evidence import LayerEvidence
+from sparsify.targets import owners
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from sparsify.analysis.layers import ModelAnalysis
+    from sparsify.analysis.loss import LossProfile
+    from sparsify.analysis.performance import PerformanceProfile
+    from sparsify.optimize.allocation import LayerCurve, PruningProfile, PruningSettings
+    from sparsify.optimize.latency import LatencyPlan
+
+__all__: list[str] = []
+
+
+@dataclass(frozen=True)
+class Sources:
+    """What the numbers come from."""
+
+    analysis: ModelAnalysis
+    performance: PerformanceProfile | None
+    loss: LossProfile | None
+    texts: Mapping[str, str]
+
+    @classmethod
+    def of(
+        cls,
+        model: nn.Module,
+        inputs: Any,
+        analysis: ModelAnalysis | None,
+        performance: PerformanceProfile | None,
+        loss: LossProfile | None,
+        latency: LatencyPlan | None,
+    ) -> Sources:
+        """What was given, and what can be had without data.
+
+        Raises:
+            ArgumentError: a profile is of another model.
+        """
+        from sparsify.analysis.compressed import layer_name
+        from sparsify.analysis.layers import analyze_model
+        from sparsify.optimize.structures import without_inputs
+
+        if analysis is None:
+            analysis = without_inputs(model) if inputs is None else analyze_model(model, inputs)
+        # Layers that these inputs do not reach are in no analysis, but in a profile of all weights.
+        names = {info.name for info in analysis.layers} | {layer_name(name, own) for name, _, own in owners(model)}
+        for what, others in (
+            ("performance", [] if performance is None else [layer.name for layer in performance.layers]),
+            ("loss", [] if loss is None or loss.families else list(loss.losses)),
+        ):
+            strange = [name for name in others if name not in names]
+            if strange:
+                raise ArgumentError(f"{what}: it is of another model: {strange[0]!r} is no layer of this one.")
+        texts: dict[str, str] = {}
+        if loss is not None:
+            ways = {
+                "data": f"measured on {loss.samples} samples, one layer at a time; {loss.base:.4g} as it is",
+                "fisher": f"estimated from gradients of {loss.samples} samples",
+                "magnitude": "ordered by the magnitudes of the weights, without data",
+                "shape": "ordered by the shapes of the layers, without data",
+            }
+            texts["loss" if loss.method in ("data", "fisher") else "cost"] = ways[loss.method]
+        if performance is not None:
+            runtime = performance.versions.get("onnxruntime", "")
+            texts["time"] = (
+                f"measured in onnxruntime {runtime}, batch {performance.batch_size}, {performance.threads} threads; "
+                "where zeros are skipped, by the cost model"
+            )
+        elif analysis.macs:
+            texts["time"] = "not measured; by MACs"
+        if latency is not None:
+            goal = f"at most {latency.goal_ms:.4g} ms, batch {latency.batch_size}, {latency.threads} threads"
+            seen = "not measured" if latency.measured_ms is None else f"measured {latency.measured_ms:.4g} ms"
+            texts["time"] = f"by a latency plan: {goal}; predicted {latency.predicted_ms:.4g} ms, {seen}"
+            texts = {"cost": f"by a latency plan: +{latency.loss:.4g} ({latency.loss_method})", "time": texts["time"]}
+        return cls(analysis, performance, loss, texts)
+
+
+@dataclass
+class Chosen:
+    """What each parameter gets: a share of its weights, or of its channels, that goes."""
+
+    shares: dict[str, float] = field(default_factory=dict)
+    evidence: dict[str, LayerEvidence] = field(default_factory=dict)
+    dense: dict[str, str] = field(default_factory=dict)
+    profile: PruningProfile | None = None
+    notes: list[str] = field(default_factory=list)
+    floating: list[str] = field(default_factory=list)
+    """Layers that stay in float where others are quantized."""
+
+
+def by_layers(settings: PruningSettings, given: PruningProfile | None, found: Sources) -> Chosen:
+    """Single weights go, layer by layer."""
+    from sparsify.optimize.allocation import curves, pruning_profile
+    from sparsify.optimize.structures import weights_by_layer
+
+    assert found.loss is not None
+    layers = curves(found.analysis, found.performance, found.loss)
+    profile = given or pruning_profile(layers, settings)
+    weights = weights_by_layer(found.analysis)
+    _check_names(profile, weights)
+    return _taken(profile, {name: (weight,) for name, weight in weights.items()}, layers, found)
+
+
+def by_families(
+    model: nn.Module, inputs: Any, settings: PruningSettings, given: PruningProfile | None, found: Sources
+) -> Chosen:
+    """Whole channels go, family by family."""
+    from sparsify.optimize.allocation import pruning_profile
+    from sparsify.optimize.structures import families_of, family_curves, of_channels
+
+    layers, rows = family_curves(model, families_of(model, inputs), found.analysis, found.performance, found.loss)
+    profile = given or pruning_profile(layers, of_channels(settings))
+    _check_names(profile, rows)
+    return _taken(profile, rows, layers, found)
+
+
+def _check_names(profile: PruningProfile, known: Iterable[str]) -> None:
+    names = set(known)
+    missing = [choice.name for choice in profile.layers if choice.sparsity > 0 and choice.name not in names]
+    if missing:
+        raise ArgumentError(
+            f"pruning_profile: {missing[0]!r} is no layer of this model that can be pruned; make the profile from the "
+            "analysis of this model, and for structured pruning from its families."
+        )
+
+
+def _taken(
+    profile: PruningProfile, weights: Mapping[str, Sequence[str]], layers: Sequence[LayerCurve], found: Sources
+) -> Chosen:
+    chosen = Chosen(profile=profile, notes=list(profile.notes))
+    by_name = {layer.name: layer for layer in layers}
+    for choice in profile.layers:
+        # Written with as many digits as mean something: 0.8371 of a million weights is exact to 50 of them.
+        share = round(choice.sparsity, 4)
+        if share <= 0 and choice.name in weights:
+            chosen.dense[choice.name] = choice.why
+        if share <= 0:
+            continue
+        curve = by_name.get(choice.name)
+        cost = saved = None
+        if curve is not None:
+            cost = _at(share, curve.levels, curve.losses) - curve.losses[0]
+            saved = None if found.performance is None else curve.ms - _at(share, curve.levels, curve.times)
+        for weight in weights[choice.name]:
+            chosen.shares[weight] = share
+            size = next((i.weights for i in found.analysis.layers if i.weight == weight), 0)
+            chosen.evidence[weight] = LayerEvidence(share, size, _digits(cost), _digits(saved))
+    return chosen
+
+
+def by_latency_plan(plan: LatencyPlan, model: nn.Module, found: Sources) -> Chosen:
+    """Whole channels go, as many as the plan says."""
+    weights = {info.name: info for info in found.analysis.layers if info.weight is not None}
+    missing = [name for name in plan.sparsity if name not in weights]
+    if missing:
+        raise ArgumentError(f"latency_plan: {missing[0]!r} is no layer of this model; make the plan for this model.")
+    modules = dict(model.named_modules())
+    chosen = Chosen(notes=list(plan.notes), floating=[name for name in plan.floating if name in modules])
+    for name, share in plan.sparsity.items():
+        weight = weights[name].weight or name
+        chosen.shares[weight] = round(share, 6)
+        chosen.evidence[weight] = LayerEvidence(round(share, 6), weights[name].weights, None, None)
+    chosen.dense = {name: "least loss within the time" for name in weights if name not in plan.sparsity}
+    return chosen
+
+
+def _at(level: float, levels: Sequence[float], values: Sequence[float]) -> float:
+    return float(np.interp(level, levels, values))
+
+
+def _digits(value: float | None) -> float | None:
+    return None if value is None else float(f"{value:.4g}")
