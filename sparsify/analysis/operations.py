@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import traceback
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -95,7 +96,8 @@ def watched(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
             with watch:
                 model(*args, **kwargs)
     except Exception as error:  # whatever the user's forward raises
-        where = f" in {watch.deepest}" if watch.deepest else ""
+        path = _failed_in(model, error)
+        where = f" in {path}" if path else ""
         text = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
         raise ArgumentError(
             f"{type(model).__name__} fails on these inputs{where}: {type(error).__name__}: {text[:300]} "
@@ -107,6 +109,15 @@ def watched(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
     return watch.found
 
 
+def _failed_in(model: nn.Module, error: BaseException) -> str:
+    """The path of the innermost module that the error went through."""
+    paths = {id(module): clean_name(name) for name, module in model.named_modules()}
+    frames = traceback.walk_tb(error.__traceback__)
+    return next(
+        reversed([paths[id(self)] for frame, _ in frames if id(self := frame.f_locals.get("self")) in paths]), ""
+    )
+
+
 class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Notes operators, and the calls of modules that they stand in."""
 
@@ -115,7 +126,6 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.found: list[Operation] = []
         self.stack: list[Call] = []
         self.numbers: Counter[str] = Counter()
-        self.deepest = ""
         # By storage: what is multiplied is mostly a view of the parameter.
         self.parameters: dict[int, str] = {}
         for name, parameter in model.named_parameters():
@@ -124,13 +134,9 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def enter(self, path: str) -> None:
         self.stack.append(Call(path, self.numbers[path]))
         self.numbers[path] += 1
-        self.deepest = path
 
     def leave(self) -> None:
-        if self.stack:
-            self.stack.pop()
-            if self.stack:
-                self.deepest = self.stack[-1].path
+        self.stack.pop()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))

@@ -88,6 +88,8 @@ class _Planner:
 
     def _why_no_attention(self, name: str, module: nn.MultiheadAttention) -> str | None:
         """Takes the projections of a self-attention as two layers; or says why not."""
+        if not name:
+            return "it is the whole model, and its projections have no names; put it into an nn.Sequential"
         names = [f"{name}.in_proj", f"{name}.out_proj"]
         schemes = self.settings.per_layer(self.modules[""], names)
         scheme = schemes[names[0]]
