@@ -52,6 +52,7 @@ class LatencyPlan:
         sparsity: {layer: fraction of its channels that go}, in the words of StructuredPruningModifier: all layers whose
             rows go together have one. Layers that stay whole are left out.
         channels: {layer: (channels before, after)} of the same.
+        weights: {layer: the parameter that gives its channels} of the same.
         bits: {layer: 8 or 32} of every layer that computes.
         dense_ms: the model as it is, in float.
         predicted_ms: by the tables, before anything was known of the whole.
@@ -67,6 +68,7 @@ class LatencyPlan:
     threads: int
     sparsity: Mapping[str, float]
     channels: Mapping[str, tuple[int, int]]
+    weights: Mapping[str, str]
     bits: Mapping[str, int]
     dense_ms: float
     predicted_ms: float
@@ -94,10 +96,10 @@ class LatencyPlan:
         return any(bits <= 8 for bits in self.bits.values())
 
     def final_sparsity(self) -> dict[float, list[str]]:
-        """The value of that field of StructuredPruningModifier: {sparsity: names}."""
+        """The value of that field of StructuredPruningModifier, with `params: []`: {sparsity: parameters}."""
         found: dict[float, list[str]] = defaultdict(list)
         for name, share in self.sparsity.items():
-            found[share].append(name)
+            found[share].append(self.weights[name])
         return dict(sorted(found.items()))
 
     def table(self) -> Table:
@@ -450,6 +452,7 @@ class _Work:
     def plan(self, choice: Choice, goal_ms: float, batch_size: int, threads: int, notes: list[str]) -> LatencyPlan:
         sparsity: dict[str, float] = {}
         channels: dict[str, tuple[int, int]] = {}
+        weights: dict[str, str] = {}
         for part, share in choice.shares.items():
             assert self.families is not None
             for name in self.parts[part] if share < 1 else ():
@@ -458,6 +461,7 @@ class _Work:
                 for row in family.rows:
                     sparsity[self._layer(row)] = 1 - kept / family.size
                     channels[self._layer(row)] = (family.size, kept)
+                    weights[self._layer(row)] = row
         bits = {name: 8 if name in choice.int8 else info.bits for name, info in self.analysis.items() if info.weight}
         return LatencyPlan(
             goal_ms=float(goal_ms),
@@ -465,6 +469,7 @@ class _Work:
             threads=threads,
             sparsity=sparsity,
             channels=channels,
+            weights=weights,
             bits=bits,
             dense_ms=self.performance.total_ms,
             predicted_ms=choice.ms,
