@@ -267,7 +267,7 @@ class _Layer:
         if not why and settings.min_speedup > 1:
             # The share from which on it is fast enough; times only fall.
             wanted = curve.ms / settings.min_speedup
-            if times[-1] > wanted:
+            if curve.ms <= 0 or times[-1] > wanted:
                 why = "no share of zeros makes it fast enough"
             else:
                 least = max(least, reaches(levels, times, wanted))
