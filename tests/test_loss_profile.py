@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 from sparsify.analysis import trials
+from sparsify.analysis.layers import analyze_model
 from sparsify.analysis.loss import BITS, DATA_LEVELS, LEVELS, LossProfile, loss_profile
 from sparsify.errors import ArgumentError, DataError, StateError, TargetError
 from sparsify.oneshot import quantize_model
@@ -467,6 +468,30 @@ def test_a_shared_weight_is_profiled_once_and_a_recomputed_one_not() -> None:
     model[2].weight = model[0].weight
     nn.utils.parametrizations.weight_norm(model[1])
     assert list(loss_profile(model).losses) == ["0"]
+
+
+def attention() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 4, 32, batch_first=True), 1)
+
+
+def test_layers_bear_the_names_of_an_analysis_and_can_be_chosen_by_them() -> None:
+    model, x = attention(), torch.randn(3, 5, 16)
+    analysis = analyze_model(model, x)
+    names = ["layers.0.self_attn.in_proj", "layers.0.self_attn.out_proj", "layers.0.linear1", "layers.0.linear2"]
+    for layers in (None, analysis, names):
+        profile = loss_profile(model, [x], layers=layers, levels=(0.5,))
+        assert list(profile.losses) == names
+        assert all(losses[1] > 0 for losses in profile.losses.values())
+    assert list(loss_profile(model, layers=names[:1]).losses) == names[:1]
+    for of in ("pruning", "quantization"):
+        by_sample = loss_profile(model, method="shape", sample_inputs=x, of=of)
+        assert by_sample == loss_profile(model, method="shape", layers=analysis, of=of)
+
+
+def test_an_analysis_of_another_model_is_refused() -> None:
+    with pytest.raises(TargetError, match="of the analysis is not in Net"):
+        loss_profile(net(), layers=analyze_model(attention(), torch.randn(3, 5, 16)))
 
 
 def test_a_wrapped_model_has_the_names_of_its_module() -> None:

@@ -298,7 +298,11 @@ def _held(model: nn.Module | ModelAnalysis, profile: LossProfile) -> tuple[dict[
         parameters = sum(parameter.numel() for parameter in own.values())
         for name, parameter in own.items():
             modules = tuple(dict.fromkeys(alias.rpartition(".")[0] for alias in names[id(parameter)]))
-            found[layer_name(name, name.rpartition(".")[2])] = (parameter.numel(), modules)
+            path, _, last = name.rpartition(".")
+            found[layer_name(name, last)] = (parameter.numel(), modules)
+            # What a module with one weight of any name is called in an analysis.
+            if parameter.dim() > 1:
+                found.setdefault(path, (parameter.numel(), modules))
     else:
         raise ArgumentError(f"{WHERE}: model is a {type(model).__name__}: give a torch.nn.Module, or its analysis.")
     for name in profile.losses:

@@ -31,15 +31,12 @@ Layers = ModelAnalysis | str | Iterable[str] | None
 class Unit:
     """What is compressed at once: the weights of a layer, or all that goes with the channels of a family.
 
-    Attributes:
-        compressed: level -> the weights that change, by the parameter's name.
-        layer: the module that holds the weight; None of a family.
+    `compressed` gives at a level the weights that change, by the parameter's name.
     """
 
     name: str
     parameters: Mapping[str, nn.Parameter]
     compressed: Callable[[float], dict[str, Tensor]]
-    layer: nn.Module | None = None
 
 
 def layer_weights(model: nn.Module, layers: Layers, of: Of = "pruning", *, where: str) -> list[Unit]:
@@ -48,36 +45,47 @@ def layer_weights(model: nn.Module, layers: Layers, of: Of = "pruning", *, where
     Raises:
         TargetError: a name matches nothing, or no layer's weight; nothing is left.
     """
+    held = {name: (module, own) for name, module, own in owners(model)}
     if isinstance(layers, ModelAnalysis):
         usable = [i for i in layers.layers if (i.prunable if of == "pruning" else i.quantizable)]
-        wanted = {info.weight for info in usable if info.weight is not None and info.shared_with is None}
-        missing = wanted - {name for name, _, _ in owners(model)}
+        titles = {i.weight: i.name for i in usable if i.weight is not None and i.shared_with is None}
+        missing = titles.keys() - held.keys()
         if missing:
             raise TargetError(f"{where}.layers: {min(missing)!r} of the analysis is not in {type(model).__name__}.")
-    elif layers is None:
-        wanted = {name for name, module, own in owners(model) if own == "weight" and is_prunable_layer(module)}
     else:
-        wanted = set(resolve_parameters(model, layers, where=f"{where}.layers"))
+        named = {layer_name(name, own): name for name, (_, own) in held.items()}
+        if layers is None:
+            chosen = [name for name, (module, own) in held.items() if _is_weight(module, own)]
+        else:
+            given = [layers] if isinstance(layers, str) else layers
+            chosen = list(resolve_parameters(model, [named.get(n, n) for n in given], where=f"{where}.layers"))
+        titles = {name: layer_name(name, held[name][1]) for name in chosen}
     found = []
-    for name, module, own in owners(model):
-        if name not in wanted:
-            continue
+    for name, (module, own) in held.items():
         parameter = module._parameters[own]
-        assert parameter is not None
+        if name not in titles or parameter is None:
+            continue
         if parameter.dim() < 2:
             raise TargetError(
                 f"{where}.layers: {name!r} has {parameter.dim()} dimension; a layer's weight has 2 or more."
             )
         if hasattr(parameter, "placements"):
             raise TargetError(f"{where}.layers: {name!r} is sharded (DTensor), which is not supported.")
-        found.append(_layer(name, own, module, parameter, of))
+        found.append(_layer(titles[name], name, module, parameter, of))
     if not found:
         raise TargetError(f"{where}: {type(model).__name__} has no layer that can be compressed.")
     refuse_unusable({name: p for unit in found for name, p in unit.parameters.items()}, where=where)
     return found
 
 
-def _layer(name: str, own: str, module: nn.Module, parameter: nn.Parameter, of: Of) -> Unit:
+def _is_weight(module: nn.Module, own: str) -> bool:
+    """Whether this parameter is compressed where no layers are named."""
+    return (own == "weight" and is_prunable_layer(module)) or (
+        isinstance(module, nn.MultiheadAttention) and "_proj_w" in own
+    )
+
+
+def _layer(title: str, name: str, module: nn.Module, parameter: nn.Parameter, of: Of) -> Unit:
     def pruned(level: float) -> dict[str, Tensor]:
         weight = parameter.detach()
         return {name: weight.masked_fill(~prune({name: weight}, level)[name], 0.0)}
@@ -85,8 +93,7 @@ def _layer(name: str, own: str, module: nn.Module, parameter: nn.Parameter, of: 
     def rounded(bits: float) -> dict[str, Tensor]:
         return {name: on_grid(parameter.detach(), channel_axis(module), int(bits))}
 
-    title = layer_name(name, own)
-    return Unit(title, {name: parameter}, pruned if of == "pruning" else rounded, module)
+    return Unit(title, {name: parameter}, pruned if of == "pruning" else rounded)
 
 
 def on_grid(weight: Tensor, axis: int, bits: int) -> Tensor:

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from sparsify.analysis.compressed import Layers, Of, Unit, channel_families, layer_weights
 from sparsify.analysis.layers import ModelAnalysis
-from sparsify.analysis.trials import Batch, Loss, Trials, call_shapes, taken
+from sparsify.analysis.modules import analyze_module
+from sparsify.analysis.trials import Batch, Loss, Trials, taken
 from sparsify.errors import ArgumentError, DataError, DataFileError, StateError, did_you_mean
 from sparsify.files import replacing
 from sparsify.quantize.plan import is_quantized
@@ -202,7 +203,7 @@ def loss_profile(
             None: 0 to .99 in steps of .01 without data, else 0, .2, .4, .6, .7, .8, .85, .9, .95, .99; bits 8, 6, 4,
                 3, 2.
         layers: names as in a recipe, or an analysis, whose prunable (quantizable) layers are taken. None: all
-            convolutions, Linear and Embedding.
+            convolutions, Linear, Embedding and the projections of MultiheadAttention.
         structured: whether whole channels go, by families of layers that must lose them together; "data" and "fisher".
         sample_inputs: what the model is traced on ("shape", `structured`); None: the first batch.
         batches: how many of `data` at most; None: all.
@@ -232,7 +233,13 @@ def loss_profile(
         losses = {unit.name: _magnitude(unit, of, steps) for unit in _shown(units, "magnitudes", progress)}
         return LossProfile(method, of, steps, losses, 0.0, 0)
     if method == "shape":
-        return LossProfile(method, of, steps, _shapes(model, units, of, steps, [*sample, *given], layers), 0.0, 0)
+        analysis = layers
+        if not isinstance(analysis, ModelAnalysis):
+            first = next(iter([*sample, *given]), None)
+            if first is None:
+                raise ArgumentError(f"{WHERE}: method='shape' needs sample_inputs, or the layers of an analysis.")
+            analysis = analyze_module(model, first.args, first.kwargs)
+        return LossProfile(method, of, steps, _shapes(analysis, units, of, steps), 0.0, 0)
     trials = Trials(model, given, loss, where=WHERE)
     if method == "fisher":
         losses = _fisher(trials, units, steps, progress)
@@ -296,32 +303,17 @@ def _magnitude(unit: Unit, of: Of, levels: tuple[float, ...]) -> tuple[float, ..
 
 
 def _shapes(
-    model: nn.Module,
-    units: list[Unit],
-    of: Of,
-    levels: tuple[float, ...],
-    sample: list[Batch],
-    layers: Layers,
+    analysis: ModelAnalysis, units: list[Unit], of: Of, levels: tuple[float, ...]
 ) -> dict[str, tuple[float, ...]]:
-    if sample:
-        sizes = call_shapes(model, {u.name: u.layer for u in units if u.layer is not None}, sample[0])
-    elif isinstance(layers, ModelAnalysis):
-        sizes = {
-            info.name: (
-                sum(map(math.prod, info.input_shapes)) // layers.batch_size,
-                math.prod(info.output_shape) // layers.batch_size,
-            )
-            for info in layers.layers
-        }
-    else:
-        raise ArgumentError(f"{WHERE}: method='shape' needs sample_inputs, or the layers of an analysis.")
+    layers = {info.name: info for info in analysis.layers}
     found = {}
     for unit in units:
-        if unit.name not in sizes or not min(sizes[unit.name]):
+        info = layers.get(unit.name)
+        if info is None or not info.calls:
             raise DataError(f"{WHERE}: {unit.name!r} is not computed on the sample inputs; leave it out of `layers`.")
-        into, out = sizes[unit.name]
-        own = [p.numel() for p in unit.layer.parameters(recurse=False)] if unit.layer is not None else [1]
-        slope = (into + out) / sum(own) * max(into / out, out / into)
+        into = sum(map(math.prod, info.input_shapes)) / analysis.batch_size
+        out = math.prod(info.output_shape) / analysis.batch_size
+        slope = (into + out) / info.parameters * max(into / out, out / into)
         found[unit.name] = tuple(slope * (level if of == "pruning" else 4.0**-level) for level in levels)
     return found
 

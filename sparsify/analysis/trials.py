@@ -201,7 +201,8 @@ class Trials:
                 difference = wanted - now[name].float().log_softmax(dim)
                 # A class that is masked by -inf has no share, and inf - inf no value.
                 each = torch.where(wanted.isneginf(), 0.0, wanted.exp() * difference)
-                found.append(each.sum(dim).mean())
+                # Rounding alone can give less than none.
+                found.append(each.sum(dim).mean().clamp(min=0.0))
             else:
                 power = dense.float().square().mean().clamp(min=1e-30)
                 found.append((now[name].float() - dense.float()).square().mean() / power)
@@ -290,30 +291,6 @@ def _undisturbed(model: nn.Module) -> Iterator[None]:
         for module, name, buffer, value in buffers:
             module._buffers[name] = buffer
             buffer.data.copy_(value)
-
-
-def call_shapes(model: nn.Module, layers: Mapping[str, nn.Module], batch: Batch) -> dict[str, tuple[int, int]]:
-    """Elements of the tensors that go into and come out of the first call of each layer, of one sample."""
-    found: dict[str, tuple[int, int]] = {}
-
-    def hook(name: str) -> Callable[..., None]:
-        def see(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-            found.setdefault(name, (_elements(args), _elements(output)))
-
-        return see
-
-    handles = [layer.register_forward_hook(hook(name)) for name, layer in layers.items()]
-    try:
-        with _undisturbed(model), torch.no_grad():
-            model(*batch.args, **batch.kwargs)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return {name: (into // batch.samples, out // batch.samples) for name, (into, out) in found.items()}
-
-
-def _elements(value: Any) -> int:
-    return sum(leaf.numel() for leaf in pytree.tree_leaves(value) if isinstance(leaf, Tensor))
 
 
 def _devices(model: nn.Module) -> list[int]:
