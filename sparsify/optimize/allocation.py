@@ -142,7 +142,8 @@ def pruning_profile(layers: Sequence[LayerCurve], settings: PruningSettings | No
     settings = settings or PruningSettings()
     _check(layers, settings)
     whole = [_Layer.of(curve, settings) for curve in layers]
-    best = min(_candidates(whole, settings.sparsity), key=lambda one: (one.loss, one.time))
+    spreads = _candidates(whole, settings.sparsity)
+    best = min(spreads, key=lambda one: (one.loss, one.time))
     limited = whole
     if settings.min_recovery > 0:
         means = best.loss / max(1, sum(1 for share in best.shares if share > 0))
@@ -150,8 +151,7 @@ def pruning_profile(layers: Sequence[LayerCurve], settings: PruningSettings | No
             layer.limited(layer.loss(share), means, settings.min_recovery)
             for layer, share in zip(whole, best.shares, strict=True)
         ]
-    spreads = _candidates(limited, settings.sparsity)
-    if settings.min_recovery > 0:
+        spreads = _candidates(limited, settings.sparsity)
         # The best of the same average, as far as it can be met: what is asked of recovery must not judge itself.
         best = min(spreads, key=lambda one: (one.loss, one.time))
     losses = max(math.fsum(layer.highest for layer in limited), 1e-300)
