@@ -12,6 +12,10 @@ import pytest
 ROOT = Path(__file__).parents[1]
 # What each is called with to be quick, and what it must print.
 BENCHMARKS = {
+    "autorecipe.py": (
+        ["--seeds", "0", "--levels", "0.9", "--only", "magnitude", "--folder", "out"],
+        "resnet20  0.9   magnitude",
+    ),
     "headline.py": (["--quick", "--threads", "1"], "verify_onnx: agrees"),
     "qat_stability.py": (["--quick", "--only", "Mobile", "--rates", "0.03"], "MobileNetV2-like  from scratch"),
     "qat_step.py": (["--quick", "--only", "MLP", "--methods", "sparsify"], "bare 25 MiB"),

@@ -19,9 +19,9 @@ from sparsify.recipe import Recipe
 X = torch.zeros(2, 1, 8, 8)
 
 
-def network() -> nn.Module:
+def network() -> nn.Sequential:
     torch.manual_seed(0)
-    return nn.Sequential(
+    model = nn.Sequential(
         nn.Conv2d(1, 16, 3, padding=1),
         nn.ReLU(),
         nn.Conv2d(16, 32, 3, padding=1),
@@ -30,6 +30,8 @@ def network() -> nn.Module:
         nn.Flatten(),
         nn.Linear(32, 10),
     )
+    nn.init.zeros_(model.get_parameter("0.bias"))
+    return model
 
 
 def trained(**fields: Any) -> tuple[Recipe, nn.Module]:
@@ -43,6 +45,9 @@ def trained(**fields: Any) -> tuple[Recipe, nn.Module]:
 
 def test_predictions_are_met_to_a_weight() -> None:
     recipe, model = trained()
+    with torch.no_grad():
+        # What training does to biases.
+        model.get_parameter("0.bias").fill_(1.0)
     outcome = score_prediction(recipe, model, sample_inputs=X)
     assert outcome["MACs"].error == 0 and outcome["parameters"].error == 0
     for layer in outcome.layers:

@@ -55,7 +55,8 @@ def expected(
     if any(m.cuts() for m in modifiers):
         after_model, after_analysis = _smaller(model, modifiers, inputs, analysis)
     parameters = named_parameters(after_model)
-    left = {name: float(p.detach().count_nonzero()) for name, p in parameters.items()}
+    # A bias that starts at zero is trained away from it.
+    left = {name: float(p.detach().count_nonzero()) if p.dim() > 1 else p.numel() for name, p in parameters.items()}
     left = {name: min(count, parameters[name].numel() * (1 - zeros.get(name, 0.0))) for name, count in left.items()}
     ms, skipping = _times(modifiers, profile, performance, analysis, after_analysis, quantized=quantized)
     dense_ms = None if performance is None else performance.total_ms

@@ -217,7 +217,7 @@ def _expected(expected: Expected) -> Iterator[tuple[str, str]]:
     yield "size", f"{e.size_bytes_before / 1024:,.0f} -> {e.size_bytes / 1024:,.0f} KiB, uncompressed"
     if e.ms_before is not None:
         then = "not known" if e.ms is None else f"{e.ms:.3g} ms"
-        yield "onnxruntime", f"{e.ms_before:.3g} -> {then}; it skips no zeros"
+        yield "onnxruntime", f"{e.ms_before:.3g} -> {then}{'; it skips no zeros' if e.what == 'weights' else ''}"
     if e.ms_before is not None and e.ms_skipping is not None:
         times = f", {e.ms_before / e.ms_skipping:.2f} times as fast" if e.ms_skipping > 0 else ""
         yield "skipping zeros", f"{e.ms_before:.3g} -> {e.ms_skipping:.3g} ms by the cost model{times}"
