@@ -1,8 +1,12 @@
 """Compress PyTorch models while they train: a recipe says what to prune and quantize, an int8 ONNX file comes out.
 
 Every name that is public stands in the `__all__` of its file and is carried from there. Importing this imports neither
-onnx nor onnxruntime, and has no side effects.
+onnx nor onnxruntime, and has no side effects. What is used before training, analysis and optimize, is imported when a
+name of it is first asked for: a training job needs none of it.
 """
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
 from sparsify import benchmark, errors, export, manager, modifiers, oneshot, recipe, shrinking, verify
 from sparsify.benchmark import *
@@ -14,6 +18,10 @@ from sparsify.oneshot import *
 from sparsify.recipe import *
 from sparsify.shrinking import *
 from sparsify.verify import *
+
+if TYPE_CHECKING:
+    from sparsify.analysis import *
+    from sparsify.optimize import *
 
 __version__ = "0.1.0"
 
@@ -27,3 +35,68 @@ __all__ += oneshot.__all__
 __all__ += recipe.__all__
 __all__ += shrinking.__all__
 __all__ += verify.__all__
+
+# The names of `analysis` and `optimize`: read before they are imported.
+_LATER = {
+    "sparsify.analysis": [
+        "ChildOp",
+        "ChosenBits",
+        "LayerInfo",
+        "LayerPerformance",
+        "LossProfile",
+        "ModelAnalysis",
+        "PerformanceProfile",
+        "UnknownOperator",
+        "WeightMetadata",
+        "analyze_model",
+        "choose_bits",
+        "get_weights_metadata",
+        "loss_profile",
+        "performance_profile",
+        "weights_table",
+    ],
+    "sparsify.optimize": [
+        "Experiment",
+        "Framework",
+        "LatencyPlan",
+        "LatencyRound",
+        "LayerChoice",
+        "LayerCurve",
+        "LearningRateSchedule",
+        "OptimLevel",
+        "OriginalTraining",
+        "Outcome",
+        "PRESETS",
+        "Plan",
+        "PlannedMoment",
+        "Prediction",
+        "Preset",
+        "PruningProfile",
+        "PruningSettings",
+        "TrainingStage",
+        "create_recipe",
+        "curves",
+        "integration_code",
+        "latency_plan",
+        "learning_rates",
+        "optim_level",
+        "plan",
+        "pruning_profile",
+        "score_prediction",
+        "training_script",
+    ],
+}
+for _names in _LATER.values():
+    __all__ += _names
+
+
+def __getattr__(name: str) -> Any:
+    for room, names in _LATER.items():
+        if name in names or room == f"sparsify.{name}":
+            found = import_module(room)
+            return found if room == f"sparsify.{name}" else getattr(found, name)
+    raise AttributeError(f"module 'sparsify' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
+
+import pytest
 
 import sparsify
 from sparsify.modifiers.base import Modifier
@@ -35,6 +38,55 @@ NAMES = {
     "quantize_onnx",
     "shrink",
     "verify_onnx",
+}
+BEFORE_TRAINING = {
+    "sparsify.analysis": {
+        "ChildOp",
+        "ChosenBits",
+        "LayerInfo",
+        "LayerPerformance",
+        "LossProfile",
+        "ModelAnalysis",
+        "PerformanceProfile",
+        "UnknownOperator",
+        "WeightMetadata",
+        "analyze_model",
+        "choose_bits",
+        "get_weights_metadata",
+        "loss_profile",
+        "performance_profile",
+        "weights_table",
+    },
+    "sparsify.optimize": {
+        "Experiment",
+        "Framework",
+        "LatencyPlan",
+        "LatencyRound",
+        "LayerChoice",
+        "LayerCurve",
+        "LearningRateSchedule",
+        "OptimLevel",
+        "OriginalTraining",
+        "Outcome",
+        "PRESETS",
+        "Plan",
+        "PlannedMoment",
+        "Prediction",
+        "Preset",
+        "PruningProfile",
+        "PruningSettings",
+        "TrainingStage",
+        "create_recipe",
+        "curves",
+        "integration_code",
+        "latency_plan",
+        "learning_rates",
+        "optim_level",
+        "plan",
+        "pruning_profile",
+        "score_prediction",
+        "training_script",
+    },
 }
 MODIFIERS = {
     "ACDCPruningModifier",
@@ -68,9 +120,22 @@ MODIFIERS = {
 
 
 def test_the_public_names_are_these() -> None:
-    assert set(sparsify.__all__) == NAMES | ERRORS | MODIFIERS
+    assert set(sparsify.__all__) == NAMES | ERRORS | MODIFIERS | set().union(*BEFORE_TRAINING.values())
     assert len(sparsify.__all__) == len(set(sparsify.__all__)), "a name is carried twice"
     assert all(hasattr(sparsify, name) for name in sparsify.__all__)
+
+
+@pytest.mark.parametrize("room", BEFORE_TRAINING)
+def test_what_is_imported_later_is_what_is_there(room: str) -> None:
+    assert set(import_module(room).__all__) == BEFORE_TRAINING[room]
+    name = min(BEFORE_TRAINING[room])
+    assert getattr(sparsify, name) is getattr(import_module(room), name) and name in dir(sparsify)
+    assert getattr(sparsify, room.removeprefix("sparsify.")) is import_module(room)
+
+
+def test_a_name_that_is_not_there_is_an_attribute_error() -> None:
+    with pytest.raises(AttributeError, match="has no attribute 'analyse_model'"):
+        _ = sparsify.analyse_model
 
 
 def test_every_modifier_is_registered_under_its_public_name() -> None:
@@ -80,7 +145,8 @@ def test_every_modifier_is_registered_under_its_public_name() -> None:
 
 def test_every_public_name_is_documented() -> None:
     bare = [name for name in sparsify.__all__ if not name.startswith("_") and not getattr(sparsify, name).__doc__]
-    assert bare in ([], ["Phase"])  # Phase is a Literal, which can carry no text.
+    # Literals, aliases and mappings can carry no text.
+    assert set(bare) <= {"Experiment", "Framework", "LearningRateSchedule", "PRESETS", "Phase"}
 
 
 def run(code: str, folder: Path) -> subprocess.CompletedProcess[str]:

@@ -1,13 +1,15 @@
 """What a model is made of, what each layer costs, and what it loses when it is compressed. Values, nothing printed."""
 
-from sparsify.analysis import bits, layers, loss, weights
+from sparsify.analysis import bits, layers, loss, performance, weights
 from sparsify.analysis.bits import *
 from sparsify.analysis.layers import *
 from sparsify.analysis.loss import *
+from sparsify.analysis.performance import *
 from sparsify.analysis.weights import *
 
 __all__: list[str] = []
 __all__ += bits.__all__
 __all__ += layers.__all__
 __all__ += loss.__all__
+__all__ += performance.__all__
 __all__ += weights.__all__

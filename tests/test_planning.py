@@ -14,7 +14,7 @@ from torch import nn
 
 from sparsify.errors import ArgumentError, RecipeError, TargetError
 from sparsify.manager import ScheduledModifierManager
-from sparsify.optimize.plan import Plan, plan
+from sparsify.optimize.planning import Plan, plan
 from sparsify.recipe import Recipe
 
 STEPS = 6

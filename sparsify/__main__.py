@@ -1,0 +1,12 @@
+"""`python -m sparsify` is the command `sparsify`."""
+
+from __future__ import annotations
+
+import sys
+
+from sparsify.cli import main
+
+__all__: list[str] = []
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,342 @@
+"""The command line: each command is a few lines over a public function.
+
+Exit codes: 0 all is well; 1 it works but falls short of what was asked; 2 bad input, said in a line.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import math
+import os
+import sys
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from sparsify.errors import ArgumentError, SparsifyError
+from sparsify.files import replacing
+
+__all__ = ["main"]
+
+FINE, SHORT, BAD = 0, 1, 2
+
+Arguments = argparse.Namespace
+Words = argparse.ArgumentParser
+
+
+def main(words: Sequence[str] | None = None) -> int:
+    """Runs one command and returns its exit code.
+
+    Args:
+        words: the words behind `sparsify`; None: those of the process.
+    """
+    parser = _parser()
+    arguments = parser.parse_args(words)
+    with warnings.catch_warnings():
+        warnings.simplefilter("default")
+        warnings.showwarning = _warn
+        try:
+            code = arguments.run(arguments)
+            sys.stdout.flush()
+        except SparsifyError as error:
+            print(f"error: {error}", file=sys.stderr)
+            return BAD
+        except KeyboardInterrupt:
+            print("stopped.", file=sys.stderr)
+            return 130
+        except BrokenPipeError:
+            # Whoever read the output has seen enough. What is still in the buffer must not complain at exit.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return FINE
+    return int(code)
+
+
+# ---------------------------------------------------------------------- commands
+
+
+def _analyze(arguments: Arguments) -> int:
+    from sparsify.analysis import analyze_model
+    from sparsify.references import inputs_of, model_of
+
+    found = analyze_model(model_of(arguments.model), inputs_of(arguments.input))
+    _say(arguments, found.to_json, lambda: str(found))
+    return FINE
+
+
+def _plan(arguments: Arguments) -> int:
+    from sparsify.optimize.planning import plan
+    from sparsify.references import inputs_of, torch_model
+
+    model = None if arguments.model is None else torch_model(arguments.model)
+    made = plan(
+        _recipe(arguments),
+        model,
+        arguments.steps_per_epoch,
+        sample_inputs=inputs_of(arguments.input) if model is not None else None,
+        epochs=arguments.epochs,
+    )
+    if arguments.plot is not None:
+        made.plot(arguments.plot)
+    _say(arguments, made.to_json, lambda: f"{made}\n\n{made.layers().text()}" if made.weights else str(made))
+    return SHORT if arguments.strict and made.warnings else FINE
+
+
+def _check(arguments: Arguments) -> int:
+    from sparsify.references import torch_model
+
+    recipe = _recipe(arguments)
+    found: dict[str, list[str]] = {}
+    if arguments.model is not None:
+        model = torch_model(arguments.model)
+        recipe.check(model)
+        for number, modifier in enumerate(recipe.written):
+            names = list(modifier.targets(model))
+            found[f"{number + 1}. {type(modifier).__name__}"] = names
+    else:
+        found = {f"{n + 1}. {type(m).__name__}": m.names() for n, m in enumerate(recipe.written)}
+    said = {"max_epochs": recipe.max_epochs, "modifiers": found}
+
+    def text() -> str:
+        lines = [f"{arguments.recipe}: fine; {len(found)} modifiers, {recipe.max_epochs:g} epochs"]
+        for name, names in found.items():
+            what = (
+                f": {len(names)} of the model" if names and arguments.model else f": {', '.join(names)}" * bool(names)
+            )
+            lines.append(f"  {name}{what}")
+        return "\n".join(lines)
+
+    _say(arguments, lambda: json.dumps(said, indent=2), text)
+    return FINE
+
+
+def _schema(arguments: Arguments) -> int:
+    from sparsify.recipe import Recipe
+
+    _write(arguments.output, json.dumps(Recipe.json_schema(), indent=2))
+    return FINE
+
+
+def _convert(arguments: Arguments) -> int:
+    _write(arguments.output, _recipe(arguments).to_yaml())
+    return FINE
+
+
+def _compose(arguments: Arguments) -> int:
+    from sparsify.recipe import Recipe
+
+    made = Recipe.compose(Path(arguments.base), Path(arguments.additional), arguments.keep_original_epochs)
+    _write(arguments.output, made.to_yaml())
+    return FINE
+
+
+def _benchmark(arguments: Arguments) -> int:
+    from sparsify.benchmark import benchmark_onnx, compare_onnx
+
+    options = {"batch_size": arguments.batch_size, "threads": arguments.threads, "iterations": arguments.iterations}
+    found = benchmark_onnx(arguments.file, **options)
+    ratio = None
+    if arguments.compare is not None:
+        ratio = compare_onnx(arguments.compare, arguments.file, **options)
+    said = {"benchmark": _plain(found), "compared": None if ratio is None else _plain(ratio)}
+    lines = [str(found), *([] if ratio is None else [str(ratio)])]
+    _say(arguments, lambda: json.dumps(said, indent=2), lambda: "\n".join(lines))
+    slow = arguments.at_most is not None and found.latency_p50_ms > arguments.at_most
+    if slow:
+        print(f"{found.latency_p50_ms:.3f} ms is more than {arguments.at_most:g} ms.", file=sys.stderr)
+    return SHORT if slow else FINE
+
+
+def _verify(arguments: Arguments) -> int:
+    from sparsify.references import inputs_of
+    from sparsify.verify import verify_onnx
+
+    found = verify_onnx(_trained(arguments), arguments.file, inputs_of(arguments.input))
+    _say(arguments, lambda: json.dumps({**_plain(found), "ok": found.ok}, indent=2), lambda: str(found))
+    return FINE if found.ok else SHORT
+
+
+def _export(arguments: Arguments) -> int:
+    from sparsify.export import export_onnx
+    from sparsify.references import inputs_of
+
+    inputs = inputs_of(arguments.input)
+    found = export_onnx(_trained(arguments), inputs, arguments.output, opset=arguments.opset)
+    _say(arguments, lambda: json.dumps(_plain(found), indent=2), lambda: str(found))
+    return FINE
+
+
+# ---------------------------------------------------------------------- what they have in common
+
+
+def _trained(arguments: Arguments) -> Any:
+    """The torch model, with the weights and the structure of a checkpoint where one is given."""
+    from sparsify.errors import DataError, DataFileError
+    from sparsify.manager import ScheduledModifierManager
+    from sparsify.references import inputs_of, torch_model
+
+    model = torch_model(arguments.model)
+    if arguments.checkpoint is None:
+        return model
+    import torch
+
+    path = Path(arguments.checkpoint)
+    if not path.is_file():
+        raise DataFileError(f"{path}: there is no such file.")
+    try:
+        saved = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises whatever comes up in a broken file.
+        raise DataError(f"{path}: cannot be read as a checkpoint of plain tensors: {error}") from error
+    if arguments.recipe is not None:
+        manager = ScheduledModifierManager.from_yaml(Path(arguments.recipe))
+        state = saved.get("manager") if isinstance(saved, Mapping) else None
+        manager.apply_structure(model, state=state, sample_inputs=inputs_of(arguments.input))
+    weights = saved["model"] if isinstance(saved, Mapping) and isinstance(saved.get("model"), Mapping) else saved
+    try:
+        model.load_state_dict(weights)
+    except (RuntimeError, TypeError, AttributeError) as error:
+        raise DataError(
+            f"{path}: the weights do not fit {type(model).__name__}: {error} A model that was quantized or shrunk by a "
+            "recipe needs --recipe too."
+        ) from error
+    return model.eval()
+
+
+def _recipe(arguments: Arguments) -> Any:
+    from sparsify.recipe import Recipe
+
+    variables = dict(_assignment(text) for text in arguments.set or ())
+    return Recipe.load(Path(arguments.recipe), variables or None)
+
+
+def _assignment(text: str) -> tuple[str, Any]:
+    name, equals, value = text.partition("=")
+    if not equals or not name.isidentifier():
+        raise ArgumentError(f"--set: {text!r} is not written as name=value.")
+    try:
+        return name, json.loads(value)
+    except json.JSONDecodeError:
+        return name, value
+
+
+def _say(arguments: Arguments, as_json: Callable[[], str], as_text: Callable[[], str]) -> None:
+    print(as_json() if arguments.json else as_text())
+
+
+def _write(path: str | None, text: str) -> None:
+    """To a file, or to standard output."""
+    if path is None:
+        print(text.rstrip("\n"))
+        return
+    with replacing(path) as temporary:
+        temporary.write_text(text.rstrip("\n") + "\n", encoding="utf-8")
+
+
+def _plain(value: Any) -> Any:
+    """Dataclasses, paths and numbers as JSON knows them."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {field.name: _plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple | set | frozenset):
+        return [_plain(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value if value is None or isinstance(value, bool | int | float | str) else str(value)
+
+
+def _warn(message: Warning | str, *_: Any, **__: Any) -> None:
+    print(f"warning: {message}", file=sys.stderr)
+
+
+# ---------------------------------------------------------------------- words
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="sparsify",
+        description="Makes PyTorch models smaller and faster while they train.",
+        epilog="A model is package.module:function (called without arguments; the working folder is searched too) or "
+        "an ONNX file. Inputs are shapes like 1x3x224x224 or 1x128:int<30522, or package.module:function.",
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def command(
+        name: str, run: Callable[[Arguments], int], text: str, under: Any = commands
+    ) -> argparse.ArgumentParser:
+        made: Words = under.add_parser(name, help=text, description=text)
+        made.set_defaults(run=run)
+        return made
+
+    def model(made: Words, *, optional: bool = False) -> None:
+        what = "package.module:function" if optional else "package.module:function, or an ONNX file"
+        if optional:
+            made.add_argument("--model", help=what)
+        else:
+            made.add_argument("model", help=what)
+        made.add_argument("--input", action="append", metavar="SHAPE", help="an input of the model; may be repeated")
+
+    def recipe(made: Words) -> None:
+        made.add_argument("recipe", help="a recipe file")
+        made.add_argument("--set", action="append", metavar="NAME=VALUE", help="a variable of the recipe")
+
+    def as_json(made: Words) -> None:
+        made.add_argument("--json", action="store_true", help="JSON on standard output")
+
+    made = command("analyze", _analyze, "Layers, shapes, parameters, MACs, and what can be compressed.")
+    model(made)
+    as_json(made)
+
+    made = command("plan", _plan, "What a recipe will do over the epochs, without training.")
+    recipe(made)
+    model(made, optional=True)
+    made.add_argument("--steps-per-epoch", type=int, help="optimizer steps in an epoch")
+    made.add_argument("--epochs", type=float, help="how long training lasts, where that is not the recipe's end")
+    made.add_argument("--plot", metavar="FILE", help="draws it, to a .png, .pdf or .svg file")
+    made.add_argument("--strict", action="store_true", help="exit code 1 where there are warnings")
+    as_json(made)
+
+    made = command("check", _check, "Whether a recipe can be read, and its names are in a model.")
+    recipe(made)
+    made.add_argument("--model", help="package.module:function")
+    as_json(made)
+
+    under = commands.add_parser("recipe", help="Recipe files: their schema, conversion, composition.").add_subparsers(
+        dest="what", required=True, metavar="WHAT"
+    )
+    made = command("schema", _schema, "The JSON schema of recipes, for editors.", under)
+    made.add_argument("--output", metavar="FILE")
+    made = command("convert", _convert, "Rewrites a recipe, also an old one, as sparsify writes it.", under)
+    recipe(made)
+    made.add_argument("--output", metavar="FILE")
+    made = command("compose", _compose, "One recipe after the other, as stages of one.", under)
+    made.add_argument("base", help="the recipe that comes first")
+    made.add_argument("additional", help="the recipe that follows")
+    made.add_argument("--keep-original-epochs", action="store_true", help="do not shift the epochs of the second")
+    made.add_argument("--output", metavar="FILE")
+
+    made = command("benchmark", _benchmark, "Latency and throughput of an ONNX file in onnxruntime.")
+    made.add_argument("file", help="an ONNX file")
+    made.add_argument("--batch-size", type=int, default=1)
+    made.add_argument("--threads", type=int)
+    made.add_argument("--iterations", type=int, default=50)
+    made.add_argument("--compare", metavar="FILE", help="how many times faster than this one, in alternating runs")
+    made.add_argument("--at-most", type=float, metavar="MS", help="exit code 1 where the median is slower")
+    as_json(made)
+
+    def trained(made: Words) -> None:
+        model(made)
+        made.add_argument("--checkpoint", metavar="FILE", help="weights, or a checkpoint of model and manager")
+        made.add_argument("--recipe", metavar="FILE", help="the recipe that the checkpoint was trained by")
+        as_json(made)
+
+    made = command("verify", _verify, "Whether onnxruntime computes with a file what the torch model does.")
+    trained(made)
+    made.add_argument("file", help="the exported ONNX file")
+    made = command("export", _export, "A torch model as a checked ONNX file.")
+    trained(made)
+    made.add_argument("--output", required=True, metavar="FILE")
+    made.add_argument("--opset", type=int)
+    return parser
