@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import platform
+import re
 import statistics
 import tempfile
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,7 +20,7 @@ import torch
 from torch import nn
 
 from sparsify.analysis.forms import Form, cuttable, export, exported_forms, tracked
-from sparsify.analysis.layers import ModelAnalysis, analyze_model
+from sparsify.analysis.layers import LayerInfo, ModelAnalysis, analyze_model
 from sparsify.analysis.node_times import NodeTimes, node_times
 from sparsify.analysis.performance import FORMAT, SKIPPING_FLOOR, SPARSITIES, LayerPerformance, PerformanceProfile
 from sparsify.errors import ArgumentError, DataError, StateError
@@ -179,39 +181,64 @@ def median_ms(session: Any, feed: Mapping[str, np.ndarray], warmup: int, iterati
     return statistics.median(times) * 1e3
 
 
-def layers_of_nodes(graph: GraphProto, analysis: ModelAnalysis) -> list[str | None]:
-    """The layer that each node of a file computes; None for those that compute none.
+def layers_of_nodes(graph: GraphProto, analysis: ModelAnalysis) -> list[tuple[str, ...]]:
+    """The layers that each node of a file computes: mostly one; none for many; all weights of a recurrent layer.
 
     Our files name a node "<module>/<operator>" and a weight by its parameter; in files of others a node has the name
     that `analyze_model` gives it.
     """
     names = {layer.name for layer in analysis.layers}
     producer = {name: node for node in graph.node for name in node.output}
-    stored = {tensor.name for tensor in graph.initializer}
-    owners = [_owner(node, names, producer, stored) for node in graph.node]
-    # Products of activations: in the order in which they stand in their module, attention with two of them.
-    functional: dict[str, list[str]] = defaultdict(list)
+    stored = {tensor.name: tensor for tensor in graph.initializer}
+    owners = [_owner(node, names, producer, set(stored)) for node in graph.node]
+    # What belongs to no module of its own, in the order in which it stands in its module's forward.
+    products: dict[str, list[str]] = defaultdict(list)
+    weights: dict[str, list[LayerInfo]] = defaultdict(list)
     calls: dict[str, int] = defaultdict(lambda: 1)
     for layer in analysis.layers:
+        module = layer.name.rpartition(".")[0]
         if layer.weight is None:
-            module = layer.name.rpartition(".")[0]
-            functional[module] += [layer.name] * (2 if "attention" in layer.type else 1)
+            products[module] += [layer.name] * (2 if "attention" in layer.type else 1)
             calls[module] = max(calls[module], layer.calls)
+        else:
+            weights[module].append(layer)
     waiting: dict[str, list[int]] = defaultdict(list)
+    recurrent: Counter[str] = Counter()
     for i, node in enumerate(graph.node):
-        if owners[i] is None and node.op_type in ("MatMul", "Einsum", "Gemm"):
-            waiting[_module(node)].append(i)
+        module = _module(node)
+        if owners[i]:
+            continue
+        if node.op_type in ("LSTM", "GRU", "RNN"):
+            level = re.compile(rf"_l{recurrent[module]}(_reverse)?$")
+            recurrent[module] += 1
+            owners[i] = tuple(layer.name for layer in weights[module] if level.search(layer.name))
+        elif node.op_type in ("MatMul", "Einsum", "Gemm"):
+            # A weight that was transposed for the product has lost its name; its size tells.
+            sizes = [
+                math.prod(stored[name].dims) for name in node.input if name in stored and len(stored[name].dims) > 1
+            ]
+            of_size = [layer.name for layer in weights[module] if layer.weights in sizes]
+            if len(of_size) == 1:
+                owners[i] = tuple(of_size)
+            elif not sizes:
+                waiting[module].append(i)
     for module, nodes in waiting.items():
-        mine = functional.get(module, []) * calls[module]
+        mine = products.get(module, []) * calls[module]
         if len(set(mine)) == 1:
             mine = mine[:1] * len(nodes)
         if len(mine) == len(nodes):
             for i, name in zip(nodes, mine, strict=True):
-                owners[i] = name
+                owners[i] = (name,)
     return owners
 
 
-def _owner(node: NodeProto, names: set[str], producer: Mapping[str, NodeProto], stored: set[str]) -> str | None:
+def _owner(node: NodeProto, names: set[str], producer: Mapping[str, NodeProto], stored: set[str]) -> tuple[str, ...]:
+    module, own = _module(node), str(node.name)
+    parent, _, last = module.rpartition(".")
+    if module in names:
+        return (module,)
+    if last.endswith("_quantizer") and parent in names:
+        return (parent,)
     for value in node.input:
         for _ in range(8):
             made = producer.get(value)
@@ -222,15 +249,8 @@ def _owner(node: NodeProto, names: set[str], producer: Mapping[str, NodeProto], 
             stem = str(value).removesuffix("_int8")
             for suffix in (".weight", "_weight"):
                 if stem.endswith(suffix) and stem.removesuffix(suffix) in names:
-                    return stem.removesuffix(suffix)
-    module = _module(node)
-    if module in names:
-        return module
-    name = str(node.name)
-    parent, _, last = module.rpartition(".")
-    if last.endswith("_quantizer") and parent in names:
-        return parent
-    return name if name in names else None
+                    return (stem.removesuffix(suffix),)
+    return (own,) if own in names else ()
 
 
 def _module(node: NodeProto) -> str:
@@ -254,10 +274,17 @@ def _assembled(
         if len(wide[kind]) < len(settings.widths) or not touched:
             wide[kind] = []
 
-    def layer(info: Any) -> LayerPerformance:
+    # What is quantized or not is the planner's decision, and the file may fall short of it.
+    stay = (
+        set()
+        if int8 is None
+        else {*int8.floating, *(i.name for i in analysis.layers if i.weight and not i.quantizable)}
+    )
+
+    def layer(info: LayerInfo) -> LayerPerformance:
         ms = dense.times.owners.get(info.name, 0.0)
         removable = info.weight in touched or (info.weight is None and bool(touched))
-        floating = int8 is None or info.name in int8.floating
+        floating = int8 is None or info.name in stay
         at_widths = {
             kind: tuple(one.times.owners.get(info.name, 0.0) for one in wide[kind]) if removable else ()
             for kind in wide
@@ -274,7 +301,7 @@ def _assembled(
 
     others_int8: dict[str, float] = {}
     if int8 is not None:
-        others_int8 = {f"{name}, in float": ms for name, ms in int8.times.owners.items() if name in int8.floating}
+        others_int8 = {f"{name}, in float": ms for name, ms in int8.times.owners.items() if name in stay}
         others_int8 |= int8.times.others
     totals = {}
     for kind, measured in (("float", dense), ("int8", int8)):

@@ -52,7 +52,7 @@ class NodeTimes:
 def node_times(
     model: ModelProto,
     feed: Mapping[str, np.ndarray],
-    owners: Sequence[str | None],
+    owners: Sequence[tuple[str, ...]],
     shares: Mapping[str, float],
     *,
     threads: int | None,
@@ -67,7 +67,7 @@ def node_times(
     are made for.
 
     Args:
-        owners: of each node of the model's graph, in order; None for those without.
+        owners: of each node of the model's graph, in order; several share its time, () has none.
         shares: by owner, e.g. multiplications.
         folder: where values lie that the model has outside of its file.
 
@@ -175,7 +175,7 @@ def _profiled(
 class _Origins:
     """Which nodes of the file the nodes of the optimized graph stand for."""
 
-    def __init__(self, file: GraphProto, optimized: GraphProto, owners: Sequence[str | None]) -> None:
+    def __init__(self, file: GraphProto, optimized: GraphProto, owners: Sequence[tuple[str, ...]]) -> None:
         self.file, self.file_owners = file, owners
         self.nodes: dict[str, NodeProto] = {node.name: node for node in optimized.node}
         self.made_in_file = {name: i for i, node in enumerate(file.node) for name in node.output}
@@ -217,7 +217,7 @@ class _Origins:
 
     def _own(self, node: NodeProto) -> list[str]:
         anchors = self.anchors[node.name]
-        direct = [owner for i in anchors if (owner := self.file_owners[i]) is not None]
+        direct = [owner for i in anchors for owner in self.file_owners[i]]
         if direct:
             return list(dict.fromkeys(direct))
         if len(anchors) == 1 and self.file.node[anchors[0]].op_type == node.op_type:
@@ -231,11 +231,9 @@ class _Origins:
                 if i is None or i in seen or i in self.taken:
                     continue
                 seen.add(i)
-                owner = self.file_owners[i]
-                if owner is None:
+                found.update(dict.fromkeys(self.file_owners[i]))
+                if not self.file_owners[i]:
                     todo.append(i)
-                else:
-                    found[owner] = None
         return list(found)
 
     def _converts(self, node: NodeProto) -> bool:
