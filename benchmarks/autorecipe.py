@@ -27,6 +27,7 @@ import statistics
 import sys
 import tempfile
 import time
+from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -44,7 +45,7 @@ from models import ResNet
 
 from sparsify import Recipe, ScheduledModifierManager, benchmark_onnx, export_onnx
 from sparsify.analysis.layers import analyze_model
-from sparsify.analysis.loss import loss_profile
+from sparsify.analysis.loss import LossProfile, loss_profile
 from sparsify.optimize.allocation import PruningProfile, PruningSettings, curves, pruning_profile
 from sparsify.optimize.latency import latency_plan
 from sparsify.optimize.recipes import create_recipe
@@ -88,16 +89,23 @@ def dense(folder: Path, network: str, seed: int) -> tuple[nn.Module, task.Digits
     return model, data
 
 
-def recipe_of(row: str, level: float, model: nn.Module, data: task.Digits) -> Recipe:
-    """What create_recipe makes of the network."""
+def profile_of(path: Path, model: nn.Module, data: task.Digits, **options: Any) -> LossProfile:
+    """A loss profile on the training images, made once for all levels."""
+    if not path.exists():
+        batches = [(data.train_x, data.train_y)]
+        loss_profile(model, batches, F.cross_entropy, progress=False, **options).save(path)
+    return LossProfile.load(path)
+
+
+def recipe_of(folder: Path, row: str, level: float, model: nn.Module, data: task.Digits, name: str) -> Recipe:
+    """What create_recipe makes of the network, which `name` tells from others."""
     sample = data.test_x[:1]
     common: dict[str, Any] = {"training": TRAINING}
-    batches = [(data.train_x, data.train_y)]
     if row in LATENCY_ROWS:
-        return structured(row, model, data, common)
+        return structured(folder, row, model, data, common, name)
     loss = None
     if row in ("fisher", "data"):
-        loss = loss_profile(model, batches, F.cross_entropy, method=row, progress=False)  # type: ignore[arg-type]
+        loss = profile_of(folder / f"{name}_{row}.json", model, data, method=row)
     settings = replace(SETTINGS, sparsity=level)
     if row != "uniform":
         return create_recipe(model, sample, settings=settings, loss=loss, **common)
@@ -112,7 +120,9 @@ def evened(profile: PruningProfile, level: float) -> PruningProfile:
     return replace(profile, layers=choices)
 
 
-def structured(row: str, model: nn.Module, data: task.Digits, common: dict[str, Any]) -> Recipe:
+def structured(
+    folder: Path, row: str, model: nn.Module, data: task.Digits, common: dict[str, Any], name: str
+) -> Recipe:
     """Every family the same share of channels; or the least loss within the time that this takes."""
     sample = data.test_x[:1]
     if row == "uniform widths":
@@ -122,22 +132,19 @@ def structured(row: str, model: nn.Module, data: task.Digits, common: dict[str, 
         first = next(m for m in profile.written if m.whole_channels)
         even = first.model_copy(update={"params": params, "final_sparsity": CHANNELS})
         return Recipe.from_modifiers([*written, even])
-    even, _ = dense_copy_by(recipe_of("uniform widths", 0.0, model, data), model, sample)
+    even = narrowed_by(recipe_of(folder, "uniform widths", 0.0, model, data, name), model, sample)
     goal = latency_of(even, sample)
-    loss = loss_profile(
-        model, [(data.train_x, data.train_y)], F.cross_entropy, structured=True, progress=False, sample_inputs=sample
-    )
+    path = folder / f"{name}_channels.json"
+    loss = profile_of(path, model, data, structured=True, sample_inputs=sample)
     plan = latency_plan(model, sample, goal, loss=loss, int8=False, progress=False)
     return create_recipe(model, sample, latency_plan=plan, **common)
 
 
-def dense_copy_by(recipe: Recipe, model: nn.Module, sample: Tensor) -> tuple[nn.Module, int]:
+def narrowed_by(recipe: Recipe, model: nn.Module, sample: Tensor) -> nn.Module:
     """A copy in the shape that the recipe gives it."""
-    from copy import deepcopy
-
     smaller = deepcopy(model)
     ScheduledModifierManager([m for m in recipe.written if m.whole_channels]).apply(smaller, sample_inputs=sample)
-    return smaller, sum(p.numel() for p in smaller.parameters())
+    return smaller
 
 
 def latency_of(model: nn.Module, sample: Tensor) -> float:
@@ -173,7 +180,7 @@ def run(folder: Path, network: str, row: str, level: float, seed: int) -> Result
     begun = time.perf_counter()
     model, data = dense(folder, network, seed)
     found: Result = {"dense": task.accuracy(model, data)}
-    recipe = recipe_of(row, level, model, data)
+    recipe = recipe_of(folder, row, level, model, data, f"{network}_{seed}")
     train(recipe, model, data, seed)
     found |= {"accuracy": task.accuracy(model, data), "zeros": zeros(model), "seconds": time.perf_counter() - begun}
     if row in LATENCY_ROWS:
