@@ -276,7 +276,7 @@ def sparsity_of(weight: Tensor) -> float:
     """The fraction of zeros, counted one by one: a row that sums to 0 is not a pruned row."""
     if not weight.numel() or weight.is_meta:
         return 0.0
-    return 1.0 - int(torch.count_nonzero(weight.detach())) / weight.numel()
+    return (weight.numel() - int(torch.count_nonzero(weight.detach()))) / weight.numel()
 
 
 def _why_not_prunable(name: str, parameter: nn.Parameter) -> str:

@@ -158,9 +158,9 @@ def _figures(values: Tensor) -> dict[str, Any]:
     nonzero = values != 0
     rows = nonzero.reshape(values.shape[0], -1).any(1) if values.dim() else nonzero.reshape(1)
     return {
-        "sparsity": 1.0 - int(nonzero.sum()) / values.numel(),
+        "sparsity": int((~nonzero).sum()) / values.numel(),
         "unique_values": int(torch.unique(values).numel()),
-        "zero_rows": 1.0 - int(rows.sum()) / rows.numel(),
+        "zero_rows": int((~rows).sum()) / rows.numel(),
     }
 
 
@@ -198,7 +198,7 @@ def _of_file(path: str | os.PathLike[str], threshold: int) -> dict[str, WeightMe
             unique_values=int(np.unique(weight.values).size),
             child_ops=ops,
             bits=weight.bits,
-            zero_rows=1.0 - int(rows.sum()) / rows.size,
+            zero_rows=int(np.count_nonzero(~rows)) / rows.size,
         )
     return found
 
