@@ -106,11 +106,12 @@ def main() -> None:
     for name, build in NETWORKS.items():
         if arguments.only.lower() not in name.lower():
             continue
+        trained: dict[int, nn.Module] = {}
         for what, rates in (("from scratch", FROM_SCRATCH), ("fine-tuning", FINE_TUNING)):
             for rate in rates:
                 if arguments.rates and rate not in arguments.rates:
                     continue
-                row(name, build, what, rate, data, arguments)
+                row(name, build, what, rate, data, trained, arguments)
 
 
 def row(
@@ -119,15 +120,19 @@ def row(
     what: str,
     rate: float,
     data: tuple[Tensor, ...],
+    trained: dict[int, nn.Module],
     arguments: argparse.Namespace,
 ) -> None:
-    """One line: the same training in float and quantized, seed by seed."""
+    """One line: the same training in float and quantized, seed by seed. `trained`: where fine-tuning starts."""
     floats, quantized, again = [], [], []
     for seed in arguments.seeds:
         torch.manual_seed(seed)
         model = build()
         if what == "fine-tuning":
-            train(model, data, 0.1, arguments.epochs, seed, None)
+            if seed not in trained:
+                train(model, data, 0.1, arguments.epochs, seed, None)
+                trained[seed] = model
+            model = copy.deepcopy(trained[seed])
         epochs = arguments.epochs if what == "from scratch" else max(1, arguments.epochs // 4)
         floats.append(train(copy.deepcopy(model), data, rate, epochs, seed, None))
         if arguments.twice:
