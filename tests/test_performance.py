@@ -376,6 +376,36 @@ def test_a_file_is_measured_as_it_is(tmp_path: Path) -> None:
         performance_profile(tmp_path / "none.onnx", **FEW)
 
 
+@pytest.mark.parametrize("model", [Tied(), Recurrent(), Attention()], ids=["tied", "recurrent", "attention"])
+def test_every_layer_of_a_file_has_its_time(model: nn.Module, tmp_path: Path) -> None:
+    path = tmp_path / "model.onnx"
+    export_onnx(
+        model, torch.randn(1, 5, 8) if isinstance(model, Recurrent) else torch.zeros(1, 5, dtype=torch.int64), path
+    )
+    profile = performance_profile(path, **FEW)
+    sums_up(profile)
+    assert [one.name for one in profile.layers] == [one.name for one in analyze_model(path).layers]
+    assert not [one.name for one in profile.layers if one.ms <= 0]
+
+
+def test_a_file_of_others_is_measured_by_its_own_names(tmp_path: Path) -> None:
+    value = helper.make_tensor_value_info
+    stored = {"body.weight": np.ones((8, 3, 3, 3)), "w": np.ones((4, 8, 1, 1)), "v": np.ones((4, 4, 1, 1))}
+    nodes = [
+        helper.make_node("Conv", ["x", "body.weight"], ["a"], name="/body/Conv"),
+        helper.make_node("Relu", ["a"], ["b"], name="/Relu"),
+        helper.make_node("Conv", ["b", "w"], ["c"], name="second"),
+        helper.make_node("Conv", ["c", "v"], ["y"]),
+    ]
+    weights = [onnx.numpy_helper.from_array(array.astype(np.float32), name) for name, array in stored.items()]
+    graph = helper.make_graph(nodes, "g", [value("x", 1, [1, 3, 9, 9])], [value("y", 1, [1, 4, 7, 7])], weights)
+    path = tmp_path / "other.onnx"
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9), path)
+    profile = performance_profile(path, **FEW)
+    sums_up(profile)
+    assert {one.name: one.ms > 0 for one in profile.layers} == {"body": True, "second": True, "y": True}
+
+
 def branching_file() -> onnx.ModelProto:
     """A product, then an If whose branch reads it."""
     value = helper.make_tensor_value_info

@@ -211,7 +211,10 @@ def layers_of_nodes(graph: GraphProto, analysis: ModelAnalysis) -> list[tuple[st
         if node.op_type in ("LSTM", "GRU", "RNN"):
             level = re.compile(rf"_l{recurrent[module]}(_reverse)?$")
             recurrent[module] += 1
-            owners[i] = tuple(layer.name for layer in weights[module] if level.search(layer.name))
+            mine = [layer.name for layer in weights[module or node.name]]
+            # In a file all that a recurrent layer stores is packed, without a level in its name.
+            found = [name for name in mine if level.search(name)] or [n for n in mine if n.endswith(("_ih", "_hh"))]
+            owners[i] = tuple(found)
         elif node.op_type in ("MatMul", "Einsum", "Gemm"):
             # A weight that was transposed for the product has lost its name; its size tells.
             sizes = [
@@ -223,11 +226,11 @@ def layers_of_nodes(graph: GraphProto, analysis: ModelAnalysis) -> list[tuple[st
             elif not sizes:
                 waiting[module].append(i)
     for module, nodes in waiting.items():
-        mine = products.get(module, []) * calls[module]
-        if len(set(mine)) == 1:
-            mine = mine[:1] * len(nodes)
-        if len(mine) == len(nodes):
-            for i, name in zip(nodes, mine, strict=True):
+        own = products.get(module, []) * calls[module]
+        if len(set(own)) == 1:
+            own = own[:1] * len(nodes)
+        if len(own) == len(nodes):
+            for i, name in zip(nodes, own, strict=True):
                 owners[i] = (name,)
     return owners
 
@@ -250,11 +253,14 @@ def _owner(node: NodeProto, names: set[str], producer: Mapping[str, NodeProto], 
             for suffix in (".weight", "_weight"):
                 if stem.endswith(suffix) and stem.removesuffix(suffix) in names:
                     return (stem.removesuffix(suffix),)
-    return (own,) if own in names else ()
+    # What has no name of its own in a file is called by what it gives.
+    return next(((name,) for name in (own, *node.output) if name and name in names), ())
 
 
 def _module(node: NodeProto) -> str:
-    return node.name.split("/", 1)[0] if "/" in node.name else ""
+    # Ours are "block.0/Conv", those of others may be "/block/0/Conv".
+    name = str(node.name)
+    return name.rpartition("/")[0] if name.startswith("/") else name.split("/", 1)[0] if "/" in name else ""
 
 
 def _assembled(
