@@ -66,6 +66,82 @@ def _analyze(arguments: Arguments) -> int:
     return FINE
 
 
+def _optimize(arguments: Arguments) -> int:
+    from sparsify.analysis import analyze_model, loss_profile, performance_profile
+    from sparsify.optimize import OriginalTraining, PruningSettings, create_recipe, latency_plan
+    from sparsify.references import called, inputs_of, resolve, torch_model
+
+    model, inputs = torch_model(arguments.model), inputs_of(arguments.input)
+    settings = None
+    if arguments.sparsity is not None or arguments.balance is not None or arguments.override:
+        if arguments.goal_ms is not None:
+            raise ArgumentError("--goal-ms says how much goes; leave --sparsity, --balance and --override out.")
+        given = {"sparsity": arguments.sparsity, "balance": arguments.balance}
+        overrides = dict(_share(text) for text in arguments.override or ())
+        settings = PruningSettings(**{n: v for n, v in given.items() if v is not None}, overrides=overrides)
+    rates = (arguments.initial_lr, arguments.final_lr)
+    training = None
+    if arguments.epochs is not None:
+        training = OriginalTraining(arguments.epochs, *rates, optimizer=arguments.optimizer)
+    elif any(rate is not None for rate in rates):
+        raise ArgumentError("--initial-lr and --final-lr belong to an original training: give its --epochs too.")
+    if inputs is None and (arguments.measure or arguments.goal_ms is not None):
+        raise ArgumentError("--measure and --goal-ms run the model: give --input.")
+    data = None if arguments.data is None else called(arguments.data, "--data")
+    criterion = None if arguments.loss is None else resolve(arguments.loss, "--loss")
+    if data is not None and not isinstance(data, list | tuple):
+        data = list(data)
+
+    loss = performance = latency = None
+    if data is not None:
+        whole = arguments.structured or arguments.goal_ms is not None
+        loss = loss_profile(model, data, criterion, structured=whole, sample_inputs=inputs)
+    if arguments.measure or arguments.goal_ms is not None:
+        threads = (arguments.threads,)
+        performance = performance_profile(model, inputs, batch_sizes=(arguments.batch_size,), threads=threads)
+    if arguments.goal_ms is not None:
+        latency = latency_plan(
+            model,
+            inputs,
+            arguments.goal_ms,
+            batch_size=arguments.batch_size,
+            threads=arguments.threads,
+            performance=performance,
+            loss=loss,
+        )
+    made = create_recipe(
+        model,
+        inputs,
+        optim_level=arguments.level,
+        preset=arguments.preset,
+        settings=settings,
+        latency_plan=latency,
+        analysis=None if inputs is None else analyze_model(model, inputs),
+        performance=performance,
+        loss=None if latency is not None else loss,
+        training=training,
+        quantize=False if arguments.no_quantize else None,
+        distill=arguments.distill,
+        structured=True if arguments.structured else None,
+    )
+    made.save(arguments.output)
+    evidence = made.evidence
+    said = {"recipe": str(arguments.output), "evidence": None if evidence is None else evidence.model_dump(mode="json")}
+    _say(arguments, lambda: json.dumps(said, indent=2), lambda: f"{made.to_yaml()}\nwritten to {arguments.output}")
+    return FINE
+
+
+def _share(text: str) -> tuple[str, float]:
+    name, _, value = text.rpartition("=")
+    try:
+        share = float(value)
+    except ValueError:
+        name = ""
+    if not name:
+        raise ArgumentError(f"--override: {text!r} is not written as layer=sparsity, like layer1.0.conv1=0.8.")
+    return name, share
+
+
 def _plan(arguments: Arguments) -> int:
     from sparsify.optimize.planning import plan
     from sparsify.references import inputs_of, torch_model
@@ -287,6 +363,29 @@ def _parser() -> argparse.ArgumentParser:
 
     made = command("analyze", _analyze, "Layers, shapes, parameters, MACs, and what can be compressed.")
     model(made)
+    as_json(made)
+
+    made = command("optimize", _optimize, "A recipe for a model, with the evidence for each of its numbers.")
+    model(made)
+    made.add_argument("--output", default="recipe.yaml", metavar="FILE")
+    made.add_argument("--level", type=float, help="how much, 0 to 1; 0.5 where nothing is said")
+    made.add_argument("--preset", help="a kind of goal, by its name")
+    made.add_argument("--sparsity", type=float, help="average share of zeros, 0 to 1")
+    made.add_argument("--balance", type=float, help="1 looks at recovery alone, 0 at performance alone")
+    made.add_argument("--override", action="append", metavar="LAYER=SPARSITY", help="one layer by hand")
+    made.add_argument("--goal-ms", type=float, help="as fast as this in onnxruntime, with the least loss")
+    made.add_argument("--structured", action="store_true", help="whole channels go: the model gets smaller")
+    made.add_argument("--no-quantize", action="store_true")
+    made.add_argument("--distill", action="store_true", help="the dense model teaches")
+    made.add_argument("--data", metavar="REFERENCE", help="gives batches: losses are measured")
+    made.add_argument("--loss", metavar="REFERENCE", help="loss of (outputs, target), for --data")
+    made.add_argument("--measure", action="store_true", help="layers are timed in onnxruntime")
+    made.add_argument("--batch-size", type=int, default=1)
+    made.add_argument("--threads", type=int, default=1)
+    made.add_argument("--epochs", type=float, help="of the original training")
+    made.add_argument("--initial-lr", type=float)
+    made.add_argument("--final-lr", type=float)
+    made.add_argument("--optimizer", default="SGD", help="of the original training")
     as_json(made)
 
     made = command("plan", _plan, "What a recipe will do over the epochs, without training.")

@@ -30,6 +30,10 @@ def words():
 def sample():
     return (torch.zeros(2, 3, 8, 8),)
 
+def batches():
+    torch.manual_seed(1)
+    return [(torch.randn(8, 3, 8, 8), torch.randint(0, 10, (8,))) for _ in range(2)]
+
 def broken():
     raise RuntimeError("no weights here")
 
@@ -81,6 +85,30 @@ def test_analyze_reads_a_file(capsys: pytest.CaptureFixture[str]) -> None:
     said("export shop:build --input shop:sample --output model.onnx", capsys)
     found = answer("analyze model.onnx", capsys)
     assert {layer["name"]: layer["macs"] for layer in found["layers"]} == {"0": 8 * 27 * 36, "4": 2880}
+
+
+def test_optimize_writes_a_recipe_that_fits(capsys: pytest.CaptureFixture[str]) -> None:
+    words = "optimize shop:build --input 2x3x8x8 --level 0.5 --epochs 20 --initial-lr 0.1 --final-lr 0.001"
+    found = answer(f"{words} --output made.yaml", capsys)
+    assert found["recipe"] == "made.yaml" and found["evidence"]["layers"]
+    said("check made.yaml --model shop:build", capsys)
+    foreseen = answer("plan made.yaml --model shop:build --input 2x3x8x8 --steps-per-epoch 20", capsys)
+    assert foreseen["warnings"] == [] and foreseen["moments"][-1]["zeros"]["4.weight"] > 0.4
+
+
+def test_optimize_with_measurements(capsys: pytest.CaptureFixture[str]) -> None:
+    words = "optimize shop:build --input 2x3x8x8 --sparsity 0.7 --balance 0.5 --override 4=0.5 --measure"
+    text = said(f"{words} --data shop:batches --loss torch.nn.functional:cross_entropy --no-quantize", capsys)
+    assert "recipe.yaml" in text
+    made = Recipe.load("recipe.yaml")
+    assert {type(m).__name__ for m in made.modifiers} >= {"GMPruningModifier", "EpochRangeModifier"}
+    assert "QuantizationModifier" not in text
+
+
+@pytest.mark.slow
+def test_optimize_for_a_latency(capsys: pytest.CaptureFixture[str]) -> None:
+    answer("optimize shop:build --input 1x3x8x8 --goal-ms 1000 --output fast.yaml", capsys)
+    said("check fast.yaml --model shop:build", capsys)
 
 
 def test_plan_with_and_without_a_model(capsys: pytest.CaptureFixture[str]) -> None:
@@ -166,6 +194,13 @@ def test_a_checkpoint_of_a_recipe_is_exported(capsys: pytest.CaptureFixture[str]
         ("analyze shop:build --input 1,3,8,8", "input: '1,3,8,8' is no shape. Write 1x3x224x224"),
         ("analyze shop:build --input 1x3:float<3", "only whole numbers have a largest value"),
         ("analyze nothing.onnx", "nothing.onnx: there is no such file"),
+        ("optimize shop:build --sparsity 0.5 --goal-ms 3 --output m.onnx", "--goal-ms says how much goes"),
+        ("optimize shop:build --sparsity 85 --output m.onnx", "did you mean 0.85"),
+        ("optimize shop:build --initial-lr 0.1 --output m.onnx", "belong to an original training"),
+        ("optimize shop:build --measure --output m.onnx", "--measure and --goal-ms run the model: give --input"),
+        ("optimize shop:build --override 4 --output m.onnx", "--override: '4' is not written as layer=sparsity"),
+        ("optimize shop:build --override 9=0.5 --output m.onnx", "there is no such layer"),
+        ("optimize shop:build --data shop:broken --output m.onnx", "no weights here"),
         ("plan nothing.yaml", "cannot read the recipe 'nothing.yaml'"),
         ("plan recipe.yaml --set last:5", "--set: 'last:5' is not written as name=value"),
         ("plan recipe.yaml --model shop:build --steps-per-epoch 0", "steps_per_epoch: 0 is no number of steps"),

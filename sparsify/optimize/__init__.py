@@ -1,12 +1,13 @@
 """From profiles to a recipe that says why, and what a recipe will do before it is trained."""
 
-from sparsify.optimize import allocation, code, latency, levels, outcome, planning, recipes, training
+from sparsify.optimize import allocation, code, latency, levels, outcome, planning, project, recipes, training
 from sparsify.optimize.allocation import *
 from sparsify.optimize.code import *
 from sparsify.optimize.latency import *
 from sparsify.optimize.levels import *
 from sparsify.optimize.outcome import *
 from sparsify.optimize.planning import *
+from sparsify.optimize.project import *
 from sparsify.optimize.recipes import *
 from sparsify.optimize.training import *
 
@@ -17,5 +18,6 @@ __all__ += latency.__all__
 __all__ += levels.__all__
 __all__ += outcome.__all__
 __all__ += planning.__all__
+__all__ += project.__all__
 __all__ += recipes.__all__
 __all__ += training.__all__

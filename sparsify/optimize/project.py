@@ -1,0 +1,368 @@
+"""A project on disk: a model, its profiles, and the optimizations and benchmarks made of it, side by side.
+
+Plain files: JSON for settings, profiles and benchmarks, YAML for recipes, ONNX for the model. Each is written whole or
+not at all; nothing is pickled, and nothing is run when a project is opened.
+
+    project.json                      what it is called, and how the model was trained
+    model.onnx, analysis.json
+    profiles/loss/NAME.json           profiles/performance/NAME.json
+    optimizations/NAME.yaml           the recipe, with NAME.json beside it: the settings it was made with
+    benchmarks/NAME.json
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sparsify.analysis.layers import ModelAnalysis, analyze_model
+from sparsify.analysis.loss import LossProfile
+from sparsify.analysis.performance import PerformanceProfile
+from sparsify.benchmark import Benchmark
+from sparsify.errors import ArgumentError, DataError, DataFileError, StateError, did_you_mean
+from sparsify.files import replacing
+from sparsify.optimize.allocation import PruningSettings
+from sparsify.optimize.training import OriginalTraining
+from sparsify.recipe import Recipe
+from sparsify.report import Column, Table
+
+if TYPE_CHECKING:
+    from torch import nn
+
+__all__ = ["Optimization", "Project", "ProjectSettings"]
+
+FORMAT = 1
+"""Of project.json; raised when it changes, so that an old one is not misread."""
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9 ._-]{0,99}")
+
+
+@dataclass(frozen=True)
+class ProjectSettings:
+    """What is known of a project from the start; may be changed later, which leaves optimizations as they are.
+
+    Attributes:
+        name: what it is called.
+        description: in the user's own words.
+        training: how the dense model was trained, where that is known.
+        batch_size, threads: what benchmarks and profiles of it are made with by default.
+    """
+
+    name: str = ""
+    description: str = ""
+    training: OriginalTraining | None = None
+    batch_size: int = 1
+    threads: int = 1
+
+    def __post_init__(self) -> None:
+        for what in ("batch_size", "threads"):
+            value = getattr(self, what)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ArgumentError(f"{what}: {value!r} is no whole number of 1 or more.")
+        for what in ("name", "description"):
+            if not isinstance(getattr(self, what), str):
+                raise ArgumentError(f"{what}: {getattr(self, what)!r} is no text.")
+
+
+@dataclass(frozen=True)
+class Optimization:
+    """A recipe, and the settings of the pruning profile that it was made with, where there are any."""
+
+    recipe: Recipe
+    settings: PruningSettings | None = None
+    text: str = field(default="", compare=False)
+    """The recipe as it is written, comments and all."""
+
+
+class Project:
+    """A folder that holds everything about compressing one model. Made by `create` and `open`.
+
+    What is read, is read from the disk when it is asked for; what is added, is on the disk when the call comes back.
+    """
+
+    def __init__(self, folder: Path, settings: ProjectSettings) -> None:
+        self._folder = folder
+        self._settings = settings
+
+    # ------------------------------------------------------------------ begin
+
+    @classmethod
+    def create(
+        cls,
+        folder: str | os.PathLike[str],
+        model: nn.Module | str | os.PathLike[str],
+        settings: ProjectSettings | None = None,
+        *,
+        sample_inputs: Any = None,
+    ) -> Project:
+        """Makes the folder, with the model as an ONNX file and its analysis.
+
+        Args:
+            folder: must not exist yet, or be empty.
+            model: a torch model, which is exported, or an ONNX file, which is copied.
+            sample_inputs: of a torch model.
+
+        Raises:
+            ArgumentError: the folder holds something, or a torch model comes without inputs.
+            ExportError: the model cannot be exported. DataError: the file is none. Nothing is left behind then.
+        """
+        from torch import nn
+
+        target = Path(folder)
+        if target.exists() and (not target.is_dir() or any(target.iterdir())):
+            raise ArgumentError(f"{target}: there is something already; give a new folder, or open the project in it.")
+        if isinstance(model, nn.Module) and sample_inputs is None:
+            raise ArgumentError("sample_inputs: a torch model is exported and analyzed on inputs; give some.")
+        settings = settings or ProjectSettings()
+        if not settings.name:
+            settings = dataclasses.replace(settings, name=target.name)
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            made = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+        except OSError as error:
+            raise DataFileError(f"cannot write {target}: {error.strerror or error}.") from error
+        try:
+            made.chmod(0o755)
+            if isinstance(model, nn.Module):
+                from sparsify.export import export_onnx
+
+                analysis = analyze_model(model, sample_inputs)
+                export_onnx(model, sample_inputs, made / "model.onnx")
+            else:
+                analysis = analyze_model(Path(model))
+                shutil.copyfile(model, made / "model.onnx")
+            project = cls(made, settings)
+            project._write("analysis.json", analysis.to_json())
+            project.save()
+            # An empty folder is replaced, one that was filled meanwhile is not.
+            made.replace(target)
+        except OSError as error:
+            if isinstance(error, DataFileError):
+                raise
+            raise DataFileError(f"cannot write {target}: {error.strerror or error}.") from error
+        finally:
+            shutil.rmtree(made, ignore_errors=True)
+        return cls(target, settings)
+
+    @classmethod
+    def open(cls, folder: str | os.PathLike[str]) -> Project:
+        """The project in a folder.
+
+        Raises:
+            DataFileError: there is none. DataError: its file is broken, or of another version.
+        """
+        path = Path(folder) / "project.json"
+        try:
+            plain = json.loads(_read(path))
+            if plain.pop("format") != FORMAT:
+                raise DataError(f"{path}: written by another version of sparsify; this one reads format {FORMAT}.")
+            if plain["training"] is not None:
+                plain["training"] = OriginalTraining(**plain["training"])
+            return cls(Path(folder), ProjectSettings(**plain))
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            if isinstance(error, DataError):
+                raise
+            raise DataError(f"{path}: this is no project: {error}") from error
+
+    def save(self) -> None:
+        """Writes the settings. All else is written when it is added."""
+        self._write("project.json", json.dumps({"format": FORMAT, **dataclasses.asdict(self._settings)}, indent=2))
+
+    # ------------------------------------------------------------------ what it is
+
+    @property
+    def folder(self) -> Path:
+        return self._folder
+
+    @property
+    def model_path(self) -> Path:
+        """The dense model, as an ONNX file."""
+        return self._folder / "model.onnx"
+
+    @property
+    def settings(self) -> ProjectSettings:
+        return self._settings
+
+    def change(self, **settings: Any) -> ProjectSettings:
+        """Changes settings and saves them. Optimizations that were made with the old ones stay as they are.
+
+        Raises:
+            ArgumentError: no such setting, or a value that cannot be.
+        """
+        known = [one.name for one in dataclasses.fields(ProjectSettings)]
+        for name in settings:
+            if name not in known:
+                raise ArgumentError(f"settings: there is no {name!r}.{did_you_mean(name, known)}")
+        self._settings = dataclasses.replace(self._settings, **settings)
+        self.save()
+        return self._settings
+
+    @property
+    def analysis(self) -> ModelAnalysis:
+        """The layers of the dense model."""
+        return ModelAnalysis.from_json(_read(self._folder / "analysis.json"))
+
+    # ------------------------------------------------------------------ what is in it
+
+    @property
+    def loss_profiles(self) -> Mapping[str, LossProfile]:
+        return {name: LossProfile.load(path) for name, path in self._files("profiles/loss", ".json").items()}
+
+    @property
+    def performance_profiles(self) -> Mapping[str, PerformanceProfile]:
+        found = self._files("profiles/performance", ".json")
+        return {name: PerformanceProfile.load(path) for name, path in found.items()}
+
+    @property
+    def optimizations(self) -> Mapping[str, Optimization]:
+        found = {}
+        for name, path in self._files("optimizations", ".yaml").items():
+            settings = path.with_suffix(".json")
+            made = None
+            if settings.exists():
+                try:
+                    made = PruningSettings(**json.loads(_read(settings)))
+                except (ValueError, TypeError) as error:
+                    raise DataError(f"{settings}: these are no settings: {error}") from error
+            found[name] = Optimization(Recipe.load(path), made, _read(path))
+        return found
+
+    @property
+    def benchmarks(self) -> Mapping[str, Benchmark]:
+        found = {}
+        for name, path in self._files("benchmarks", ".json").items():
+            try:
+                plain = json.loads(_read(path))
+                plain |= {"path": Path(plain["path"]), "providers": tuple(plain["providers"])}
+                found[name] = Benchmark(**plain)
+            except (ValueError, KeyError, TypeError) as error:
+                raise DataError(f"{path}: this is no benchmark: {error}") from error
+        return found
+
+    def add_profile(self, name: str, profile: LossProfile | PerformanceProfile, *, replace: bool = False) -> Path:
+        """Keeps a profile under a name of its own.
+
+        Raises:
+            ArgumentError: it is none, or the name cannot be a file's. StateError: there is one of that name.
+        """
+        if isinstance(profile, LossProfile):
+            kind = "loss"
+        elif isinstance(profile, PerformanceProfile):
+            kind = "performance"
+        else:
+            raise ArgumentError(f"profile: a {type(profile).__name__} is no profile of loss or performance.")
+        path = self._free(f"profiles/{kind}", name, ".json", replace)
+        profile.save(path)
+        return path
+
+    def add_optimization(
+        self, name: str, recipe: Recipe, settings: PruningSettings | None = None, *, replace: bool = False
+    ) -> Path:
+        """Keeps a recipe, with the settings that it was made with. Errors as `add_profile`."""
+        if not isinstance(recipe, Recipe):
+            raise ArgumentError(f"recipe: a {type(recipe).__name__} is no Recipe; read it with Recipe.load.")
+        path = self._free("optimizations", name, ".yaml", replace)
+        beside = path.with_suffix(".json")
+        # The recipe comes last: what has no recipe is no optimization, and settings alone mean nothing.
+        if settings is not None:
+            with replacing(beside) as temporary:
+                temporary.write_text(json.dumps(dataclasses.asdict(settings), indent=2) + "\n", encoding="utf-8")
+        elif beside.exists():
+            beside.unlink()
+        recipe.save(path)
+        return path
+
+    def add_benchmark(self, name: str, benchmark: Benchmark, *, replace: bool = False) -> Path:
+        """Keeps what `benchmark_onnx` measured. Errors as `add_profile`."""
+        if not isinstance(benchmark, Benchmark):
+            raise ArgumentError(f"benchmark: a {type(benchmark).__name__} is none; give what benchmark_onnx gave.")
+        path = self._free("benchmarks", name, ".json", replace)
+        plain = {one.name: getattr(benchmark, one.name) for one in dataclasses.fields(benchmark)}
+        plain |= {"path": str(benchmark.path)}
+        with replacing(path) as temporary:
+            temporary.write_text(json.dumps(plain, indent=2) + "\n", encoding="utf-8")
+        return path
+
+    def remove(self, path: str | os.PathLike[str]) -> None:
+        """Takes out what an `add_...` gave the path of.
+
+        Raises:
+            ArgumentError: it is not one of this project's.
+        """
+        target = Path(path)
+        known = {
+            file
+            for room, suffix in (
+                ("profiles/loss", ".json"),
+                ("profiles/performance", ".json"),
+                ("optimizations", ".yaml"),
+                ("benchmarks", ".json"),
+            )
+            for file in self._files(room, suffix).values()
+        }
+        if target not in known:
+            raise ArgumentError(f"{target}: this is no profile, optimization or benchmark of {self._folder}.")
+        target.unlink()
+        if target.suffix == ".yaml":
+            target.with_suffix(".json").unlink(missing_ok=True)
+
+    def table(self) -> Table:
+        """What is in it, a row each."""
+        rows: list[dict[str, object]] = []
+        for name, loss in self.loss_profiles.items():
+            rows.append({"what": "loss profile", "name": name, "said": f"{loss.method}, {loss.of}"})
+        for name, performance in self.performance_profiles.items():
+            rows.append({"what": "performance profile", "name": name, "said": f"{performance.total_ms:.3f} ms"})
+        for name, made in self.optimizations.items():
+            asked = "" if made.settings is None else f", sparsity {made.settings.sparsity:g}"
+            rows.append({"what": "optimization", "name": name, "said": f"{made.recipe.max_epochs:g} epochs{asked}"})
+        for name, measured in self.benchmarks.items():
+            text = f"{measured.latency_p50_ms:.3f} ms, batch {measured.batch_size}"
+            rows.append({"what": "benchmark", "name": name, "said": text})
+        columns = (Column("what", "What"), Column("name", "Name", left=True), Column("said", "It says", left=True))
+        return Table.of(f"{self._settings.name} in {self._folder}", rows, columns)
+
+    def __str__(self) -> str:
+        return self.table().text()
+
+    # ------------------------------------------------------------------ files
+
+    def _files(self, room: str, suffix: str) -> dict[str, Path]:
+        folder = self._folder / room
+        if not folder.is_dir():
+            return {}
+        # What begins with a dot is half written, and was left by a process that was killed.
+        return {p.stem: p for p in sorted(folder.glob(f"*{suffix}")) if not p.name.startswith(".")}
+
+    def _free(self, room: str, name: str, suffix: str, replace: bool) -> Path:
+        if not isinstance(name, str) or not _NAME.fullmatch(name) or name.endswith((".", " ")):
+            raise ArgumentError(
+                f"name: {name!r} cannot be the name of a file; use letters, digits, spaces, '.', '_' and '-'."
+            )
+        path = self._folder / room / f"{name}{suffix}"
+        if path.exists() and not replace:
+            raise StateError(f"{path}: there is one of that name; give another, or replace=True.")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise DataFileError(f"cannot write {path}: {error.strerror or error}.") from error
+        return path
+
+    def _write(self, name: str, text: str) -> None:
+        with replacing(self._folder / name) as temporary:
+            temporary.write_text(text + "\n", encoding="utf-8")
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise DataFileError(f"cannot read {path}: {reason}. Is this the folder of a project?") from error
