@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sparsify import QuantizationModifier, Recipe, ScheduledModifierManager
-from sparsify.analysis.bits import ChosenBits, Option, choose_bits, hull, least_loss
+from sparsify.analysis.bits import ChosenBits, Option, choose_bits, least_loss
 from sparsify.analysis.layers import LayerInfo, ModelAnalysis
 from sparsify.analysis.loss import LossProfile, loss_profile
 from sparsify.analysis.performance import LayerPerformance, PerformanceProfile
@@ -112,9 +112,18 @@ def test_the_choice_is_within_the_budget_near_the_best_and_no_worse_than_uniform
     assert best - 1e-9 <= found <= best + largest + 1e-9
 
 
-def test_the_hull_leaves_out_what_lies_above_it() -> None:
-    points = [Option(2, 1.0, 8.0), Option(3, 2.0, 7.5), Option(4, 3.0, 1.0), Option(6, 4.0, 1.0), Option(8, 5.0, 0.5)]
-    assert [o.bits for o in hull(points)] == [2, 4, 8]
+def test_a_step_may_skip_what_lies_above_the_hull_and_fill_what_is_left() -> None:
+    ways = [Option(2, 2.0, 9.0), Option(3, 3.0, 8.9), Option(4, 4.0, 1.0), Option(8, 8.0, 0.0)]
+    other = [Option(2, 20.0, 3.0), Option(3, 30.0, 2.0)]
+    found = {
+        b: {n: o.bits for n, o in least_loss({"a": ways, "b": other}, b).items()} for b in (23.0, 24.0, 33.5, 38.0)
+    }
+    assert found == {
+        23.0: {"a": 3, "b": 2},
+        24.0: {"a": 4, "b": 2},
+        33.5: {"a": 8, "b": 2},
+        38.0: {"a": 8, "b": 3},
+    }
 
 
 # ---------------------------------------------------------------------------------------------- names
@@ -137,7 +146,7 @@ class Tied(nn.Module):
 
 
 def test_a_shared_weight_has_its_bits_wherever_it_is_held() -> None:
-    losses = {"embed": (0.0,) * 5, "attention.in_proj": (0.0, 0.0, 0.0, 0.0, 1.0), "fc": (0.0, 1.0, 2.0, 3.0, 4.0)}
+    losses = {"embed": (0.0,) * 5, "attention.in_proj": (0.0, 0.0, 0.0, 0.0, 5.0), "fc": (0.0, 1.0, 2.0, 3.0, 4.0)}
     chosen = choose_bits(Tied(), LossProfile("data", "quantization", LEVELS, losses, 0.0, 1), average_bits=3)
     assert chosen.bits == {"embed": 2, "attention.in_proj": 3, "fc": 4}
     overrides = chosen.scheme_overrides

@@ -120,10 +120,10 @@ def choose_bits(
 ) -> ChosenBits:
     """The bits of each layer's weights that add least to the loss, within one goal; layers that lose much keep more.
 
-    What the layers add is taken to add up. The lower convex hull of each layer's (cost, loss) is walked, of all layers
-    the steepest step first (Shoham & Gersho 1988, "Efficient bit allocation for an arbitrary set of quantizers"), then
-    what is left of the goal is filled; where the same for all layers, filled up, adds less, that is taken. Not always
-    the optimum, but never worse than the same bits everywhere.
+    What the layers add is taken to add up. From the cheapest bits everywhere, and from each that fits everywhere, the
+    step that saves most loss for its cost is taken until none fits, along the lower convex hulls of Shoham & Gersho
+    ("Efficient bit allocation for an arbitrary set of quantizers", 1988); the best of these counts. Not always the
+    optimum, but never worse than the same bits everywhere.
 
     Args:
         loss_profile: of quantization; its layers get bits, the others stay as they are.
@@ -179,34 +179,21 @@ def least_loss(options: Mapping[str, list[Option]], budget: float) -> dict[str, 
     {'a': 4, 'b': 2}
     """
     budget += 1e-9 * abs(budget)
-    candidates = [_walked(options, budget)]
+    starts = [{name: min(ways, key=_cost) for name, ways in options.items()}]
     for bits in sorted({option.bits for ways in options.values() for option in ways}):
-        alike = {
-            name: next((o for o in ways if o.bits == bits), min(ways, key=_cost)) for name, ways in options.items()
-        }
+        alike = {name: next((o for o in ways if o.bits == bits), starts[0][name]) for name, ways in options.items()}
         if sum(map(_cost, alike.values())) <= budget:
-            candidates.append(_filled(alike, options, budget))
-    return min(candidates, key=lambda found: sum(option.adds for option in found.values()))
+            starts.append(alike)
+    found = [_improved(start, options, budget) for start in starts]
+    return min(found, key=lambda one: sum(option.adds for option in one.values()))
 
 
-def _walked(options: Mapping[str, list[Option]], budget: float) -> dict[str, Option]:
-    found = {name: hull(ways)[0] for name, ways in options.items()}
-    steps = [
-        ((before.adds - after.adds) / (after.cost - before.cost), name, before, after)
-        for name, ways in options.items()
-        for before, after in zip(hull(ways), hull(ways)[1:], strict=False)
-    ]
-    left = budget - sum(map(_cost, found.values()))
-    for _, name, before, after in sorted(steps, key=lambda step: -step[0]):
-        # A step that did not fit ends its layer's walk: `found` is not where the next begins.
-        if found[name] is before and after.cost - before.cost <= left:
-            found[name] = after
-            left -= after.cost - before.cost
-    return _filled(found, options, budget)
+def _improved(found: dict[str, Option], options: Mapping[str, list[Option]], budget: float) -> dict[str, Option]:
+    """With one option after the other exchanged for that which saves most for its cost, as long as one fits.
 
-
-def _filled(found: dict[str, Option], options: Mapping[str, list[Option]], budget: float) -> dict[str, Option]:
-    """With single options exchanged for better ones, as long as the budget allows any; then for dearer ones as good."""
+    From the cheapest ones this walks along the lower convex hull of each layer's options. What saves nothing but has
+    more bits comes last.
+    """
     found = dict(found)
     left = budget - sum(map(_cost, found.values()))
     while True:
@@ -222,22 +209,6 @@ def _filled(found: dict[str, Option], options: Mapping[str, list[Option]], budge
         _, cost, name, way = max(better, key=lambda one: (one[0] / max(one[1], 1e-12), one[0]))
         found[name] = way
         left -= cost
-
-
-def hull(options: Iterable[Option]) -> list[Option]:
-    """The options on the lower convex hull: costs grow, losses fall, ever more slowly."""
-    points: list[Option] = []
-    for option in sorted(options, key=lambda o: (o.cost, o.adds)):
-        if points and (option.adds >= points[-1].adds or option.cost == points[-1].cost):
-            continue
-        while len(points) > 1 and _slope(points[-2], points[-1]) >= _slope(points[-1], option):
-            points.pop()
-        points.append(option)
-    return points
-
-
-def _slope(one: Option, other: Option) -> float:
-    return (other.adds - one.adds) / (other.cost - one.cost)
 
 
 def _cost(option: Option) -> float:
