@@ -32,11 +32,19 @@ class AddedParameters:
 
     Args:
         optimizer: the one that steps; None: nothing can be added.
-        who: the modifier, for messages.
+        who: the modifier, for messages. why: what needs parameters that learn. way_out: what to do without them.
     """
 
-    def __init__(self, optimizer: Any, who: str) -> None:
-        self._optimizer, self._who = optimizer, who
+    def __init__(
+        self,
+        optimizer: Any,
+        who: str,
+        *,
+        why: str = "features of another width need a projection that learns",
+        way_out: str = "choose layers of equal width",
+    ) -> None:
+        self._optimizer, self._who, self._why, self._way_out = optimizer, who, why, way_out
+        self._handles: list[Any] = []
         self.parameters: dict[str, nn.Parameter] = {}
 
     def add(self, values: Mapping[str, Tensor]) -> None:
@@ -61,6 +69,27 @@ class AddedParameters:
         if "param_names" in group:
             group["param_names"] += made
 
+    def adopt(self, parameters: Mapping[str, nn.Parameter], **settings: Any) -> None:
+        """Takes parameters of the model itself, which its checkpoint holds, into the group; `settings` are the group's.
+
+        Those that the optimizer has already stay where they are. Without an optimizer nothing is done: they are the
+        model's, and whoever steps has them.
+
+        Raises:
+            StateError: the optimizer has room for one group only.
+        """
+        if self._optimizer is None:
+            return
+        known = {id(parameter) for group in self._optimizer.param_groups for parameter in group["params"]}
+        new = {name: parameter for name, parameter in parameters.items() if id(parameter) not in known}
+        if not new:
+            return
+        self._refuse()
+        for parameter in new.values():
+            self._handles.append(parameter.register_hook(Callback(_averaged)))  # type: ignore[no-untyped-call]
+        self.parameters |= new
+        self._add_group(new, **settings)
+
     def remove(self) -> None:
         """The optimizer has its own groups again and remembers nothing of these; may be called twice."""
         index = None if self._optimizer is None or not self.parameters else self._index()
@@ -72,7 +101,9 @@ class AddedParameters:
         for parameter in self.parameters.values():
             if isinstance(getattr(self._optimizer, "state", None), Mapping):
                 self._optimizer.state.pop(parameter, None)
-        self.parameters = {}
+        for handle in self._handles:
+            handle.remove()
+        self.parameters, self._handles = {}, []
 
     def forget_gradients(self) -> None:
         """After a step: not every loop clears the gradients of the optimizer, some those of the model."""
@@ -100,10 +131,7 @@ class AddedParameters:
         elif isinstance(self._optimizer, LBFGS) or not hasattr(self._optimizer, "add_param_group"):
             why = f"{type(self._optimizer).__name__} takes no further parameter groups: train with another optimizer"
         if why is not None:
-            raise StateError(
-                f"{self._who}: features of another width need a projection that learns, and {why}, or choose layers "
-                "of equal width."
-            )
+            raise StateError(f"{self._who}: {self._why}, and {why}, or {self._way_out}.")
 
     def _index(self) -> int | None:
         """Where the group is: after loading it is another dict, with the same parameters."""
@@ -113,13 +141,14 @@ class AddedParameters:
                 return index
         return None
 
-    def _add_group(self, made: Mapping[str, nn.Parameter]) -> None:
+    def _add_group(self, made: Mapping[str, nn.Parameter], **settings: Any) -> None:
         groups = self._optimizer.param_groups
         first = {key: value for key, value in groups[0].items() if key not in ("params", "param_names")}
         # A tensor (a capturable learning rate) belongs to one group: schedulers multiply it in place.
         group: dict[str, Any] = {
             key: value.clone() if isinstance(value, Tensor) else value for key, value in first.items()
         }
+        group.update({key: value for key, value in settings.items() if key in group})
         group["params"] = list(made.items()) if "param_names" in groups[0] else list(made.values())
         before = len(groups)
         self._optimizer.add_param_group(group)

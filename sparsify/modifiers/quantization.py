@@ -8,11 +8,13 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 from pydantic import Field, model_validator
 from torch import nn
 
+from sparsify.added_parameters import AddedParameters
 from sparsify.errors import StateError, TargetError
 from sparsify.modifiers.base import Active, Epoch, FieldProblem, Kind, Modifier, Names, Run
 from sparsify.quantize.calibrate import calibrate
 from sparsify.quantize.functional import switch_off_all, switched_off
 from sparsify.quantize.layers import freeze_norms, is_weighted, quantizers, restore
+from sparsify.quantize.learned_step import freeze_steps, learned_parameters
 from sparsify.quantize.placement import make_plan
 from sparsify.quantize.plan import Plan, apply_plan, check_plan, is_quantized, settle
 from sparsify.quantize.scheme import NAMED, Bits, Named, Scheme, Settings
@@ -241,7 +243,8 @@ class Quantization(Active):
     """A QuantizationModifier at work.
 
     Checkpoint: the plan, from which a fresh model gets its quantized layers, and the modules whose own operations
-    turned out to stay in float. Ranges are buffers of the model; what is frozen follows from the epoch.
+    turned out to stay in float. Ranges are buffers of the model, learned steps parameters of it, which have a group of
+    the optimizer; what is frozen follows from the epoch.
     """
 
     def __init__(self, modifier: QuantizationModifier, run: Run) -> None:
@@ -251,6 +254,9 @@ class Quantization(Active):
         self._asked = False
         self._clock: Clock | None = None
         self._in_force: tuple[bool, bool] | None = None
+        self._added = AddedParameters(
+            run.optimizer, type(modifier).__name__, why="observer: lsq trains scales", way_out="choose another observer"
+        )
 
     def update(self, clock: Clock) -> None:
         """Quantizes the model at the start; freezes ranges and statistics of batches at their epochs."""
@@ -276,8 +282,9 @@ class Quantization(Active):
             # Here, not in training: scripted functions are seen by the trace and not when the model runs.
             settle(model, args, kwargs)
             self._calibrate()
+            self._added.adopt(learned_parameters(model), weight_decay=0.0)
         except BaseException:
-            restore(model)
+            self._restore()
             raise
         self._plan = plan
         log.text("quantization", str(plan))
@@ -306,6 +313,7 @@ class Quantization(Active):
             return
         stop, frozen = wanted
         freeze_norms(self._run.model, frozen)
+        freeze_steps(self._run.model, stop)
         waiting = False
         for quantizer in quantizers(self._run.model):
             # A range that was never seen cannot be frozen: the next step sees it.
@@ -342,28 +350,34 @@ class Quantization(Active):
         if "plan" in state:
             self._rebuild(state)
         elif self._plan is not None:
-            restore(self._run.model)
+            self._restore()
             self._plan, self._asked, self._in_force = None, False, None
 
     def resized(self, removal: Removal) -> None:
         """Takes quantized layers off again: a plan is about the model as it was traced."""
         if self._plan is not None:
-            restore(self._run.model)
+            self._restore()
             self._plan, self._asked, self._in_force = None, False, None
 
     def _rebuild(self, state: Mapping[str, Any]) -> None:
         plan = Plan.from_state(state["plan"])
         if plan != self._plan:
             if self._plan is not None:
-                restore(self._run.model)
+                self._restore()
                 self._plan = None
             apply_plan(self._run.model, plan)
+            self._added.adopt(learned_parameters(self._run.model), weight_decay=0.0)
             self._plan, self._in_force = plan, None
         switch_off_all(self._run.model, state.get("off", ()))
         self._freeze()
 
+    def _restore(self) -> None:
+        self._added.remove()
+        restore(self._run.model)
+
     def detach(self) -> None:
-        """Leaves quantized layers in place, ready for export."""
+        """Leaves quantized layers in place, ready for export; the optimizer has its own groups again."""
+        self._added.remove()
 
 
 def _scheme(given: Scheme | str | None) -> Scheme:

@@ -14,10 +14,11 @@ from torch.nn import functional as F
 
 from sparsify.errors import DataError
 from sparsify.quantize.emit import dequantize, quantize_dequantize
-from sparsify.quantize.fake import GATES, FakeQuantize, gate_of, weight_integers, weight_scale
+from sparsify.quantize.fake import GATES, FakeQuantize, gate_of
 from sparsify.quantize.functional import WatchedLayer, watched
 from sparsify.quantize.layers import (
     NORMS,
+    WEIGHT_STEP,
     QuantizedConv1d,
     QuantizedConv2d,
     QuantizedConvTranspose2d,
@@ -26,6 +27,7 @@ from sparsify.quantize.layers import (
     QuantizedLinear,
     QuantizedMultiheadAttention,
     integers,
+    on_own_grid,
     quantizers,
 )
 
@@ -157,6 +159,7 @@ def deployment_copy(model: nn.Module) -> nn.Module:
     for layer, found in whole.items():
         for name in ("weight", "bias"):
             layer._parameters.pop(name, None)
+        layer._modules.pop(WEIGHT_STEP, None)
         buffers: dict[str, Tensor | None] = {"weight_int8": found[0], "weight_scale": found[1]}
         if not isinstance(layer, QuantizedEmbedding):
             layer._wiring.axis = found[2]
@@ -172,6 +175,9 @@ def deployment_copy(model: nn.Module) -> nn.Module:
             cast(Any, layer).__class__ = _DEPLOYED[type(layer)]
     for module in deployed.modules():
         if isinstance(module, FakeQuantize):
+            for name in ("step", "offset"):
+                module._parameters.pop(name, None)
+            module._buffers.pop("least", None)
             module.__class__ = DeployedQuantize
             if module.gate is not None:
                 module.register_buffer("gate_scale", torch.tensor(GATES[module.gate], device=module.scale.device))
@@ -189,6 +195,5 @@ def deployment_copy(model: nn.Module) -> nn.Module:
 
 def _embedding(layer: QuantizedEmbedding) -> tuple[Any, ...]:
     with torch.no_grad():
-        weight = layer.weight.detach().float()
-        scale = weight_scale(weight, axis=layer._wiring.axis, largest=layer._wiring.largest)
-        return weight_integers(weight, scale).to(torch.int8), scale.reshape(() if scale.dim() == 0 else (-1,))
+        q, scale = on_own_grid(layer)
+        return q.to(torch.int8), scale.reshape(() if scale.dim() == 0 else (-1,))

@@ -68,7 +68,7 @@ class _FakeWeight(torch.autograd.Function):
 
 def fake_weight(weight: Tensor, *, axis: int | None, largest: int) -> Tensor:
     """`weight` rounded to its grid (see `weight_scale`); zeros stay exactly zero. Its gradient is the output's."""
-    if weight.numel() <= SMALL and weight.dtype == torch.float32 and _readable(weight):
+    if weight.numel() <= SMALL and weight.dtype == torch.float32 and readable(weight):
         # A copy, overwritten behind autograd's back: the two calls of a function take longer than copying few weights.
         fake = weight.clone()
         values = fake.detach()
@@ -312,14 +312,14 @@ class FakeQuantize(nn.Module):
         if torch.is_grad_enabled() and x.requires_grad:
             y = replaced(x, y)
         # Nothing was observed yet: there is no grid. Chosen by the device, where reading the count would wait.
-        if _readable(x):
+        if readable(x):
             return y if self.batches else x
         return torch.where(self.batches > 0, y, x)
 
     def _train(self, x: Tensor) -> Tensor:
         # A forward inside backward is activation checkpointing computing again: it must see what the first one saw.
-        watching = (self.observing or self.calibrating) and not _in_backward()
-        if not _readable(x):
+        watching = (self.observing or self.calibrating) and not in_backward()
+        if not readable(x):
             return self._train_on_device(x, watching)
         low, high = self._limits_of(x, watching)
         if watching and x.numel():
@@ -345,11 +345,11 @@ class FakeQuantize(nn.Module):
     def _gated(self, x: Tensor, gate: str) -> Tensor:
         """`x` through the activation; its gate on the grid wherever anything is rounded."""
         plain = F.silu if gate == "silu" else F.hardswish
-        known = self.training or not _readable(x) or bool(self.batches)
+        known = self.training or not readable(x) or bool(self.batches)
         if self.calibrating or not self.enabled or not known:
             return plain(x)
         y = _apply(_Gated, x.float(), gate).to(x.dtype)
-        return y if self.training or _readable(x) else torch.where(self.batches > 0, y, plain(x))
+        return y if self.training or readable(x) else torch.where(self.batches > 0, y, plain(x))
 
     def _rectified(self, x: Tensor) -> Tensor:
         if not self.relu:
@@ -505,12 +505,12 @@ def _apply(function: Any, *args: Any) -> Tensor:
     return result
 
 
-def _in_backward() -> bool:
+def in_backward() -> bool:
     # Compiled code has no such question, and computes nothing again but what it decided to.
     return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
 
-def _readable(x: Tensor) -> bool:
+def readable(x: Tensor) -> bool:
     """Whether a value may be read into Python without waiting for a device or breaking a compiled or traced graph."""
     return x.device.type == "cpu" and not torch.compiler.is_compiling() and type(x) in (Tensor, nn.Parameter)
 

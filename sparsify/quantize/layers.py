@@ -16,8 +16,12 @@ from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from sparsify.quantize.fake import FakeQuantize, fake_weight, replaced, weight_integers, weight_scale
+from sparsify.quantize.learned_step import LearnedStep
 
 __all__: list[str] = []
+
+WEIGHT_STEP = "weight_quantizer"
+"""The child of a layer that holds the learned step of its weights."""
 
 
 @dataclass
@@ -93,7 +97,8 @@ class QuantizedLayer(Retyped):
             wiring = self._wiring
             weight = cast(Tensor, self.weight)
             if wiring.largest:
-                weight = fake_weight(weight, axis=wiring.axis, largest=wiring.largest)
+                step = self._modules.get(WEIGHT_STEP)
+                weight = step(weight) if step else fake_weight(weight, axis=wiring.axis, largest=wiring.largest)
             return weight, self._parameters["bias"]
 
     def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
@@ -150,9 +155,12 @@ class QuantizedEmbedding(Retyped, nn.Embedding):
 
     def forward(self, input: Tensor) -> Tensor:
         wiring = self._wiring
-        if wiring.axis is None:
+        if wiring.axis is None or WEIGHT_STEP in self._modules:
             with torch._C.DisableTorchFunction():
-                table = fake_weight(self.weight, axis=None, largest=wiring.largest)
+                if WEIGHT_STEP in self._modules:
+                    table = cast(Any, self._modules[WEIGHT_STEP])(self.weight)
+                else:
+                    table = fake_weight(self.weight, axis=None, largest=wiring.largest)
             return self._output(self._rows(input, table))
         rows = self._rows(input, self.weight)
         with torch._C.DisableTorchFunction():
@@ -388,7 +396,7 @@ def restore(model: nn.Module) -> None:
             for name in ("_counts", "_off"):
                 module.__dict__.pop(name, None)
             for name, child in list(module._modules.items()):
-                if isinstance(child, FakeQuantize):
+                if isinstance(child, (FakeQuantize, LearnedStep)):
                     del module._modules[name]
             if isinstance(module, QuantizedMultiheadAttention):
                 del module._modules["in_proj"]
@@ -447,6 +455,15 @@ def norm_factor(norm: Any) -> tuple[Tensor, Tensor]:
     return factor, offset if norm.bias is None else offset + norm.bias.float()
 
 
+def on_own_grid(layer: Any) -> tuple[Tensor, Tensor]:
+    """(integers in float, scale that broadcasts against them) of a layer's weight as it stands."""
+    weight, step = layer.weight.detach().float(), layer._modules.get(WEIGHT_STEP)
+    largest = layer._wiring.largest
+    scale = weight_scale(weight, axis=layer._wiring.axis, largest=largest) if step is None else step.scale()
+    # Clips where the step was learned only: the largest weight is the largest integer else.
+    return weight_integers(weight, scale).clamp_(-largest, largest), scale
+
+
 @torch.no_grad()
 def integers(layer: Any) -> Integers:
     """What is deployed of a quantized layer with its BatchNorm folded.
@@ -455,9 +472,7 @@ def integers(layer: Any) -> Integers:
     to the grid of scale_x s |c|. Exact, since rounding to a grid per channel commutes with a factor per channel.
     """
     wiring: Wiring = layer._wiring
-    weight = layer.weight.detach().float()
-    spread = weight_scale(weight, axis=wiring.axis, largest=wiring.largest)
-    q = weight_integers(weight, spread)
+    q, spread = on_own_grid(layer)
     axis, scale = wiring.axis, spread.reshape(-1) if wiring.axis is not None else spread.reshape(())
     bias = None if layer.bias is None else layer.bias.detach().float()
     if wiring.norm is not None:

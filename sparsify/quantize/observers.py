@@ -15,7 +15,7 @@ from sparsify import ranks
 
 __all__: list[str] = []
 
-Observer = Literal["moving_average", "min_max", "percentile", "mse", "entropy"]
+Observer = Literal["moving_average", "min_max", "percentile", "mse", "entropy", "lsq"]
 BINS = 8192
 """Twice as many as 8 bits ask for at the worst: the values on one side, reaching just over half the extent."""
 HISTOGRAMS: frozenset[str] = frozenset({"percentile", "mse", "entropy"})

@@ -395,7 +395,8 @@ class _Planner:
         if isinstance(module, nn.ConvTranspose2d) and module.groups > 1:
             per_channel = False
         axis = channel_axis(module) if per_channel else None
-        return Layer(name, axis, 2 ** (bits - 1) - 1, source, self.folds.get(name))
+        learned = weights.observer == "lsq"
+        return Layer(name, axis, 2 ** (bits - 1) - 1, source, self.folds.get(name), learned)
 
     def _watched(self, sites: list[Site]) -> dict[str, dict[str, int]]:
         """The modules with quantized operations of their own, and those below them that compute such operations too."""

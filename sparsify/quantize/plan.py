@@ -19,6 +19,7 @@ from sparsify.errors import StateError
 from sparsify.quantize.fake import FakeQuantize
 from sparsify.quantize.functional import Watched, watch
 from sparsify.quantize.layers import (
+    WEIGHT_STEP,
     WEIGHTED,
     QuantizedLayer,
     Retyped,
@@ -27,6 +28,7 @@ from sparsify.quantize.layers import (
     is_weighted,
     retype,
 )
+from sparsify.quantize.learned_step import LearnedQuantize, LearnedStep
 from sparsify.targets import named_modules
 
 __all__: list[str] = []
@@ -77,6 +79,7 @@ class Layer:
         largest: the largest integer of a weight, 2^(bits-1) - 1; 0: the weights stay in float.
         source: the name of the site that it reads; None: it reads floats.
         norm: the BatchNorm that is folded into it.
+        learned: whether its scales are parameters.
     """
 
     name: str
@@ -84,6 +87,7 @@ class Layer:
     largest: int
     source: str | None
     norm: str | None
+    learned: bool = False
 
 
 @dataclass(frozen=True)
@@ -228,6 +232,9 @@ def apply_plan(model: nn.Module, plan: Plan) -> None:
     for layer in plan.layers:
         wiring = retype(modules[layer.name])
         wiring.axis, wiring.largest = layer.axis, layer.largest
+        if layer.learned:
+            step = LearnedStep(modules[layer.name].weight, axis=layer.axis, largest=layer.largest)
+            modules[layer.name].add_module(WEIGHT_STEP, step)
         if layer.norm is not None:
             wiring.norm = modules[layer.norm]
             modules[layer.norm]._wiring.layer = modules[layer.name]
@@ -235,7 +242,8 @@ def apply_plan(model: nn.Module, plan: Plan) -> None:
     for site in plan.sites:
         module = modules[site.module]
         retype(module)
-        quantizer = FakeQuantize(
+        made: type[FakeQuantize] = LearnedQuantize if site.observer == "lsq" else FakeQuantize
+        quantizer = made(
             site.name,
             bits=site.bits,
             symmetric=site.symmetric,

@@ -36,7 +36,8 @@ class ActivationScheme(BaseModel):
         default="moving_average",
         description="How the range follows from the values seen: moving_average of each batch's least and largest; "
         "min_max of all; or from a histogram: percentile, mse (least squared error), entropy. The last three see "
-        "through outliers and are made for calibration data; in training they cost more.",
+        "through outliers and are made for calibration data; in training they cost more. lsq: the scale is a parameter "
+        "that the optimizer trains (learned step size), and with it the offset where there is no ReLU.",
     )
     kwargs: dict[str, Any] = Field(
         default_factory=dict,
@@ -69,6 +70,11 @@ class WeightScheme(BaseModel):
         default="channel",
         description="One scale per output channel, or one for the whole tensor. With a folded BatchNorm the exported "
         "scales are per channel either way.",
+    )
+    observer: Literal["min_max", "lsq"] = Field(
+        default="min_max",
+        description="Where a scale comes from: min_max, the largest weight; lsq, a parameter that the optimizer trains "
+        "(learned step size), which is better with 4 bits and fewer.",
     )
     kwargs: dict[str, Any] = Field(
         default_factory=dict,
