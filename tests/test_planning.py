@@ -220,6 +220,13 @@ def test_table_json_and_plot(tmp_path: Path) -> None:
         made.plot(tmp_path / "plan.gif")
 
 
+def test_modifiers_that_do_the_same_are_counted() -> None:
+    one = "!GMPruningModifier {{params: ['{}.weight'], " + RAMP.replace("{", "{{") + "}}"
+    made = plan(recipe(*(one.format(number) for number in (0, 3, 5))), network(), STEPS)
+    assert [row["doing"] for row in made.table().rows][1:3] == ["3 x GMPruning pruning"] * 2
+    assert set(made.at(2).doing) == {"GMPruning 1", "GMPruning 2", "GMPruning 3"}
+
+
 def test_a_long_recipe_has_a_short_table() -> None:
     made = plan(recipe(PRUNING["gradual"], end=400.0), network(), STEPS)
     assert len(made.moments) > 400 and len(made.table().rows) < 25

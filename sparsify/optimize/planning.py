@@ -110,7 +110,7 @@ class Plan:
                     "nonzero": moment.nonzero,
                     "macs": moment.macs,
                     "kib": None if moment.size_bytes is None else moment.size_bytes / 1024,
-                    "doing": "; ".join(n if what == "active" else f"{n} {what}" for n, what in moment.doing.items()),
+                    "doing": _together(moment.doing),
                 }
             )
         wanted = (
@@ -360,6 +360,17 @@ def _labels(modifiers: Sequence[Modifier]) -> list[tuple[Modifier, str]]:
         short = name.removesuffix("Modifier")
         found.append((modifier, f"{short} {seen[name]}" if total[name] > 1 else short))
     return found
+
+
+def _together(doing: Mapping[str, str]) -> str:
+    """One phrase; those of a kind that do the same are counted."""
+    alike = Counter((name.rstrip(" 0123456789"), what) for name, what in doing.items())
+    said = []
+    for (name, what), count in alike.items():
+        # A single one keeps its number, which tells it from another.
+        only = next(n for n, w in doing.items() if (n.rstrip(" 0123456789"), w) == (name, what))
+        said.append((only if count == 1 else f"{count} x {name}") + ("" if what == "active" else f" {what}"))
+    return "; ".join(said)
 
 
 def _telling(moments: Sequence[PlannedMoment]) -> list[PlannedMoment]:
