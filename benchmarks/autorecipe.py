@@ -11,7 +11,8 @@ same zeros on average over all others.
     uniform     every layer the same
     magnitude   profile without data
     fisher      profile from gradients of the training images
-    data        profile of the loss on the training images, one layer at a time
+    data        profile measured on the training images, one layer at a time: how far the outputs move. The
+                network fits these images, so their cross entropy says little about a layer
 
 With --latency whole channels go: every family the same share, against the widths of a latency plan that takes as long,
 both measured in onnxruntime at batch 1 on one thread.
@@ -92,8 +93,9 @@ def dense(folder: Path, network: str, seed: int) -> tuple[nn.Module, task.Digits
 def profile_of(path: Path, model: nn.Module, data: task.Digits, **options: Any) -> LossProfile:
     """A loss profile on the training images, made once for all levels."""
     if not path.exists():
-        batches = [(data.train_x, data.train_y)]
-        loss_profile(model, batches, F.cross_entropy, progress=False, **options).save(path)
+        labelled = options.get("method") == "fisher"
+        batches = [(data.train_x, data.train_y)] if labelled else [data.train_x]
+        loss_profile(model, batches, F.cross_entropy if labelled else None, progress=False, **options).save(path)
     return LossProfile.load(path)
 
 
