@@ -295,7 +295,9 @@ def test_sparsity_counts_zeros_and_a_row_that_sums_to_zero_is_none() -> None:
 
 
 class Branches(nn.Module):
-    """Control flow that depends on values: no trace."""
+    """Control flow that depends on values: no trace. It counts its calls and draws random numbers, in eval mode too."""
+
+    seen: Tensor
 
     def __init__(self) -> None:
         super().__init__()
@@ -303,9 +305,11 @@ class Branches(nn.Module):
         self.lstm = nn.GRU(4, 5)
         self.attention = nn.MultiheadAttention(5, 1)
         self.out = nn.Linear(5, 2)
+        self.register_buffer("seen", torch.zeros(()))
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.conv(x)
+        self.seen += 1
+        y = self.conv(x) + 0 * torch.randn(())
         y = y if y.sum() > 1e6 else y.relu()
         z = self.lstm(y.mean(3).permute(2, 0, 1))[0]
         return self.out(self.attention(z, z, z)[0])
@@ -356,12 +360,12 @@ def test_nothing_is_changed(model: nn.Module) -> None:
     before = copy.deepcopy(model.state_dict())
     hooks = [len(module._forward_hooks) + len(module._forward_pre_hooks) for module in model.modules()]
     x = torch.randn(2, 3, 6, 6)
-    state, versions = torch.get_rng_state(), [tensor._version for tensor in model.state_dict().values()]
+    state, versions = torch.get_rng_state(), [parameter._version for parameter in model.parameters()]
     analyze_model(model, x)
     assert torch.equal(state, torch.get_rng_state())
     assert modes == [module.training for module in model.modules()]
     assert all(torch.equal(value, model.state_dict()[name]) for name, value in before.items())
-    assert versions == [tensor._version for tensor in model.state_dict().values()]
+    assert versions == [parameter._version for parameter in model.parameters()]
     assert hooks == [len(module._forward_hooks) + len(module._forward_pre_hooks) for module in model.modules()]
     assert all(parameter.grad is None for parameter in model.parameters())
 
