@@ -17,6 +17,8 @@ BENCHMARKS = {
         "resnet20  0.9   magnitude",
     ),
     "headline.py": (["--quick", "--threads", "1"], "verify_onnx: agrees"),
+    "loss_profile.py": (["--seeds", "0", "--images", "64"], "data, divergence"),
+    "mixed_precision.py": (["--seeds", "0", "--averages", "3", "--roundings", "nearest"], "bar, less than uniform"),
     "qat_stability.py": (["--quick", "--only", "Mobile", "--rates", "0.03"], "MobileNetV2-like  from scratch"),
     "qat_step.py": (["--quick", "--only", "MLP", "--methods", "sparsify"], "bare 25 MiB"),
 }
