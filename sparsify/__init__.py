@@ -18,12 +18,11 @@ from sparsify.oneshot import *
 from sparsify.recipe import *
 from sparsify.shrinking import *
 from sparsify.verify import *
+from sparsify.version import __version__
 
 if TYPE_CHECKING:
     from sparsify.analysis import *
     from sparsify.optimize import *
-
-__version__ = "0.1.0"
 
 __all__: list[str] = ["__version__"]
 __all__ += benchmark.__all__

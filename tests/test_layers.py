@@ -28,6 +28,7 @@ FLOORS = {
         "onnx_rewrites",
         "onnx_graph",
         "onnx_attention",
+        "onnx_weight_only",
         "gradients",
         "moments",
         "identity",
@@ -48,7 +49,7 @@ FLOORS = {
         "runtime",
         "signature",
     },
-    0: {"errors", "files", "schedule", "erdos_renyi"},
+    0: {"errors", "files", "schedule", "erdos_renyi", "version"},
 }
 FLOOR = {room: floor for floor, rooms in FLOORS.items() for room in rooms}
 
