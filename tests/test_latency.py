@@ -21,6 +21,7 @@ from sparsify.manager import ScheduledModifierManager
 from sparsify.modifiers import StructuredPruningModifier
 from sparsify.optimize import latency
 from sparsify.optimize.latency import LatencyPlan, latency_plan
+from sparsify.optimize.latency_tables import ModelTables
 from sparsify.optimize.widths import Choice, Curve, LayerTime, Part, Tables
 
 SHARES = (1.0, 0.75, 0.5, 0.25)
@@ -176,7 +177,7 @@ def test_the_time_of_a_whole_is_that_of_its_table_where_all_are_as_wide() -> Non
     model, profile = net(), injected(net())
     plan = planned(profile.width_total_ms[2], loss=losses(stem=(1.0, 1.0, 1.0), conv1=(1.0, 1.0, 1.0)))
     assert plan.dense_ms == profile.total_ms
-    work = latency._Work(model, IMAGES, profile, latency_families(model), False, None, None, {})
+    work = ModelTables(model, IMAGES, profile, latency_families(model), False, None, None, {})
     for k, width in enumerate(WIDTHS):
         shares = {part.name: min(part.shares, key=lambda share: abs(share - width)) for part in work.tables.parts}
         assert work.tables.time(shares, frozenset()) == pytest.approx(profile.width_total_ms[k])
@@ -295,11 +296,11 @@ def with_times(monkeypatch: pytest.MonkeyPatch, factor: float) -> list[float]:
     """Measured times are those of the tables times `factor`."""
     asked: list[float] = []
 
-    def measured(self: Any, choice: Choice, *args: Any) -> float:
+    def measured(tables: Any, choice: Choice, *args: Any) -> float:
         asked.append(choice.ms * factor)
         return asked[-1]
 
-    monkeypatch.setattr(latency._Work, "measure", measured)
+    monkeypatch.setattr(latency, "_measure", measured)
     return asked
 
 
