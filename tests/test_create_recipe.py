@@ -20,7 +20,7 @@ from sparsify.manager import ScheduledModifierManager
 from sparsify.modifiers import SetLearningRateModifier
 from sparsify.optimize.allocation import PruningSettings, curves, pruning_profile
 from sparsify.optimize.latency import LatencyPlan
-from sparsify.optimize.plan import plan
+from sparsify.optimize.planning import plan
 from sparsify.optimize.recipes import create_recipe
 from sparsify.optimize.training import OriginalTraining, learning_rates
 from sparsify.recipe import Recipe
@@ -182,6 +182,9 @@ def test_whole_channels_go_by_families(model: Net) -> None:
     assert evidence.expected.what == "channels"
     assert evidence.expected.macs is not None and evidence.expected.macs_before is not None
     assert evidence.expected.macs < evidence.expected.macs_before
+    weights = sum(model.get_parameter(name).numel() for name in ("inner.weight", "outer.weight", "down.weight"))
+    left = evidence.expected.parameters - (evidence.expected.parameters_before - weights)
+    assert left / weights == pytest.approx(1 - 0.65, abs=0.15), "of weights, not of channels"
     smaller = copy.deepcopy(model)
     ScheduledModifierManager(recipe).apply(smaller, sample_inputs=X)
     assert sum(p.numel() for p in smaller.parameters()) == evidence.expected.parameters
@@ -194,6 +197,7 @@ def test_a_latency_plan_gives_widths_and_bits(model: Net) -> None:
         batch_size=2,
         threads=1,
         sparsity={"inner": 0.5, "down": 0.25},
+        weights={"inner": "inner.weight", "down": "down.weight"},
         channels={"inner": (32, 16), "down": (32, 24)},
         bits={"stem": 32, "inner": 8, "outer": 8, "down": 8, "fc": 8},
         dense_ms=2.4,

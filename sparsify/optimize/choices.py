@@ -10,7 +10,7 @@ import numpy as np
 
 from sparsify.errors import ArgumentError
 from sparsify.recipe.evidence import LayerEvidence
-from sparsify.targets import owners
+from sparsify.targets import named_parameters, owners
 
 if TYPE_CHECKING:
     from torch import nn
@@ -163,17 +163,18 @@ def _taken(
 
 def by_latency_plan(plan: LatencyPlan, model: nn.Module, found: Sources) -> Chosen:
     """Whole channels go, as many as the plan says."""
-    weights = {info.name: info for info in found.analysis.layers if info.weight is not None}
-    missing = [name for name in plan.sparsity if name not in weights]
+    parameters = named_parameters(model)
+    missing = [name for name in plan.sparsity if plan.weights.get(name) not in parameters]
     if missing:
         raise ArgumentError(f"latency_plan: {missing[0]!r} is no layer of this model; make the plan for this model.")
     modules = dict(model.named_modules())
     chosen = Chosen(notes=list(plan.notes), floating=[name for name in plan.floating if name in modules])
     for name, share in plan.sparsity.items():
-        weight = weights[name].weight or name
+        weight = plan.weights[name]
         chosen.shares[weight] = round(share, 6)
-        chosen.evidence[weight] = LayerEvidence(round(share, 6), weights[name].weights, None, None)
-    chosen.dense = {name: "least loss within the time" for name in weights if name not in plan.sparsity}
+        chosen.evidence[weight] = LayerEvidence(round(share, 6), parameters[weight].numel(), None, None)
+    whole = [info.name for info in found.analysis.layers if info.weight is not None and info.name not in plan.sparsity]
+    chosen.dense = dict.fromkeys(whole, "least loss within the time")
     return chosen
 
 

@@ -56,9 +56,10 @@ def family_curves(
 ) -> tuple[tuple[LayerCurve, ...], dict[str, tuple[str, ...]]]:
     """One curve a family, whose levels are shares of its channels, and {its name: the weights whose rows they are}.
 
-    A loss profile of channels gives the losses; one of single weights the sum over the layers whose rows go together.
-    Without data a family loses the share of its squared weights that goes, whatever its size: about by how much what
-    it computes changes. Time falls with the share of rows that stay.
+    The average is one of channels: what a curve calls weights are its channels. Counted by weights, the few families
+    that hold most of them would lose nearly all of their channels, and the others none. A loss profile of channels
+    gives the losses; one of single weights the sum over the layers whose rows go together. Without data a channel costs
+    its squared norm in units of its family's mean. Time falls with the share of rows that stay.
     """
     kept = {n: f for n, f in families.families.items() if f.rows and f.size > 1}
     names = {name: layer_name(name, own) for name, _, own in owners(model)}
@@ -81,14 +82,14 @@ def family_curves(
             squares = scores[name].square().sort().values
             energy = (squares.cumsum(0) / squares.sum().clamp(min=1e-300)).tolist()
             gone = [min(round(family.size * share), family.size - 1) for share in SHARES]
-            levels, losses = SHARES, tuple(energy[count - 1] if count else 0.0 for count in gone)
+            levels, losses = SHARES, tuple(family.size * energy[count - 1] if count else 0.0 for count in gone)
         macs = sum(info.macs for info in own)
         ms = sum(times.get(info.name, 0.0) for info in own) if times else macs / total
         rows[title] = family.rows
         found.append(
             LayerCurve(
                 name=title,
-                weights=sum(info.weights for info in own),
+                weights=family.size if own else 0,
                 parameters=sum(info.parameters for info in own),
                 macs=macs,
                 ms=ms,
