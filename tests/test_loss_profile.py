@@ -93,7 +93,7 @@ def linear(values: Tensor) -> nn.Module:
         (torch.arange(1.0, 101.0), (0, 0.5, 0.9), (0.0, 25.5, 70.5)),
         (-torch.arange(1.0, 101.0).flip(0), (0, 0.5, 0.9), (0.0, 25.5, 70.5)),
         (torch.arange(1.0, 17.0), (0.25, 0.5, 0.75), (0.0, 2.5, 6.5, 10.5)),
-        (torch.tensor([3.0]), (0.2, 0.4, 0.6), (0.0, 0.0, 0.0, 3.0)),
+        (torch.tensor([3.0]), (0.2, 0.4, 0.6, 0.8), (0.0, 0.0, 0.0, 3.0, 3.0)),
         (torch.zeros(8), (0.5,), (0.0, 0.0)),
         (torch.full((8,), -2.0), (0.5, 0.75), (0.0, 2.0, 2.0)),
     ],
@@ -282,9 +282,10 @@ def test_levels_that_change_nothing_cost_no_run() -> None:
         calls += 1
         return F.cross_entropy(outputs, target)
 
-    profile = loss_profile(model, batches(1), loss, layers=["fc"], levels=(0.2, 0.5, 0.51, 0.75))
+    profile = loss_profile(model, batches(1), loss, layers=["fc"], levels=(0.2, 0.5, 0.51, 0.75, 0.76))
     assert calls == 1 + 1  # as it is, and 24 of 32 zeros; 16 were there, and 51 % are 16
     assert profile.losses["fc"][:4] == (profile.base,) * 4
+    assert profile.losses["fc"][5] == profile.losses["fc"][4] != profile.base
 
 
 # ---------------------------------------------------------------------------------------------- batches and losses
