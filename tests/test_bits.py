@@ -126,6 +126,12 @@ def test_a_step_may_skip_what_lies_above_the_hull_and_fill_what_is_left() -> Non
     }
 
 
+def test_what_saves_most_for_its_cost_comes_before_what_saves_most() -> None:
+    dear, cheap = [Option(2, 0.0, 5.0), Option(4, 100.0, 0.0)], [Option(2, 0.0, 3.0), Option(4, 10.0, 0.0)]
+    found = least_loss({"a": dear, "b": cheap, "c": cheap}, 100.0)
+    assert {name: option.bits for name, option in found.items()} == {"a": 2, "b": 4, "c": 4}
+
+
 # ---------------------------------------------------------------------------------------------- names
 
 
