@@ -75,6 +75,7 @@ _LATER = {
         "ProjectSettings",
         "PruningProfile",
         "PruningSettings",
+        "Report",
         "TrainingStage",
         "create_recipe",
         "curves",

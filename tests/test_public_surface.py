@@ -78,6 +78,7 @@ BEFORE_TRAINING = {
         "ProjectSettings",
         "PruningProfile",
         "PruningSettings",
+        "Report",
         "TrainingStage",
         "create_recipe",
         "curves",

@@ -197,6 +197,18 @@ def test_the_exported_text_is_a_recipe_with_what_is_shown(browser: Browser, page
     assert Recipe.from_yaml(browser.text("#recipe")) == recipe
 
 
+def test_int8_moves_with_the_end_of_fine_tuning(browser: Browser, tmp_path: Path) -> None:
+    browser.open(replace(report(), quantize=True).to_html(tmp_path / "int8.html"))
+    assert "Quantization to int8" in browser.text("#timeline")
+    browser.give("#epoch-tuned", "60")
+    recipe = Recipe.from_yaml(browser.text("#recipe"))
+    (found,) = [one for one in recipe.modifiers if type(one).__name__ == "QuantizationModifier"]
+    epochs = found.model_dump()
+    assert epochs["start_epoch"] == 60.0 and epochs["disable_quantization_observer_epoch"] == 64.5
+    assert recipe.max_epochs == 69.0
+    assert browser.complaints() == []
+
+
 def test_schedules_are_added_edited_removed_and_saved(browser: Browser, page: Path) -> None:
     browser.open(page)
     count = "return document.querySelectorAll('#schedule-rows fieldset').length"

@@ -18,6 +18,8 @@ const shape = (tag, attributes = {}, ...children) => put(document.createElementN
 
 const percent = (value, digits = 1) => `${(100 * value).toFixed(digits)}%`;
 const figure = (value) => (value === 0 ? "0" : Number(value.toPrecision(3)).toString());
+/** With three digits even where the last are 0: columns of figures line up. */
+const measured = (value) => (value >= 1000 || value < 0.001 ? figure(value) : value.toPrecision(3));
 const times = (value) => `${value.toFixed(2)}×`;
 function large(value) {
   for (const [size, unit] of [[1e12, "T"], [1e9, "G"], [1e6, "M"], [1e3, "k"]]) {
@@ -64,11 +66,12 @@ function curveGraph(svg, levels, values, share, unit) {
   svg.setAttribute("aria-label", `${unit}: ${figure(values[0])} dense, ${figure(here)} at ${percent(share)} sparsity`);
 }
 
-/** Rows with a bar each: [{name, cells, value}]. */
+/** Rows with a bar each: [{name, note, cells, value}]. Columns whose title ends in "*" are left out where it is narrow. */
 function barTable(caption, titles, rows) {
+  const kinds = titles.map((title, n) => (n ? `num${title.endsWith("*") ? " wide" : ""}` : ""));
   const most = Math.max(...rows.map((row) => row.value), 1e-12);
   const bar = (value) => el("td", { class: "wide", "aria-hidden": "true" }, el("span", { class: "meter", style: `width:${(100 * value) / most}%` }));
   return el("table", {}, el("caption", { class: "visually-hidden" }, caption),
-    el("thead", {}, el("tr", {}, titles.map((title, n) => el("th", { scope: "col", class: n ? "num" : "" }, title)), el("td", { class: "wide", style: "width:28%" }))),
-    el("tbody", {}, rows.map((row) => el("tr", {}, el("th", { scope: "row" }, row.name), row.cells.map((cell) => el("td", { class: "num" }, cell)), bar(row.value)))));
+    el("thead", {}, el("tr", {}, titles.map((title, n) => el("th", { scope: "col", class: kinds[n] }, title.replace("*", ""))), el("td", { class: "wide", style: "width:28%" }))),
+    el("tbody", {}, rows.map((row) => el("tr", {}, el("th", { scope: "row" }, row.name, row.note ? el("small", {}, row.note) : null), row.cells.map((cell, n) => el("td", { class: kinds[n + 1] }, cell)), bar(row.value)))));
 }

@@ -271,11 +271,7 @@ def _quantize(draft: _Draft, given: Mapping[str, Any], stage: TrainingStage | No
     if stage is None:
         draft.add(QuantizationModifier(**{"start_epoch": 0.0, **given}))
         return
-    fields: dict[str, Any] = {
-        "start_epoch": stage.start,
-        "disable_quantization_observer_epoch": stage.start + stage.epochs / 2,
-        "freeze_bn_stats_epoch": stage.start + 0.75 * stage.epochs,
-    }
+    fields: dict[str, Any] = quantization_epochs(stage)
     reasons = {
         "start_epoch": "after fine-tuning" if stage.start else "nothing is pruned first",
         "disable_quantization_observer_epoch": "ranges have settled: half of the stage",
@@ -285,6 +281,15 @@ def _quantize(draft: _Draft, given: Mapping[str, Any], stage: TrainingStage | No
         QuantizationModifier(**{**fields, **given}),
         **{place: reason for place, reason in reasons.items() if place not in given},
     )
+
+
+def quantization_epochs(stage: TrainingStage) -> dict[str, float]:
+    """The fields of a QuantizationModifier that are epochs, for its stage."""
+    return {
+        "start_epoch": stage.start,
+        "disable_quantization_observer_epoch": stage.start + stage.epochs / 2,
+        "freeze_bn_stats_epoch": stage.start + 0.75 * stage.epochs,
+    }
 
 
 # ---------------------------------------------------------------------- what is said

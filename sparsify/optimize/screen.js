@@ -3,6 +3,7 @@
 
 const data = JSON.parse($("data").textContent);
 const stagesAtFirst = data.training.stages;
+const [int8At, int8Until] = stagesAtFirst.quantization ?? [0, 0];
 const state = {
   settings: structuredClone(data.settings),
   start: stagesAtFirst.pruning[0],
@@ -325,12 +326,13 @@ function showDetail(row) {
 // ---------------------------------------------------------------- training and export
 
 function stagesNow() {
-  const found = [["stabilization", 0, state.start], ["pruning", state.start, state.end], ["fine-tuning", state.end, state.tuned]];
+  const found = [["stabilization", 0, state.start], ["pruning", state.start, state.end], ["fine-tuning", state.end, state.tuned],
+    ["quantization", state.tuned, state.tuned + int8Until - int8At]];
   return found.filter(([, start, end]) => end > start);
 }
 
 function lastEpoch() {
-  return Math.max(state.tuned, ...state.rates.map(endOf).filter(Number.isFinite));
+  return Math.max(state.tuned + int8Until - int8At, ...state.rates.map(endOf).filter(Number.isFinite));
 }
 
 function nameOf({ type, fields }) {
@@ -351,6 +353,7 @@ function showTraining() {
   const until = (index) => Math.min(endOf(sorted[index]) === Infinity ? (sorted[index + 1] ? startOf(sorted[index + 1]) : total) : endOf(sorted[index]), total);
   $("timeline").replaceChildren(el("ol", { class: "timeline" }, line,
     row("Pruning", `${epochs(state.start, state.end)}, every ${figure(state.frequency)}`, [[state.start, state.end]]),
+    int8Until ? row("Quantization to int8", `from epoch ${figure(state.tuned)}`, [[state.tuned, total]]) : [],
     sorted.map((one, index) => row(nameOf(one), epochs(startOf(one), until(index)), [[startOf(one), until(index)]]))));
   const origin = data.training.known ? `from ${figure(data.training.epochs)} epochs of the original training with ${data.training.optimizer}` : `laid out for ${figure(data.training.epochs)} epochs: the original training is not known`;
   $("training-lead").textContent = `${figure(total)} epochs, ${origin}`;
@@ -360,7 +363,13 @@ function evidenceOf(choice) {
   const layer = data.layers.find((one) => one.name === choice.name);
   const lost = figure(at(layer.levels, layer.losses, choice.sparsity) - layer.losses[0]);
   const saved = data.timed ? `, saves ${time(layer.ms - choice.ms)} where zeros are skipped` : "";
-  return `of ${layer.weights.toLocaleString("en")}: loss +${lost}${saved}${choice.overridden ? ", set by hand" : ""}`;
+  return `${percent(choice.sparsity, 2)} of ${layer.weights.toLocaleString("en")} weights: loss +${lost}${saved}${choice.overridden ? ", set by hand" : ""}`;
+}
+
+/** What Python laid out for the end; int8 moves with the epoch that it starts at. */
+function lastNow() {
+  const moved = (fields) => Object.fromEntries(Object.entries(fields).map(([key, value]) => [key, key.endsWith("_epoch") ? value + state.tuned - int8At : value]));
+  return data.last.map((one) => (one.type === "QuantizationModifier" ? { ...one, fields: moved(one.fields) } : one));
 }
 
 function recipeNow() {
@@ -372,7 +381,7 @@ function recipeNow() {
     ...profile.notes.map((note) => `Note: ${note}`),
   ];
   const range = { type: "EpochRangeModifier", fields: { start_epoch: 0, end_epoch: lastEpoch() } };
-  return recipeText(header, [range, ...pruningModifiers(profile, data.weights, when, evidenceOf), ...state.rates, ...data.last]);
+  return recipeText(header, [range, ...pruningModifiers(profile, data.weights, when, evidenceOf), ...state.rates, ...lastNow()]);
 }
 
 function showRecipe() {
@@ -413,15 +422,15 @@ function buildBenchmarks() {
   const views = [];
   if (data.benchmarks.length) {
     const first = data.benchmarks[0].p50;
-    const rows = data.benchmarks.map((one) => ({ name: `${one.name} (${one.how})`, value: one.p50, cells: [figure(one.p50), figure(one.p95), large(one.items), times(first / one.p50), large(one.size)] }));
-    views.push(el("div", {}, el("h3", {}, "Files"), barTable("Measured files", ["File", "p50 ms", "p95 ms", "Items/s", "Faster", "Bytes"], rows)));
+    const rows = data.benchmarks.map((one) => ({ name: one.name, note: one.how, value: one.p50, cells: [measured(one.p50), measured(one.p95), large(one.items), times(first / one.p50), large(one.size)] }));
+    views.push(el("div", {}, el("h3", {}, "Files"), barTable("Measured files", ["File", "p50 ms", "p95 ms*", "Items/s*", "Faster", "Bytes"], rows)));
   }
   const { performance } = data;
   if (performance) {
     const dense = performance.totals.float;
-    const totals = Object.entries(performance.totals).map(([name, ms]) => ({ name, value: ms, cells: [figure(ms), times(dense / ms)] }));
+    const totals = Object.entries(performance.totals).map(([name, ms]) => ({ name, value: ms, cells: [measured(ms), times(dense / ms)] }));
     const slow = [...performance.layers].sort((a, b) => b[2] - a[2]).slice(0, 12);
-    const layers = slow.map(([name, type, ms, int8]) => ({ name: `${name} ${type}`, value: ms, cells: [figure(ms), int8 === null ? "–" : figure(int8)] }));
+    const layers = slow.map(([name, type, ms, int8]) => ({ name, note: type, value: ms, cells: [measured(ms), int8 === null ? "–" : measured(int8)] }));
     views.push(
       el("div", {}, el("h3", {}, `The model as it was measured: ${performance.how}`), barTable("Whole model", ["Form", "ms", "Faster"], totals)),
       el("div", {}, el("h3", {}, `The ${layers.length} slowest layers; ${figure(performance.others)} ms belong to none`), barTable("Slowest layers", ["Layer", "ms", "int8 ms"], layers)));

@@ -15,10 +15,11 @@ from typing import TYPE_CHECKING, Any, get_args
 from sparsify.errors import ArgumentError
 from sparsify.files import replacing
 from sparsify.modifiers.base import Modifier
+from sparsify.modifiers.quantization import QuantizationModifier
 from sparsify.modifiers.training import TrainableParamsModifier
 from sparsify.optimize.allocation import REST, LayerCurve, PruningSettings, curves, pruning_profile
 from sparsify.optimize.code import Framework, integration_code
-from sparsify.optimize.recipes import FIRST, UNKNOWN
+from sparsify.optimize.recipes import FIRST, UNKNOWN, quantization_epochs
 from sparsify.optimize.structures import weights_by_layer
 from sparsify.optimize.training import LearningRateSchedule, OriginalTraining, learning_rates
 from sparsify.version import __version__
@@ -48,6 +49,7 @@ class Report:
         benchmarks: of files, by the name to show: {"dense": benchmark_onnx(...), "pruned, int8": ...}.
         loss_method: how losses came to be, as in LossProfile; said in the page.
         recipe: the path of the recipe file in the integration code.
+        quantize: whether the recipe ends with int8.
     """
 
     analysis: ModelAnalysis
@@ -58,6 +60,7 @@ class Report:
     benchmarks: Mapping[str, Benchmark] = field(default_factory=dict)
     loss_method: str = ""
     recipe: str = "recipe.yaml"
+    quantize: bool = False
 
     @classmethod
     def of(
@@ -70,6 +73,7 @@ class Report:
         training: OriginalTraining | None = None,
         benchmarks: Mapping[str, Benchmark] | None = None,
         recipe: str = "recipe.yaml",
+        quantize: bool = False,
     ) -> Report:
         """From the profiles of a model.
 
@@ -85,6 +89,7 @@ class Report:
             benchmarks=dict(benchmarks or {}),
             loss_method=loss.method,
             recipe=recipe,
+            quantize=quantize,
         )
 
     def to_html(self, path: str | os.PathLike[str]) -> Path:
@@ -123,11 +128,14 @@ class Report:
         by_name = {layer.name: layer for layer in self.analysis.layers}
         weights = weights_by_layer(self.analysis)
         training = self.training or UNKNOWN
-        stages = {stage.name: (stage.start, stage.end) for stage in training.stages()}
+        stages = training.stages(quantize=self.quantize)
+        last: list[Modifier] = [TrainableParamsModifier(params="__ALL__", trainable=True, start_epoch=0.0)]
+        if self.quantize:
+            last.append(QuantizationModifier.model_validate(quantization_epochs(stages[-1])))
         schedules: dict[str, list[dict[str, Any]]] = {}
         if training.initial_lr is not None:
-            schedules = {name: [_plain(one) for one in learning_rates(training, name)] for name in _SCHEDULES}
-            schedules = {"suggested": [_plain(one) for one in learning_rates(training)], **schedules}
+            schedules = {name: [_plain(one) for one in learning_rates(training, name, stages)] for name in _SCHEDULES}
+            schedules = {"suggested": [_plain(one) for one in learning_rates(training, None, stages)], **schedules}
         return {
             "model": self.analysis.model,
             "batch": self.analysis.batch_size,
@@ -141,11 +149,11 @@ class Report:
                 "known": self.training is not None,
                 "epochs": training.epochs,
                 "optimizer": training.optimizer,
-                "stages": stages,
+                "stages": {stage.name: (stage.start, stage.end) for stage in stages},
                 "frequency": training.update_frequency,
                 "first": FIRST,
             },
-            "last": [_plain(TrainableParamsModifier(params="__ALL__", trainable=True, start_epoch=0.0))],
+            "last": [_plain(one) for one in last],
             "schedules": schedules,
             "code": {name: integration_code(self.recipe, framework=name) for name in get_args(Framework)},
             "recipe": Path(self.recipe).name,
@@ -205,9 +213,11 @@ def _performance(one: PerformanceProfile) -> dict[str, Any]:
         totals["int8"] = one.total_int8_ms
     for kind, found in (("float", one.width_total_ms), ("int8", one.width_total_int8_ms)):
         totals |= {f"{kind}, {w:.0%} of the channels": ms for w, ms in zip(one.widths, found, strict=False) if w < 1}
+    same = f"batch {one.batch_size}, {one.threads} thread{'s' * (one.threads != 1)}"
+    further = {name: ms for name, ms in one.totals.items() if not name.startswith(f"{same},")}
     return {
-        "how": f"batch {one.batch_size}, {one.threads} thread{'s' * (one.threads != 1)}, onnxruntime",
-        "totals": totals | dict(one.totals),
+        "how": f"{same}, onnxruntime",
+        "totals": totals | further,
         "layers": [[layer.name, layer.type, layer.ms, layer.int8_ms] for layer in one.layers],
         "others": sum(one.others.values()),
     }
