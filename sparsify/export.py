@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from sparsify.errors import ArgumentError, ExportError, SparsifyError, SparsifyWarning
 from sparsify.files import replacing
 from sparsify.quantize import emit
+from sparsify.quantize.deploy import opsets
 from sparsify.runtime import first_line
 from sparsify.signature import Call, named_outputs, unwrapped
 from sparsify.targets import clean_name
@@ -112,7 +113,8 @@ def export_onnx(
         sample_inputs: a tensor, a tuple of arguments, or a dictionary of keyword arguments. Shapes other than the batch
             axis are fixed to theirs. Arguments that are no tensors become constants of the file.
         path: replaced at once when everything went well; on an error what was there stays.
-        opset: 18 to 23; None is 20, which the exporter writes without version conversion.
+        opset: 18 to 23; None is 20, which the exporter writes without version conversion, and 21 where weights alone
+            have four bits or scales of blocks: they are stored as int4 from there on, two in a byte.
         dynamic_batch: axis 0 of the first input, and of the others of that length, may be of any length when the file
             runs; False fixes it.
         input_names, output_names: instead of the names of the parameters of `forward` and of the keys of the output
@@ -127,12 +129,18 @@ def export_onnx(
         raise ArgumentError(f"model is a {type(model).__name__}; give a torch.nn.Module.")
     if not isinstance(path, (str, os.PathLike)):
         raise ArgumentError(f"path={path!r}: give the path of a file.")
-    opset = DEFAULT_OPSET if opset is None else opset
+    model = unwrapped(model)
+    least, best = opsets(model)
+    opset = max(DEFAULT_OPSET, best) if opset is None else opset
     if isinstance(opset, bool) or not isinstance(opset, int) or opset not in OPSETS:
         raise ArgumentError(
             f"opset={opset!r}: give one of {OPSETS.start} to {OPSETS.stop - 1}, or None for {DEFAULT_OPSET}."
         )
-    model = unwrapped(model)
+    if opset < least:
+        raise ExportError(
+            f"{type(model).__name__} has weights with a scale for each block, which ONNX can say from opset {least} "
+            f"on; pass opset={least} instead of {opset}, or train with strategy: channel."
+        )
     call = Call.of(model, sample_inputs)
     if input_names is not None:
         call = _with_names(call, input_names)
@@ -150,7 +158,7 @@ def _model_proto(
     """The checked model."""
     import onnx
 
-    from sparsify import onnx_rewrites
+    from sparsify import onnx_rewrites, onnx_weight_only
 
     name = type(model).__name__
     if any(parameter.dtype == torch.bfloat16 for parameter in model.parameters()):
@@ -194,6 +202,7 @@ def _model_proto(
         raise ExportError(f"{name} could only be written at opset {written}, not {opset}; pass opset={written}.")
     _name(proto, call, _output_names(name, adapter.returned.names, call, output_names))
     onnx_rewrites.rewrite(proto)
+    onnx_weight_only.fuse(proto)
     onnx_rewrites.name_dimensions(proto, batched)
     _note_weights(proto, deployed)
     proto.producer_name = "sparsify"

@@ -221,7 +221,7 @@ def _inside(
             mine.graph.output.add().name = name
     with tempfile.TemporaryDirectory() as folder:
         target = Path(folder) / "optimized.onnx"
-        options = session_options(optimized=True, threads=1)
+        options = session_options(optimized=True, threads=1, float_inputs=True)
         options.optimized_model_filepath = str(target)
         _session(mine, options, path)
         seen = onnx.load(target)

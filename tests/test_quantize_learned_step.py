@@ -226,7 +226,7 @@ def digits() -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return x[:1200], y[:1200], x[1200:], y[1200:]
 
 
-@pytest.mark.parametrize(("bits", "kind"), [(2, "sgd"), (3, "sgd"), (4, "sgd"), (2, "adam")])
+@pytest.mark.parametrize(("bits", "kind"), [(2, "sgd"), (2, "adam"), (3, "sgd")])
 def test_few_bits_learn_better_than_with_the_largest_weight(bits: int, kind: str) -> None:
     x, y, test_x, test_y = digits()
     losses, accuracy = {}, {}

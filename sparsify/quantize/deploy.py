@@ -18,7 +18,6 @@ from sparsify.quantize.fake import GATES, FakeQuantize, gate_of
 from sparsify.quantize.functional import WatchedLayer, watched
 from sparsify.quantize.layers import (
     NORMS,
-    WEIGHT_STEP,
     QuantizedConv1d,
     QuantizedConv2d,
     QuantizedConvTranspose2d,
@@ -27,9 +26,9 @@ from sparsify.quantize.layers import (
     QuantizedLinear,
     QuantizedMultiheadAttention,
     integers,
-    on_own_grid,
     quantizers,
 )
+from sparsify.quantize.weight_grid import WEIGHT_STEP, on_own_grid
 
 __all__: list[str] = []
 
@@ -46,7 +45,7 @@ class DeployedLayer(QuantizedLayer):
         # transformers' ViT and T5 ask for its dtype.
         buffers = self.__dict__["_buffers"]
         if name == "weight":
-            return dequantize(buffers["weight_int8"], buffers["weight_scale"], self._wiring.axis)
+            return dequantize(buffers["weight_int8"], buffers["weight_scale"], self._wiring.axis, self._wiring.block)
         if name == "bias":
             if "bias_int32" not in buffers:
                 return buffers.get("float_bias")
@@ -197,3 +196,18 @@ def _embedding(layer: QuantizedEmbedding) -> tuple[Any, ...]:
     with torch.no_grad():
         q, scale = on_own_grid(layer)
         return q.to(torch.int8), scale.reshape(() if scale.dim() == 0 else (-1,))
+
+
+def opsets(model: nn.Module) -> tuple[int, int]:
+    """(the ONNX opset that the integers of `model` need at least, the one with which they take the least room).
+
+    Scales of blocks need 21; weights alone of four bits and fewer fill half a byte from there on.
+    """
+    least = best = 0
+    for module in model.modules():
+        if isinstance(module, (QuantizedLayer, QuantizedEmbedding)) and module._wiring.largest:
+            if module._wiring.block:
+                least = best = 21
+            elif module._wiring.largest <= 7 and module._wiring.source is None:
+                best = 21
+    return least, best

@@ -16,6 +16,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from sparsify.quantize.weight_grid import widened
+
 __all__: list[str] = []
 
 QUANTIZE_DEQUANTIZE = "sparsify::quantize_dequantize"
@@ -36,7 +38,7 @@ def quantize_dequantize(x: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
     return result
 
 
-def dequantize(q: Tensor, scale: Tensor, axis: int | None) -> Tensor:
+def dequantize(q: Tensor, scale: Tensor, axis: int | None, block: int = 0) -> Tensor:
     """q * scale in float32: weights and biases that are stored as integers (zero point 0).
 
     Exports as DequantizeLinear on the initializer `q`; no optimizer folds it to float.
@@ -45,8 +47,9 @@ def dequantize(q: Tensor, scale: Tensor, axis: int | None) -> Tensor:
         q: int8, uint8 or int32; a buffer of the module, so that it becomes an initializer under its own name.
         scale: float32; rank 0, or (C,) with `axis` the dimension of `q` that has C entries.
         axis: None with a scale of rank 0.
+        block: the scale has an entry for each `block` indices of `axis` instead; 0: it has not.
     """
-    result: Tensor = _operators().dequantize.default(q, scale, axis)
+    result: Tensor = _operators().dequantize.default(q, scale, axis, block)
     return result
 
 
@@ -61,7 +64,9 @@ def translations(opset: int) -> dict[Callable[..., Any], Callable[..., Any]]:
     def translate_quantize_dequantize(x: Any, scale: Any, zero_point: Any) -> Any:
         return op.DequantizeLinear(op.QuantizeLinear(x, scale, zero_point), scale, zero_point)
 
-    def translate_dequantize(q: Any, scale: Any, axis: int | None = None) -> Any:
+    def translate_dequantize(q: Any, scale: Any, axis: int | None = None, block: int = 0) -> Any:
+        if block:
+            return op.DequantizeLinear(q, scale, axis=axis, block_size=block)
         return op.DequantizeLinear(q, scale) if axis is None else op.DequantizeLinear(q, scale, axis=axis)
 
     return {
@@ -77,11 +82,8 @@ def _quantize_dequantize(x: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor
     return ((x / scale).round_().add_(offset).clamp_(limits.min, limits.max).sub_(offset)).mul_(scale)
 
 
-def _dequantize(q: Tensor, scale: Tensor, axis: int | None) -> Tensor:
-    if axis is not None:
-        shape = [1] * q.dim()
-        shape[axis] = -1
-        scale = scale.reshape(shape)
+def _dequantize(q: Tensor, scale: Tensor, axis: int | None, block: int) -> Tensor:
+    scale = widened(scale, q, axis, block)
     return q.to(scale.dtype) * scale
 
 
@@ -90,12 +92,12 @@ def _operators() -> Any:
     """Registers both on the first use, once a process: importing sparsify registers nothing."""
     library: Any = cast(Any, torch.library.Library)("sparsify", "DEF")
     library.define("quantize_dequantize(Tensor x, Tensor scale, Tensor zero_point) -> Tensor")
-    library.define("dequantize(Tensor q, Tensor scale, int? axis) -> Tensor")
+    library.define("dequantize(Tensor q, Tensor scale, int? axis, int block) -> Tensor")
     library.impl("quantize_dequantize", _quantize_dequantize, "CompositeExplicitAutograd")
     library.impl("dequantize", _dequantize, "CompositeExplicitAutograd")
     torch.library.register_fake(QUANTIZE_DEQUANTIZE, lambda x, scale, zero_point: torch.empty_like(x), lib=library)
     torch.library.register_fake(
-        "sparsify::dequantize", lambda q, scale, axis: torch.empty_like(q, dtype=scale.dtype), lib=library
+        "sparsify::dequantize", lambda q, scale, axis, block: torch.empty_like(q, dtype=scale.dtype), lib=library
     )
     _kept.append(library)
     return torch.ops.sparsify

@@ -15,13 +15,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from sparsify.quantize.fake import FakeQuantize, fake_weight, replaced, weight_integers, weight_scale
+from sparsify.quantize import weight_grid
+from sparsify.quantize.fake import FakeQuantize, fake_weight, replaced
 from sparsify.quantize.learned_step import LearnedStep
+from sparsify.quantize.weight_grid import WEIGHT_STEP, on_own_grid, widened
 
 __all__: list[str] = []
-
-WEIGHT_STEP = "weight_quantizer"
-"""The child of a layer that holds the learned step of its weights."""
 
 
 @dataclass
@@ -32,6 +31,7 @@ class Wiring:
         original: the class that it had.
         axis: the dimension of the weight with a scale for each index; None: one scale.
         largest: the largest integer of a weight; 0: weights stay in float.
+        block: how many weights along the inputs have a scale, of each channel; 0: all of them.
         source: the quantizer of the tensor that it reads; None: that is float.
         shared: a quantizer for its input that another layer holds; None: it has its own, or none.
         norm: of a layer, the BatchNorm that is folded into it.
@@ -43,6 +43,7 @@ class Wiring:
     original: type[nn.Module]
     axis: int | None = None
     largest: int = 0
+    block: int = 0
     source: FakeQuantize | None = None
     shared: FakeQuantize | None = None
     norm: Any = None
@@ -55,7 +56,8 @@ class Integers(NamedTuple):
     """What is deployed of one layer, BatchNorm folded.
 
     Attributes:
-        weight: int8. scale: float32 of rank 0, or (C,) along `axis`. axis: None with rank 0.
+        weight: int8. scale: float32 of rank 0, or (C,) along `axis`. axis: None with rank 0. With blocks an
+            entry of scale for each along `axis`, which is then the dimension of the inputs.
         bias: int32 (C,), or None. bias_scale: of the shape of `scale`.
         float_bias: (C,), where what the layer reads is not quantized, so that there is no grid for a bias.
     """
@@ -97,8 +99,7 @@ class QuantizedLayer(Retyped):
             wiring = self._wiring
             weight = cast(Tensor, self.weight)
             if wiring.largest:
-                step = self._modules.get(WEIGHT_STEP)
-                weight = step(weight) if step else fake_weight(weight, axis=wiring.axis, largest=wiring.largest)
+                weight = weight_grid.fake(self)
             return weight, self._parameters["bias"]
 
     def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
@@ -157,10 +158,7 @@ class QuantizedEmbedding(Retyped, nn.Embedding):
         wiring = self._wiring
         if wiring.axis is None or WEIGHT_STEP in self._modules:
             with torch._C.DisableTorchFunction():
-                if WEIGHT_STEP in self._modules:
-                    table = cast(Any, self._modules[WEIGHT_STEP])(self.weight)
-                else:
-                    table = fake_weight(self.weight, axis=None, largest=wiring.largest)
+                table = weight_grid.fake(self)
             return self._output(self._rows(input, table))
         rows = self._rows(input, self.weight)
         with torch._C.DisableTorchFunction():
@@ -455,15 +453,6 @@ def norm_factor(norm: Any) -> tuple[Tensor, Tensor]:
     return factor, offset if norm.bias is None else offset + norm.bias.float()
 
 
-def on_own_grid(layer: Any) -> tuple[Tensor, Tensor]:
-    """(integers in float, scale that broadcasts against them) of a layer's weight as it stands."""
-    weight, step = layer.weight.detach().float(), layer._modules.get(WEIGHT_STEP)
-    largest = layer._wiring.largest
-    scale = weight_scale(weight, axis=layer._wiring.axis, largest=largest) if step is None else step.scale()
-    # Clips where the step was learned only: the largest weight is the largest integer else.
-    return weight_integers(weight, scale).clamp_(-largest, largest), scale
-
-
 @torch.no_grad()
 def integers(layer: Any) -> Integers:
     """What is deployed of a quantized layer with its BatchNorm folded.
@@ -473,13 +462,15 @@ def integers(layer: Any) -> Integers:
     """
     wiring: Wiring = layer._wiring
     q, spread = on_own_grid(layer)
+    if wiring.block:
+        return _integers_in_blocks(layer, q, spread)
     axis, scale = wiring.axis, spread.reshape(-1) if wiring.axis is not None else spread.reshape(())
     bias = None if layer.bias is None else layer.bias.detach().float()
     if wiring.norm is not None:
         factor, offset = norm_factor(wiring.norm)
         bias = offset if bias is None else offset + factor * bias
         axis = channel_axis(layer)
-        q = q * along(torch.sign(factor), q, axis)
+        q = q * widened(torch.sign(factor), q, axis, 0)
         scale = scale * factor.abs()
     source = wiring.source
     if source is None or not source.enabled:
@@ -490,7 +481,7 @@ def integers(layer: Any) -> Integers:
         low = (reach / (source.scale * 2.0**30)).clamp(min=1e-20)
     coarse = torch.maximum(scale, low)
     shrunk = scale / coarse
-    q = (q * (shrunk if axis is None else along(shrunk, q, axis))).round()
+    q = (q * widened(shrunk, q, axis, 0)).round()
     scale = coarse
     if bias is None or source is None or not source.enabled:
         return Integers(q.to(torch.int8), scale, axis, None, scale, bias)
@@ -499,16 +490,21 @@ def integers(layer: Any) -> Integers:
     return Integers(q.to(torch.int8), scale, axis, grid, bias_scale, None)
 
 
+def _integers_in_blocks(layer: Any, q: Tensor, scale: Tensor) -> Integers:
+    """No runtime sums blocks in integers: the bias stays in float."""
+    bias = None if layer.bias is None else layer.bias.detach().float()
+    axis = channel_axis(layer)
+    if layer._wiring.norm is not None:
+        factor, offset = norm_factor(layer._wiring.norm)
+        bias = offset if bias is None else offset + factor * bias
+        q = q * widened(torch.sign(factor), q, axis, 0)
+        scale = (scale * widened(factor.abs(), scale, axis, 0)).clamp(min=1e-20)
+    return Integers(q.to(torch.int8), scale.contiguous(), 1 - axis, None, scale, bias)
+
+
 def channel_axis(layer: nn.Module) -> int:
     """The dimension of the weight along which the output channels lie."""
     return 1 if isinstance(layer, nn.ConvTranspose2d) or stores_transposed(layer) else 0
-
-
-def along(values: Tensor, like: Tensor, axis: int) -> Tensor:
-    """`values` (C,) in the shape that broadcasts along `axis` of `like`."""
-    shape = [1] * like.dim()
-    shape[axis] = -1
-    return values.reshape(shape)
 
 
 def folded(layer: Any) -> tuple[Tensor, Tensor | None]:
@@ -517,7 +513,7 @@ def folded(layer: Any) -> tuple[Tensor, Tensor | None]:
     if not wiring.largest:
         return _folded_float(layer)
     whole = integers(layer)
-    scale = whole.scale if whole.axis is None else along(whole.scale, whole.weight, whole.axis)
+    scale = widened(whole.scale, whole.weight, whole.axis, wiring.block)
     weight = (whole.weight.float() * scale).to(layer.weight.dtype)
     bias = whole.float_bias
     if whole.bias is not None:
@@ -536,6 +532,6 @@ def _folded_float(layer: Any) -> tuple[Tensor, Tensor | None]:
     if wiring.norm is None:
         return layer.weight, layer.bias
     factor, offset = norm_factor(wiring.norm)
-    weight = layer.weight * along(factor, layer.weight, channel_axis(layer)).to(layer.weight.dtype)
+    weight = layer.weight * widened(factor, layer.weight, channel_axis(layer), 0).to(layer.weight.dtype)
     bias = offset if layer.bias is None else offset + factor * layer.bias
     return weight, bias.to(layer.weight.dtype)

@@ -28,6 +28,7 @@ from sparsify.quantize.layers import (
     channel_axis,
     is_norm_and_more,
     is_weighted,
+    stores_transposed,
 )
 from sparsify.quantize.plan import Layer, Left, Plan, Site
 from sparsify.quantize.scheme import ActivationScheme, Scheme, Settings
@@ -391,12 +392,14 @@ class _Planner:
             return Layer(name, None, 0, source, None)
         fewer = self.settings.reduce_range or bool(weights.kwargs.get("reduce_range"))
         bits = weights.num_bits - (1 if fewer and weights.num_bits == 8 else 0)
-        per_channel = weights.strategy == "channel"
+        per_channel = weights.strategy != "tensor"
         if isinstance(module, nn.ConvTranspose2d) and module.groups > 1:
             per_channel = False
         axis = channel_axis(module) if per_channel else None
         learned = weights.observer == "lsq"
-        return Layer(name, axis, 2 ** (bits - 1) - 1, source, self.folds.get(name), learned)
+        linear = isinstance(module, nn.Linear) or stores_transposed(module)
+        block = (weights.block_size or 0) if linear else 0
+        return Layer(name, axis, 2 ** (bits - 1) - 1, source, self.folds.get(name), learned, block)
 
     def _watched(self, sites: list[Site]) -> dict[str, dict[str, int]]:
         """The modules with quantized operations of their own, and those below them that compute such operations too."""

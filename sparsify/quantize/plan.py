@@ -19,7 +19,6 @@ from sparsify.errors import StateError
 from sparsify.quantize.fake import FakeQuantize
 from sparsify.quantize.functional import Watched, watch
 from sparsify.quantize.layers import (
-    WEIGHT_STEP,
     WEIGHTED,
     QuantizedLayer,
     Retyped,
@@ -28,7 +27,8 @@ from sparsify.quantize.layers import (
     is_weighted,
     retype,
 )
-from sparsify.quantize.learned_step import LearnedQuantize, LearnedStep
+from sparsify.quantize.learned_step import LearnedQuantize
+from sparsify.quantize.weight_grid import WEIGHT_STEP, learned_step
 from sparsify.targets import named_modules
 
 __all__: list[str] = []
@@ -79,7 +79,7 @@ class Layer:
         largest: the largest integer of a weight, 2^(bits-1) - 1; 0: the weights stay in float.
         source: the name of the site that it reads; None: it reads floats.
         norm: the BatchNorm that is folded into it.
-        learned: whether its scales are parameters.
+        learned: whether its scales are parameters. block: how many weights along the inputs have one; 0: all.
     """
 
     name: str
@@ -88,6 +88,7 @@ class Layer:
     source: str | None
     norm: str | None
     learned: bool = False
+    block: int = 0
 
 
 @dataclass(frozen=True)
@@ -231,10 +232,9 @@ def apply_plan(model: nn.Module, plan: Plan) -> None:
         module.activation_relu_or_gelu = 0
     for layer in plan.layers:
         wiring = retype(modules[layer.name])
-        wiring.axis, wiring.largest = layer.axis, layer.largest
+        wiring.axis, wiring.largest, wiring.block = layer.axis, layer.largest, layer.block
         if layer.learned:
-            step = LearnedStep(modules[layer.name].weight, axis=layer.axis, largest=layer.largest)
-            modules[layer.name].add_module(WEIGHT_STEP, step)
+            modules[layer.name].add_module(WEIGHT_STEP, learned_step(modules[layer.name].weight, wiring))
         if layer.norm is not None:
             wiring.norm = modules[layer.norm]
             modules[layer.norm]._wiring.layer = modules[layer.name]

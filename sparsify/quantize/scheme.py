@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import nn
 
-from sparsify.errors import SparsifyWarning
+from sparsify.errors import RecipeError, SparsifyWarning
 from sparsify.quantize.observers import Observer
 from sparsify.targets import resolve_layers
 
@@ -66,21 +66,34 @@ class WeightScheme(BaseModel):
         default=True,
         description="Weights are symmetric whatever is said: a zero point would cost speed and move zeros.",
     )
-    strategy: Literal["tensor", "channel"] = Field(
+    strategy: Literal["tensor", "channel", "block"] = Field(
         default="channel",
         description="One scale per output channel, or one for the whole tensor. With a folded BatchNorm the exported "
-        "scales are per channel either way.",
+        "scales are per channel either way. block: one for each `block_size` inputs of each output channel of a Linear "
+        "(other layers have one per channel); for weights alone, with input_activations: null.",
+    )
+    block_size: Literal[16, 32, 64, 128, 256] | None = Field(
+        default=None, description="How many weights share a scale, with strategy: block; 32 and 128 are usual."
     )
     observer: Literal["min_max", "lsq"] = Field(
         default="min_max",
         description="Where a scale comes from: min_max, the largest weight; lsq, a parameter that the optimizer trains "
-        "(learned step size), which is better with 4 bits and fewer.",
+        "(learned step size), which helps with 2 and 3 bits.",
     )
     kwargs: dict[str, Any] = Field(
         default_factory=dict,
         description="`reduce_range`: one bit less, for CPUs without VNNI. Other keys, of torch's observers, are "
         "without effect.",
     )
+
+    @model_validator(mode="after")
+    def _usable(self) -> WeightScheme:
+        if (self.strategy == "block") != (self.block_size is not None):
+            raise ValueError(
+                f"strategy: {self.strategy} with block_size: {self.block_size}; strategy: block and a block_size go "
+                "together, as in {strategy: block, block_size: 32}."
+            )
+        return self
 
 
 class Scheme(BaseModel):
@@ -159,6 +172,7 @@ class Settings:
 
         Raises:
             TargetError: `strict`, and a name matches nothing.
+            RecipeError: blocks of weights beside quantized activations.
         """
         layers = list(layers)
         out = self.left_out(model)
@@ -174,6 +188,15 @@ class Settings:
                 if rank >= won.get(name, (False, 0)):
                     won[name] = rank
                     chosen[name] = None if override is None else self._filled(override)
+        for name, scheme in chosen.items():
+            weights = None if scheme is None else scheme.weights
+            if scheme is not None and weights is not None and weights.block_size and scheme.input_activations:
+                raise RecipeError(
+                    f"{self.where}: {name} would have weights with a scale for each block of {weights.block_size} and "
+                    "quantized activations, which no runtime sums in integers. Add input_activations: null, or give "
+                    "its weights strategy: channel.",
+                    field="scheme",
+                )
         return chosen
 
     def _filled(self, override: Scheme) -> Scheme:

@@ -1,0 +1,124 @@
+"""Weights alone as integers in a file: MatMul on (in, out), in four bits where they fit, as onnxruntime fuses it.
+
+DequantizeLinear on weights of shape (in, out), then MatMul with an input in float, becomes one kernel, MatMulNBits,
+that reads the integers. As the exporter writes a Linear, (out, in) with a Transpose or in a Gemm, the weights are
+turned to float at every call instead, which takes ten times as long as a Linear in float.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
+
+from sparsify.onnx_graph import Graph, attribute, integer
+
+__all__: list[str] = []
+
+OPSET = 21
+"""The first with integers of four bits, and scales of blocks."""
+
+
+def fuse(model: ModelProto) -> None:
+    """Brings weights that an operator with an input in float reads into that form; of blocks or of four bits."""
+    opset = next((entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx")), 0)
+    if opset < OPSET:
+        return
+    graph = Graph(model)
+    for node in list(model.graph.node):
+        if node.op_type in ("MatMul", "Gemm"):
+            _as_matmul(graph, node)
+        elif node.op_type in ("Conv", "ConvTranspose") and not _is_quantized(graph, node.input[0]):
+            dequantize = graph.producer.get(node.input[1])
+            if dequantize is not None and _own_integers(graph, dequantize) is not None:
+                _store(graph, dequantize, None)
+    graph.finish()
+
+
+def _as_matmul(graph: Graph, node: NodeProto) -> None:
+    if _is_quantized(graph, node.input[0]):
+        return
+    transposed = node.op_type == "Gemm" and integer(node, "transB", 0) == 1
+    if node.op_type == "Gemm" and integer(node, "transA", 0):
+        return
+    above = graph.producer.get(node.input[1])
+    moved = above if above is not None and above.op_type == "Transpose" else None
+    dequantize = graph.producer.get(moved.input[0]) if moved is not None else above
+    if dequantize is None or (moved is not None and len(graph.readers(dequantize.output[0])) > 1):
+        return
+    values = _own_integers(graph, dequantize)
+    block = integer(dequantize, "block_size", 0)
+    if values is None or values.ndim != 2 or len(graph.readers(node.input[1])) > 1:
+        return
+    if not block and not _fits(values):
+        return
+    # Alone the default factors: nobody writes others for a Linear.
+    if any(attribute(node, name, 1.0) != 1.0 for name in ("alpha", "beta")):
+        return
+    turned = transposed or moved is not None
+    replacement = _store(graph, dequantize, node.input[1] if moved is not None else None, turned=turned)
+    if moved is not None:
+        graph.replace(moved, [])
+        graph.replace(dequantize, [replacement])
+    if node.op_type == "Gemm":
+        name = node.name.replace("Gemm", "MatMul")
+        bias = node.input[2] if len(node.input) > 2 else ""
+        product = graph.fresh(f"{node.output[0]}_product") if bias else node.output[0]
+        nodes = [helper.make_node("MatMul", [node.input[0], node.input[1]], [product], name=name)]
+        if bias:
+            nodes.append(helper.make_node("Add", [product, bias], [node.output[0]], name=f"{name}/Add"))
+        graph.replace(node, nodes)
+
+
+def _own_integers(graph: Graph, node: NodeProto) -> np.ndarray | None:
+    """The weights of a DequantizeLinear, int8 of zero point 0, that nobody else reads."""
+    stored = graph.initializers.get(node.input[0]) if node.op_type == "DequantizeLinear" else None
+    if stored is None or stored.data_type != TensorProto.INT8 or len(graph.readers(node.input[0])) > 1:
+        return None
+    zero = graph.constant(node.input[2]) if len(node.input) > 2 and node.input[2] else None
+    return None if zero is not None and zero.any() else numpy_helper.to_array(stored)
+
+
+def _store(graph: Graph, dequantize: NodeProto, output: str | None, turned: bool = False) -> NodeProto:
+    """Writes the integers anew, transposed if `turned`, and gives the DequantizeLinear that reads them."""
+    stored = graph.initializers[dequantize.input[0]]
+    values, scale = numpy_helper.to_array(stored), graph.constant(dequantize.input[1])
+    assert scale is not None  # The exporter writes scales as initializers.
+    block, axis = integer(dequantize, "block_size", 0), integer(dequantize, "axis", 1)
+    scales = dequantize.input[1]
+    if turned:
+        values, axis = np.ascontiguousarray(values.T), 1 - axis
+        if block:
+            scales = graph.value(graph.fresh(f"{scales}_turned"), np.ascontiguousarray(scale.T))
+    if _fits(values):
+        flat = values.reshape(-1).astype(np.int16)
+        nibbles = np.append(flat, np.zeros(flat.size % 2, np.int16)) & 15
+        packed = (nibbles[::2] | (nibbles[1::2] << 4)).astype(np.uint8)
+        made = TensorProto(data_type=TensorProto.INT4, dims=values.shape, raw_data=packed.tobytes())
+    else:
+        made = numpy_helper.from_array(values)
+    made.name = stored.name
+    stored.CopyFrom(made)
+    attributes: dict[str, Any] = {} if scale.ndim == 0 else {"axis": axis}
+    if block:
+        attributes["block_size"] = block
+    new = helper.make_node(
+        "DequantizeLinear",
+        [stored.name, scales],
+        [output or dequantize.output[0]],
+        name=dequantize.name,
+        **attributes,
+    )
+    if output is None:
+        graph.replace(dequantize, [new])
+    return new
+
+
+def _fits(values: np.ndarray) -> bool:
+    return bool(values.size) and int(values.min()) >= -8 and int(values.max()) <= 7
+
+
+def _is_quantized(graph: Graph, name: str) -> bool:
+    node = graph.producer.get(name)
+    return node is not None and node.op_type == "DequantizeLinear"
