@@ -87,6 +87,8 @@ def _optimize(arguments: Arguments) -> int:
         raise ArgumentError("--initial-lr and --final-lr belong to an original training: give its --epochs too.")
     if inputs is None and (arguments.measure or arguments.goal_ms is not None):
         raise ArgumentError("--measure and --goal-ms run the model: give --input.")
+    if inputs is None and arguments.html is not None:
+        raise ArgumentError("--html shows what layers compute: give --input.")
     data = None if arguments.data is None else called(arguments.data, "--data")
     criterion = None if arguments.loss is None else resolve(arguments.loss, "--loss")
     if data is not None and not isinstance(data, list | tuple):
@@ -109,6 +111,7 @@ def _optimize(arguments: Arguments) -> int:
             performance=performance,
             loss=loss,
         )
+    analysis = None if inputs is None else analyze_model(model, inputs)
     made = create_recipe(
         model,
         inputs,
@@ -116,7 +119,7 @@ def _optimize(arguments: Arguments) -> int:
         preset=arguments.preset,
         settings=settings,
         latency_plan=latency,
-        analysis=None if inputs is None else analyze_model(model, inputs),
+        analysis=analysis,
         performance=performance,
         loss=None if latency is not None else loss,
         training=training,
@@ -124,9 +127,22 @@ def _optimize(arguments: Arguments) -> int:
         distill=arguments.distill,
         structured=True if arguments.structured else None,
     )
+    if arguments.html is not None and analysis is not None:
+        from sparsify.optimize.screen import Report
+
+        # The page moves single weights: a profile of channels does not fit it.
+        single = loss_profile(model, progress=False) if loss is None or loss.families else loss
+        page = Report.of(
+            analysis, single, performance, settings=settings, training=training, recipe=str(arguments.output)
+        )
+        page.to_html(arguments.html)
     made.save(arguments.output)
     evidence = made.evidence
-    said = {"recipe": str(arguments.output), "evidence": None if evidence is None else evidence.model_dump(mode="json")}
+    said = {
+        "recipe": str(arguments.output),
+        "html": arguments.html,
+        "evidence": None if evidence is None else evidence.model_dump(mode="json"),
+    }
     _say(arguments, lambda: json.dumps(said, indent=2), lambda: f"{made.to_yaml()}\nwritten to {arguments.output}")
     return FINE
 
@@ -368,6 +384,7 @@ def _parser() -> argparse.ArgumentParser:
     made = command("optimize", _optimize, "A recipe for a model, with the evidence for each of its numbers.")
     model(made)
     made.add_argument("--output", default="recipe.yaml", metavar="FILE")
+    made.add_argument("--html", metavar="FILE", help="the Optimize screen: a page to change it by hand")
     made.add_argument("--level", type=float, help="how much, 0 to 1; 0.5 where nothing is said")
     made.add_argument("--preset", help="a kind of goal, by its name")
     made.add_argument("--sparsity", type=float, help="average share of zeros, 0 to 1")

@@ -89,8 +89,9 @@ def test_analyze_reads_a_file(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_optimize_writes_a_recipe_that_fits(capsys: pytest.CaptureFixture[str]) -> None:
     words = "optimize shop:build --input 2x3x8x8 --level 0.5 --epochs 20 --initial-lr 0.1 --final-lr 0.001"
-    found = answer(f"{words} --output made.yaml", capsys)
+    found = answer(f"{words} --output made.yaml --html page.html", capsys)
     assert found["recipe"] == "made.yaml" and found["evidence"]["layers"]
+    assert "made.yaml" in Path("page.html").read_text(encoding="utf-8")
     said("check made.yaml --model shop:build", capsys)
     foreseen = answer("plan made.yaml --model shop:build --input 2x3x8x8 --steps-per-epoch 20", capsys)
     assert foreseen["warnings"] == [] and foreseen["moments"][-1]["zeros"]["4.weight"] > 0.4
@@ -198,6 +199,7 @@ def test_a_checkpoint_of_a_recipe_is_exported(capsys: pytest.CaptureFixture[str]
         ("optimize shop:build --sparsity 85 --output m.onnx", "did you mean 0.85"),
         ("optimize shop:build --initial-lr 0.1 --output m.onnx", "belong to an original training"),
         ("optimize shop:build --measure --output m.onnx", "--measure and --goal-ms run the model: give --input"),
+        ("optimize shop:build --html p.html --output m.onnx", "--html shows what layers compute: give --input"),
         ("optimize shop:build --override 4 --output m.onnx", "--override: '4' is not written as layer=sparsity"),
         ("optimize shop:build --override 9=0.5 --output m.onnx", "there is no such layer"),
         ("optimize shop:build --data shop:broken --output m.onnx", "no weights here"),
