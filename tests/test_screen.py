@@ -102,6 +102,8 @@ def test_the_data_is_read_back_whatever_is_in_a_name() -> None:
     read(text)
     match = re.search(r'<script type="application/json" id="data">(.*?)</script>', text, re.DOTALL)
     assert match is not None
+    # Nothing in it can end the element, or begin a comment in it.
+    assert not set("<>&") & set(match.group(1))
     data = json.loads(match.group(1))
     assert data["layers"][0]["name"] == nasty
     assert data == json.loads(json.dumps(odd.data()))
@@ -221,6 +223,25 @@ def test_learning_rates_of_the_page_are_those_of_the_modifiers() -> None:
     for name, rates in zip(data["schedules"], found, strict=True):
         modifiers = learning_rates(training, None if name == "suggested" else name)
         assert rates == pytest.approx([governing(modifiers, epoch) for epoch in epochs], rel=1e-9), name
+
+
+@needs_node
+@pytest.mark.parametrize(
+    ("order", "expected"),
+    [("set 0, step 0", "step"), ("step 0, set 0", "step"), ("set 5, step 0", "set"), ("step 5, set 0", "step")],
+)
+def test_one_schedule_governs_as_in_training(order: str, expected: str) -> None:
+    rates = {"set": 0.5, "step": 0.25}
+    modifiers = []
+    for kind, start in (one.split() for one in order.split(", ")):
+        fields: dict[str, Any] = {"start_epoch": float(start), "learning_rate": rates[kind]}
+        if kind == "step":
+            kwargs = {"step_size": 100, "gamma": 0.1}
+            fields = {"start_epoch": float(start), "end_epoch": 90.0, "lr_class": "StepLR", "lr_kwargs": kwargs}
+            fields["init_lr"] = rates[kind]
+        name = {"set": "SetLearningRateModifier", "step": "LearningRateModifier"}[kind]
+        modifiers.append({"type": name, "fields": fields})
+    assert node("return learningRate(given, 10);", modifiers) == rates[expected]
 
 
 def governing(modifiers: list[Modifier], epoch: float) -> float:

@@ -161,7 +161,7 @@ function drawRates() {
   const room = axes(svg, roundMarks(Math.max(0, ...known.map(([, rate]) => rate))), figure, { left: 58, bottom: 36 });
   const x = (epoch) => room.left + (epoch / total) * room.width;
   const marks = roundMarks(total).filter((mark) => mark <= total);
-  svg.prepend(...stagesNow().filter((_, n) => n % 2).map(([, start, end]) => shape("rect", { class: "stage", x: x(start), width: x(end) - x(start), y: room.top, height: room.bottom - room.top })));
+  svg.prepend(...stagesNow().filter(([name]) => name === "pruning").map(([, start, end]) => shape("rect", { class: "stage", x: x(start), width: x(end) - x(start), y: room.top, height: room.bottom - room.top })));
   let pen = "M";
   const path = points.map(([epoch, rate]) => {
     if (rate === null) return (pen = "M") && "";

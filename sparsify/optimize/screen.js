@@ -421,8 +421,9 @@ function buildExport() {
 function buildBenchmarks() {
   const views = [];
   if (data.benchmarks.length) {
-    const first = data.benchmarks[0].p50;
-    const rows = data.benchmarks.map((one) => ({ name: one.name, note: one.how, value: one.p50, cells: [measured(one.p50), measured(one.p95), large(one.items), times(first / one.p50), large(one.size)] }));
+    // By items: files may have been measured with other batches.
+    const first = data.benchmarks[0].items;
+    const rows = data.benchmarks.map((one) => ({ name: one.name, note: one.how, value: one.items, cells: [measured(one.p50), measured(one.p95), large(one.items), times(one.items / first), large(one.size)] }));
     views.push(el("div", {}, el("h3", {}, "Files"), barTable("Measured files", ["File", "p50 ms", "p95 ms*", "Items/s*", "Faster", "Bytes"], rows)));
   }
   const { performance } = data;
