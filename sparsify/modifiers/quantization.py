@@ -30,7 +30,7 @@ __all__ = ["QuantizationModifier"]
 class QuantizationModifier(Modifier):
     """Trains the model as it will run in integers: from `start_epoch` on layers are quantized, ranges observed.
 
-    Quantized are Linear, Conv1d, Conv2d, ConvTranspose2d and transformers' Conv1D (weights and what they read),
+    Quantized are Linear, Conv1d, Conv2d, Conv3d, ConvTranspose2d and transformers' Conv1D (weights and what they read),
     subclasses of them that compute the same, Embedding (weights), and in convolutional blocks what activations,
     residual adds, products, concatenations and average pools give. BatchNorm behind a convolution is folded in eval
     mode and at export. Of MultiheadAttention the projections are quantized where query, key and value are one tensor;
@@ -45,7 +45,8 @@ class QuantizationModifier(Modifier):
     scheme: Scheme | Named | None = Field(
         default=None,
         description="default, onnxruntime, deepsparse, tensorrt, weight_only, or {input_activations, weights, "
-        "output_activations}, each of {num_bits, symmetric, strategy, kwargs} or null for float. null: default.",
+        "output_activations}, each of {num_bits, symmetric, strategy, observer, kwargs} or null for float. "
+        "null: default.",
     )
     scheme_overrides: dict[str, Scheme | Named | None] = Field(
         default_factory=dict,
@@ -135,7 +136,7 @@ class QuantizationModifier(Modifier):
         overrides: dict[str, Scheme | None] = {}
         for wanted, types in (
             (self.quantize_linear_activations, ("Linear",)),
-            (self.quantize_conv_activations, ("Conv1d", "Conv2d", "ConvTranspose2d")),
+            (self.quantize_conv_activations, ("Conv1d", "Conv2d", "Conv3d", "ConvTranspose2d")),
         ):
             if not wanted:
                 overrides.update(dict.fromkeys(types, Scheme(input_activations=None, weights=scheme.weights)))

@@ -20,6 +20,7 @@ from sparsify.quantize.layers import (
     NORMS,
     QuantizedConv1d,
     QuantizedConv2d,
+    QuantizedConv3d,
     QuantizedConvTranspose2d,
     QuantizedEmbedding,
     QuantizedLayer,
@@ -66,6 +67,10 @@ class DeployedConv1d(DeployedLayer, QuantizedConv1d):
 
 
 class DeployedConv2d(DeployedLayer, QuantizedConv2d):
+    pass
+
+
+class DeployedConv3d(DeployedLayer, QuantizedConv3d):
     pass
 
 
@@ -124,6 +129,7 @@ _DEPLOYED: dict[type[nn.Module], type[nn.Module]] = {
     QuantizedLinear: DeployedLinear,
     QuantizedConv1d: DeployedConv1d,
     QuantizedConv2d: DeployedConv2d,
+    QuantizedConv3d: DeployedConv3d,
     QuantizedConvTranspose2d: DeployedConvTranspose2d,
     QuantizedEmbedding: DeployedEmbedding,
     FakeQuantize: DeployedQuantize,

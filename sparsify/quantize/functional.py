@@ -148,7 +148,7 @@ class WatchedLayer(Watched, QuantizedLayer):
 
 
 _OPERATIONS: dict[Any, tuple[str, str, str]] = {
-    **dict.fromkeys((F.linear, F.conv1d, F.conv2d, F.conv_transpose2d), ("input", "weight", "bias")),
+    **dict.fromkeys((F.linear, F.conv1d, F.conv2d, F.conv3d, F.conv_transpose2d), ("input", "weight", "bias")),
     torch.addmm: ("input", "mat1", "mat2"),
 }
 

@@ -128,6 +128,12 @@ class QuantizedConv2d(QuantizedLayer, nn.Conv2d):
         return y
 
 
+class QuantizedConv3d(QuantizedLayer, nn.Conv3d):
+    def _compute(self, x: Tensor, weight: Tensor, bias: Tensor | None, output_size: list[int] | None = None) -> Tensor:
+        y: Tensor = self._conv_forward(x, weight, bias)
+        return y
+
+
 class QuantizedConvTranspose2d(QuantizedLayer, nn.ConvTranspose2d):
     def _compute(self, x: Tensor, weight: Tensor, bias: Tensor | None, output_size: list[int] | None = None) -> Tensor:
         padding = self._output_padding(
@@ -341,6 +347,7 @@ WEIGHTED: dict[type[nn.Module], type[Retyped]] = {
     nn.Linear: QuantizedLinear,
     nn.Conv1d: QuantizedConv1d,
     nn.Conv2d: QuantizedConv2d,
+    nn.Conv3d: QuantizedConv3d,
     nn.ConvTranspose2d: QuantizedConvTranspose2d,
     nn.Embedding: QuantizedEmbedding,
 }

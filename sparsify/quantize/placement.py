@@ -439,7 +439,7 @@ class _Planner:
 
 UNSUPPORTED = (
     *(nn.MultiheadAttention, nn.RNNBase, nn.RNNCellBase, nn.EmbeddingBag, nn.Bilinear),
-    *(nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose3d),
+    *(nn.ConvTranspose1d, nn.ConvTranspose3d),
 )
 """Modules of torch with weights that are named, with a reason, where they stay in float."""
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)

@@ -61,7 +61,11 @@ class WeightScheme(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
-    num_bits: Bits = Field(default=8, description="Bits of a weight, 2 to 8; exported in 8-bit storage.")
+    num_bits: Bits = Field(
+        default=8,
+        description="Bits of a weight, 2 to 8. In a file weights of 4 bits and fewer take half a byte where what they "
+        "meet stays in float (opset 21), all others a byte: integer kernels read int8.",
+    )
     symmetric: bool = Field(
         default=True,
         description="Weights are symmetric whatever is said: a zero point would cost speed and move zeros.",
@@ -125,7 +129,7 @@ NAMED: dict[str, Scheme] = {
 }
 """default, onnxruntime and deepsparse: uint8 activations, int8 weights per channel, which onnxruntime runs in integers
 on the CPU. tensorrt: int8, symmetric activations. weight_only: int8 weights, computed with in float: a quarter of the
-size, and no faster."""
+size. A Linear of 4 bits, or of blocks, is faster as well: see `onnx_weight_only`."""
 
 
 @dataclass(frozen=True)
