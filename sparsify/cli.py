@@ -132,8 +132,15 @@ def _optimize(arguments: Arguments) -> int:
 
         # The page moves single weights: a profile of channels does not fit it.
         single = loss_profile(model, progress=False) if loss is None or loss.families else loss
+        asked = made.evidence.asked.get("settings") if made.evidence is not None else None
         page = Report.of(
-            analysis, single, performance, settings=settings, training=training, recipe=str(arguments.output)
+            analysis,
+            single,
+            performance,
+            settings=settings or (None if asked is None else PruningSettings(**asked)),
+            training=training,
+            recipe=str(arguments.output),
+            quantize=any(one.kind == "quantization" for one in made.modifiers),
         )
         page.to_html(arguments.html)
     made.save(arguments.output)

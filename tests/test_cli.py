@@ -91,7 +91,9 @@ def test_optimize_writes_a_recipe_that_fits(capsys: pytest.CaptureFixture[str]) 
     words = "optimize shop:build --input 2x3x8x8 --level 0.5 --epochs 20 --initial-lr 0.1 --final-lr 0.001"
     found = answer(f"{words} --output made.yaml --html page.html", capsys)
     assert found["recipe"] == "made.yaml" and found["evidence"]["layers"]
-    assert "made.yaml" in Path("page.html").read_text(encoding="utf-8")
+    page = Path("page.html").read_text(encoding="utf-8")
+    # The page begins where the recipe stands: 70 % and int8 for level .5.
+    assert "made.yaml" in page and '"sparsity":0.7,' in page and "QuantizationModifier" in page.split('id="data">')[1]
     said("check made.yaml --model shop:build", capsys)
     foreseen = answer("plan made.yaml --model shop:build --input 2x3x8x8 --steps-per-epoch 20", capsys)
     assert foreseen["warnings"] == [] and foreseen["moments"][-1]["zeros"]["4.weight"] > 0.4
