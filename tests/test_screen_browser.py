@@ -20,9 +20,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from screens import report
+from torch import nn
 
-from sparsify.optimize.allocation import PruningProfile, pruning_profile
+from sparsify.analysis import analyze_model, loss_profile
+from sparsify.optimize.allocation import PruningProfile, PruningSettings, pruning_profile
+from sparsify.optimize.recipes import create_recipe
+from sparsify.optimize.screen import Report
+from sparsify.optimize.training import OriginalTraining
 from sparsify.recipe.recipe import Recipe
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -195,6 +201,20 @@ def test_the_exported_text_is_a_recipe_with_what_is_shown(browser: Browser, page
     browser.give("#epoch-start", "40")
     assert browser.run("return document.querySelector('#epoch-start').getAttribute('aria-invalid')") == "true"
     assert Recipe.from_yaml(browser.text("#recipe")) == recipe
+
+
+def test_the_recipe_of_the_page_is_the_one_that_create_recipe_makes(browser: Browser, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 16, 3), nn.ReLU(), nn.Conv2d(16, 16, 3), nn.Flatten()]
+    model = nn.Sequential(*layers, nn.Linear(64, 10)).eval()
+    inputs, settings = torch.randn(1, 3, 8, 8), PruningSettings(sparsity=0.7, balance=0.6)
+    training = OriginalTraining(90, 0.1, 0.001)
+    loss = loss_profile(model, progress=False)
+    made = create_recipe(model, inputs, settings=settings, loss=loss, training=training, quantize=True)
+    page = Report.of(analyze_model(model, inputs), loss, settings=settings, training=training, quantize=True)
+    browser.open(page.to_html(tmp_path / "same.html"))
+    shown = Recipe.from_yaml(browser.text("#recipe"))
+    assert sorted(map(str, shown.modifiers)) == sorted(map(str, made.modifiers))
 
 
 def test_int8_moves_with_the_end_of_fine_tuning(browser: Browser, tmp_path: Path) -> None:
