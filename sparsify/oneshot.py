@@ -287,7 +287,9 @@ class _Weights:
             own = [p for p in self.modules[name]._parameters.values() if p is not None]
             return layer_inputs.has_matrix(self.modules[name]) and all(owners[id(p)] == 1 for p in own)
 
-        found = [layer.name for layer in plan.layers if layer.largest and has_data and can_round(layer.name)]
+        # What follows rounds to the grid of the largest weight of a channel; blocks and learned steps have another.
+        usual = [layer.name for layer in plan.layers if layer.largest and not (layer.block or layer.learned)]
+        found = [name for name in usual if has_data and can_round(name)]
         order = {node.owner: at for at, node in reversed(list(enumerate(traced.nodes)))}
         self.names = sorted(found, key=lambda name: order.get(name, 0))
 

@@ -5,9 +5,10 @@ that reads the integers. As the exporter writes a Linear, (out, in) with a Trans
 turned to float at every call instead, which takes six times as long as a Linear in float.
 
 Linear 4096 x 4096, batch 1, one thread, onnxruntime 1.31, on a busy machine: float 14.2 ms; MatMulNBits of int4 0.56 ms
-in blocks of 32, 0.39 ms of 128, 0.46 ms with a scale per channel; int8 in blocks of 128 0.58 ms; int4 as (out, in) in a Gemm
-81 ms. On a quiet machine float is nearer: int4 was 3.8 (block 32) to 4.5 times (block 128) as fast. onnxruntime rounds
-what such a MatMul reads to int8, unless its option session.qdq_matmulnbits_accuracy_level is 1 (0.7 % of the output).
+in blocks of 32, 0.39 ms of 128, 0.46 ms with a scale per channel; int8 in blocks of 128 0.58 ms; int4 as (out, in) in a
+Gemm 81 ms. On a quiet machine float is nearer: int4 was 3.8 (block 32) to 4.5 times (block 128) as fast. onnxruntime
+rounds what such a MatMul reads to int8 (0.7 % of the output), unless its option
+session.qdq_matmulnbits_accuracy_level is 1.
 """
 
 from __future__ import annotations

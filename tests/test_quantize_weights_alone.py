@@ -14,7 +14,7 @@ import torch
 from quantized_models import Conv1D, images, quantized
 from torch import Tensor, nn
 
-from sparsify import QuantizationModifier, ScheduledModifierManager, export_onnx, verify_onnx
+from sparsify import QuantizationModifier, ScheduledModifierManager, export_onnx, quantize_model, verify_onnx
 from sparsify.errors import ExportError, RecipeError
 from sparsify.quantize.deploy import deployment_copy
 from sparsify.quantize.scheme import ActivationScheme, Scheme, Settings, WeightScheme
@@ -176,3 +176,16 @@ def test_blocks_beside_quantized_activations_are_refused_at_modify() -> None:
 def test_half_a_block_is_refused(fields: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="block_size"):
         WeightScheme(**fields)
+
+
+def test_without_training_blocks_are_rounded_to_the_nearest() -> None:
+    torch.manual_seed(0)
+    model, data = Gpt(), [torch.randn(8, 70) for _ in range(4)]
+    chosen = weights(4, 32).scheme
+    found = quantize_model(model, data, scheme=chosen, least_samples=8)
+    assert {one.rounding for one in found.layers} == {"nearest"}
+    inner: Any = found.model.get_submodule("inner")
+    wanted = by_hand(inner.weight.detach(), 4, 32)
+    with torch.no_grad():
+        got = inner(data[0])
+        torch.testing.assert_close(got, nn.functional.linear(data[0], wanted, inner.bias), rtol=1e-5, atol=1e-5)
