@@ -19,7 +19,7 @@ const prunable = shown.filter((layer) => !layer.why_not);
 let profile = null;
 let waiting = false;
 
-const time = (value) => (data.timed ? `${figure(value)} ms` : figure(value));
+const time = (value) => `${figure(value)} ${data.timed ? "ms" : "M MACs"}`;
 const choiceOf = (index) => profile.layers[data.layers.indexOf(shown[index])];
 
 /** Everything follows, once a frame however fast a slider moves. */
@@ -51,7 +51,7 @@ const TABS = {
     ["Params", `−${percent(1 - profile.parameters_after / (profile.parameters_before || 1))}`],
   ],
   Performance: () => [
-    ["Estimated time", time(profile.ms_after), data.timed ? "a call of the model" : "in units of a million multiplications"],
+    ["Estimated time", time(profile.ms_after), data.timed ? "a call of the model" : "not measured: millions of multiplications"],
     ["Dense", time(profile.ms_before)],
     ["Saved", time(profile.ms_before - profile.ms_after)],
     ...(data.performance?.totals.int8 ? [["Measured in int8", time(data.performance.totals.int8), "dense, in onnxruntime"]] : []),
@@ -170,10 +170,13 @@ function drawBars() {
     return shape("rect", { class: `bar${kind}`, x: room.left + index * pitch + gap / 2, width: Math.max(pitch - gap, 0.5), y: room.bottom - height, height, rx: Math.min(3, pitch / 4) });
   });
   const mean = room.y(profile.sparsity);
+  // Two names share the width, at about 6.5 pixels a letter.
+  const letters = Math.max(4, Math.floor(room.width / 13) - 2);
+  const short = (name) => (name.length > letters ? `${name.slice(0, letters - 1)}…` : name);
   svg.append(...bars,
     shape("line", { class: "mean", x1: room.left, x2: room.left + room.width, y1: mean, y2: mean }),
-    shape("text", { x: room.left, y: room.height - 5 }, shown.length ? shown[0].name.slice(0, 28) : ""),
-    shape("text", { x: room.left + room.width, y: room.height - 5, "text-anchor": "end" }, shown.length > 1 ? shown[shown.length - 1].name.slice(0, 28) : ""));
+    shape("text", { x: room.left, y: room.height - 5 }, shown.length ? short(shown[0].name) : ""),
+    shape("text", { x: room.left + room.width, y: room.height - 5, "text-anchor": "end" }, shown.length > 1 ? short(shown[shown.length - 1].name) : ""));
   point(state.cursor, false);
 }
 
