@@ -132,5 +132,7 @@ def test_what_was_trained_is_what_runs(name: str, tmp_path: Path) -> None:
         if tensor.exact:
             assert tensor.optimized is not None and tensor.optimized.count == 0, tensor
         assert tensor.optimized is None or tensor.optimized.steps <= 1, tensor
+        # Also of sums and gates, which `ok` lets differ: no constant of ours lies half-way between two integers.
+        assert tensor.torch is None or tensor.torch.share <= 0.02, tensor
     if name in INTEGER:
         assert found.exact and found.unfused == (), str(found)

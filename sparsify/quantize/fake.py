@@ -174,10 +174,10 @@ class _Gated(torch.autograd.Function):
         return (torch.ops.aten.silu_backward if silu else torch.ops.aten.hardswish_backward)(grad, x), None
 
 
-GATES: dict[str, float] = {"silu": 1 / 256, "hardswish": 1 / 255}
+GATES: dict[str, float] = {"silu": 1 / 256, "hardswish": 1 / 256}
 """Activations x * gate(x) -> the scale of the gate, uint8 with zero point 0. So both their operators run in integers,
 which takes a third of the time: onnxruntime has a table for sigmoid, and a hard sigmoid is an addition that saturates,
-at exactly 1."""
+at 255/256. With 1/255 it would saturate at 1, but 1/2, the gate of 0, would lie half-way between two integers."""
 
 
 def gate_of(x: Tensor, gate: str) -> Tensor:
