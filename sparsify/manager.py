@@ -186,7 +186,7 @@ class ScheduledModifierManager:
             epoch: where training starts, 0 or more.
             distillation_teacher: a module, or "self" for a frozen copy of the model as it is now.
             grad_sampler: a callable yielding losses to back-propagate, or (data loader, loss function).
-            calibration_data: an iterable of inputs.
+            calibration_data: an iterable of inputs, at least 16 samples. A generator is read at once, and held.
             sample_inputs: inputs of one call of the model: a tensor, a tuple, a dict of names, or (args, kwargs); None:
             those
                 of the first forward.

@@ -15,7 +15,6 @@ from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 from sparsify.errors import ArgumentError, DataError, ExportError, SparsifyWarning, StateError, TargetError
 from sparsify.export import ExportedModel, export_onnx
@@ -23,7 +22,7 @@ from sparsify.files import replacing
 from sparsify.graph import Trace, trace
 from sparsify.modifiers import QuantizationModifier
 from sparsify.quantize import bias_correction, layer_inputs, rounding
-from sparsify.quantize.calibrate import calibrate, called_with
+from sparsify.quantize.calibrate import EMPTY, SAMPLES, calibrate, called_with, held, samples_in
 from sparsify.quantize.equalize import equalize as equalize_channels
 from sparsify.quantize.equalize import neighbours
 from sparsify.quantize.functional import switch_off_all, switched_off
@@ -42,8 +41,6 @@ __all__ = ["quantize_model", "quantize_onnx"]
 Ranges = Literal["mse", "min_max", "percentile", "entropy"]
 Rounding = Literal["auto", "nearest", "adaround", "gptq"]
 
-SAMPLES = 16
-"""Fewer say too little about ranges."""
 MEMORY = 1 << 30
 """Bytes of second moments that are gathered in one run through the data."""
 
@@ -436,28 +433,16 @@ def _batches(data: Iterable[Any] | None, most: int | None, least: int) -> tuple[
     """The batches, looked through: (batches, samples)."""
     if data is None:
         return [], 0
-    if isinstance(data, Tensor):
-        raise ArgumentError("calibration_data is one tensor: give an iterable of batches; [x] for a single one.")
-    if isinstance(data, (str, bytes, Mapping)) or not isinstance(data, Iterable):
-        raise ArgumentError(f"calibration_data is a {type(data).__name__}: give an iterable of batches, as a loader.")
     if most is not None and (isinstance(most, bool) or not isinstance(most, int) or most < 1):
         raise ArgumentError(f"batches={most!r}: give a whole number above 0, or None for all.")
-    found = list(islice(data, most))
-    samples = 0
-    for at, batch in enumerate(found):
-        tensors = [leaf for leaf in pytree.tree_leaves(batch) if isinstance(leaf, Tensor)]
-        if not tensors:
-            raise DataError(f"calibration_data: batch {at} is a {type(batch).__name__} without a tensor.")
-        for tensor in tensors:
-            if tensor.is_floating_point() and not tensor.isfinite().all():
-                raise DataError(f"calibration_data: batch {at} holds NaN or infinity; take that sample out.")
-        samples += next((len(tensor) for tensor in tensors if tensor.dim()), 1)
+    found = list(islice(held(data, most), most))
+    samples = sum(samples_in(batch, at) for at, batch in enumerate(found))
     if samples < least:
         raise DataError(
             f"calibration_data holds {samples} samples, and ranges from fewer than {least} are chance. Give more, "
             f"or least_samples={samples} to take them all the same."
             if samples
-            else "calibration_data holds no batch. Give an iterable of inputs that can be gone through once more."
+            else EMPTY
         )
     return found, samples
 

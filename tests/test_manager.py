@@ -551,7 +551,7 @@ def quantized(model: nn.Module) -> bool:
 
 @pytest.mark.parametrize("once", [False, True])
 def test_apply_quantizes_with_calibration_data_alone(once: bool) -> None:
-    batches = [(torch.randn(5, 6), torch.zeros(5)) for _ in range(3)]
+    batches = [(torch.randn(5, 6), torch.zeros(5)) for _ in range(4)]
     model = network()
     manager = ScheduledModifierManager(quantizing(start=2.0))
     manager.apply(model, calibration_data=iter(batches) if once else batches)

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 from pydantic import Field, model_validator
 from torch import nn
 
+from sparsify import ranks
 from sparsify.added_parameters import AddedParameters
-from sparsify.errors import StateError, TargetError
+from sparsify.errors import SparsifyWarning, StateError, TargetError
 from sparsify.modifiers.base import Active, Epoch, FieldProblem, Kind, Modifier, Names, Run
-from sparsify.quantize.calibrate import calibrate
+from sparsify.quantize.calibrate import SAMPLES, calibrate, held
 from sparsify.quantize.functional import switch_off_all, switched_off
 from sparsify.quantize.layers import freeze_norms, is_weighted, quantizers, restore
 from sparsify.quantize.learned_step import freeze_steps, learned_parameters
@@ -232,11 +234,15 @@ class QuantizationModifier(Modifier):
         Raises:
             TargetError: a name matches nothing.
             StateError: the model is quantized already.
+            ArgumentError, DataError: calibration data that cannot be used.
         """
         self.targets(run.model)
         _refuse_quantized(run.model)
         for note in self.notes():
             run.log.text("quantization", f"{type(self).__name__}: {note}")
+        if run.calibration_data is not None:
+            # Here, and not epochs later, when it is needed.
+            run.calibration_data = held(run.calibration_data, self.num_calibration_steps)
         return Quantization(self, run)
 
 
@@ -300,7 +306,18 @@ class Quantization(Active):
                     f"num_calibration_steps is {most}, but no calibration_data was given: ranges come from training.",
                 )
             return
-        calibrate(self._run.model, data, most)
+        batches, samples = calibrate(self._run.model, data, most)
+        few = []
+        if samples * ranks.count() < SAMPLES:
+            few.append(f"{samples} samples, and ranges from fewer than {SAMPLES} are chance: give more")
+        if most is not None and batches < most:
+            few.append(f"{batches} batches, of the {most} that num_calibration_steps asks for")
+        if few:
+            warnings.warn(
+                f"{type(self._modifier).__name__}: calibration_data held {'; and '.join(few)}.",
+                SparsifyWarning,
+                stacklevel=2,
+            )
 
     def _freeze(self) -> None:
         if self._plan is None or self._clock is None:

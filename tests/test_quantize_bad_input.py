@@ -1,0 +1,129 @@
+"""What quantization cannot be right with is said where it is given: what, where, and the way out."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from quantized_models import Net, images
+from torch import Tensor, nn
+
+from sparsify import QuantizationModifier, ScheduledModifierManager
+from sparsify.errors import ArgumentError, DataError, SparsifyWarning
+from sparsify.quantize.layers import quantizers
+from sparsify.quantize.plan import is_quantized
+
+STEPS = 2
+"""Optimizer steps in an epoch."""
+
+
+def recipe(**fields: Any) -> ScheduledModifierManager:
+    return ScheduledModifierManager([QuantizationModifier(**fields)])
+
+
+def with_nan(value: float = math.nan) -> Tensor:
+    x = images(8)
+    x[3, 1, 2, 0] = value
+    return x
+
+
+def modify(manager: ScheduledModifierManager, model: nn.Module, **more: Any) -> torch.optim.Optimizer:
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    manager.modify(model, optimizer, steps_per_epoch=STEPS, **{"sample_inputs": images(8), **more})
+    return optimizer
+
+
+def step(model: nn.Module, optimizer: torch.optim.Optimizer, x: Tensor) -> None:
+    optimizer.zero_grad()
+    model(x).square().mean().backward()
+    optimizer.step()
+
+
+CALIBRATION: dict[str, tuple[Any, type[Exception], str]] = {
+    "empty": ([], DataError, "calibration_data holds no batch"),
+    "empty generator": (lambda: iter(()), DataError, "calibration_data holds no batch"),
+    "empty loader": (torch.utils.data.DataLoader([]), DataError, "calibration_data holds no batch"),
+    "one tensor": (images(), ArgumentError, r"is one tensor: .* \[x\] for a single one"),
+    "a dict": ({"x": images()}, ArgumentError, "is a dict: give an iterable of batches"),
+    "a number": (3, ArgumentError, "is a int: give an iterable of batches"),
+    "text": (["one"], DataError, "batch 0 is a str without a tensor"),
+    "NaN": ([images(16), with_nan()], DataError, "batch 1 holds NaN or infinity; take that sample out"),
+    "infinity": (lambda: iter([images(), with_nan(math.inf)]), DataError, "batch 1 holds NaN or infinity"),
+}
+
+
+@pytest.mark.parametrize("start", [0.0, 1.0])
+@pytest.mark.parametrize("case", CALIBRATION)
+def test_calibration_data_is_refused_at_modify_however_late_it_is_needed(case: str, start: float) -> None:
+    data, kind, message = CALIBRATION[case]
+    if callable(data):
+        data = data()
+    model = Net()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises(kind, match=message):
+        modify(recipe(start_epoch=start), model, calibration_data=data)
+    after = model.state_dict()
+    assert list(after) == list(before) and all(torch.equal(after[name], value) for name, value in before.items())
+    assert type(model) is Net and not model._forward_pre_hooks
+
+
+def test_batches_that_the_model_cannot_take_are_named() -> None:
+    model = Net()
+    with pytest.raises(DataError, match=r"batch 1 does not run through .*Net: RuntimeError.*a tensor, a tuple, or a"):
+        modify(recipe(), model, calibration_data=[images(16), torch.randn(2, 5)])
+    assert not is_quantized(model) and type(model) is Net
+
+
+def test_a_batch_of_a_loader_that_is_not_finite_is_named() -> None:
+    loader = torch.utils.data.DataLoader([*images(8), *with_nan()], batch_size=8)
+    model = Net()
+    with pytest.raises(DataError, match="batch 1 holds NaN"):
+        modify(recipe(), model, calibration_data=loader)
+    assert not is_quantized(model)
+
+
+def test_values_that_become_infinite_in_the_model_are_said_with_their_batch() -> None:
+    model = Net()
+    with torch.no_grad():
+        model.first.conv2.weight.fill_(3e38)
+    with pytest.raises(DataError, match=r"calibration_data: batch 0: .*quantizer: its values reach from"):
+        modify(recipe(), model, calibration_data=[images(16)])
+    assert not is_quantized(model)
+
+
+def test_a_generator_that_somebody_else_goes_through_still_calibrates() -> None:
+    data = (images(16) for _ in range(3))
+    model = Net()
+    optimizer = modify(recipe(start_epoch=1.0), model, calibration_data=data)
+    assert not list(data)
+    step(model, optimizer, images(8))
+    assert not is_quantized(model)
+    step(model, optimizer, images(8))
+    assert {int(quantizer.batches) for quantizer in quantizers(model)} == {3}
+
+
+def test_a_generator_is_read_no_further_than_asked() -> None:
+    data = (images(16) for _ in range(5))
+    modify(recipe(num_calibration_steps=2), Net(), calibration_data=data)
+    assert len(list(data)) == 3
+
+
+def test_a_generator_that_was_gone_through_is_refused_at_the_second_run() -> None:
+    data = (images(16) for _ in range(3))
+    modify(recipe(), Net(), calibration_data=data)
+    with pytest.raises(DataError, match=r"holds no batch.*gone through once more"):
+        modify(recipe(), Net(), calibration_data=data)
+
+
+def test_ranges_from_few_samples_are_warned_about() -> None:
+    with pytest.warns(SparsifyWarning, match="held 15 samples, and ranges from fewer than 16 are chance") as said:
+        modify(recipe(), Net(), calibration_data=[images(8), images(7)])
+    assert len(said) == 1
+    modify(recipe(), Net(), calibration_data=[images(8), images(8)])
+
+
+def test_fewer_batches_than_asked_are_warned_about() -> None:
+    with pytest.warns(SparsifyWarning, match="held 2 batches, of the 9 that num_calibration_steps asks for"):
+        modify(recipe(num_calibration_steps=9), Net(), calibration_data=[images(8), images(8)])
