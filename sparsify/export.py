@@ -25,6 +25,7 @@ from sparsify.errors import ArgumentError, ExportError, SparsifyError, SparsifyW
 from sparsify.files import replacing
 from sparsify.quantize import emit
 from sparsify.quantize.deploy import opsets
+from sparsify.quantize.plan import left_in_float
 from sparsify.runtime import first_line
 from sparsify.signature import Call, named_outputs, unwrapped
 from sparsify.targets import clean_name
@@ -32,7 +33,7 @@ from sparsify.targets import clean_name
 if TYPE_CHECKING:
     from onnx import ModelProto
 
-__all__ = ["export_onnx"]
+__all__ = ["export_onnx", "floating_layers"]
 
 DEFAULT_OPSET = 20
 """What the exporter writes without converting versions, and what most runtimes in use can read."""
@@ -54,9 +55,11 @@ class ExportedModel(os.PathLike[str]):
     quantized: tuple[str, ...]
     """Names of the nodes whose weights are stored as integers."""
     floating: tuple[str, ...]
-    """Names of the nodes (convolutions, matrix products, embeddings) whose weights stayed in float."""
+    """Names of the nodes (convolutions, matrix products, embeddings, recurrent ones) whose weights stayed in float."""
     initializers: Mapping[str, int] = field(default_factory=dict)
     """Bytes of stored values by their type."""
+    reasons: Mapping[str, str] = field(default_factory=dict)
+    """Why in float, by name of the node, where the model was quantized and it is known."""
 
     @cached_property
     def gzip_bytes(self) -> int:
@@ -89,7 +92,9 @@ class ExportedModel(os.PathLike[str]):
         if self.unaccelerated:
             lines.append(f"  integer weights, computed in float by onnxruntime: {', '.join(self.unaccelerated)}")
         if self.quantized and self.floating:
-            lines.append(f"  in float: {', '.join(self.floating)}")
+            for why in dict.fromkeys(self.reasons.get(name, "") for name in self.floating):
+                names = ", ".join(name for name in self.floating if self.reasons.get(name, "") == why)
+                lines.append(f"  in float: {names}{': ' if why else ''}{why}")
         return "\n".join(lines)
 
 
@@ -149,7 +154,15 @@ def export_onnx(
         proto = _model_proto(model, call, opset, dynamic_batch, output_names)
         content = proto.SerializeToString()
         temporary.write_bytes(content)
-    return _exported(Path(path), proto, opset, len(content))
+    return _exported(Path(path), proto, opset, len(content), left_in_float(model))
+
+
+def floating_layers(model: nn.Module) -> dict[str, str]:
+    """What stays in float in a quantized `model`, layers and operations by name, each with the reason why.
+
+    Empty where everything is quantized, and for a model that is not quantized at all.
+    """
+    return left_in_float(unwrapped(model))
 
 
 def _model_proto(
@@ -433,7 +446,18 @@ def _quiet() -> Iterator[None]:
                 logger.setLevel(level)
 
 
-def _exported(path: Path, proto: ModelProto, opset: int, size: int) -> ExportedModel:
+def _reason(node: str, left: Mapping[str, str]) -> str | None:
+    """Why the layer that a node stems from ("layer.path/Gemm") is in float: itself, what is above it, or its operation.
+
+    >>> _reason("head.out/Gemm", {"head": "why"}), _reason("MatMul", {"the model: matmul": "why"})
+    ('why', 'why')
+    """
+    path = node.rpartition("/")[0].partition("/")[0] or "the model"
+    found = [what for what in left if f"{path}.".startswith(f"{what}.") or what.startswith(f"{path}: ")]
+    return left[max(found, key=len)] if found else None
+
+
+def _exported(path: Path, proto: ModelProto, opset: int, size: int, left: Mapping[str, str]) -> ExportedModel:
     from onnx import TensorProto, numpy_helper
 
     graph = proto.graph
@@ -442,6 +466,8 @@ def _exported(path: Path, proto: ModelProto, opset: int, size: int) -> ExportedM
     quantized: list[str] = []
     floating: list[str] = []
     for node in graph.node:
+        if node.op_type in ("LSTM", "GRU", "RNN"):
+            floating.append(node.name)
         position = {"Gather": 0, "Conv": 1, "ConvTranspose": 1, "Gemm": 1, "MatMul": 1}.get(node.op_type)
         if position is None:
             continue
@@ -469,6 +495,7 @@ def _exported(path: Path, proto: ModelProto, opset: int, size: int) -> ExportedM
         quantized=tuple(quantized),
         floating=tuple(floating),
         initializers=dict(sizes),
+        reasons={name: why for name in floating if (why := _reason(name, left)) is not None},
     )
 
 

@@ -34,6 +34,7 @@ NAMES = {
     "Shrunk",
     "benchmark_onnx",
     "export_onnx",
+    "floating_layers",
     "quantize_model",
     "quantize_onnx",
     "shrink",

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,9 +12,9 @@ import torch
 from quantized_models import Net, images
 from torch import Tensor, nn
 
-from sparsify import QuantizationModifier, ScheduledModifierManager
+from sparsify import QuantizationModifier, ScheduledModifierManager, export_onnx, floating_layers
 from sparsify.errors import ArgumentError, DataError, SparsifyWarning
-from sparsify.quantize.layers import quantizers
+from sparsify.quantize.layers import quantizers, restore
 from sparsify.quantize.plan import is_quantized
 
 STEPS = 2
@@ -127,3 +129,103 @@ def test_ranges_from_few_samples_are_warned_about() -> None:
 def test_fewer_batches_than_asked_are_warned_about() -> None:
     with pytest.warns(SparsifyWarning, match="held 2 batches, of the 9 that num_calibration_steps asks for"):
         modify(recipe(num_calibration_steps=9), Net(), calibration_data=[images(8), images(8)])
+
+
+class Tagger(nn.Module):
+    """An LSTM, a head with a weight of its own, one that the model itself multiplies by, and one that never runs."""
+
+    def __init__(self, bare: bool = True) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(9, 4)
+        self.lstm = nn.LSTM(4, 4, batch_first=True)
+        self.mix = Mix() if bare else nn.Identity()
+        self.head = nn.Linear(4, 4)
+        self.unused = nn.Linear(2, 2)
+        self.last = nn.Parameter(torch.randn(4, 3)) if bare else None
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x: Tensor = self.head(self.mix(self.lstm(self.embed(ids))[0]))
+        return x if self.last is None else x @ self.last
+
+
+class Mix(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.own = nn.Parameter(torch.randn(4, 4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ self.own
+
+
+IDS = torch.arange(12).reshape(3, 4) % 9
+IN_FLOAT = {
+    "unused": "was not called on the example inputs",
+    "lstm": "LSTM computes its steps in one operator of torch, in which nothing can be quantized",
+    "mix: matmul": "mix.own is not the weight of a layer; an nn.Linear or nn.Conv2d could be quantized",
+    "the model: matmul": "last is not the weight of a layer; an nn.Linear or nn.Conv2d could be quantized",
+}
+
+
+def test_layers_that_stay_in_float_unasked_are_said_once_with_reasons(tmp_path: Path) -> None:
+    model = Tagger()
+    with pytest.warns(SparsifyWarning, match="layers with weights stay in float") as said:
+        optimizer = modify(recipe(), model, sample_inputs=IDS)
+        for _ in range(3):
+            step(model, optimizer, IDS)
+    assert len(said) == 1
+    assert str(said[0].message).splitlines()[1:] == [
+        *(f"  {what}: {why}" for what, why in IN_FLOAT.items()),
+        "Name them in `ignore` where that is meant.",
+    ]
+    assert floating_layers(model) == floating_layers(copy.deepcopy(model)) == IN_FLOAT
+    file = export_onnx(model, IDS, tmp_path / "model.onnx")
+    assert file.reasons == {
+        "lstm/LSTM": IN_FLOAT["lstm"],
+        "mix/MatMul": IN_FLOAT["mix: matmul"],
+        "MatMul": IN_FLOAT["the model: matmul"],
+    }
+    assert set(file.floating) == set(file.reasons)
+    assert f"  in float: lstm/LSTM: {IN_FLOAT['lstm']}\n" in str(file) and "in float: 3;" in str(file)
+
+
+@pytest.mark.parametrize("how", [{"ignore": ["lstm", "unused"]}, {"scheme_overrides": {"lstm": None, "unused": None}}])
+def test_what_the_recipe_leaves_out_is_listed_and_not_warned_about(how: dict[str, Any], tmp_path: Path) -> None:
+    model = Tagger(bare=False)
+    step(model, modify(recipe(**how), model, sample_inputs=IDS), IDS)
+    assert floating_layers(model) == dict.fromkeys(["lstm", "unused"], "left out by the recipe")
+    file = export_onnx(model, IDS, tmp_path / "model.onnx")
+    assert str(file).endswith("\n  in float: lstm/LSTM: left out by the recipe")
+
+
+def test_a_plain_model_and_a_fully_quantized_one_have_nothing_to_list() -> None:
+    model = Net()
+    assert floating_layers(model) == {}
+    manager = recipe()
+    modify(manager, model)
+    assert floating_layers(model) == {}
+
+
+def test_a_resumed_model_has_the_same_list_and_a_restored_one_none() -> None:
+    manager, model = recipe(ignore=["fc"]), Net()
+    modify(manager, model)
+    fresh = Net()
+    again = recipe(ignore=["fc"]).apply_structure(fresh, state=manager.state_dict())
+    assert again is fresh and floating_layers(fresh) == floating_layers(model) == {"fc": "left out by the recipe"}
+    restore(fresh)
+    assert floating_layers(fresh) == {} and vars(fresh).keys() == vars(Net()).keys()
+
+
+def test_a_long_list_is_cut_in_the_warning_and_whole_in_the_function() -> None:
+    class Many(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.head = nn.Linear(4, 2)
+            self.spare = nn.ModuleList(nn.Linear(2, 2) for _ in range(13))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(x)
+
+    model = Many()
+    with pytest.warns(SparsifyWarning, match=r"spare\.9: [^\n]*\n  and 3 more: see sparsify.floating_layers\(model\)"):
+        modify(recipe(), model, sample_inputs=torch.randn(8, 4))
+    assert len(floating_layers(model)) == 13

@@ -28,6 +28,9 @@ if TYPE_CHECKING:
 
 __all__ = ["QuantizationModifier"]
 
+SHOWN = 10
+"""Layers in float that a warning names."""
+
 
 class QuantizationModifier(Modifier):
     """Trains the model as it will run in integers: from `start_epoch` on layers are quantized, ranges observed.
@@ -36,7 +39,8 @@ class QuantizationModifier(Modifier):
     subclasses of them that compute the same, Embedding (weights), and in convolutional blocks what activations,
     residual adds, products, concatenations and average pools give. BatchNorm behind a convolution is folded in eval
     mode and at export. Of MultiheadAttention the projections are quantized where query, key and value are one tensor;
-    LSTM and other recurrent layers stay in float. What stays in float is logged by name, with the reason. At its end
+    LSTM and other recurrent layers stay in float. What stays in float is logged by name, with the
+    reason; what has weights and is not in `ignore` is warned about. `floating_layers(model)` gives the list. At its end
     quantized layers stay, ready for export.
     """
 
@@ -296,6 +300,19 @@ class Quantization(Active):
         self._plan = plan
         log.text("quantization", str(plan))
         self._freeze()
+        self._warn_of(plan)
+
+    def _warn_of(self, plan: Plan) -> None:
+        found = [f"\n  {left.what}: {left.why}" for left in plan.left if left.unasked]
+        if not found:
+            return
+        more = f"\n  and {len(found) - SHOWN} more: see sparsify.floating_layers(model)." if len(found) > SHOWN else ""
+        warnings.warn(
+            f"{type(self._modifier).__name__}: layers with weights stay in float:{''.join(found[:SHOWN])}{more}\n"
+            "Name them in `ignore` where that is meant.",
+            SparsifyWarning,
+            stacklevel=2,
+        )
 
     def _calibrate(self) -> None:
         data, most = self._run.calibration_data, self._modifier.num_calibration_steps

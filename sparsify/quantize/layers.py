@@ -408,6 +408,8 @@ def restore(model: nn.Module) -> None:
             for name, value in wiring.kept.items():
                 setattr(module, name, value)
             cast(Any, module).__class__ = wiring.original
+    # What `plan.apply_plan` noted.
+    model.__dict__.pop("_left_in_float", None)
 
 
 def quantizers(model: nn.Module) -> Iterator[FakeQuantize]:

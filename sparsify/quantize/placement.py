@@ -31,11 +31,12 @@ from sparsify.quantize.layers import (
     stores_transposed,
 )
 from sparsify.quantize.plan import Layer, Left, Plan, Site
-from sparsify.quantize.scheme import ActivationScheme, Scheme, Settings
+from sparsify.quantize.scheme import ActivationScheme, Scheme, Settings, below
 from sparsify.targets import named_modules
 
 __all__: list[str] = []
 
+LEFT_OUT = "left out by the recipe"
 Role = Literal["input", "output", "function"]
 
 
@@ -64,7 +65,7 @@ class _Planner:
             if why is None:
                 self.layers[name] = self.schemes[name] or settings.scheme
             else:
-                self.left.append(Left(name, why))
+                self._leave(name, why)
         self.attentions: list[str] = []
         for name, module in list(self.modules.items()):
             kind = type(module).__name__
@@ -72,12 +73,15 @@ class _Planner:
                 continue
             if type(module) is nn.MultiheadAttention:
                 why = self._why_no_attention(name, module)
+            elif settings.per_layer(model, [name])[name] is None:
+                why = LEFT_OUT
             elif isinstance(module, (nn.RNNBase, nn.RNNCellBase)):
                 why = f"{kind} computes its steps in one operator of torch, in which nothing can be quantized"
             else:
                 why = f"{kind} is not one of {', '.join(cls.__name__ for cls in WEIGHTED)} exactly"
             if why is not None:
-                self.left.append(Left(name, why))
+                self._leave(name, why)
+        self._leave_bare_weights()
         self.folds = self._find_folds()
         # The node that gives what a layer gives: its BatchNorm where that is folded.
         self.ends: dict[str, str] = {}
@@ -86,6 +90,19 @@ class _Planner:
                 if node.kind != "embedding":
                     last = self.folds.get(name)
                     self.ends[self._norm_node(node, last) if last else node.name] = name
+
+    def _leave(self, what: str, why: str) -> None:
+        self.left.append(Left(what, why, unasked=why != LEFT_OUT))
+
+    def _leave_bare_weights(self) -> None:
+        """Names products with weights that no layer of a known type holds."""
+        known = [*self.layers, *self.attentions, *(left.what for left in self.left)]
+        for node in self.trace.nodes:
+            if not node.parameters or node.kind not in ("conv", "linear", "matmul", "embedding") or not node.is_float:
+                continue
+            if not below(node.owner, known):
+                why = f"{node.parameters[0]} is not the weight of a layer; an nn.Linear or nn.Conv2d could be quantized"
+                self._leave(f"{node.owner or 'the model'}: {node.op}", LEFT_OUT if self._ignored(node) else why)
 
     def _why_no_attention(self, name: str, module: nn.MultiheadAttention) -> str | None:
         """Takes the projections of a self-attention as two layers; or says why not."""
@@ -99,7 +116,7 @@ class _Planner:
             or schemes[names[1]] != scheme
             or (scheme.weights is None and scheme.input_activations is None)
         ):
-            return "left out by the recipe"
+            return LEFT_OUT
         if name not in self.trace.calls:
             return "was not called on the example inputs"
         if module.in_proj_weight is None or module.bias_k is not None or module.add_zero_attn:
@@ -118,7 +135,7 @@ class _Planner:
         scheme = self.schemes[name]
         module: Any = self.modules[name]
         if scheme is None or (scheme.weights is None and scheme.input_activations is None):
-            return "left out by the recipe"
+            return LEFT_OUT
         if name not in self.trace.calls:
             return "was not called on the example inputs"
         weight = module._parameters.get("weight")
@@ -136,7 +153,7 @@ class _Planner:
         ):
             return f"what {type(module).__name__} computes is not one operation on its weight and bias"
         if isinstance(module, nn.Embedding) and scheme.weights is None:
-            return "left out by the recipe"
+            return LEFT_OUT
         return None
 
     def _find_folds(self) -> dict[str, str]:

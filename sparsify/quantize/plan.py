@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from sparsify.errors import StateError
 from sparsify.quantize.fake import FakeQuantize
-from sparsify.quantize.functional import Watched, watch
+from sparsify.quantize.functional import Watched, switched_off, watch
 from sparsify.quantize.layers import (
     WEIGHTED,
     QuantizedLayer,
@@ -35,6 +35,8 @@ __all__: list[str] = []
 
 FORMAT = 1
 """The version of a plan's state."""
+LEFT = "_left_in_float"
+"""The attribute of a quantized model with what stays in float: {what: why}."""
 
 
 @dataclass(frozen=True)
@@ -93,10 +95,15 @@ class Layer:
 
 @dataclass(frozen=True)
 class Left:
-    """What stays in float, and why."""
+    """What stays in float, and why.
+
+    Attributes:
+        unasked: it has weights, and the recipe does not leave it out.
+    """
 
     what: str
     why: str
+    unasked: bool = False
 
 
 @dataclass(frozen=True)
@@ -267,6 +274,14 @@ def apply_plan(model: nn.Module, plan: Plan) -> None:
     for layer in plan.layers:
         if layer.source is not None:
             modules[layer.name]._wiring.source = quantizers[layer.source]
+    setattr(model, LEFT, {left.what: left.why for left in plan.left})
+
+
+def left_in_float(model: nn.Module) -> dict[str, str]:
+    """What stays in float in a quantized model -> why; empty for a model that is not quantized."""
+    came_otherwise = "its operations came otherwise in training than in the trace"
+    off = {name or "the model": came_otherwise for name in switched_off(model)}
+    return {**getattr(model, LEFT, {}), **off}
 
 
 def settle(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[str]:
