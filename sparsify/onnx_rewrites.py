@@ -215,14 +215,17 @@ def dequantize_after_movement(model: ModelProto) -> None:
         if graph.is_initializer(dequantize.input[0]) or not graph.per_tensor(dequantize):
             continue
         for reader in graph.readers(dequantize.output[0]):
-            if reader.op_type not in _MOVEMENT or reader.input[0] != dequantize.output[0] or len(reader.output) != 1:
+            if reader.op_type not in _MOVEMENT or reader.input[0] != dequantize.output[0] or not all(reader.output):
                 continue
-            moved = graph.fresh(f"{reader.output[0]}_int")
-            mover = like(reader, [dequantize.input[0], *reader.input[1:]], [moved])
-            after = like(dequantize, [moved, *dequantize.input[1:]], [reader.output[0]])
-            after.name = f"{reader.name}/DequantizeLinear"
-            graph.replace(reader, [mover, after])
-            pending.append(after)
+            moved = [graph.fresh(f"{name}_int") for name in reader.output]
+            mover = like(reader, [dequantize.input[0], *reader.input[1:]], moved)
+            behind = []
+            for number, (integers, name) in enumerate(zip(moved, reader.output, strict=True)):
+                after = like(dequantize, [integers, *dequantize.input[1:]], [name])
+                after.name = f"{reader.name}/DequantizeLinear{f'_{number}' if number else ''}"
+                behind.append(after)
+            graph.replace(reader, [mover, *behind])
+            pending += behind
     graph.finish()
 
 
@@ -306,7 +309,7 @@ def state_zero_points(model: ModelProto) -> None:
 
 _LAYERS = frozenset({"Conv", "ConvTranspose", "Gemm", "MatMul"})
 _MOVEMENT = frozenset({"Reshape", "Flatten", "Squeeze", "Unsqueeze", "Transpose", "MaxPool", "Slice", "Gather"})
-_MOVEMENT |= {"DepthToSpace", "SpaceToDepth", "Expand", "Tile", "Identity"}
+_MOVEMENT |= {"DepthToSpace", "SpaceToDepth", "Expand", "Tile", "Identity", "Split"}
 
 
 def _quantized_weight(graph: Graph, name: str) -> tuple[str, bool, int, int] | None:

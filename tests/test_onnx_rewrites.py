@@ -12,7 +12,7 @@ import torch
 from deployment_forms import IntegerWeights, Quantizer
 from onnx import ModelProto, TensorProto, helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
-from quantized_models import trained
+from quantized_models import quantized, train, trained
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -228,3 +228,57 @@ def test_gates_run_in_integers(tmp_path: Path) -> None:
     # SiLU, HardSwish, and the product of squeeze-and-excitation; its sigmoid and that of SiLU.
     assert found["QLinearMul"] == 3 and found["QLinearSigmoid"] == 2
     assert not {"Sigmoid", "HardSigmoid", "HardSwish", "Mul", "DequantizeLinear"} & set(found)
+
+
+def test_every_part_of_a_split_moves_as_integers() -> None:
+    nodes = [
+        helper.make_node("QuantizeLinear", ["x", "s", "z"], ["q"]),
+        helper.make_node("DequantizeLinear", ["q", "s", "z"], ["d"]),
+        helper.make_node("Split", ["d", "sizes"], ["a", "b"], axis=1),
+        helper.make_node("Concat", ["b", "a"], ["y"], axis=1),
+    ]
+    model = model_of(nodes, ["n", 4], s=np.float32(0.5), z=np.uint8(3), sizes=np.int64([1, 3]))
+    before = ModelProto.FromString(model.SerializeToString())
+    onnx_rewrites.dequantize_after_movement(model)
+    split = next(node for node in model.graph.node if node.op_type == "Split")
+    assert split.input[0] == "q" and kinds(model)["DequantizeLinear"] == 2
+    assert len({node.name for node in model.graph.node if node.op_type == "DequantizeLinear"}) == 2
+    same_numbers(before, model, np.random.default_rng(0).standard_normal((2, 4)).astype(np.float32))
+
+
+def _dense_gate() -> nn.Module:
+    class Gated(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(3, 8, 3)
+            self.pool = nn.AdaptiveAvgPool2d(1)
+            self.hidden = nn.Linear(8, 8)
+            self.swish = nn.Hardswish()
+            self.head = nn.Linear(8, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(self.swish(self.hidden(self.pool(self.conv(x).relu()).flatten(1))))  # type: ignore[no-any-return]
+
+    return Gated()
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 2, 1)),
+        nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 1), nn.Flatten(2), nn.LayerNorm(36)),
+        _dense_gate(),
+    ],
+    ids=["last", "before a norm", "linear before a gate"],
+)
+def test_a_layer_in_front_of_floats_runs_in_integers(model: nn.Module, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(4, 3, 8, 8)
+    path = tmp_path / "model.onnx"
+    quantized(model, x)
+    train(model, x, 2)
+    export_onnx(model.eval(), (x,), path)
+    found = verify_onnx(model, path, (x,))
+    assert found.ok
+    # What is left in float is no layer.
+    assert not [each for each in found.unfused if each.operator in ("Conv", "Gemm", "MatMul", "Mul")], str(found)

@@ -281,6 +281,11 @@ class _Planner:
             if base is None or not node.is_float or not node.inputs:
                 continue
             roots = [trace.root(read) for read in node.inputs]
+            if node.name in self.ends and node.kind == "linear" and roots[0] in blocks:
+                # Squeeze-and-excitation and classifiers with a gate: the gate would stand between floats.
+                users = trace.users(node.name)
+                if users and all(user.kind == "gate" for user in users) and self._place(node) is not None:
+                    blocks.add(node.name)
             if node.kind in ("activation", "gate") and roots[0] in blocks:
                 # Without it the convolution that gives what the activation reads would run in float.
                 required.setdefault(roots[0], base)
@@ -314,6 +319,7 @@ class _Planner:
                 blocks.add(node.name)
                 required[node.name] = base
                 required.setdefault(roots[0], base)
+        self._give_integers(blocks, required, base)
         # An add is quantized behind its ReLU where that is all that reads it.
         for name in quantized_adds:
             readers = trace.readers[name]
@@ -359,6 +365,21 @@ class _Planner:
             left=tuple(dict.fromkeys(self.left)),
             attentions=tuple(self.attentions),
         )
+
+    def _give_integers(
+        self, blocks: set[str], required: dict[str, ActivationScheme], base: ActivationScheme | None
+    ) -> None:
+        """A convolution with a result that nobody reads as integers would run in float: it is quantized as it leaves.
+
+        onnxruntime has no integer convolution with a result in float, as it has for products of matrices.
+        """
+        for end in self.ends:
+            if base is None or end not in blocks or end in required or self._place(self.trace.by_name[end]) is None:
+                continue
+            readers = self.trace.users(end)
+            fused = len(readers) == 1 and readers[0].kind == "relu" and readers[0].name in required
+            if not fused:
+                required[end] = base
 
     def _layer_node(self, end: str) -> str:
         return next(node.name for node in self.nodes[self.ends[end]])
