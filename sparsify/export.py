@@ -25,7 +25,7 @@ from sparsify.errors import ArgumentError, ExportError, SparsifyError, SparsifyW
 from sparsify.files import replacing
 from sparsify.quantize import emit
 from sparsify.quantize.deploy import opsets
-from sparsify.quantize.plan import left_in_float
+from sparsify.quantize.plan import is_quantized, left_in_float
 from sparsify.runtime import first_line
 from sparsify.signature import Call, named_outputs, unwrapped
 from sparsify.targets import clean_name
@@ -178,6 +178,12 @@ def _model_proto(
         raise ExportError(
             f"{name} has weights in bfloat16, for which onnxruntime has no kernels on the CPU; "
             "export copy.deepcopy(model).float()."
+        )
+    odd = next((p.dtype for p in model.parameters() if p.dtype in (torch.float16, torch.float64)), None)
+    if odd is not None and is_quantized(model):
+        raise ExportError(
+            f"{name} is quantized and has weights in {str(odd).removeprefix('torch.')}; integers are written beside "
+            "float32 alone: export copy.deepcopy(model).float()."
         )
     deployed = deployed_copy(model)
     batched, tensors = _batched(call) if dynamic_batch else ([], list(call.inputs.values()))

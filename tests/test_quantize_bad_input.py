@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 import torch
-from quantized_models import Net, images
+from quantized_models import Block, Net, images
 from torch import Tensor, nn
 
 from sparsify import QuantizationModifier, ScheduledModifierManager, export_onnx, floating_layers
-from sparsify.errors import ArgumentError, DataError, SparsifyWarning
+from sparsify.errors import ArgumentError, DataError, ExportError, RecipeError, SparsifyWarning, StateError, TargetError
 from sparsify.quantize.layers import quantizers, restore
 from sparsify.quantize.plan import is_quantized
 
@@ -229,3 +229,112 @@ def test_a_long_list_is_cut_in_the_warning_and_whole_in_the_function() -> None:
     with pytest.warns(SparsifyWarning, match=r"spare\.9: [^\n]*\n  and 3 more: see sparsify.floating_layers\(model\)"):
         modify(recipe(), model, sample_inputs=torch.randn(8, 4))
     assert len(floating_layers(model)) == 13
+
+
+NOTHING: dict[str, tuple[nn.Module, dict[str, Any], str]] = {
+    "no layer": (nn.Sequential(nn.LayerNorm(3)), {}, "it has none of Linear, Conv1d"),
+    "an LSTM": (nn.LSTM(3, 4), {}, "it has none of"),
+    "all ignored": (nn.Sequential(nn.Linear(3, 4)), {"ignore": ["Linear"]}, "all its layers are left out"),
+    "an empty scheme": (
+        nn.Sequential(nn.Linear(3, 4)),
+        {"scheme": {"weights": None, "input_activations": None}},
+        "all its layers are left out",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", NOTHING)
+def test_a_recipe_that_quantizes_nothing_is_refused_at_check_and_modify(case: str) -> None:
+    model, fields, message = NOTHING[case]
+    manager = recipe(start_epoch=5.0, **fields)
+    with pytest.raises(TargetError, match=rf"nothing in {type(model).__name__} can be quantized: {message}"):
+        manager.recipe.check(model)
+    with pytest.raises(TargetError, match=message):
+        modify(manager, model, sample_inputs=None)
+    recipe().recipe.check(nn.TransformerEncoderLayer(8, 2))
+    recipe().recipe.check(nn.Sequential(nn.MultiheadAttention(8, 2)))
+
+
+def test_blocks_beside_quantized_activations_are_refused_at_check() -> None:
+    with pytest.raises(RecipeError, match="conv1 would have weights with a scale for each block of 32"):
+        recipe(start_epoch=5.0, scheme={"weights": {"strategy": "block", "block_size": 32}}).recipe.check(Block())
+
+
+def test_weights_that_are_not_finite_are_refused_at_the_start() -> None:
+    model = Net()
+    with torch.no_grad():
+        model.first.conv1.weight[0, 0, 0, 0] = math.nan
+    with pytest.raises(DataError, match=r"first\.conv1\.weight holds NaN or infinity"):
+        modify(recipe(), model)
+    assert not is_quantized(model) and type(model) is Net
+
+
+@pytest.mark.parametrize("observer", ["moving_average", "min_max", "mse", "lsq"])
+def test_a_batch_with_nan_is_refused_and_training_goes_on_as_if_it_never_came(observer: str) -> None:
+    good, states = images(8), []
+    for bad in (None, math.nan, math.inf):
+        torch.manual_seed(0)
+        model = Net()
+        scheme = {"input_activations": {"observer": observer}}
+        optimizer = modify(recipe(scheme=scheme), model, sample_inputs=good)
+        step(model, optimizer, good)
+        if bad is not None:
+            with pytest.raises(DataError, match=r"stem.*NaN or infinity"):
+                step(model, optimizer, with_nan(bad))
+        step(model, optimizer, good)
+        states.append(model.state_dict())
+    assert all(torch.equal(state[name], value) for state in states[1:] for name, value in states[0].items())
+
+
+@pytest.mark.parametrize("what", ["bn.running_mean", "bn.running_var", "bn.bias", "fc.bias", "fc.weight"])
+@pytest.mark.parametrize("scheme", ["default", "weight_only"])
+def test_what_is_not_finite_is_refused_before_export(what: str, scheme: str, tmp_path: Path) -> None:
+    model = Net()
+    step(model, modify(recipe(scheme=scheme), model), images(8))
+    with torch.no_grad():
+        model.state_dict()[what][0] = math.nan
+    with pytest.raises(DataError, match=rf"{what} holds NaN or infinity"):
+        export_onnx(model, images(), tmp_path / "model.onnx")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16])
+def test_integers_beside_other_floats_are_refused_before_export(dtype: torch.dtype, tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2)).to(dtype)
+    x = torch.randn(8, 4, dtype=dtype)
+    step(model, modify(recipe(), model, sample_inputs=x), x)
+    with pytest.raises(ExportError, match=rf"has weights in {str(dtype)[6:]}; .*deepcopy\(model\)\.float\(\)"):
+        export_onnx(model, x, tmp_path / "model.onnx")
+    assert not list(tmp_path.iterdir())
+    assert len(export_onnx(copy.deepcopy(model).float(), x.float(), tmp_path / "model.onnx").quantized) == 2
+
+
+class Turning(nn.Module):
+    """Its second layer runs in eval mode alone, as in the trace, and never in training."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        return x if self.training and not torch.compiler.is_compiling() else self.second(torch.tanh(x))
+
+
+def test_a_layer_that_never_ran_in_training_is_refused_before_export(tmp_path: Path) -> None:
+    model = Turning()
+    x = torch.randn(8, 4)
+    step(model, modify(recipe(), model, sample_inputs=x), x)
+    with pytest.raises(StateError, match=r"second\..*no values were ever observed.*name the layer in `ignore`"):
+        export_onnx(model, x, tmp_path / "model.onnx")
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_opset_that_cannot_say_the_scheme_is_refused_before_export(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Linear(32, 8))
+    weights = {"strategy": "block", "block_size": 16}
+    x = torch.randn(4, 32)
+    modify(recipe(scheme={"input_activations": None, "weights": weights}), model, sample_inputs=x)
+    with pytest.raises(ExportError, match="pass opset=21 instead of 20, or train with strategy: channel"):
+        export_onnx(model, x, tmp_path / "model.onnx", opset=20)
+    assert not list(tmp_path.iterdir())

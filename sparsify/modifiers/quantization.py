@@ -11,11 +11,11 @@ from torch import nn
 
 from sparsify import ranks
 from sparsify.added_parameters import AddedParameters
-from sparsify.errors import SparsifyWarning, StateError, TargetError
+from sparsify.errors import DataError, SparsifyWarning, StateError, TargetError
 from sparsify.modifiers.base import Active, Epoch, FieldProblem, Kind, Modifier, Names, Run
 from sparsify.quantize.calibrate import SAMPLES, calibrate, held
 from sparsify.quantize.functional import switch_off_all, switched_off
-from sparsify.quantize.layers import freeze_norms, is_weighted, quantizers, restore
+from sparsify.quantize.layers import WEIGHTED, freeze_norms, is_weighted, quantizers, restore
 from sparsify.quantize.learned_step import freeze_steps, learned_parameters
 from sparsify.quantize.placement import make_plan
 from sparsify.quantize.plan import Plan, apply_plan, check_plan, is_quantized, settle
@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 
 __all__ = ["QuantizationModifier"]
 
+KINDS = (*(cls.__name__ for cls in WEIGHTED), "MultiheadAttention")
+"""What can be quantized, by type."""
 SHOWN = 10
 """Layers in float that a warning names."""
 
@@ -202,11 +204,26 @@ class QuantizationModifier(Modifier):
         return notes
 
     def targets(self, model: nn.Module) -> Mapping[str, nn.Parameter | nn.Module]:
-        """The layers that could be quantized; which of them can be is known once the model is traced."""
+        """The layers that could be quantized; which of them can be is known once the model is traced.
+
+        Raises:
+            TargetError: there is none, or a name matches nothing.
+        """
         settings = self.settings()
-        layers = {name: module for name, module in named_modules(model).items() if is_weighted(module)}
-        schemes = settings.per_layer(model, layers)
-        return {name: module for name, module in layers.items() if schemes[name] is not None}
+        modules = named_modules(model)
+        layers = {
+            name: module
+            for name, module in modules.items()
+            if is_weighted(module) or isinstance(module, nn.MultiheadAttention)
+        }
+        found = {}
+        for name, scheme in settings.per_layer(model, layers).items():
+            if scheme is not None and (scheme.weights is not None or scheme.input_activations is not None):
+                found[name] = layers[name]
+        if not found and not is_quantized(model):
+            why = "all its layers are left out by the recipe" if layers else f"it has none of {', '.join(KINDS)}"
+            raise TargetError(f"{type(self).__name__}: nothing in {type(model).__name__} can be quantized: {why}.")
+        return {name: module for name, module in found.items() if is_weighted(module)}
 
     def foreseen_bits(self, clock: Clock, model: nn.Module) -> dict[str, int]:
         """Those of the scheme, for every layer that could be quantized; which can be is known from the traced model."""
@@ -288,6 +305,7 @@ class Quantization(Active):
             raise TargetError(
                 f"{type(self._modifier).__name__}: nothing in {type(model).__name__} can be quantized. {plan}"
             )
+        _refuse_infinite(model, plan)
         try:
             apply_plan(model, plan)
             # Here, not in training: scripted functions are seen by the trace and not when the model runs.
@@ -417,6 +435,17 @@ class Quantization(Active):
 
 def _scheme(given: Scheme | str | None) -> Scheme:
     return given if isinstance(given, Scheme) else NAMED[given or "default"]
+
+
+def _refuse_infinite(model: nn.Module, plan: Plan) -> None:
+    modules: dict[str, Any] = named_modules(model)
+    for name in (layer.name for layer in plan.layers if layer.name in modules):
+        for key, value in modules[name]._parameters.items():
+            if value is not None and not value.isfinite().all():
+                raise DataError(
+                    f"QuantizationModifier: {name}.{key} holds NaN or infinity, of which no integers can be made. Load "
+                    "weights that are finite, or find the step at which training diverged."
+                )
 
 
 def _refuse_quantized(model: nn.Module) -> None:

@@ -26,6 +26,7 @@ from sparsify.quantize.layers import (
     QuantizedLayer,
     QuantizedLinear,
     QuantizedMultiheadAttention,
+    QuantizedNorm,
     integers,
     quantizers,
 )
@@ -141,18 +142,20 @@ def deployment_copy(model: nn.Module) -> nn.Module:
 
     Raises:
         StateError: a quantizer never observed anything.
-        DataError: a range, or a weight, is not finite.
+        DataError: a range, a weight, or a statistic of a BatchNorm is not finite.
     """
     for quantizer in quantizers(model):
         if quantizer.enabled:
             quantizer.require_range()
     for name, module in model.named_modules():
-        weight = module._parameters.get("weight")
-        if isinstance(module, (QuantizedLayer, QuantizedEmbedding)) and not cast(Tensor, weight).isfinite().all():
-            raise DataError(
-                f"{name}.weight holds NaN or infinity, of which no integers can be made. Load weights that are finite, "
-                "or find the step at which training diverged."
-            )
+        if not isinstance(module, (QuantizedLayer, QuantizedEmbedding, QuantizedNorm)):
+            continue
+        for key, value in [*module._parameters.items(), *module._buffers.items()]:
+            if value is not None and not value.isfinite().all():
+                raise DataError(
+                    f"{name}.{key} holds NaN or infinity, of which no integers can be made. Load weights that are "
+                    "finite, or find the step at which training diverged."
+                )
     deployed = copy.deepcopy(getattr(model, "_orig_mod", model)).eval()
     layers = [module for module in deployed.modules() if isinstance(module, (QuantizedLayer, QuantizedEmbedding))]
     # First all integers: a layer is made of its BatchNorm and of the quantizer before it.

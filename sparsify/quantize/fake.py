@@ -370,7 +370,8 @@ class FakeQuantize(nn.Module):
         if not (math.isfinite(batch_low) and math.isfinite(batch_high)):
             raise DataError(
                 f"{self.name}: its values reach from {batch_low} to {batch_high}, of which no scale can be made. The "
-                "model gives NaN or infinity: lower the learning rate, or find the layer at which training diverged."
+                "batch holds NaN or infinity, and can be left out: no range has moved here. Or the model makes them of "
+                "it: lower the learning rate, or find the layer at which training diverged."
             )
         low, high = min(batch_low, 0.0), min(max(batch_high, 0.0), self.ceiling)
         if self.observer in observers.HISTOGRAMS:
@@ -484,7 +485,7 @@ class FakeQuantize(nn.Module):
         if not self.batches.item():
             raise StateError(
                 f"{self.name}: no values were ever observed, so there is no scale. Train at least one step, or "
-                "calibrate, before the model is exported."
+                "calibrate, before the model is exported; where training never comes there, name the layer in `ignore`."
             )
 
     def _apply(self, fn: Any, recurse: bool = True) -> FakeQuantize:
