@@ -14,14 +14,14 @@ NOT reached there. onnxruntime's profile of four such layers and the embeddings,
 
                                         batch 1             batch 8
                                    static     ours     static     ours
-    linear layers, int8              9.76     9.78       72.9     72.0
-    matmuls of attention              .80      .95        6.5      9.9
+    linear layers, int8              9.87     9.78       72.9     72.0
+    matmuls of attention              .81      .95        6.5      9.9
     softmax                          1.66      .19       11.7      1.5
     GELU                              .65      .65        5.1      5.2
     LayerNorm                         .36      .36        2.7      2.7
     adds and products                 .94      .30        5.7      3.5
     (de)quantization                  .57      .23        5.2      2.2
-    transposes, reshapes, the rest    .46      .55        1.7      3.7
+    transposes, reshapes, the rest    .34      .55        1.6      3.8
     all                              15.2     13.0      111.5    100.7
 
 Both spend most of their time in the same integer kernel. 1.25 would take 12.2 at batch 1: what is left when every
