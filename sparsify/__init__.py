@@ -1,20 +1,19 @@
 """Compress PyTorch models while they train: a recipe says what to prune and quantize, an int8 ONNX file comes out.
 
 Every name that is public stands in the `__all__` of its file and is carried from there. Importing this imports neither
-onnx nor onnxruntime, and has no side effects. What is used before training, analysis and optimize, is imported when a
-name of it is first asked for: a training job needs none of it.
+onnx nor onnxruntime, and has no side effects. What is used before training or without it, analysis, optimize and
+oneshot, is imported when a name of it is first asked for: a training job needs none of it.
 """
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from sparsify import benchmark, errors, export, manager, modifiers, oneshot, recipe, shrinking, verify
+from sparsify import benchmark, errors, export, manager, modifiers, recipe, shrinking, verify
 from sparsify.benchmark import *
 from sparsify.errors import *
 from sparsify.export import *
 from sparsify.manager import *
 from sparsify.modifiers import *
-from sparsify.oneshot import *
 from sparsify.recipe import *
 from sparsify.shrinking import *
 from sparsify.verify import *
@@ -22,6 +21,7 @@ from sparsify.version import __version__
 
 if TYPE_CHECKING:
     from sparsify.analysis import *
+    from sparsify.oneshot import *
     from sparsify.optimize import *
 
 __all__: list[str] = ["__version__"]
@@ -30,12 +30,11 @@ __all__ += errors.__all__
 __all__ += export.__all__
 __all__ += manager.__all__
 __all__ += modifiers.__all__
-__all__ += oneshot.__all__
 __all__ += recipe.__all__
 __all__ += shrinking.__all__
 __all__ += verify.__all__
 
-# The names of `analysis` and `optimize`: read before they are imported.
+# Names that are read before what they stand for is imported.
 _LATER = {
     "sparsify.analysis": [
         "ChildOp",
@@ -54,6 +53,7 @@ _LATER = {
         "performance_profile",
         "weights_table",
     ],
+    "sparsify.oneshot": ["quantize_model", "quantize_onnx"],
     "sparsify.optimize": [
         "Experiment",
         "Framework",

@@ -52,7 +52,7 @@ class Expected(BaseModel):
         ms_skipping: of a runtime that skips them, by the stated cost model.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", defer_build=True)
 
     what: Literal["weights", "channels"] = "weights"
     sparsity: float
@@ -85,7 +85,7 @@ class Evidence(BaseModel):
         notes: what could not be met or was not known.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", defer_build=True)
 
     goal: str
     asked: dict[str, Any] = {}
