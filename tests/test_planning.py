@@ -95,6 +95,48 @@ def test_one_ranking_has_the_share_of_all_weights_together() -> None:
     assert foreseen.average(foreseen.moments[-1]) == pytest.approx(0.8)
 
 
+def test_elements_that_are_not_zero_are_counted_as_in_a_run() -> None:
+    made, model = recipe(PRUNING["gradual"]), network()
+    sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
+    foreseen = plan(made, model, STEPS)
+    # Zeros that were in the weights before pruning starts are not foreseen.
+    for epoch, (zeros, _) in list(enumerate(run(made, model)))[1:]:
+        left = sum((1.0 - zeros[name]) * size for name, size in sizes.items())
+        assert foreseen.at(epoch).nonzero == pytest.approx(left, abs=2), epoch
+
+
+def test_macs_that_are_not_zero_follow_the_weights() -> None:
+    foreseen = plan(recipe(PRUNING["gradual"]), network(), STEPS, sample_inputs=torch.zeros(1, 2, 8, 8))
+    whole = 16 * 18 * 36 + 576 * 40 + 40 * 3
+    assert foreseen.at(0).nonzero_macs == whole == foreseen.at(8).macs
+    assert foreseen.at(8).nonzero_macs == pytest.approx(0.2 * whole)
+
+
+SECOND = (
+    "!GMPruningModifier {params: __ALL_PRUNABLE__, init_sparsity: 0.8, final_sparsity: 0.9, start_epoch: 5.0, "
+    "end_epoch: 7.0, update_frequency: 1.0}"
+)
+HOLD = "!ConstantPruningModifier {params: __ALL_PRUNABLE__, start_epoch: 5.0}"
+
+
+@pytest.mark.parametrize(("later", "last"), [(SECOND, 0.9), (HOLD, 0.8)])
+@pytest.mark.parametrize("turned", [False, True])
+def test_the_later_of_two_modifiers_is_in_force(later: str, last: float, turned: bool) -> None:
+    both = [PRUNING["gradual"], later]
+    made, model = recipe(*(both[::-1] if turned else both)), network()
+    foreseen = plan(made, model, STEPS)
+    for epoch, (zeros, _) in enumerate(run(made, model)):
+        for parameter, share in foreseen.at(epoch).zeros.items():
+            assert zeros[parameter] == pytest.approx(share, abs=0.51 / foreseen.weights[parameter] + 1e-9), epoch
+    assert set(foreseen.moments[-1].zeros.values()) == {last}
+
+
+def test_dense_phases_alternate_with_sparse_ones_and_come_first() -> None:
+    foreseen = plan(recipe(PRUNING["alternating"]), network(), STEPS)
+    shares = [foreseen.at(epoch).zeros.get("3.weight") for epoch in range(9)]
+    assert shares == [None, 0.0, 0.0, 0.75, 0.75, 0.0, 0.0, 0.75, 0.75]
+
+
 @pytest.mark.parametrize(
     "rates",
     [
@@ -150,6 +192,7 @@ def test_what_is_left_after_channels_go_is_that_of_a_run() -> None:
     # 8 of 16 channels of 3x3x2 at 6x6 places, 288 of 576 inputs and 20 of 40 outputs, 20 inputs of 3.
     assert last.macs == 8 * 18 * 36 + 288 * 20 + 20 * 3
     assert foreseen.at(1).macs == 16 * 18 * 36 + 576 * 40 + 40 * 3
+    assert foreseen.at(1).parameters == foreseen.moments[0].parameters and foreseen.at(2).parameters == left
     assert not foreseen.notes
     assert any("sample_inputs" in note for note in plan(made, network(), STEPS).notes)
 
@@ -205,6 +248,17 @@ def test_a_shorter_training_is_said_to_miss_ends() -> None:
 def test_a_sound_recipe_has_no_warnings() -> None:
     made = plan(recipe(RATE.format(0.0, 8.0, 0.1, 0.001), PRUNING["gradual"]), network(), STEPS)
     assert made.warnings == () and made.notes == ()
+
+
+def test_schedules_that_follow_one_another_are_no_pitfall() -> None:
+    made = plan(recipe(RATE.format(0.0, 4.0, 0.1, 0.01), RATE.format(4.0, 8.0, 0.01, 0.001)), network(), STEPS)
+    assert made.warnings == ()
+
+
+def test_zeros_that_are_given_up_are_said() -> None:
+    weaker = SECOND.replace("init_sparsity: 0.8, final_sparsity: 0.9", "init_sparsity: 0.1, final_sparsity: 0.5")
+    made = plan(recipe(PRUNING["gradual"], weaker), network(), STEPS)
+    assert [text for text in made.warnings if "falls from 80% zeros to 10% at epoch 5" in text], made.warnings
 
 
 def test_table_json_and_plot(tmp_path: Path) -> None:

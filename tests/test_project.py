@@ -117,6 +117,20 @@ def test_what_fails_leaves_nothing_behind(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["not.onnx"]
 
 
+def test_a_folder_that_is_filled_meanwhile_is_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    target, save = tmp_path / "project", Project.save
+
+    def filling(project: Project) -> None:
+        save(project)
+        target.mkdir()
+        (target / "mine.txt").write_text("mine")
+
+    monkeypatch.setattr(Project, "save", filling)
+    with pytest.raises(DataFileError, match="cannot write"):
+        Project.create(target, network(), sample_inputs=SAMPLE)
+    assert [path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*")] == ["project", "project/mine.txt"]
+
+
 def test_names_are_taken_once(project: Project) -> None:
     project.add_profile("one", performance())
     with pytest.raises(StateError, match="there is one of that name"):
