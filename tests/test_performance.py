@@ -92,7 +92,8 @@ def scratch(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Monkey
     folder = tmp_path_factory.mktemp("scratch")
     monkeypatch.setattr(tempfile, "tempdir", str(folder))
     yield folder
-    assert list(folder.iterdir()) == []
+    # torch's compiler keeps a folder of its own there, once a process.
+    assert [path for path in folder.iterdir() if not path.name.startswith("torchinductor_")] == []
 
 
 @pytest.fixture(scope="module")
