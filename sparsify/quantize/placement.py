@@ -37,6 +37,8 @@ from sparsify.targets import named_modules
 __all__: list[str] = []
 
 LEFT_OUT = "left out by the recipe"
+NOT_CALLED = "was not called on the example inputs"
+"""Then it computes nothing, in float or otherwise."""
 Role = Literal["input", "output", "function"]
 
 
@@ -92,7 +94,7 @@ class _Planner:
                     self.ends[self._norm_node(node, last) if last else node.name] = name
 
     def _leave(self, what: str, why: str) -> None:
-        self.left.append(Left(what, why, unasked=why != LEFT_OUT))
+        self.left.append(Left(what, why, unasked=why not in (LEFT_OUT, NOT_CALLED)))
 
     def _leave_bare_weights(self) -> None:
         """Names products with weights that no layer of a known type holds."""
@@ -118,7 +120,7 @@ class _Planner:
         ):
             return LEFT_OUT
         if name not in self.trace.calls:
-            return "was not called on the example inputs"
+            return NOT_CALLED
         if module.in_proj_weight is None or module.bias_k is not None or module.add_zero_attn:
             return "keys or values of another width, bias_k and add_zero_attn are not supported"
         nodes = [node for node in self.trace.of_module(name) if node.kind == "linear" and node.is_float]
@@ -137,7 +139,7 @@ class _Planner:
         if scheme is None or (scheme.weights is None and scheme.input_activations is None):
             return LEFT_OUT
         if name not in self.trace.calls:
-            return "was not called on the example inputs"
+            return NOT_CALLED
         weight = module._parameters.get("weight")
         if weight is None:
             return "its weight is recomputed before every forward (weight_norm or a parametrization)"
