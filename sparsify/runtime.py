@@ -19,6 +19,9 @@ if TYPE_CHECKING:
 
 __all__: list[str] = []
 
+FILE_WEIGHTS = "sparsify.weights"
+"""The key in a file's metadata under which stand, in JSON, {initializer: torch parameter} where the two differ."""
+
 
 def read_model(path: str | os.PathLike[str]) -> ModelProto:
     """The parsed and checked model in a file.

@@ -96,7 +96,7 @@ def test_the_file_computes_the_same_in_the_fused_kernel(
         assert torch.equal(model(x), deployed(x))
     file = export_onnx(model, x, tmp_path / "net.onnx")
     assert file.opset == 21 and len(file.quantized) == 3 and not file.floating
-    assert ("int4" in file.initializers) == (bits <= 4)
+    assert ("int4" in file.initializers) == (bits <= 4) == ("qdq_matmulnbits_accuracy_level" in str(file))
     verification = verify_onnx(model, file, x)
     assert verification.ok and verification.unproven is None, str(verification)
     options = onnxruntime.SessionOptions()

@@ -12,14 +12,13 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from sparsify.errors import DataError
+from sparsify.runtime import FILE_WEIGHTS
 
 if TYPE_CHECKING:
     from onnx import ModelProto, NodeProto, TensorProto
 
 __all__: list[str] = []
 
-FILE_WEIGHTS = "sparsify.weights"
-"""The key in a file's metadata under which stand, in JSON, {initializer: torch parameter} where the two differ."""
 _BITS = {
     "INT4": 4,
     "UINT4": 4,
