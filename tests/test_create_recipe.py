@@ -370,3 +370,31 @@ def test_an_empty_profile_or_a_stranger_changes_nothing(model: Net) -> None:
     profile = pruning_profile(layers, PruningSettings(0.5))
     with pytest.raises(ArgumentError, match=r"pruning_profile: '.*' is no layer of this model"):
         create_recipe(other, X, pruning_profile=profile)
+
+
+class Idle(nn.Sequential):
+    """With a layer that is never computed: its weight stays in float."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            nn.Conv2d(3, 16, 3), nn.ReLU(), nn.Conv2d(16, 16, 3), nn.ReLU(), nn.Flatten(), nn.Linear(256, 4)
+        )
+        self.idle = nn.Linear(50, 50)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in list(self)[:-1]:
+            x = layer(x)
+        return x
+
+
+@pytest.mark.parametrize("structured", [False, True])
+def test_the_plan_of_a_recipe_expects_what_the_recipe_does(structured: bool) -> None:
+    torch.manual_seed(0)
+    model = Idle()
+    sample = torch.zeros(2, 3, 8, 8)
+    recipe = create_recipe(model, sample, sparsity=0.6, structured=structured, quantize=True)
+    assert recipe.evidence is not None
+    promised, last = recipe.evidence.expected, plan(recipe, model, 10, sample_inputs=sample).moments[-1]
+    assert (last.parameters, last.macs) == (promised.parameters, promised.macs)
+    # Bytes of int8 weights, floats of biases and of the layer that is never computed.
+    assert last.size_bytes == promised.size_bytes is not None and 4 * 2550 < promised.size_bytes < 4 * 2550 + 5000

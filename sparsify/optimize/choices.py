@@ -6,9 +6,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from sparsify.errors import ArgumentError
+from sparsify.optimize.lines import at
 from sparsify.recipe.evidence import LayerEvidence
 from sparsify.targets import named_parameters, owners
 
@@ -50,6 +49,7 @@ class Sources:
         """
         from sparsify.analysis.compressed import layer_name
         from sparsify.analysis.layers import analyze_model
+        from sparsify.analysis.loss import HOW
         from sparsify.optimize.structures import without_inputs
 
         if analysis is None:
@@ -68,10 +68,8 @@ class Sources:
             ways = {
                 "data": f"measured on {loss.samples} samples, one layer at a time; {loss.base:.4g} as it is",
                 "fisher": f"estimated from gradients of {loss.samples} samples",
-                "magnitude": "ordered by the magnitudes of the weights, without data",
-                "shape": "ordered by the shapes of the layers, without data",
             }
-            texts["loss" if loss.method in ("data", "fisher") else "cost"] = ways[loss.method]
+            texts["loss" if loss.method in ways else "cost"] = ways.get(loss.method, HOW[loss.method])
         if performance is not None:
             runtime = performance.versions.get("onnxruntime", "")
             texts["time"] = (
@@ -152,8 +150,8 @@ def _taken(
         curve = by_name.get(choice.name)
         cost = saved = None
         if curve is not None:
-            cost = _at(share, curve.levels, curve.losses) - curve.losses[0]
-            saved = None if found.performance is None else curve.ms - _at(share, curve.levels, curve.times)
+            cost = at(curve.levels, curve.losses, share) - curve.losses[0]
+            saved = None if found.performance is None else curve.ms - at(curve.levels, curve.times, share)
         for weight in weights[choice.name]:
             chosen.shares[weight] = share
             size = next((i.weights for i in found.analysis.layers if i.weight == weight), 0)
@@ -176,10 +174,6 @@ def by_latency_plan(plan: LatencyPlan, model: nn.Module, found: Sources) -> Chos
     whole = [info.name for info in found.analysis.layers if info.weight is not None and info.name not in plan.sparsity]
     chosen.dense = dict.fromkeys(whole, "least loss within the time")
     return chosen
-
-
-def _at(level: float, levels: Sequence[float], values: Sequence[float]) -> float:
-    return float(np.interp(level, levels, values))
 
 
 def _digits(value: float | None) -> float | None:

@@ -8,8 +8,8 @@ import warnings
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
+from sparsify.analysis.layers import analyze_model
+from sparsify.optimize.lines import at
 from sparsify.recipe.evidence import Expected
 from sparsify.schedule import Clock
 from sparsify.targets import named_parameters
@@ -53,7 +53,8 @@ def expected(
     macs = None if analysis is None else analysis.macs
     after_model, after_analysis = model, analysis
     if any(m.cuts() for m in modifiers):
-        after_model, after_analysis = _smaller(model, modifiers, inputs, analysis)
+        after_model = without_channels(model, modifiers, inputs)
+        after_analysis = None if analysis is None else analyze_model(after_model, inputs)
     parameters = named_parameters(after_model)
     # A bias that starts at zero is trained away from it.
     left = {name: float(p.detach().count_nonzero()) if p.dim() > 1 else p.numel() for name, p in parameters.items()}
@@ -84,30 +85,39 @@ def expected(
     )
 
 
-def _smaller(
-    model: nn.Module, modifiers: Sequence[Modifier], inputs: Any, analysis: ModelAnalysis | None
-) -> tuple[nn.Module, ModelAnalysis | None]:
-    """A copy without the channels that go, and its analysis."""
-    from sparsify.analysis.layers import analyze_model
+def without_channels(
+    model: nn.Module, modifiers: Sequence[Modifier], inputs: Any, epoch: float = math.inf
+) -> nn.Module:
+    """A copy of `model` without the channels that `modifiers` remove up to `epoch`, by the weights as they are now.
+
+    Raises:
+        SparsifyError: they cannot be chosen before training.
+    """
     from sparsify.manager import ScheduledModifierManager
 
     smaller = copy.deepcopy(model)
+    # What prunes otherwise may make the zeros by which others find what can go.
+    shaping = [modifier for modifier in modifiers if modifier.kind in ("pruning", "structure")]
     with warnings.catch_warnings():
         # What the run will warn of is said then.
         warnings.simplefilter("ignore")
-        shaping = [modifier for modifier in modifiers if modifier.cuts()]
-        ScheduledModifierManager(shaping).apply(smaller, sample_inputs=inputs)
-    return smaller, None if analysis is None else analyze_model(smaller, inputs)
+        return ScheduledModifierManager(shaping).apply(smaller, epoch, sample_inputs=inputs)
+
+
+def stored_bits(
+    modifiers: Sequence[Modifier], clock: Clock, model: nn.Module, analysis: ModelAnalysis | None
+) -> dict[str, int]:
+    """The bits of quantized weights in the exported file, by parameter; with an analysis, of what can be quantized."""
+    bits: dict[str, int] = {}
+    for modifier in modifiers:
+        bits.update(modifier.foreseen_bits(clock, model))
+    stays = set() if analysis is None else {info.weight for info in analysis.layers if not info.quantizable}
+    return {name: count for name, count in bits.items() if name not in stays}
 
 
 def _size(model: nn.Module, modifiers: Sequence[Modifier], analysis: ModelAnalysis | None) -> float:
     """Bytes of the parameters in the exported file."""
-    bits: dict[str, int] = {}
-    for modifier in modifiers:
-        bits.update(modifier.foreseen_bits(LATE, model))
-    if analysis is not None:
-        stays = {info.weight for info in analysis.layers if not info.quantizable}
-        bits = {name: count for name, count in bits.items() if name not in stays}
+    bits = stored_bits(modifiers, LATE, model, analysis)
     return sum(p.numel() * bits.get(n, 8 * p.element_size()) / 8 for n, p in named_parameters(model).items())
 
 
@@ -130,16 +140,12 @@ def _times(
             return None, None
         # MACs go with the product of both widths, so the root of what is left of them is the width in and out.
         width = math.sqrt(after.macs / analysis.macs)
-        return _between(width, performance.widths, totals), None
+        widths, times = zip(*sorted(zip(performance.widths, totals, strict=True)), strict=True)
+        return at(widths, times, width), None
     if profile is None or not profile.ms_before:
         return ms, None
     # The profiler costs time itself, so it is the share that counts.
     return ms, performance.total_ms * profile.ms_after / profile.ms_before
-
-
-def _between(at: float, points: Sequence[float], values: Sequence[float]) -> float:
-    order = np.argsort(points)
-    return float(np.interp(at, np.asarray(points)[order], np.asarray(values)[order]))
 
 
 def _share(zeros: Mapping[str, float], sizes: Mapping[str, int]) -> float:

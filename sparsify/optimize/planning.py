@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import math
 import os
-import warnings
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sparsify.analysis.layers import analyze_model
 from sparsify.errors import ArgumentError, SparsifyError
 from sparsify.files import replacing
+from sparsify.optimize.expectations import stored_bits, without_channels
 from sparsify.optimize.pitfalls import pitfalls
 from sparsify.recipe.recipe import read_recipe
 from sparsify.report import Column, Table
@@ -23,6 +23,7 @@ from sparsify.schedule import Clock
 if TYPE_CHECKING:
     from torch import nn
 
+    from sparsify.analysis.layers import ModelAnalysis
     from sparsify.modifiers.base import Modifier
     from sparsify.recipe import Recipe
 
@@ -246,7 +247,8 @@ class _View:
         named = {group for m in self.modifiers if (e := m.rate()) for group in e.groups or ()}
         self.groups = sorted(named | {0}) if len(self.ledger) else []
         self.sizes = self._sizes(self.model)
-        self.cost = self._cost(self.model)
+        self.analysis = None if self.model is None or self.inputs is None else analyze_model(self.model, self.inputs)
+        self.cost = _cost(self.analysis)
         self.removals = sorted({cut for m in self.modifiers for cut in m.cuts()})
         self.after = {cut: self._after(recipe, cut) for cut in self.removals} if model is not None else {}
 
@@ -264,7 +266,7 @@ class _View:
             return PlannedMoment(clock.epoch, rates, {}, {}, doing)
         zeros: dict[str, float | None] = {}
         channels: dict[str, float] = {}
-        bits: dict[str, int] = {}
+        bits = stored_bits(self.modifiers, clock, self.model, self.analysis)
         for modifier in sorted(self.modifiers, key=lambda m: m.window.start):
             found = modifier.foreseen_zeros(clock, self.model)
             if modifier.whole_channels:
@@ -272,7 +274,6 @@ class _View:
             else:
                 # What only holds zeros does not know how many: what was known before stands.
                 zeros.update({n: zeros.get(n) if s is None and modifier.holds else s for n, s in found.items()})
-            bits.update(modifier.foreseen_bits(clock, self.model))
         sizes, cost = self.sizes, self.cost
         gone = [cut for cut in self.removals if clock.reached(cut)]
         if gone:
@@ -298,40 +299,30 @@ class _View:
 
         return {} if model is None else {n: (p.numel(), p.element_size()) for n, p in named_parameters(model).items()}
 
-    def _cost(self, model: nn.Module | None) -> dict[str, int]:
-        """MACs by the weight that is multiplied with, under "" those between activations; empty if not known."""
-        if model is None or self.inputs is None:
-            return {}
-        from sparsify.analysis.layers import analyze_model
-
-        found: Counter[str] = Counter()
-        for layer in analyze_model(model, self.inputs).layers:
-            found[layer.weight or ""] += layer.macs
-        return dict(found)
-
     def _after(self, recipe: Recipe, cut: float) -> tuple[dict[str, tuple[int, int]], dict[str, int]]:
         """Sizes and MACs once the channels are gone that go up to `cut`, tried on a copy."""
-        from sparsify.manager import ScheduledModifierManager
-
         assert self.model is not None
         if self.inputs is None:
             self._note(f"what is left after channels are removed at epoch {cut:g} needs sample_inputs.")
             return {}, {}
-        shaping = [m for m in recipe.written if m.kind in ("pruning", "structure")]
         try:
-            smaller = copy.deepcopy(self.model)
-            with warnings.catch_warnings():
-                # What the run will warn of is not the plan's to say.
-                warnings.simplefilter("ignore")
-                ScheduledModifierManager(shaping).apply(smaller, cut, sample_inputs=self.inputs)
+            smaller = without_channels(self.model, recipe.written, self.inputs, cut)
         except SparsifyError as error:
             self._note(f"what is left after channels are removed at epoch {cut:g} is not known ahead: {error}")
             return {}, {}
-        return self._sizes(smaller), self._cost(smaller)
+        return self._sizes(smaller), _cost(analyze_model(smaller, self.inputs))
 
     def _note(self, text: str) -> None:
         if text not in self.notes:
             self.notes.append(text)
+
+
+def _cost(analysis: ModelAnalysis | None) -> dict[str, int]:
+    """MACs by the weight that is multiplied with, under "" those between activations; empty if not known."""
+    found: Counter[str] = Counter()
+    for layer in analysis.layers if analysis is not None else ():
+        found[layer.weight or ""] += layer.macs
+    return dict(found)
 
 
 def _clock(epoch: float, steps_per_epoch: int | None) -> Clock:

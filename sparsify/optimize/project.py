@@ -28,7 +28,7 @@ from sparsify.analysis.loss import LossProfile
 from sparsify.analysis.performance import PerformanceProfile
 from sparsify.benchmark import Benchmark
 from sparsify.errors import ArgumentError, DataError, DataFileError, StateError, did_you_mean
-from sparsify.files import replacing
+from sparsify.files import read_text, replacing
 from sparsify.optimize.allocation import PruningSettings
 from sparsify.optimize.training import OriginalTraining
 from sparsify.recipe import Recipe
@@ -160,7 +160,11 @@ class Project:
         """
         path = Path(folder) / "project.json"
         try:
-            plain = json.loads(_read(path))
+            text = read_text(path)
+        except DataFileError as error:
+            raise DataFileError(f"{error} Is this the folder of a project?") from error
+        try:
+            plain = json.loads(text)
             if plain.pop("format") != FORMAT:
                 raise DataError(f"{path}: written by another version of sparsify; this one reads format {FORMAT}.")
             if plain["training"] is not None:
@@ -207,7 +211,7 @@ class Project:
     @property
     def analysis(self) -> ModelAnalysis:
         """The layers of the dense model."""
-        return ModelAnalysis.from_json(_read(self._folder / "analysis.json"))
+        return ModelAnalysis.from_json(read_text(self._folder / "analysis.json"))
 
     # ------------------------------------------------------------------ what is in it
 
@@ -228,10 +232,10 @@ class Project:
             made = None
             if settings.exists():
                 try:
-                    made = PruningSettings(**json.loads(_read(settings)))
+                    made = PruningSettings(**json.loads(read_text(settings)))
                 except (ValueError, TypeError) as error:
                     raise DataError(f"{settings}: these are no settings: {error}") from error
-            found[name] = Optimization(Recipe.load(path), made, _read(path))
+            found[name] = Optimization(Recipe.load(path), made, read_text(path))
         return found
 
     @property
@@ -239,7 +243,7 @@ class Project:
         found = {}
         for name, path in self._files("benchmarks", ".json").items():
             try:
-                plain = json.loads(_read(path))
+                plain = json.loads(read_text(path))
                 plain |= {"path": Path(plain["path"]), "providers": tuple(plain["providers"])}
                 found[name] = Benchmark(**plain)
             except (ValueError, KeyError, TypeError) as error:
@@ -358,11 +362,3 @@ class Project:
     def _write(self, name: str, text: str) -> None:
         with replacing(self._folder / name) as temporary:
             temporary.write_text(text + "\n", encoding="utf-8")
-
-
-def _read(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise DataFileError(f"cannot read {path}: {reason}. Is this the folder of a project?") from error

@@ -12,6 +12,7 @@ from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
+from sparsify.analysis.loss import HOW
 from sparsify.errors import ArgumentError
 from sparsify.files import replacing
 from sparsify.modifiers.base import Modifier
@@ -140,7 +141,7 @@ class Report:
             "model": self.analysis.model,
             "batch": self.analysis.batch_size,
             "timed": self.performance is not None,
-            "loss": _WAYS.get(self.loss_method, "given"),
+            "loss": HOW.get(self.loss_method, "given"),
             "layers": [{**dataclasses.asdict(one), **_shown(by_name.get(one.name))} for one in self.curves],
             "rest": REST,
             "weights": weights,
@@ -171,12 +172,6 @@ class Report:
 
 
 _SCHEDULES: tuple[LearningRateSchedule, ...] = get_args(LearningRateSchedule)
-_WAYS = {
-    "data": "measured on data, one layer at a time",
-    "fisher": "estimated from gradients",
-    "magnitude": "ordered by the magnitudes of the weights, without data",
-    "shape": "ordered by the shapes of the layers, without data",
-}
 
 
 def _file(name: str) -> str:

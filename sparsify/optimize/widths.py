@@ -7,11 +7,12 @@ of its outputs is the approximation.
 
 from __future__ import annotations
 
-import bisect
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+
+from sparsify.optimize.lines import at
 
 __all__: list[str] = []
 
@@ -54,14 +55,7 @@ class Curve:
         return cls(tuple(share for share, _ in points), level)
 
     def __call__(self, share: float) -> float:
-        at = bisect.bisect_left(self.shares, share)
-        if at == 0:
-            return self.times[0]
-        if at == len(self.shares):
-            return self.times[-1]
-        low, high = self.shares[at - 1], self.shares[at]
-        part = (share - low) / (high - low)
-        return self.times[at - 1] * (1 - part) + self.times[at] * part
+        return at(self.shares, self.times, share)
 
 
 @dataclass(frozen=True)
