@@ -46,3 +46,15 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
     finally:
         with suppress(FileNotFoundError):
             temporary.unlink()
+
+
+def read_text(path: str | os.PathLike[str]) -> str:
+    """What a text file says.
+
+    Raises:
+        DataFileError: it is missing, unreadable or no text.
+    """
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataFileError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}.") from error

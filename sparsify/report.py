@@ -118,7 +118,7 @@ class Table:
 
     def json(self) -> str:
         """{"title": ..., "rows": [{field: value}]}; a value that JSON does not know (nan, inf) becomes null."""
-        return json.dumps({"title": self.title, "rows": [_plain(row) for row in self.rows]}, indent=2)
+        return json.dumps({"title": self.title, "rows": [plain(row) for row in self.rows]}, indent=2)
 
     def write(self, path: str | os.PathLike[str]) -> None:
         """To a file whose ending says the form: `.md`, `.json` or `.txt`.
@@ -177,11 +177,14 @@ def track(work: Iterable[Item], what: str, total: int | None = None) -> Iterator
         yield from progress.track(work, total=total, description=what)
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
+    """Dataclasses, mappings, sequences and numbers as JSON knows them; nan and inf become None."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {field.name: plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
     if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple | set | frozenset):
+        return [plain(item) for item in value]
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return value if value is None or isinstance(value, bool | int | float | str) else str(value)

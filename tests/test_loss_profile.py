@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from sparsify.analysis import trials
 from sparsify.analysis.layers import analyze_model
 from sparsify.analysis.loss import BITS, DATA_LEVELS, LEVELS, LossProfile, loss_profile
-from sparsify.errors import ArgumentError, DataError, StateError, TargetError
+from sparsify.errors import ArgumentError, DataError, DataFileError, StateError, TargetError
 from sparsify.oneshot import quantize_model
 
 
@@ -650,3 +650,9 @@ def test_progress_is_shown_where_it_is_asked_for(capsys: pytest.CaptureFixture[s
     assert "losses" in capsys.readouterr().err
     loss_profile(net(), GOOD, levels=(0.5,))
     assert capsys.readouterr().err == ""
+
+
+def test_a_file_that_is_no_text_is_said(tmp_path: Path) -> None:
+    (tmp_path / "profile.json").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(DataFileError, match=r"cannot read .*profile\.json"):
+        LossProfile.load(tmp_path / "profile.json")

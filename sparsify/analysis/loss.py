@@ -9,7 +9,6 @@ import sys
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from itertools import accumulate
-from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args
 
 import torch
@@ -19,8 +18,8 @@ from sparsify.analysis.compressed import Layers, Of, Unit, channel_families, lay
 from sparsify.analysis.layers import ModelAnalysis
 from sparsify.analysis.modules import analyze_module
 from sparsify.analysis.trials import Batch, Loss, Trials, taken
-from sparsify.errors import ArgumentError, DataError, DataFileError, StateError, did_you_mean
-from sparsify.files import replacing
+from sparsify.errors import ArgumentError, DataError, StateError, did_you_mean
+from sparsify.files import read_text, replacing
 from sparsify.quantize.plan import is_quantized
 from sparsify.report import Column, Table, track
 from sparsify.signature import unwrapped
@@ -28,6 +27,13 @@ from sparsify.signature import unwrapped
 __all__ = ["LossProfile", "loss_profile"]
 
 Method = Literal["magnitude", "shape", "data", "fisher"]
+HOW: dict[str, str] = {
+    "data": "measured on data, one layer at a time",
+    "fisher": "estimated from gradients",
+    "magnitude": "ordered by the magnitudes of the weights, without data",
+    "shape": "ordered by the shapes of the layers, without data",
+}
+"""How losses came to be, by method, in words."""
 
 LEVELS = tuple(level / 100 for level in range(100))
 """Of a profile without data: 0.00, 0.01, ... 0.99."""
@@ -96,10 +102,7 @@ class LossProfile:
             DataFileError: the file is missing or cannot be read. DataError: it is no loss profile, a broken one, or of
                 a newer version.
         """
-        try:
-            text = Path(path).read_text(encoding="utf-8")
-        except OSError as error:
-            raise DataFileError(f"cannot read {path}: {error.strerror or error}.") from error
+        text = read_text(path)
         try:
             state = json.loads(text)
             if state["format"] != "sparsify loss profile":

@@ -19,6 +19,7 @@ from sparsify.quantize.layers import QuantizedEmbedding, QuantizedLayer, Retyped
 from sparsify.quantize.placement import make_plan
 from sparsify.quantize.plan import is_quantized
 from sparsify.quantize.scheme import Settings
+from sparsify.runtime import first_line
 from sparsify.signature import Call as Arguments
 from sparsify.signature import unwrapped
 from sparsify.targets import is_prunable_layer, named_modules, named_parameters, refuse_unusable
@@ -42,7 +43,7 @@ def analyze_module(model: nn.Module, sample_inputs: Any, sample_kwargs: Mapping[
     except ArgumentError as error:
         cause = error.__cause__ or error
         operations = watched(model, args, kwargs)
-        reasons.untraceable = f"the model cannot be traced: {type(cause).__name__}: {_first_line(cause)}"
+        reasons.untraceable = f"the model cannot be traced: {type(cause).__name__}: {first_line(cause)}"
     else:
         operations = from_program(model, program)
         if operations is None:
@@ -57,10 +58,6 @@ def analyze_module(model: nn.Module, sample_inputs: Any, sample_kwargs: Mapping[
         parameters=sum(parameter.numel() for parameter in model.parameters()),
         batch_size=int(batch),
     )
-
-
-def _first_line(error: BaseException) -> str:
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), "")[:200]
 
 
 def _unknown(operations: list[Operation]) -> tuple[UnknownOperator, ...]:

@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from sparsify.analysis.counting import FREE, Cost, Operand, Shape, count
 from sparsify.errors import ArgumentError
 from sparsify.graph import Call, Names
+from sparsify.runtime import first_line
 from sparsify.targets import clean_name
 
 __all__: list[str] = []
@@ -98,9 +99,8 @@ def watched(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
     except Exception as error:  # whatever the user's forward raises
         path = _failed_in(model, error)
         where = f" in {path}" if path else ""
-        text = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
         raise ArgumentError(
-            f"{type(model).__name__} fails on these inputs{where}: {type(error).__name__}: {text[:300]} "
+            f"{type(model).__name__} fails on these inputs{where}: {type(error).__name__}: {first_line(error)} "
             "Give sample_inputs that the model accepts as they are."
         ) from error
     finally:

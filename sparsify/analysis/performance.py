@@ -12,8 +12,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sparsify.errors import ArgumentError, DataError, DataFileError
-from sparsify.files import replacing
+from sparsify.errors import ArgumentError, DataError
+from sparsify.files import read_text, replacing
 from sparsify.report import Column, Table
 
 if TYPE_CHECKING:
@@ -248,10 +248,7 @@ class PerformanceProfile:
         Raises:
             DataFileError: it is missing or unreadable. DataError: it holds something else.
         """
-        try:
-            text = Path(path).read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise DataFileError(f"cannot read {path}: {error}.") from error
+        text = read_text(path)
         try:
             return cls.from_json(text)
         except DataError as error:
