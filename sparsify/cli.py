@@ -6,9 +6,7 @@ Exit codes: 0 all is well; 1 it works but falls short of what was asked; 2 bad i
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
-import math
 import os
 import sys
 import warnings
@@ -16,8 +14,9 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from sparsify.errors import ArgumentError, SparsifyError
+from sparsify.errors import ArgumentError, SparsifyError, SparsifyWarning
 from sparsify.files import replacing
+from sparsify.report import plain
 
 __all__ = ["main"]
 
@@ -130,7 +129,14 @@ def _optimize(arguments: Arguments) -> int:
     if arguments.html is not None and analysis is not None:
         from sparsify.optimize.screen import Report
 
-        # The page moves single weights: a profile of channels does not fit it.
+        if arguments.structured or latency is not None:
+            warnings.warn(
+                "the page of --html moves single weights, while the recipe removes channels: take the file, not the "
+                "recipe of the page.",
+                SparsifyWarning,
+                stacklevel=2,
+            )
+        # A profile of channels does not fit it.
         single = loss_profile(model, progress=False) if loss is None or loss.families else loss
         asked = made.evidence.asked.get("settings") if made.evidence is not None else None
         page = Report.of(
@@ -239,7 +245,7 @@ def _benchmark(arguments: Arguments) -> int:
     ratio = None
     if arguments.compare is not None:
         ratio = compare_onnx(arguments.compare, arguments.file, **options)
-    said = {"benchmark": _plain(found), "compared": None if ratio is None else _plain(ratio)}
+    said = {"benchmark": plain(found), "compared": None if ratio is None else plain(ratio)}
     lines = [str(found), *([] if ratio is None else [str(ratio)])]
     _say(arguments, lambda: json.dumps(said, indent=2), lambda: "\n".join(lines))
     slow = arguments.at_most is not None and found.latency_p50_ms > arguments.at_most
@@ -253,7 +259,7 @@ def _verify(arguments: Arguments) -> int:
     from sparsify.verify import verify_onnx
 
     found = verify_onnx(_trained(arguments), arguments.file, inputs_of(arguments.input))
-    _say(arguments, lambda: json.dumps({**_plain(found), "ok": found.ok}, indent=2), lambda: str(found))
+    _say(arguments, lambda: json.dumps({**plain(found), "ok": found.ok}, indent=2), lambda: str(found))
     return FINE if found.ok else SHORT
 
 
@@ -263,7 +269,7 @@ def _export(arguments: Arguments) -> int:
 
     inputs = inputs_of(arguments.input)
     found = export_onnx(_trained(arguments), inputs, arguments.output, opset=arguments.opset)
-    _say(arguments, lambda: json.dumps(_plain(found), indent=2), lambda: str(found))
+    _say(arguments, lambda: json.dumps(plain(found), indent=2), lambda: str(found))
     return FINE
 
 
@@ -331,19 +337,6 @@ def _write(path: str | None, text: str) -> None:
         return
     with replacing(path) as temporary:
         temporary.write_text(text.rstrip("\n") + "\n", encoding="utf-8")
-
-
-def _plain(value: Any) -> Any:
-    """Dataclasses, paths and numbers as JSON knows them."""
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {field.name: _plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
-    if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple | set | frozenset):
-        return [_plain(item) for item in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value if value is None or isinstance(value, bool | int | float | str) else str(value)
 
 
 def _warn(message: Warning | str, *_: Any, **__: Any) -> None:

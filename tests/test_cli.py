@@ -108,6 +108,12 @@ def test_optimize_with_measurements(capsys: pytest.CaptureFixture[str]) -> None:
     assert "QuantizationModifier" not in text
 
 
+def test_a_page_beside_a_recipe_of_channels_is_said_to_differ(capsys: pytest.CaptureFixture[str]) -> None:
+    words = "optimize shop:build --input 2x3x8x8 --structured --sparsity 0.5 --html page.html"
+    assert main(words.split()) == FINE
+    assert "moves single weights, while the recipe removes channels" in capsys.readouterr().err
+
+
 @pytest.mark.slow
 def test_optimize_for_a_latency(capsys: pytest.CaptureFixture[str]) -> None:
     answer("optimize shop:build --input 1x3x8x8 --goal-ms 1000 --output fast.yaml", capsys)
