@@ -33,7 +33,6 @@ from typing import Any
 
 import torch
 from paired import machine
-from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -92,21 +91,12 @@ Job = tuple[str, float, int]
 """Row, level, seed."""
 
 
-def digits(seed: int) -> task.Digits:
-    data = load_digits()
-    x = torch.tensor(data.images, dtype=torch.float32)[:, None] / 16.0
-    y = torch.tensor(data.target)
-    order = torch.randperm(len(y), generator=torch.Generator().manual_seed(seed))
-    train, test = order[: task.TRAIN_IMAGES], order[task.TRAIN_IMAGES :]
-    return task.Digits(x[train], y[train], x[test], y[test])
-
-
 def prepare(folder: Path, seed: int) -> None:
     """The data and the dense weights of a seed, as files that peers read too."""
     path = folder / f"seed_{seed}.pt"
     if path.exists():
         return
-    data = digits(seed)
+    data = task.Digits.load(seed)
     torch.manual_seed(seed)
     model = task.network()
     task.train(model, data, seed, task.DENSE_EPOCHS, task.DENSE_RATE)
@@ -291,7 +281,7 @@ def report(
     flat = [row for row in rows if row not in (STRUCTURED, "Torch-Pruning")]
     table(store, flat, levels, seeds, [f"{level:.0%}" for level in levels])
     model = task.network()
-    dense = task.macs(model, digits(seeds[0]))
+    dense = task.macs(model, task.Digits.load(seeds[0]))
     counts = []
     for level in channels:
         found = {int(r["macs"]) for (row, at, _), r in store.results.items() if row not in flat and at == level}

@@ -35,7 +35,6 @@ from typing import Any
 
 import torch
 from paired import machine
-from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -68,18 +67,9 @@ LATENCY_ROWS = ("uniform widths", "planned widths")
 Result = dict[str, float]
 
 
-def digits(seed: int) -> task.Digits:
-    data = load_digits()
-    x = torch.tensor(data.images, dtype=torch.float32)[:, None] / 16.0
-    y = torch.tensor(data.target)
-    order = torch.randperm(len(y), generator=torch.Generator().manual_seed(seed))
-    train, test = order[: task.TRAIN_IMAGES], order[task.TRAIN_IMAGES :]
-    return task.Digits(x[train], y[train], x[test], y[test])
-
-
 def dense(folder: Path, network: str, seed: int) -> tuple[nn.Module, task.Digits]:
     """The dense network of a seed, trained once."""
-    data = digits(seed)
+    data = task.Digits.load(seed)
     torch.manual_seed(seed)
     model = NETWORKS[network]()
     path = folder / f"{network}_{seed}.pt"

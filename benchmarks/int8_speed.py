@@ -36,15 +36,16 @@ import argparse
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnxruntime
 import torch
+from calibration import Batches
 from models import Encoder, MobileNetV2, resnet18, resnet50
-from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
+from onnxruntime.quantization import QuantFormat, QuantType, quantize_static
 from onnxruntime.quantization.shape_inference import quant_pre_process
 from paired import Ratio, machine, paired
 from torch import Tensor, nn
@@ -86,17 +87,6 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], Callable[[int], dict[str, Tenso
     "BERT base (transformers)": (bert, masked_tokens, 1.25),
 }
 """Name -> (constructor, inputs of so many items, bar against quantize_static)."""
-
-
-class Batches(CalibrationDataReader):
-    """Calibration batches as quantize_static asks for them."""
-
-    def __init__(self, batches: list[dict[str, Tensor]]) -> None:
-        self.batches: Iterator[dict[str, Tensor]] = iter(batches)
-
-    def get_next(self) -> dict[str, Any] | None:
-        batch = next(self.batches, None)
-        return None if batch is None else {name: value.numpy() for name, value in batch.items()}
 
 
 def files(name: str, folder: Path) -> tuple[Path, Path, Path]:

@@ -32,8 +32,9 @@ from typing import Any
 import numpy as np
 import onnxruntime
 import torch
+from calibration import Batches
 from models import MobileNetV2, resnet20
-from onnxruntime.quantization import CalibrationDataReader, CalibrationMethod, QuantFormat, QuantType, quantize_static
+from onnxruntime.quantization import CalibrationMethod, QuantFormat, QuantType, quantize_static
 from onnxruntime.quantization.shape_inference import quant_pre_process
 from paired import machine
 from torch import Tensor, nn
@@ -57,17 +58,6 @@ MODULES = (
     "weakref", "zipfile",
 )
 # fmt: on
-
-
-class Batches(CalibrationDataReader):
-    """Calibration batches as quantize_static asks for them."""
-
-    def __init__(self, batches: list[dict[str, Tensor]]) -> None:
-        self.batches: Iterator[dict[str, Tensor]] = iter(batches)
-
-    def get_next(self) -> dict[str, Any] | None:
-        batch = next(self.batches, None)
-        return None if batch is None else {name: value.numpy() for name, value in batch.items()}
 
 
 def session(path: Path) -> onnxruntime.InferenceSession:
