@@ -189,6 +189,23 @@ def test_what_a_filter_leaves_dense_goes_to_the_others() -> None:
     assert shares(tough, soft, more, sparsity=0.3, min_sparsity=0.4) == [0.0, 0.9, 0.0]
 
 
+def test_nothing_is_pruned_where_a_filter_would_make_it_far_too_much() -> None:
+    tough, soft = plain("tough", 100, (0.0, 1.0, 3.0)), plain("soft", 100, (0.0, 0.1, 0.3))
+    # .35 on average is the next that can be had; 0 is nearer to .06, and .35 to .3.
+    assert shares(tough, soft, sparsity=0.06, min_sparsity=0.7) == [0.0, 0.0]
+    assert shares(tough, soft, sparsity=0.3, min_sparsity=0.7) == [0.0, 0.7]
+
+
+def test_the_average_comes_before_what_is_lost_and_saved() -> None:
+    """A spread that misses the average is no candidate, however much better it is."""
+    values = [(1000, 8.0, 9.0), (5000, 0.5, 0.1), (1000, 4.0, 3.0)]
+    layers = [plain(f"layer{n}", weights, (0.0, loss / 3, loss), ms) for n, (weights, loss, ms) in enumerate(values)]
+    for balance in (0.0, 0.2, 0.4, 0.6, 0.8, 1.0):
+        for sparsity in (0.5, 0.55, 0.6, 0.65):
+            asked = PruningSettings(sparsity=sparsity, balance=balance, min_sparsity=0.7, max_sparsity=0.9)
+            assert pruning_profile(layers, asked).sparsity == pytest.approx(sparsity, abs=1e-9), (balance, sparsity)
+
+
 def test_recovery_stops_a_layer() -> None:
     slow, fast = plain("slow", 100, (0.0, 1.0, 3.0), ms=10.0), plain("fast", 100, (0.0, 0.1, 0.3))
     free = pruning_profile([slow, fast], PruningSettings(sparsity=0.6, balance=0.0, min_sparsity=0.0))

@@ -57,6 +57,18 @@ class Two(nn.Module):
         return {"logits": both, "inner": {"hidden": both.relu()}, "nothing": None}
 
 
+class Handed(nn.Module):
+    """One tensor under two names, and its input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        y = self.layer(x)
+        return {"first": y, "second": y, "x": x}
+
+
 def run(path: Any, *inputs: Tensor, optimized: bool = True) -> list[np.ndarray]:
     session = open_session(path, optimized=optimized)
     feed = {value.name: tensor.numpy() for value, tensor in zip(session.get_inputs(), inputs, strict=True)}
@@ -84,6 +96,15 @@ def integer(tmp_path_factory: pytest.TempPathFactory) -> tuple[nn.Module, Export
     torch.manual_seed(0)
     model = ResNet(1, 4)
     return model, export_onnx(model, torch.randn(2, 3, 8, 8), tmp_path_factory.mktemp("integer") / "model.onnx")
+
+
+def test_what_is_returned_twice_or_handed_through_has_outputs_of_its_own(path: Path) -> None:
+    model, x = Handed(), torch.randn(2, 4)
+    exported = export_onnx(model, x, path)
+    assert list(exported.outputs) == ["first", "second", "x_output"]
+    first, second, handed = run(path, x)
+    close(first, model(x)["first"])
+    assert np.array_equal(first, second) and np.array_equal(handed, x.numpy())
 
 
 @pytest.mark.parametrize("batch", [1, 2, 5])
