@@ -382,13 +382,13 @@ def _note_weights(proto: ModelProto, model: nn.Module) -> None:
     """Writes into the file what the weights are called in torch, where they bear another name: tied, or transposed."""
     from onnx import TensorProto, numpy_helper
 
-    from sparsify.quantize.layers import QuantizedMultiheadAttention
+    from sparsify.quantize.attention import Projection
 
     first = {id(parameter): clean_name(name) for name, parameter in model.named_parameters()}
     names = {name: first[id(parameter)] for name, parameter in model.named_parameters(remove_duplicate=False)}
     for path, module in model.named_modules():
-        if isinstance(module, QuantizedMultiheadAttention):
-            names[f"{path}.in_proj.weight_int8"] = f"{clean_name(path)}.in_proj_weight"
+        if isinstance(module, Projection) and module.weight is module.parameter:
+            names[f"{path}.weight_int8"] = first[id(module.parameter)]
     noted: dict[str, str] = {}
     for tensor in proto.graph.initializer:
         if tensor.name in names:

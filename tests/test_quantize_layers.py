@@ -408,7 +408,7 @@ def test_the_fast_path_of_a_transformer_layer_is_off_where_a_layer_changed() -> 
     model = nn.TransformerEncoder(layer, 2)
     x = torch.randn(2, 5, 16)
     plan = quantized(model, x)
-    assert plan.slow == ("layers.0", "layers.1")
+    assert plan.slow == ("", "layers.0", "layers.1")
     model(x)
     model.eval()
     called: list[int] = []

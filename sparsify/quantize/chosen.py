@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from typing import Any
 
 from torch import nn
 
 from sparsify.graph import Node, Trace
+from sparsify.quantize.attention import FORMS
 from sparsify.quantize.layers import NORMS, PROJECTION, WEIGHTED, is_norm_and_more, is_weighted
 from sparsify.quantize.plan import Left
 from sparsify.quantize.scheme import Scheme, Settings, below
@@ -94,7 +96,7 @@ class Chosen:
                 self._leave(f"{node.owner or 'the model'}: {node.op}", LEFT_OUT if self.ignores(node) else why)
 
     def _why_no_attention(self, name: str, module: nn.MultiheadAttention) -> str | None:
-        """Takes the projections of a self-attention as two layers; or says why not."""
+        """Takes the projections of an attention as layers; or says why not."""
         if not name:
             return "it is the whole model, and its projections have no names; put it into an nn.Sequential"
         names = [f"{name}.in_proj", f"{name}.out_proj"]
@@ -108,16 +110,25 @@ class Chosen:
             return LEFT_OUT
         if name not in self.trace.calls:
             return NOT_CALLED
-        if module.in_proj_weight is None or module.bias_k is not None or module.add_zero_attn:
-            return "keys or values of another width, bias_k and add_zero_attn are not supported"
-        nodes = [node for node in self.trace.of_module(name) if node.kind == "linear" and node.is_float]
-        if len(nodes) != 2 or self.trace.calls[name] != 1 or len(nodes[0].inputs) != 1:
-            return "its query, key and value are not one tensor, or it is called more than once"
+        if module.bias_k is not None or module.add_zero_attn:
+            return "bias_k and add_zero_attn are not supported"
+        weights = [module._parameters.get(f"{one}_weight") for one in ("in_proj", *FORMS[2])]
+        if weights[0] is None and None in weights[1:]:
+            return "its weights are recomputed before every forward"
+        calls: dict[int, list[Node]] = defaultdict(list)
+        for node in self.trace.of_module(name):
+            if node.kind == "linear" and node.is_float:
+                calls[node.stack[-1].number].append(node)
+        counts = {len(nodes) for nodes in calls.values()}
+        if len(calls) != self.trace.calls[name] or len(counts) != 1 or not counts <= {2, 3, 4}:
+            return "its query, key and value are one tensor in some of its calls, and others in others"
         self.attentions.append(name)
-        # The layer that `plan.apply_plan` gives it; here only its type counts.
-        self.modules[names[0]] = nn.Linear(1, 1, device="meta")
-        for one, node in zip(names, nodes, strict=True):
-            self.nodes[one], self.layers[one] = [node], scheme
+        for at, one in enumerate((*FORMS[counts.pop() - 2], "out_proj")):
+            layer = f"{name}.{one}"
+            if layer not in self.modules:
+                # The layer that `plan.apply_plan` makes; here only its type counts.
+                self.modules[layer] = nn.Linear(1, 1, device="meta")
+            self.nodes[layer], self.layers[layer] = [nodes[at] for nodes in calls.values()], scheme
         return None
 
     def _why_not(self, name: str) -> str | None:

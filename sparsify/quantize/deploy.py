@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sparsify.errors import DataError
+from sparsify.quantize.attention import QuantizedMultiheadAttention, QuantizedProjection
 from sparsify.quantize.emit import dequantize, quantize_dequantize
 from sparsify.quantize.fake import GATES, FakeQuantize, gate_of
 from sparsify.quantize.functional import WatchedLayer, watched
@@ -25,7 +26,6 @@ from sparsify.quantize.layers import (
     QuantizedEmbedding,
     QuantizedLayer,
     QuantizedLinear,
-    QuantizedMultiheadAttention,
     QuantizedNorm,
     integers,
     quantizers,
@@ -133,6 +133,7 @@ _DEPLOYED: dict[type[nn.Module], type[nn.Module]] = {
     QuantizedConv3d: DeployedConv3d,
     QuantizedConvTranspose2d: DeployedConvTranspose2d,
     QuantizedEmbedding: DeployedEmbedding,
+    QuantizedProjection: DeployedLinear,
     FakeQuantize: DeployedQuantize,
 }
 
@@ -148,7 +149,7 @@ def deployment_copy(model: nn.Module) -> nn.Module:
         if quantizer.enabled:
             quantizer.require_range()
     for name, module in model.named_modules():
-        if not isinstance(module, (QuantizedLayer, QuantizedEmbedding, QuantizedNorm)):
+        if not isinstance(module, (QuantizedLayer, QuantizedEmbedding, QuantizedNorm, QuantizedMultiheadAttention)):
             continue
         for key, value in [*module._parameters.items(), *module._buffers.items()]:
             if value is not None and not value.isfinite().all():
@@ -191,8 +192,8 @@ def deployment_copy(model: nn.Module) -> nn.Module:
                 module.register_buffer("gate_scale", torch.tensor(GATES[module.gate], device=module.scale.device))
                 module.register_buffer("gate_zero_point", torch.zeros_like(module.zero_point))
         elif isinstance(module, QuantizedMultiheadAttention):
-            # Its layer in_proj has them as integers.
-            module._parameters["in_proj_weight"] = module._parameters["in_proj_bias"] = None
+            # Its layers have them as integers.
+            module._parameters.update(dict.fromkeys(module._parameters))
         elif type(module) in NORMS.values() and cast(Any, module)._wiring.layer is not None:
             for name in list(module._parameters):
                 module._parameters[name] = None

@@ -37,6 +37,7 @@ class Wiring:
         norm: of a layer, the BatchNorm that is folded into it.
         layer: of a BatchNorm, the layer that it is folded into.
         frozen: of a BatchNorm, whether it uses its running statistics in training.
+        made: of an attention, the names of the layers that it was given.
         kept: attributes that were overwritten, to be put back.
     """
 
@@ -49,6 +50,7 @@ class Wiring:
     norm: Any = None
     layer: nn.Module | None = None
     frozen: bool = False
+    made: tuple[str, ...] = ()
     kept: dict[str, Any] = field(default_factory=dict)
 
 
@@ -100,7 +102,7 @@ class QuantizedLayer(Retyped):
             weight = cast(Tensor, self.weight)
             if wiring.largest:
                 weight = weight_grid.fake(self)
-            return weight, self._parameters["bias"]
+            return weight, cast("Tensor | None", self.bias)
 
     def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
         input = self._input(input)
@@ -268,81 +270,6 @@ class QuantizedHardsigmoid(QuantizedFunction, nn.Hardsigmoid):
     pass
 
 
-class SlowTransformerEncoderLayer(Retyped, nn.TransformerEncoderLayer):
-    """Without the fused path of eval mode, which reads the weights of its layers and does not call them."""
-
-
-class QuantizedMultiheadAttention(Retyped, nn.MultiheadAttention):
-    """Self-attention through two quantized layers: `in_proj`, a Linear that holds the packed weights, and `out_proj`.
-
-    Where query, key and value are not one tensor it is computed as ever, in float.
-    """
-
-    in_proj: nn.Linear
-
-    def forward(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        key_padding_mask: Tensor | None = None,
-        need_weights: bool = True,
-        attn_mask: Tensor | None = None,
-        average_attn_weights: bool = True,
-        is_causal: bool = False,
-    ) -> tuple[Tensor, Tensor | None]:
-        """As torch's; `is_causal` is a hint there, `attn_mask` what counts."""
-        if query is not key or key is not value:
-            return super().forward(
-                query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal
-            )
-        alone = query.dim() == 2
-        x = query.unsqueeze(0) if alone else query if self.batch_first else query.transpose(0, 1)
-        batch, length, _ = x.shape
-        if alone and key_padding_mask is not None:
-            key_padding_mask = key_padding_mask.unsqueeze(0)
-        q, k, v = (
-            part.view(batch, length, self.num_heads, -1).transpose(1, 2) for part in self.in_proj(x).chunk(3, -1)
-        )
-        mask = _joined_mask(attn_mask, key_padding_mask, q, self.num_heads)
-        dropout = self.dropout if self.training else 0.0
-        weights = None
-        if need_weights:
-            scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)
-            weights = F.dropout((scores if mask is None else scores + mask).softmax(-1), dropout)
-            mixed = weights @ v
-            weights = weights.mean(1) if average_attn_weights else weights
-        else:
-            mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
-        y: Tensor = self.out_proj(mixed.transpose(1, 2).reshape(batch, length, -1))
-        if alone:
-            return y.squeeze(0), None if weights is None else weights.squeeze(0)
-        return y if self.batch_first else y.transpose(0, 1), weights
-
-
-def _joined_mask(attention: Tensor | None, padding: Tensor | None, like: Tensor, heads: int) -> Tensor | None:
-    """Both masks of an attention, True or -inf where nothing is read, as one to be added; None without any."""
-    if attention is not None and attention.dim() == 3:
-        attention = attention.view(-1, heads, *attention.shape[1:])
-    padding = None if padding is None else padding[:, None, None, :]
-    joined: Tensor | None = None
-    for mask in (attention, padding):
-        if mask is not None:
-            if mask.dtype == torch.bool:
-                mask = torch.zeros_like(mask, dtype=like.dtype).masked_fill_(mask, float("-inf"))
-            joined = mask if joined is None else joined + mask
-    return joined
-
-
-def hold_projection(attention: nn.MultiheadAttention) -> None:
-    """Gives `attention` the layer `in_proj`, whose weight and bias are its own packed ones: the same parameters."""
-    weight, bias = attention.in_proj_weight, attention.in_proj_bias
-    layer = nn.Linear(1, 1, bias=bias is not None, device="meta")
-    layer.out_features, layer.in_features = weight.shape
-    layer._parameters["weight"], layer._parameters["bias"] = weight, bias
-    attention.add_module("in_proj", layer.train(attention.training))
-
-
 WEIGHTED: dict[type[nn.Module], type[Retyped]] = {
     nn.Linear: QuantizedLinear,
     nn.Conv1d: QuantizedConv1d,
@@ -369,13 +296,7 @@ POINTWISE: dict[type[nn.Module], type[Retyped]] = {
     nn.Hardswish: QuantizedHardswish,
     nn.Hardsigmoid: QuantizedHardsigmoid,
 }
-RETYPED: dict[type[nn.Module], type[Retyped]] = {
-    **WEIGHTED,
-    **NORMS,
-    **POINTWISE,
-    nn.TransformerEncoderLayer: SlowTransformerEncoderLayer,
-    nn.MultiheadAttention: QuantizedMultiheadAttention,
-}
+RETYPED: dict[type[nn.Module], type[Retyped]] = {**WEIGHTED, **NORMS, **POINTWISE}
 
 
 PROJECTION = "NonDynamicallyQuantizableLinear"
@@ -403,8 +324,8 @@ def restore(model: nn.Module) -> None:
             for name, child in list(module._modules.items()):
                 if isinstance(child, (FakeQuantize, LearnedStep)):
                     del module._modules[name]
-            if isinstance(module, QuantizedMultiheadAttention):
-                del module._modules["in_proj"]
+            for name in wiring.made:
+                del module._modules[name]
             for name, value in wiring.kept.items():
                 setattr(module, name, value)
             cast(Any, module).__class__ = wiring.original
@@ -528,10 +449,10 @@ def folded(layer: Any) -> tuple[Tensor, Tensor | None]:
     if whole.bias is not None:
         bias = whole.bias.float() * whole.bias_scale
     bias = None if bias is None else bias.to(layer.weight.dtype)
-    if torch.is_grad_enabled() and any(p.requires_grad for p in layer.parameters(recurse=False)):
+    if torch.is_grad_enabled():
         exact_weight, exact_bias = _folded_float(layer)
-        weight = replaced(exact_weight, weight)
-        if bias is not None and exact_bias is not None:
+        weight = replaced(exact_weight, weight) if exact_weight.requires_grad else weight
+        if bias is not None and exact_bias is not None and exact_bias.requires_grad:
             bias = replaced(exact_bias, bias)
     return weight, bias
 

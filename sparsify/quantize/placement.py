@@ -18,6 +18,7 @@ from typing import Literal
 from torch import nn
 
 from sparsify.graph import Node, Trace
+from sparsify.quantize.attention import SLOW
 from sparsify.quantize.chosen import Chosen
 from sparsify.quantize.fake import GATES
 from sparsify.quantize.functional import KINDS, LAYER, NORM, child_name
@@ -62,7 +63,7 @@ class _Planner:
         """Where the quantizer of what `node` gives can stand: (module, child, role); None: only at its readers."""
         if node.name in self.ends:
             layer = self.ends[node.name]
-            if self.trace.calls.get(layer, 1) > 1:
+            if len(self.nodes.get(layer, ())) > 1:
                 return None
             return self.folds.get(layer, layer), "output_quantizer", "output"
         if node.kind not in KINDS or not node.is_float or self.chosen.ignores(node):
@@ -341,7 +342,7 @@ class _Planner:
         return tuple(
             name
             for name, module in self.modules.items()
-            if type(module) is nn.TransformerEncoderLayer and any(layer.startswith(f"{name}.") for layer in changed)
+            if type(module) in SLOW and any(not name or layer.startswith(f"{name}.") for layer in changed)
         )
 
 

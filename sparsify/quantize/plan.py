@@ -16,13 +16,13 @@ import torch
 from torch import Tensor, nn
 
 from sparsify.errors import StateError
+from sparsify.quantize.attention import FORMS, quantize_attention, shut
 from sparsify.quantize.fake import FakeQuantize
 from sparsify.quantize.functional import Watched, switched_off, watch
 from sparsify.quantize.layers import (
     WEIGHTED,
     QuantizedLayer,
     Retyped,
-    hold_projection,
     is_norm_and_more,
     is_weighted,
     retype,
@@ -115,7 +115,8 @@ class Plan:
         norms: every BatchNorm, so that its statistics can be frozen, folded or not.
         slow: TransformerEncoderLayers that must not take their fused path.
         left: what stays in float, and why.
-        attentions: MultiheadAttentions whose projections are layers, of the names "<name>.in_proj" and ".out_proj".
+        attentions: MultiheadAttentions whose projections are layers: "<name>.in_proj", or others of `attention.FORMS`,
+            and "<name>.out_proj".
     """
 
     layers: tuple[Layer, ...] = ()
@@ -125,6 +126,11 @@ class Plan:
     slow: tuple[str, ...] = ()
     left: tuple[Left, ...] = ()
     attentions: tuple[str, ...] = ()
+
+    def projections(self, attention: str) -> tuple[str, ...]:
+        """The names, within it, of the layers in front of an attention."""
+        names = {layer.name for layer in self.layers}
+        return next((form for form in FORMS if {f"{attention}.{name}" for name in form} <= names), ())
 
     @property
     def folds(self) -> dict[str, str]:
@@ -186,7 +192,7 @@ def check_plan(model: nn.Module, plan: Plan, *, again: bool = False) -> None:
     """
     modules: dict[str, Any] = {"": model, **named_modules(model)}
     wanted = {layer.name for layer in plan.layers} | {site.module for site in plan.sites} | set(plan.watched)
-    made = {f"{name}.in_proj" for name in plan.attentions}
+    made = {f"{name}.{one}" for name in plan.attentions for one in plan.projections(name)}
     wanted |= set(plan.norms) | set(plan.slow) | set(plan.attentions)
     missing = sorted(name for name in wanted - made if name not in modules)
     if missing:
@@ -221,8 +227,7 @@ def apply_plan(model: nn.Module, plan: Plan) -> None:
     check_plan(model, plan)
     for name in plan.attentions:
         attention: Any = named_modules(model)[name]
-        retype(attention)
-        hold_projection(attention)
+        quantize_attention(attention, plan.projections(name))
     modules: dict[str, Any] = {"": model, **named_modules(model)}
     for path, counts in plan.watched.items():
         watch(modules[path], dict(counts))
@@ -232,11 +237,7 @@ def apply_plan(model: nn.Module, plan: Plan) -> None:
         elif name not in plan.watched:
             watch(modules[name], {})
     for name in plan.slow:
-        module = modules[name]
-        retype(module)
-        module._wiring.kept["activation_relu_or_gelu"] = module.activation_relu_or_gelu
-        # The fused path asks for this first; nothing else reads it.
-        module.activation_relu_or_gelu = 0
+        shut(modules[name])
     for layer in plan.layers:
         wiring = retype(modules[layer.name])
         wiring.axis, wiring.largest, wiring.block = layer.axis, layer.largest, layer.block
