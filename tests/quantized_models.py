@@ -201,6 +201,42 @@ def images(size: int = 4) -> Tensor:
     return torch.randn(size, 3, 12, 12)
 
 
+class DenseLayer(nn.Module):
+    """BatchNorm and ReLU before the convolution, on all that came before."""
+
+    def __init__(self, width: int, norm: nn.Module) -> None:
+        super().__init__()
+        self.norm, self.conv = norm, nn.Conv2d(width, 3, 3, padding=1, bias=False)
+
+    def forward(self, features: list[Tensor]) -> Tensor:
+        x = self.norm(torch.cat(features, 1))
+        return self.conv(x if isinstance(self.norm, NormAct) else F.relu(x))
+
+
+class DenseBlock(nn.ModuleDict):
+    """DenseNet's: a container, in which no quantizer can stand."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        features = [x]
+        for layer in self.values():
+            features.append(layer(features))
+        return torch.cat(features, 1)
+
+
+class Dense(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 4, 3)
+        self.block = DenseBlock(
+            {"one": DenseLayer(4, nn.BatchNorm2d(4, affine=False)), "two": DenseLayer(7, NormAct(7, nn.ReLU()))}
+        )
+        self.norm = nn.BatchNorm2d(10)
+        self.fc = nn.Linear(10, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(self.norm(self.block(F.max_pool2d(self.stem(x), 2))).mean((2, 3)))
+
+
 ZOO: dict[str, tuple[Any, Any]] = {
     "residual": (Net, images),
     "inverted": (Inverted, images),
@@ -208,6 +244,7 @@ ZOO: dict[str, tuple[Any, Any]] = {
     "subclassed": (Subclassed, images),
     "attention": (Attention, lambda: torch.randint(0, 20, (3, 7))),
     "up": (Up, images),
+    "dense": (Dense, images),
     "mlp": (mlp, lambda: torch.randn(16, 6)),
 }
 """Name -> (constructor, one batch)."""

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from sparsify.errors import DataError, StateError
 from sparsify.quantize.deploy import deployment_copy
-from sparsify.quantize.layers import WEIGHTED, QuantizedLayer, integers
+from sparsify.quantize.layers import WEIGHTED, QuantizedLayer, integers, quantizers, restore
 from sparsify.quantize.scheme import NAMED, ActivationScheme, Scheme, Settings, WeightScheme
 
 SETTINGS = {
@@ -47,7 +47,7 @@ def test_it_holds_integers_and_no_float_weights(name: str) -> None:
             assert buffers["weight_int8"].dtype == torch.int8
             assert buffers["weight_int8"].abs().max() <= 127
             assert not list(deployed.get_submodule(path).parameters(recurse=False))
-            if isinstance(module, nn.Embedding):
+            if isinstance(module, nn.Embedding) or (module.bias is None and module._wiring.norm is None):
                 continue
             assert buffers["bias_int32"].dtype == torch.int32
             scale = buffers["weight_scale"] * module._wiring.source.scale  # type: ignore[union-attr]
@@ -76,6 +76,77 @@ def test_batch_norm_is_folded_exactly() -> None:
     error = (whole.bias.double() * whole.bias_scale.double() - bias).abs()
     assert (error <= 0.51 * whole.bias_scale.double() + 1e-6 * bias.abs()).all()
     assert (whole.scale > 0).all()
+
+
+def test_a_norm_alone_is_exact_but_for_the_grid_of_its_bias() -> None:
+    """Also where its factor is negative, 0, or so small that a bias has no room in 32 bits beside it."""
+    model, x = trained("dense")
+    norm: Any = model.norm  # type: ignore[union-attr]
+    with torch.no_grad():
+        norm.weight.copy_(torch.tensor([1.0, -0.5, 0.0, 1e-12, -1e-12, 1e-30, 3.0, 1.0, 1.0, 1.0]))
+        norm.bias.copy_(torch.linspace(-2, 2, 10))
+    whole = integers(norm)
+    factor = norm.weight.double() / (norm.running_var.double() + norm.eps).sqrt()
+    offset = norm.bias.double() - norm.running_mean.double() * factor
+    usual = norm.weight.abs() > 1e-9
+    assert (whole.weight.flatten()[usual].abs() == 127).all() and (whole.scale > 0).all()
+    weight = whole.weight.double().flatten() * whole.scale.double()
+    torch.testing.assert_close(weight[usual], factor[usual], rtol=2e-7, atol=0.0)
+    assert (weight - factor).abs()[~usual].max() < 1e-11
+    assert whole.bias is not None
+    error = (whole.bias.double() * whole.bias_scale.double() - offset).abs()
+    assert (error <= 0.51 * whole.bias_scale.double() + 1e-6 * offset.abs()).all()
+    model.eval()
+    with torch.no_grad():
+        assert torch.equal(model(x), deployment_copy(model)(x))
+
+
+def calibrate(model: nn.Module, x: Tensor) -> None:
+    for calibrating in (True, False):
+        for quantizer in quantizers(model):
+            quantizer.calibrating = calibrating
+            quantizer.batches.fill_(not calibrating)
+        model(x)
+
+
+@pytest.mark.parametrize("rank", [3, 4, 5])
+@pytest.mark.parametrize("kind", ["own", "synchronized"])
+def test_norms_before_convolutions_of_one_to_three_dimensions(rank: int, kind: str) -> None:
+    torch.manual_seed(0)
+    conv = {3: nn.Conv1d, 4: nn.Conv2d, 5: nn.Conv3d}[rank]
+    norm = {3: nn.BatchNorm1d, 4: nn.BatchNorm2d, 5: nn.BatchNorm3d}[rank]
+    model: Any = nn.Sequential(conv(3, 4, 3), nn.ReLU(), norm(4), nn.ReLU(), conv(4, 5, 1))
+    if kind == "synchronized":
+        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    x = torch.randn(6, 3, *[7] * (rank - 2))
+    # A SyncBatchNorm trains with others only, and on accelerators.
+    plan = quantized(model.eval(), x)
+    calibrate(model, x)
+    assert [norm.rank for norm in plan.alone] == [rank]
+    deployed = deployment_copy(model)
+    with torch.no_grad():
+        assert torch.equal(model(x), deployed(x)) and model(x).any()
+    assert deployed[2].weight_int8.shape == (4, 1, *[1] * (rank - 2))  # type: ignore[index]
+
+
+def test_a_norm_alone_learns_in_training_and_in_eval_mode_and_is_given_back() -> None:
+    model, x = trained("dense")
+    norm: Any = model.norm  # type: ignore[union-attr]
+    for mode in (True, False):
+        model.train(mode).zero_grad()
+        model(x).square().mean().backward()
+        for parameter in (norm.weight, norm.bias, model.stem.weight):  # type: ignore[union-attr]
+            assert parameter.grad.abs().max() > 0  # type: ignore[union-attr]
+    with torch.no_grad():
+        calibrate(model, x)
+        rounded = model(x)
+        for quantizer in quantizers(model):
+            quantizer.enabled = False
+        assert not norm.is_layer()
+    restore(model)
+    assert type(norm) is nn.BatchNorm2d and not [name for name, _ in norm.named_children()]
+    with torch.no_grad():
+        assert 0 < (model(x) - rounded).abs().max() < 0.1 * rounded.abs().max()
 
 
 def test_the_float_model_is_near() -> None:

@@ -6,7 +6,7 @@ import json
 
 import pytest
 import torch
-from quantized_models import ZOO, Attention, Gated, Inverted, Net, Subclassed, Up, images, mlp, quantized
+from quantized_models import ZOO, Attention, Dense, Gated, Inverted, Net, Subclassed, Up, images, mlp, quantized
 from torch import Tensor, nn
 
 from sparsify.errors import StateError, TargetError
@@ -116,7 +116,45 @@ def test_a_shared_layer_has_one_quantizer_for_all_that_it_reads_and_is_not_folde
     plan = plan_of(Twice(), images())
     (layer,) = plan.layers
     assert layer.source == "conv.input_quantizer" and layer.norm is None
-    assert any("is called 2 times" in left.why for left in plan.left)
+    # Its BatchNorm is a layer of its own, then.
+    assert [(norm.name, norm.source) for norm in plan.alone] == [("bn", "bn.input_quantizer")] and plan.left == ()
+
+
+def test_a_norm_before_its_convolution_is_a_layer_between_integers() -> None:
+    plan = plan_of(Dense(), images())
+    names = ["block.one.norm", "block.two.norm", "norm"]
+    # The last concatenation stands in a container: the quantizer behind it is that of who reads it.
+    sources = ["block.one.concat_0_quantizer", "block.two.concat_0_quantizer", "norm.input_quantizer"]
+    assert [(norm.name, norm.source, norm.rank, norm.largest) for norm in plan.alone] == [
+        (name, source, 4, 127) for name, source in zip(names, sources, strict=True)
+    ]
+    assert plan.left == () and {name for name in plan.watched if name.endswith("norm")} == {"block.two.norm"}
+    assert Plan.from_state(plan.to_state()) == plan
+
+
+@pytest.mark.parametrize(
+    ("settings", "alone"),
+    [
+        (Settings(reduce_range=True), 3),
+        (Settings(ignore=("norm",)), 2),
+        (Settings(ignore=("BatchNorm2d",)), 0),
+        (Settings(ignore=("block.two",)), 1),
+        (Settings(scheme=Scheme(weights=None)), 0),
+        (Settings(scheme=Scheme(input_activations=None)), 0),
+    ],
+)
+def test_a_norm_stays_in_float_where_the_recipe_says_so(settings: Settings, alone: int) -> None:
+    model = Dense()
+    plan = make_plan(model, trace(model, (images(),)), settings)
+    assert len(plan.alone) == alone
+    assert all(norm.largest == (63 if settings.reduce_range else 127) for norm in plan.alone)
+
+
+def test_norms_of_rows_or_without_statistics_stay_in_float() -> None:
+    rows = nn.Sequential(nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.BatchNorm1d(4), nn.Linear(4, 2))
+    moving = nn.Sequential(nn.ReLU(), nn.Conv2d(3, 4, 3), nn.ReLU(), nn.BatchNorm2d(4, track_running_stats=False))
+    for model in (rows, moving):
+        assert plan_of(model, images()).alone == ()
 
 
 def test_what_is_left_in_float_is_named_with_the_reason() -> None:
@@ -270,11 +308,12 @@ def test_a_convolution_read_by_others_is_not_folded_but_works() -> None:
     model = Leaks()
     plan = quantized(model, images())
     assert plan.folds == {}
-    assert any("also read by the model's output" in left.why for left in plan.left)
+    assert [norm.name for norm in plan.alone] == ["bn"] and plan.left == ()
     model(images())
     model.eval()
     normed, y = model(images())
-    assert torch.allclose(normed, model.bn(y))
+    with torch.no_grad():
+        assert torch.equal(normed, model.bn(y)) and normed.any()
 
 
 def test_the_trace_and_the_settings_are_all_that_a_plan_depends_on() -> None:

@@ -16,7 +16,7 @@ from sparsify.errors import DataError
 from sparsify.quantize.attention import QuantizedMultiheadAttention, QuantizedProjection
 from sparsify.quantize.emit import dequantize, quantize_dequantize
 from sparsify.quantize.fake import GATES, FakeQuantize, gate_of
-from sparsify.quantize.functional import WatchedLayer, watched
+from sparsify.quantize.functional import WatchedLayer, WatchedNorm, watched
 from sparsify.quantize.layers import (
     NORMS,
     QuantizedConv1d,
@@ -102,6 +102,19 @@ class DeployedEmbedding(QuantizedEmbedding):
         return self._output(rows * (scale if scale.dim() == 0 else F.embedding(input, scale.unsqueeze(1))))
 
 
+class DeployedNorm(QuantizedNorm):
+    """A BatchNorm as a depthwise convolution; integers as of a `DeployedLayer`."""
+
+    def _weights(self) -> tuple[Tensor, Tensor | None]:
+        buffers: Any = self._buffers
+        weight = dequantize(buffers["weight_int8"], buffers["weight_scale"], 0)
+        return weight, dequantize(buffers["bias_int32"], buffers["bias_scale"], 0)
+
+
+class DeployedWatchedNorm(DeployedNorm, WatchedNorm):
+    pass
+
+
 class DeployedQuantize(FakeQuantize):
     """A quantizer whose grid is fixed: QuantizeLinear and DequantizeLinear in the file."""
 
@@ -158,7 +171,12 @@ def deployment_copy(model: nn.Module) -> nn.Module:
                     "finite, or find the step at which training diverged."
                 )
     deployed = copy.deepcopy(getattr(model, "_orig_mod", model)).eval()
-    layers = [module for module in deployed.modules() if isinstance(module, (QuantizedLayer, QuantizedEmbedding))]
+    layers = [
+        module
+        for module in deployed.modules()
+        if isinstance(module, (QuantizedLayer, QuantizedEmbedding))
+        or (isinstance(module, QuantizedNorm) and module.is_layer())
+    ]
     # First all integers: a layer is made of its BatchNorm and of the quantizer before it.
     whole = {
         layer: _embedding(layer) if isinstance(layer, QuantizedEmbedding) else integers(layer)
@@ -166,8 +184,11 @@ def deployment_copy(model: nn.Module) -> nn.Module:
         if layer._wiring.largest
     }
     for layer, found in whole.items():
-        for name in ("weight", "bias"):
-            layer._parameters.pop(name, None)
+        if isinstance(layer, QuantizedNorm):
+            _clear(layer)
+        else:
+            for name in ("weight", "bias"):
+                layer._parameters.pop(name, None)
         layer._modules.pop(WEIGHT_STEP, None)
         buffers: dict[str, Tensor | None] = {"weight_int8": found[0], "weight_scale": found[1]}
         if not isinstance(layer, QuantizedEmbedding):
@@ -180,8 +201,10 @@ def deployment_copy(model: nn.Module) -> nn.Module:
             layer.register_buffer(name, value)
         if isinstance(layer, WatchedLayer):
             cast(Any, layer).__class__ = watched(cast(Any, layer._wiring.original), cast(Any, DeployedWatchedLayer))
+        elif isinstance(layer, WatchedNorm):
+            cast(Any, layer).__class__ = watched(cast(Any, layer._wiring.original), cast(Any, DeployedWatchedNorm))
         else:
-            cast(Any, layer).__class__ = _DEPLOYED[type(layer)]
+            cast(Any, layer).__class__ = _DEPLOYED.get(type(layer), DeployedNorm)
     for module in deployed.modules():
         if isinstance(module, FakeQuantize):
             for name in ("step", "offset"):
@@ -195,11 +218,14 @@ def deployment_copy(model: nn.Module) -> nn.Module:
             # Its layers have them as integers.
             module._parameters.update(dict.fromkeys(module._parameters))
         elif type(module) in NORMS.values() and cast(Any, module)._wiring.layer is not None:
-            for name in list(module._parameters):
-                module._parameters[name] = None
-            for name in list(module._buffers):
-                module._buffers[name] = None
+            _clear(module)
     return deployed
+
+
+def _clear(norm: nn.Module) -> None:
+    """A BatchNorm keeps the names, which forwards of users read, and holds nothing."""
+    for values in (norm._parameters, norm._buffers):
+        values.update(dict.fromkeys(values))
 
 
 def _embedding(layer: QuantizedEmbedding) -> tuple[Any, ...]:

@@ -180,10 +180,11 @@ class _Watch(overrides.TorchFunctionMode):
         if kind is None or self.depth or self.module._off:
             return func(*args, **kwargs)
         if kind == NORM and isinstance(self.module, WatchedNorm):
+            first, *others = args or (kwargs.pop("input"),)
             given = kwargs
             if NORM in self.seen:
                 self.seen[NORM] += 1
-            return self.module._normed(args[0] if args else kwargs["input"], lambda: func(*args, **given))
+            return self.module._normed(first, lambda x: func(x, *others, **given))
         if kind not in self.seen:
             return func(*args, **kwargs)
         if func in _MEANS:

@@ -32,6 +32,7 @@ class Wiring:
         axis: the dimension of the weight with a scale for each index; None: one scale.
         largest: the largest integer of a weight; 0: weights stay in float.
         block: how many weights along the inputs have a scale, of each channel; 0: all of them.
+        rank: of a BatchNorm that is a layer of its own, the number of dimensions of what it reads.
         source: the quantizer of the tensor that it reads; None: that is float.
         shared: a quantizer for its input that another layer holds; None: it has its own, or none.
         norm: of a layer, the BatchNorm that is folded into it.
@@ -45,6 +46,7 @@ class Wiring:
     axis: int | None = None
     largest: int = 0
     block: int = 0
+    rank: int = 0
     source: FakeQuantize | None = None
     shared: FakeQuantize | None = None
     norm: Any = None
@@ -180,22 +182,41 @@ class QuantizedEmbedding(Retyped, nn.Embedding):
 
 
 class QuantizedNorm(Retyped):
-    """A BatchNorm: passes through in eval mode where it is folded into a layer."""
+    """A BatchNorm: passes through in eval mode where it is folded into a layer.
 
-    def _normed(self, x: Tensor, norm: Callable[[], Tensor]) -> Tensor:
+    Where it stands alone between integers, as before a convolution, it is in eval mode a depthwise convolution of
+    kernel 1. Its integers are exact: of one weight a channel, each is the largest there is.
+    """
+
+    def _normed(self, x: Tensor, norm: Callable[[Tensor], Tensor]) -> Tensor:
         """What it gives for `x`; `norm` computes it with the statistics of the batch, or as nobody folded it."""
         wiring = self._wiring
+        x = self._input(x)
         # The layer's mode counts, not ours: a user who trains with bn.eval() has a layer that is not folded.
         if wiring.layer is not None and not wiring.layer.training:
             return self._output(x)
         if wiring.frozen and self.training:
             return self._output(frozen_norm(self, x))
-        return self._output(norm())
+        if self.is_layer() and not self.training:
+            weight, bias = self._weights()
+            return self._output(DEPTHWISE[wiring.rank](x, weight, bias, groups=weight.shape[0]))
+        return self._output(norm(x))
+
+    def is_layer(self) -> bool:
+        """Whether it computes in integers by itself."""
+        source = self._wiring.source
+        return bool(self._wiring.rank and self._wiring.largest and source is not None and source.enabled)
+
+    def _weights(self) -> tuple[Tensor, Tensor | None]:
+        return folded(self)
 
     def forward(self, input: Tensor) -> Tensor:
         with torch._C.DisableTorchFunction():
-            plain = super().forward
-            return self._normed(input, lambda: plain(input))
+            return self._normed(input, super().forward)
+
+
+DEPTHWISE: dict[int, Callable[..., Tensor]] = {3: F.conv1d, 4: F.conv2d, 5: F.conv3d}
+"""The convolution for tensors of so many dimensions."""
 
 
 class QuantizedBatchNorm1d(QuantizedNorm, nn.BatchNorm1d):
@@ -391,6 +412,11 @@ def integers(layer: Any) -> Integers:
     to the grid of scale_x s |c|. Exact, since rounding to a grid per channel commutes with a factor per channel.
     """
     wiring: Wiring = layer._wiring
+    if isinstance(layer, QuantizedNorm):
+        # The one weight of a channel is c: the largest integer times a scale of its own.
+        factor, offset = norm_factor(layer)
+        q = (torch.sign(factor) * wiring.largest).reshape(-1, *[1] * (wiring.rank - 1))
+        return _with_bias(q, factor.abs() / wiring.largest, 0, offset, wiring.source)
     q, spread = on_own_grid(layer)
     if wiring.block:
         return _integers_in_blocks(layer, q, spread)
@@ -402,7 +428,13 @@ def integers(layer: Any) -> Integers:
         axis = channel_axis(layer)
         q = q * widened(torch.sign(factor), q, axis, 0)
         scale = scale * factor.abs()
-    source = wiring.source
+    return _with_bias(q, scale, axis, bias, wiring.source)
+
+
+def _with_bias(
+    q: Tensor, scale: Tensor, axis: int | None, bias: Tensor | None, source: FakeQuantize | None
+) -> Integers:
+    """The integers `q` with a bias on the grid of their products with those of `source`."""
     if source is None or not source.enabled:
         low = torch.full_like(scale, 1e-20)
     else:
@@ -444,11 +476,12 @@ def folded(layer: Any) -> tuple[Tensor, Tensor | None]:
         return _folded_float(layer)
     whole = integers(layer)
     scale = widened(whole.scale, whole.weight, whole.axis, wiring.block)
-    weight = (whole.weight.float() * scale).to(layer.weight.dtype)
+    dtype = (layer.running_mean if layer.weight is None else layer.weight).dtype
+    weight = (whole.weight.float() * scale).to(dtype)
     bias = whole.float_bias
     if whole.bias is not None:
         bias = whole.bias.float() * whole.bias_scale
-    bias = None if bias is None else bias.to(layer.weight.dtype)
+    bias = None if bias is None else bias.to(dtype)
     if torch.is_grad_enabled():
         exact_weight, exact_bias = _folded_float(layer)
         weight = replaced(exact_weight, weight) if exact_weight.requires_grad else weight
@@ -459,6 +492,9 @@ def folded(layer: Any) -> tuple[Tensor, Tensor | None]:
 
 def _folded_float(layer: Any) -> tuple[Tensor, Tensor | None]:
     wiring: Wiring = layer._wiring
+    if wiring.rank:
+        factor, offset = norm_factor(layer)
+        return factor.reshape(-1, *[1] * (wiring.rank - 1)), offset
     if wiring.norm is None:
         return layer.weight, layer.bias
     factor, offset = norm_factor(wiring.norm)

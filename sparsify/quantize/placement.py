@@ -13,7 +13,7 @@ import dataclasses
 from collections import defaultdict
 from collections.abc import Iterable
 from functools import cached_property
-from typing import Literal
+from typing import Any, Literal
 
 from torch import nn
 
@@ -31,7 +31,7 @@ from sparsify.quantize.layers import (
     is_norm_and_more,
     stores_transposed,
 )
-from sparsify.quantize.plan import Layer, Left, Plan, Site
+from sparsify.quantize.plan import Layer, Left, Norm, Plan, Site
 from sparsify.quantize.scheme import ActivationScheme, Scheme, Settings
 
 __all__: list[str] = []
@@ -141,6 +141,7 @@ class _Planner:
         blocks: set[str] = set()
         # Nodes of convolutional blocks whose values are integers.
         quantized_adds: set[str] = set()
+        alone: dict[str, Node] = {}
         for name, scheme in self.layers.items():
             if scheme.output_activations is not None:
                 for end in (end for end, layer in self.ends.items() if layer == name):
@@ -152,6 +153,14 @@ class _Planner:
             if base is None or not node.is_float or not node.inputs:
                 continue
             roots = [trace.root(read) for read in node.inputs]
+            if roots[0] in blocks and self._stands_alone(node):
+                alone[node.owner] = node
+                self.ends[node.name] = node.owner
+                self.nodes[node.owner] = [node]
+                blocks.add(node.name)
+                demands[roots[0]].append((node.owner, base))
+                if self._place(trace.by_name[roots[0]]) is not None:
+                    required.setdefault(roots[0], base)
             if node.name in self.ends and node.kind == "linear" and roots[0] in blocks:
                 # Squeeze-and-excitation and classifiers with a gate: the gate would stand between floats.
                 users = trace.users(node.name)
@@ -180,10 +189,14 @@ class _Planner:
                     required[node.name] = base
                     for root in roots:
                         required.setdefault(root, base)
-            elif node.kind == "concat" and all(root in blocks for root in roots) and self._place(node) is not None:
-                if trace.users(node.name):
+            elif node.kind == "concat" and all(root in blocks for root in roots):
+                users = trace.users(node.name)
+                placed = self._place(node) is not None
+                # In a container there is no place for a quantizer; BatchNorms bring their own.
+                if users and (placed or all(map(self._stands_alone, users))):
                     blocks.add(node.name)
-                    required[node.name] = base
+                    if placed:
+                        required[node.name] = base
                     for root in roots:
                         required.setdefault(root, base)
             elif node.kind in ("average_pool", "gate") and roots[0] in blocks and self._place(node) is not None:
@@ -230,11 +243,15 @@ class _Planner:
         return Plan(
             layers=layers,
             sites=tuple(sites),
-            watched=self._watched(sites),
+            watched=self._watched(sites, [*self.folds.values(), *alone]),
             norms=tuple(name for name, m in self.modules.items() if type(m) in NORMS or is_norm_and_more(m)),
             slow=self._slow(),
-            left=tuple(dict.fromkeys(self.left)),
+            left=tuple(dict.fromkeys(left for left in self.left if left.what not in alone)),
             attentions=tuple(self.chosen.attentions),
+            alone=tuple(
+                Norm(name, source[name], len(node.shape or ()), 63 if self.settings.reduce_range else 127)
+                for name, node in alone.items()
+            ),
         )
 
     def _give_integers(
@@ -251,6 +268,22 @@ class _Planner:
             fused = len(readers) == 1 and readers[0].kind == "relu" and readers[0].name in required
             if not fused:
                 required[end] = base
+
+    def _stands_alone(self, node: Node) -> bool:
+        """Whether `node` is a BatchNorm that no layer takes in, and a layer of its own where it reads integers."""
+        norm: Any = self.modules.get(node.owner)
+        if node.kind != "batch_norm" or node.name in self.ends or self.trace.calls.get(node.owner) != 1:
+            return False
+        known = type(norm) in NORMS or (norm is not None and is_norm_and_more(norm))
+        scheme = self.settings.scheme
+        return (
+            known
+            and norm.running_mean is not None
+            and scheme.weights is not None
+            and node.shape is not None
+            and 3 <= len(node.shape) <= 5
+            and not self.chosen.ignores(node)
+        )
 
     def _layer_node(self, end: str) -> str:
         return next(node.name for node in self.nodes[self.ends[end]])
@@ -310,7 +343,7 @@ class _Planner:
         block = (weights.block_size or 0) if linear else 0
         return Layer(name, axis, 2 ** (bits - 1) - 1, source, self.folds.get(name), learned, block)
 
-    def _watched(self, sites: list[Site]) -> dict[str, dict[str, int]]:
+    def _watched(self, sites: list[Site], norms: Iterable[str]) -> dict[str, dict[str, int]]:
         """The modules with quantized operations of their own, and those below them that compute such operations too."""
         owners = {site.module for site in sites if site.child not in ("input_quantizer", "output_quantizer")}
         watched = {owner: dict(self._counts(owner) or {}) for owner in owners}
@@ -323,9 +356,9 @@ class _Planner:
         for name in self.layers:
             if type(self.modules[name]) not in WEIGHTED and type(self.modules[name]).__name__ != PROJECTION:
                 watched.setdefault(name, {})[LAYER] = 1
-        for norm in self.folds.values():
+        for norm in norms:
             if is_norm_and_more(self.modules[norm]):
-                # A fold that its forward does not go along with is undone.
+                # A BatchNorm whose forward does not go along with it computes as ever.
                 watched.setdefault(norm, {})[NORM] = 1
         placed = {site.module for site in sites}
         for node in self.trace.nodes:

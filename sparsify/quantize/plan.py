@@ -94,6 +94,21 @@ class Layer:
 
 
 @dataclass(frozen=True)
+class Norm:
+    """A BatchNorm that no layer takes in: between integers it is a layer of its own, one weight for each channel.
+
+    Attributes:
+        source: the name of the site that it reads. rank: how many dimensions that tensor has, 3 to 5.
+        largest: the largest integer, which every channel has for a weight.
+    """
+
+    name: str
+    source: str
+    rank: int
+    largest: int
+
+
+@dataclass(frozen=True)
 class Left:
     """What stays in float, and why.
 
@@ -113,6 +128,7 @@ class Plan:
     Attributes:
         watched: the modules whose own operations are counted -> how many of each kind the trace has.
         norms: every BatchNorm, so that its statistics can be frozen, folded or not.
+        alone: those of them that compute in integers by themselves.
         slow: TransformerEncoderLayers that must not take their fused path.
         left: what stays in float, and why.
         attentions: MultiheadAttentions whose projections are layers: "<name>.in_proj", or others of `attention.FORMS`,
@@ -126,6 +142,7 @@ class Plan:
     slow: tuple[str, ...] = ()
     left: tuple[Left, ...] = ()
     attentions: tuple[str, ...] = ()
+    alone: tuple[Norm, ...] = ()
 
     def projections(self, attention: str) -> tuple[str, ...]:
         """The names, within it, of the layers in front of an attention."""
@@ -160,6 +177,7 @@ class Plan:
                 slow=tuple(state["slow"]),
                 left=tuple(Left(**left) for left in state["left"]),
                 attentions=tuple(state.get("attentions", ())),
+                alone=tuple(Norm(**norm) for norm in state.get("alone", ())),
             )
         except (KeyError, TypeError, AttributeError) as error:
             raise StateError(
@@ -167,10 +185,10 @@ class Plan:
             ) from error
 
     def __str__(self) -> str:
-        lines = [
-            f"{len(self.layers)} layers and {len(self.sites)} tensors quantized, {len(self.folds)} BatchNorms folded"
-        ]
-        return "\n".join([*lines, *(f"  in float: {left.what}: {left.why}" for left in self.left)])
+        line = f"{len(self.layers)} layers and {len(self.sites)} tensors quantized, {len(self.folds)} BatchNorms folded"
+        if self.alone:
+            line += f", {len(self.alone)} layers of their own"
+        return "\n".join([line, *(f"  in float: {left.what}: {left.why}" for left in self.left)])
 
 
 def _plain(value: Any) -> Any:
@@ -275,6 +293,9 @@ def apply_plan(model: nn.Module, plan: Plan) -> None:
     for layer in plan.layers:
         if layer.source is not None:
             modules[layer.name]._wiring.source = quantizers[layer.source]
+    for norm in plan.alone:
+        wiring = modules[norm.name]._wiring
+        wiring.source, wiring.rank, wiring.largest = quantizers[norm.source], norm.rank, norm.largest
     setattr(model, LEFT, {left.what: left.why for left in plan.left})
 
 
