@@ -32,6 +32,7 @@ def rewrite(model: ModelProto) -> None:
     onnx_attention.drop_guards(model)
     reduce_mean_to_global_average_pool(model)
     quantize_before_flatten(model)
+    dequantize_after_movement(model)
     linear_as_gemm(model)
     onnx_attention.rows(model)
     dequantize_after_movement(model)

@@ -157,6 +157,26 @@ def test_a_float_reader_keeps_its_float(tmp_path: Path) -> None:
     np.testing.assert_allclose(found, model(x).numpy(), atol=1e-4)
 
 
+def test_a_linear_behind_moved_integers_is_a_gemm(tmp_path: Path) -> None:
+    class Patches(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.head = nn.Conv2d(3, 6, 2, 2), nn.Linear(6, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y: Tensor = self.head(self.conv(x).flatten(2).permute(2, 0, 1))
+            return y
+
+    torch.manual_seed(0)
+    model, x = Patches(), torch.randn(2, 3, 6, 6)
+    quantized(model, x)
+    train(model, x, 2)
+    file = export_onnx(model.eval(), x, tmp_path / "patches.onnx")
+    assert kinds(file.path)["Gemm"] == 1 and kinds(file.path)["MatMul"] == 0
+    assert optimized_operators(file)["QGemm"] == 1
+    assert verify_onnx(model, file.path, x).exact
+
+
 def test_two_dynamic_axes_keep_their_shape() -> None:
     weight = np.random.default_rng(0).integers(-127, 128, (6, 4)).astype(np.int8)
     nodes = [
