@@ -256,3 +256,25 @@ def test_a_model_that_looks_at_its_layers_weights_in_forward_still_runs() -> Non
     model.eval()
     with torch.no_grad():
         assert torch.equal(model(ids), deployment_copy(model)(ids))
+
+
+def test_products_inside_an_embedding_are_none_of_its_callers() -> None:
+    class Scaled(nn.Module):
+        """The product is the first of its kind in this forward: T5 scales what goes into its head."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed, self.head = nn.Embedding(7, 6), nn.Linear(6, 3)
+
+        def forward(self, ids: Tensor) -> Tensor:
+            y: Tensor = self.head(torch.tanh(self.embed(ids)) * 0.5)
+            return y
+
+    torch.manual_seed(0)
+    model, ids = Scaled(), torch.randint(0, 7, (4, 5))
+    quantized(model, ids)
+    assert "multiply_0_quantizer" in dict(model.named_modules())
+    train(model, ids, steps=2)
+    model.eval()
+    with torch.no_grad():
+        assert torch.equal(model(ids), deployment_copy(model)(ids))
