@@ -13,7 +13,7 @@ import torch.nn.utils.prune
 from quantized_models import quantized, train
 from torch import Tensor, nn
 
-from sparsify import ScheduledModifierManager, get_weights_metadata
+from sparsify import ScheduledModifierManager, analyze_model, get_weights_metadata
 from sparsify.errors import ArgumentError
 from sparsify.export import export_onnx
 from sparsify.quantize.attention import FORMS, Projection, QuantizedMultiheadAttention
@@ -226,6 +226,24 @@ def test_pruned_weights_stay_pruned_and_are_zeros_in_the_file(tmp_path: Path) ->
     assert not model.attention.in_proj_weight[::2].any() and model.attention.in_proj_weight[1::2].all()
     weights = get_weights_metadata(export_onnx(model.eval(), inputs, tmp_path / "pruned.onnx").path, weight_threshold=0)
     assert [weights[f"attention.{name}.weight"].zero_rows for name in ("q_proj", "kv_proj")] == [0.5, 0.5]
+
+
+@pytest.mark.parametrize("form", FORM)
+def test_an_analysis_finds_the_rows_of_each_layer(form: str) -> None:
+    model, inputs = built(form), inputs_of(form)
+    parameters = {name: parameter.numel() for name, parameter in model.named_parameters()}
+    floating = analyze_model(model, inputs)
+    assert all(layer.why_not_quantizable == "" for layer in floating.layers if layer.weight)
+    quantized(model, *inputs)
+    found = {layer.name: layer for layer in analyze_model(model, inputs).layers if layer.weight}
+    assert set(found) == {f"attention.{name}" for name in (*FORM[form][3], "out_proj")}
+    assert all(layer.bits == 8 and layer.shared_with is None for layer in found.values())
+    assert sum(layer.parameters for layer in found.values()) == sum(parameters.values())
+    assert sum(layer.macs for layer in found.values()) == sum(layer.macs for layer in floating.layers if layer.weight)
+    metadata = get_weights_metadata(model, weight_threshold=0)
+    assert {name: one.bits for name, one in metadata.items()} == {
+        name: 8 if "weight" in name else 32 for name in parameters
+    }
 
 
 @pytest.mark.parametrize("form", ["one tensor", "a memory"])

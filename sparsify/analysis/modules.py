@@ -15,6 +15,7 @@ from sparsify.analysis.layers import LayerInfo, ModelAnalysis, UnknownOperator
 from sparsify.analysis.operations import Operation, from_program, watched
 from sparsify.errors import ArgumentError, DataError, SparsifyError, TargetError
 from sparsify.graph import Call, Names, exported, plain_trace
+from sparsify.quantize.attention import Projection
 from sparsify.quantize.layers import QuantizedEmbedding, QuantizedLayer, Retyped
 from sparsify.quantize.placement import make_plan
 from sparsify.quantize.plan import is_quantized
@@ -156,8 +157,9 @@ class _Layers:
             own = _joined(owner.path, "weight")
             others = tuple(factor.shape for factor in cost.factors if factor is not made_weight)
             weight_name = own if own in self.parameters else None
-            if weight_name is None and module._parameters.get("weight") is not None:
-                weight_name = next((n for n, p in self.parameters.items() if p is module._parameters["weight"]), None)
+            held = module.parameter if isinstance(module, Projection) else module._parameters.get("weight")
+            if weight_name is None and held is not None:
+                weight_name = next((n for n, p in self.parameters.items() if p is held), None)
             self._note(owner.path, weight_name, owner.path, operation, cost.macs, others)
         elif cost.macs:
             shapes = tuple(factor.shape for factor in cost.factors)
@@ -201,8 +203,10 @@ class _Layers:
         is_function = name != layer.path and name not in {
             _joined(path, own.removesuffix("_weight")) for path, own in self.holders.get(layer.weight or "", [])
         }
-        shared = first.setdefault(layer.weight, name) if layer.weight is not None else name
-        own = 0
+        # Rows of a packed weight are a layer's own.
+        rows = module if isinstance(module, Projection) else None
+        shared = first.setdefault(layer.weight, name) if layer.weight is not None and rows is None else name
+        own = 0 if rows is None else rows.weight.numel() + (0 if rows.bias is None else rows.bias.numel())
         for one in [] if is_function or module is None else self._own(layer, module, name):
             if id(one) not in counted:
                 counted.add(id(one))
@@ -213,8 +217,9 @@ class _Layers:
             zeros = 0.0
         else:
             assert parameter is not None
-            weights = parameter.numel() if shared == name else 0
-            zeros = sparsity_of(parameter)
+            values = parameter if rows is None else rows.weight
+            weights = values.numel() if shared == name else 0
+            zeros = sparsity_of(values)
         bits = parameter.dtype.itemsize * 8 if parameter is not None else 32
         prunable = "" if parameter is not None else RECOMPUTED if recomputed else NO_WEIGHT
         quantizable = "" if parameter is not None else RECOMPUTED if recomputed else NO_WEIGHT
@@ -303,7 +308,8 @@ class _Reasons:
         except SparsifyError as error:
             self.untraceable = str(error)
             return
-        self.layers = {layer.name for layer in plan.layers}
+        # A packed weight is one layer here, however many layers it is quantized in.
+        self.layers = {layer.name for layer in plan.layers} | {f"{name}.in_proj" for name in plan.attentions}
         self.left = {left.what: left.why for left in plan.left}
 
     def why_not(self, name: str, path: str, module: nn.Module | None) -> str:

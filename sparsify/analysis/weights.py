@@ -119,6 +119,7 @@ def weights_table(weights: Mapping[str, WeightMetadata]) -> Table:
 
 
 def _of_module(model: nn.Module, threshold: int) -> dict[str, WeightMetadata]:
+    from sparsify.quantize.attention import QuantizedProjection
     from sparsify.quantize.layers import QuantizedEmbedding, QuantizedLayer, Retyped
     from sparsify.signature import unwrapped
     from sparsify.targets import named_modules, named_parameters
@@ -130,6 +131,8 @@ def _of_module(model: nn.Module, threshold: int) -> dict[str, WeightMetadata]:
     bits: dict[str, int] = {}
     modules: dict[str, Any] = {"": model, **named_modules(model)}
     for path, module in modules.items():
+        if isinstance(module, QuantizedProjection) and module._wiring.largest:
+            bits[name_of[id(module.parameter)]] = (module._wiring.largest + 1).bit_length()
         kind = (module._wiring.original if isinstance(module, Retyped) else type(module)).__name__
         for own, parameter in module._parameters.items():
             if parameter is None or id(parameter) not in name_of:
@@ -137,9 +140,7 @@ def _of_module(model: nn.Module, threshold: int) -> dict[str, WeightMetadata]:
             name = name_of[id(parameter)]
             if isinstance(module, (QuantizedLayer, QuantizedEmbedding)) and own == "weight" and module._wiring.largest:
                 bits[name] = (module._wiring.largest + 1).bit_length()
-            # The layer that quantized attention holds for its packed weight is the attention itself.
-            if name != f"{path}_weight":
-                children[name].append(ChildOp(kind, path, {own: name}))
+            children[name].append(ChildOp(kind, path, {own: name}))
     return {
         name: WeightMetadata(
             val=parameter.detach(),
