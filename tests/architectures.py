@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from decoders import Detector, Translator
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -52,6 +53,11 @@ def ids(length: int = 9, vocabulary: int = 50) -> Callable[[], dict[str, Any]]:
         return {"input_ids": torch.randint(3, vocabulary, (2, length)), "attention_mask": mask}
 
     return inputs
+
+
+def pairs(length: int = 9, vocabulary: int = 50) -> Callable[[], dict[str, Any]]:
+    """`ids`, and those that a decoder reads."""
+    return lambda: {**ids(length, vocabulary)(), "decoder_input_ids": torch.randint(3, vocabulary, (2, 7))}
 
 
 # -- written out ----------------------------------------------------------------------------------------------------
@@ -377,6 +383,20 @@ ARCHITECTURES: dict[str, Architecture] = {
         0.76,
         (("0.layers.0.self_attn.in_proj_weight", "MultiheadAttention"),),
     ),
+    "nn.Transformer": Architecture(
+        Translator,
+        lambda: (torch.randint(1, 50, (2, 9)), torch.randint(1, 50, (2, 7))),
+        LINEAR,
+        0.83,
+        (("transformer.decoder.layers.0.multihead_attn.in_proj_weight", "MultiheadAttention"),),
+    ),
+    "DETR-like": Architecture(
+        Detector,
+        images(32),
+        CONV | LINEAR,
+        0.74,
+        (("encoder.0.attention.in_proj_weight", "MultiheadAttention"),),
+    ),
     # torchvision.
     "ResNet-18": Architecture(vision("resnet18"), images(), CONV, 0.25, library="torchvision"),
     "ResNet-50, thin": Architecture(bottlenecks, images(), CONV, 0.25, library="torchvision"),
@@ -507,6 +527,42 @@ ARCHITECTURES: dict[str, Architecture] = {
     "T5 encoder": Architecture(
         transformer("T5EncoderModel", vocab_size=50, d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4),
         ids(),
+        LINEAR | HEADS,
+        0.55,
+        library="transformers",
+    ),
+    "T5": Architecture(
+        transformer(
+            "T5ForConditionalGeneration",
+            vocab_size=50,
+            d_model=32,
+            d_kv=8,
+            d_ff=64,
+            num_layers=2,
+            num_heads=4,
+            use_cache=False,
+            decoder_start_token_id=0,
+        ),
+        pairs(),
+        LINEAR | HEADS,
+        0.52,
+        library="transformers",
+    ),
+    "BART": Architecture(
+        transformer(
+            "BartModel",
+            vocab_size=50,
+            d_model=32,
+            encoder_layers=2,
+            decoder_layers=2,
+            encoder_attention_heads=4,
+            decoder_attention_heads=4,
+            encoder_ffn_dim=64,
+            decoder_ffn_dim=64,
+            max_position_embeddings=32,
+            use_cache=False,
+        ),
+        pairs(),
         LINEAR | HEADS,
         0.55,
         library="transformers",

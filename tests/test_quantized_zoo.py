@@ -40,6 +40,8 @@ NAMES = {
     "WaveNet-like": False,
     "LSTM tagger": False,
     "nn.TransformerEncoder": False,
+    "nn.Transformer": False,
+    "DETR-like": False,
     "ResNet-18": False,
     "ResNet-50, thin": True,
     "MobileNetV2": True,
@@ -58,6 +60,8 @@ NAMES = {
     "DistilBERT": False,
     "GPT-2": False,
     "T5 encoder": True,
+    "T5": True,
+    "BART": True,
     "Llama with grouped queries": True,
 }
 """{architecture: whether it is for `make test-all`}."""
