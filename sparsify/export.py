@@ -341,7 +341,7 @@ def _checked_names(where: str, names: Sequence[str], count: int, noun: str) -> l
 
 def _name(proto: ModelProto, call: Call, outputs: Sequence[str]) -> None:
     """Gives inputs, outputs and weights the names that the user knows them by."""
-    from sparsify import onnx_rewrites
+    from sparsify.onnx_graph import rename
 
     graph = proto.graph
     names: dict[str, str] = {}
@@ -375,7 +375,7 @@ def _name(proto: ModelProto, call: Call, outputs: Sequence[str]) -> None:
             if name in taken and name not in names:
                 # An inner value that bears a name wanted elsewhere makes way.
                 names[name] = f"{name}_inner"
-    onnx_rewrites.rename(proto, names)
+    rename(proto, names)
 
 
 def _note_weights(proto: ModelProto, model: nn.Module) -> None:

@@ -161,6 +161,19 @@ def remove_unused(model: ModelProto) -> None:
     graph.node.extend(nodes)
 
 
+def rename(model: ModelProto, names: dict[str, str]) -> None:
+    """Values get other names wherever they stand: {old: new}; the caller sees to it that the new ones are free."""
+    graph = model.graph
+    for node in graph.node:
+        for values in (node.input, node.output):
+            for i, name in enumerate(values):
+                if name in names:
+                    values[i] = names[name]
+    for infos in (graph.input, graph.output, graph.initializer, graph.value_info):
+        for info in infos:
+            info.name = names.get(info.name, info.name)
+
+
 def _skeleton(model: ModelProto) -> ModelProto:
     """The model with the values of large initializers left out: shapes can be inferred without copying weights."""
     copy = ModelProto()

@@ -16,7 +16,7 @@ from collections.abc import Iterable
 import numpy as np
 from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
-from sparsify import onnx_attention
+from sparsify import onnx_attention, onnx_upsampling
 from sparsify.onnx_graph import Graph, attribute, integer, like, remove_unused
 
 __all__: list[str] = []
@@ -36,8 +36,10 @@ def rewrite(model: ModelProto) -> None:
     linear_as_gemm(model)
     onnx_attention.rows(model)
     dequantize_after_movement(model)
+    quantize_behind_products(model)
     drop_requantization(model)
     hard_sigmoid_as_add(model)
+    onnx_upsampling.transposed_convolutions(model)
     state_zero_points(model)
     remove_unused(model)
 
@@ -70,19 +72,6 @@ def clear_traces(model: ModelProto) -> None:
     del graph.value_info[:]
     del graph.metadata_props[:]
     del model.metadata_props[:]
-
-
-def rename(model: ModelProto, names: dict[str, str]) -> None:
-    """Values get other names wherever they stand: {old: new}; the caller sees to it that the new ones are free."""
-    graph = model.graph
-    for node in graph.node:
-        for values in (node.input, node.output):
-            for i, name in enumerate(values):
-                if name in names:
-                    values[i] = names[name]
-    for infos in (graph.input, graph.output, graph.initializer, graph.value_info):
-        for info in infos:
-            info.name = names.get(info.name, info.name)
 
 
 def name_dimensions(model: ModelProto, batched: Iterable[str]) -> None:
@@ -230,6 +219,38 @@ def dequantize_after_movement(model: ModelProto) -> None:
     graph.finish()
 
 
+def quantize_behind_products(model: ModelProto) -> None:
+    """What a product of integers gives and only a QuantizeLinear reads, in another shape or order, is quantized first.
+
+    onnxruntime does so by itself. It rounds once then instead of twice, and the file is to say what is computed.
+    """
+    graph = Graph(model)
+    for node in list(model.graph.node):
+        if node.op_type not in ("Gemm", "MatMul"):
+            continue
+        sources = [graph.producer.get(name) for name in node.input[:2]]
+        if any(source is None or source.op_type != "DequantizeLinear" for source in sources):
+            continue
+        movers: list[NodeProto] = []
+        name, reader = node.output[0], None
+        while not graph.is_output(name) and len(graph.readers(name)) == 1:
+            reader = graph.readers(name)[0]
+            if reader.op_type not in _RESHAPING or reader.input[0] != name:
+                break
+            movers.append(reader)
+            name = reader.output[0]
+        if not movers or reader is None or reader.op_type != "QuantizeLinear" or not graph.per_tensor(reader):
+            continue
+        names = [graph.fresh(f"{value}_int") for value in [node.output[0], *(mover.output[0] for mover in movers[:-1])]]
+        names.append(reader.output[0])
+        moved = [like(mover, [names[i], *mover.input[1:]], [names[i + 1]]) for i, mover in enumerate(movers)]
+        graph.replace(reader, [])
+        graph.replace(movers[0], [like(reader, [node.output[0], *reader.input[1:]], [names[0]]), moved[0]])
+        for mover, new in zip(movers[1:], moved[1:], strict=True):
+            graph.replace(mover, [new])
+    graph.finish()
+
+
 def drop_requantization(model: ModelProto) -> None:
     """DequantizeLinear followed by QuantizeLinear with the same scale and zero point is nothing."""
     graph = Graph(model)
@@ -309,7 +330,8 @@ def state_zero_points(model: ModelProto) -> None:
 
 
 _LAYERS = frozenset({"Conv", "ConvTranspose", "Gemm", "MatMul"})
-_MOVEMENT = frozenset({"Reshape", "Flatten", "Squeeze", "Unsqueeze", "Transpose", "MaxPool", "Slice", "Gather"})
+_RESHAPING = frozenset({"Reshape", "Flatten", "Squeeze", "Unsqueeze", "Transpose"})
+_MOVEMENT = _RESHAPING | {"MaxPool", "Slice", "Gather"}
 _MOVEMENT |= {"DepthToSpace", "SpaceToDepth", "Expand", "Tile", "Identity", "Split"}
 
 

@@ -144,22 +144,28 @@ def prove(
     named = {node.output[0]: node for node in [*quantizers, *floats]}
     order = [name for node in proto.graph.node for name in node.output if name in named]
 
-    end_to_end = reference.run(feed, keep=order)
+    behind = {node.output[0]: _moved(proto, node.output[0]) for node in quantizers if node.name in recorded}
+    end_to_end = reference.run(feed, keep=[*order, *(name for names in behind.values() for name in names)])
     written = _as_written(proto, path, feed, [node.output[0] for node in quantizers])
     optimized, kernels = _inside(proto, path, feed, [node.output[0] for node in quantizers], order, expected)
     torch_side: dict[str, np.ndarray] = {}
-    for node in quantizers:
-        integers = recorded.get(node.name)
-        aligned = None if integers is None else _aligned(integers, end_to_end[node.output[0]])
-        if aligned is not None:
-            torch_side[node.output[0]] = aligned
+    torch_at: dict[str, str] = {}
+    for name, names in behind.items():
+        integers = recorded[named[name].name]
+        forms = {at: aligned for at in names if (aligned := _aligned(integers, end_to_end[at])) is not None}
+        if forms:
+            # Several forms may have one shape: of a square transposed, both have.
+            at = min(forms, key=lambda one: int((forms[one] != end_to_end[one]).sum()))
+            torch_side[at], torch_at[name] = forms[at], at
     sides = {"torch": torch_side, "written": written, "optimized": optimized}
     local = {side: reference.run(feed, given=given, keep=list(given)) if given else {} for side, given in sides.items()}
     tensors = []
     for name in order:
         step = _step(reference, name)
         gaps = {
-            side: _gap(local[side][name], given[name], step) if name in given else None for side, given in sides.items()
+            side: _gap(local[side][at], given[at], step) if at in given else None
+            for side, given in sides.items()
+            for at in [torch_at.get(name, name) if side == "torch" else name]
         }
         total = _gap(end_to_end[name], optimized[name], step) if name in optimized else None
         node, kernel = named[name], kernels.get(name, "-")
@@ -257,6 +263,20 @@ def _kernel(producer: Mapping[str, NodeProto], name: str) -> str:
     while node.op_type in ("Transpose", "Reshape", "Flatten", "Squeeze", "Unsqueeze") and node.input[0] in producer:
         node = producer[node.input[0]]
     return str(node.op_type)
+
+
+def _moved(proto: ModelProto, name: str) -> list[str]:
+    """The integers of one quantizer, and what they become that are moved before anybody computes with them.
+
+    A transposed convolution that runs as a convolution gives its pixels as channels, which torch does not have; a
+    quantizer behind a product stands in torch behind what moves its result.
+    """
+    names = [name]
+    while True:
+        readers = [node for node in proto.graph.node if names[-1] in node.input]
+        if len(readers) != 1 or readers[0].op_type not in ("Reshape", "Transpose", "Slice", "Squeeze", "Unsqueeze"):
+            return names
+        names.append(readers[0].output[0])
 
 
 def _step(reference: Reference, name: str) -> np.ndarray | None:

@@ -21,6 +21,8 @@ __all__: list[str] = []
 
 FILE_WEIGHTS = "sparsify.weights"
 """The key in a file's metadata under which stand, in JSON, {initializer: torch parameter} where the two differ."""
+FILE_ELEMENTS = "sparsify.elements"
+"""Likewise {initializer: how many numbers it is in torch} where the file holds more, copies or zeros in between."""
 
 
 def read_model(path: str | os.PathLike[str]) -> ModelProto:

@@ -28,6 +28,7 @@ FLOORS = {
         "onnx_rewrites",
         "onnx_graph",
         "onnx_attention",
+        "onnx_upsampling",
         "onnx_weight_only",
         "gradients",
         "moments",

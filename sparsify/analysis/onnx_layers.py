@@ -292,7 +292,7 @@ class _File:
         for name, layer in self._found.items():
             weight = layer.weight
             shared = first.setdefault(weight.parameter, name) if weight is not None else name
-            own = math.prod(weight.shape) if weight is not None and shared == name else 0
+            own = weight.elements if weight is not None and shared == name else 0
             why = "" if weight is not None else NO_WEIGHT
             found.append(
                 LayerInfo(

@@ -7,12 +7,12 @@ import math
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from sparsify.errors import DataError
-from sparsify.runtime import FILE_WEIGHTS
+from sparsify.runtime import FILE_ELEMENTS, FILE_WEIGHTS
 
 if TYPE_CHECKING:
     from onnx import ModelProto, NodeProto, TensorProto
@@ -44,12 +44,14 @@ class Stored:
 
     Attributes:
         name: of the initializer. parameter: what it is in torch; the same where the file does not say.
+        elements: how many numbers it is in torch; fewer than are stored where zeros stand in between.
         values: as stored. zero: the integer that means 0, broadcastable to `values`.
     """
 
     name: str
     parameter: str
     shape: tuple[int, ...]
+    elements: int
     bits: int
     tensor: TensorProto
     folder: Path
@@ -72,8 +74,9 @@ class Stored:
 
     @cached_property
     def sparsity(self) -> float:
-        """The fraction of values that mean 0, counted one by one."""
-        return int(np.count_nonzero(self.zeros)) / self.zeros.size if math.prod(self.shape) else 0.0
+        """The fraction of its numbers that mean 0, counted one by one."""
+        others = int(np.count_nonzero(~self.zeros))
+        return (self.elements - others) / self.elements if self.elements else 0.0
 
 
 class StoredWeights:
@@ -91,11 +94,8 @@ class StoredWeights:
         for node in model.graph.node:
             for name in dict.fromkeys(node.input):
                 self._readers.setdefault(name, []).append(node)
-        noted = next((entry.value for entry in model.metadata_props if entry.key == FILE_WEIGHTS), "{}")
-        try:
-            self._parameters: dict[str, str] = dict(json.loads(noted))
-        except ValueError:
-            self._parameters = {}
+        self._parameters: dict[str, str] = _noted(model, FILE_WEIGHTS)
+        self._elements: dict[str, int] = _noted(model, FILE_ELEMENTS)
         self._found: dict[str, Stored] = {}
 
     def behind(self, value: str) -> Stored | None:
@@ -115,12 +115,17 @@ class StoredWeights:
                 value,
                 self._parameter(value),
                 tuple(tensor.dims),
+                self.elements(value),
                 small or _BITS.get(kind, 32),
                 tensor,
                 self._folder,
                 self._zero_point(value),
             )
         return self._found[value]
+
+    def elements(self, name: str) -> int:
+        """How many numbers of the model a stored tensor holds."""
+        return int(self._elements.get(name, math.prod(self.tensors[name].dims)))
 
     def _parameter(self, name: str) -> str:
         if name in self._parameters:
@@ -181,7 +186,7 @@ class StoredWeights:
         position = {"Conv": 2, "ConvTranspose": 2, "Gemm": 2, "QLinearConv": 8, "DeformConv": 3}.get(node.op_type)
         if position is not None and position < len(node.input) and node.input[position]:
             stored = self.behind(node.input[position])
-            return math.prod(stored.shape) if stored is not None else 0
+            return stored.elements if stored is not None else 0
         readers = self._readers.get(node.output[0], [])
         if node.op_type == "MatMul" and len(readers) == 1 and readers[0].op_type == "Add":
             for name in readers[0].input:
@@ -203,7 +208,16 @@ class StoredWeights:
         }
         skipped = (TensorProto.INT64, TensorProto.BOOL, TensorProto.STRING)
         return sum(
-            math.prod(tensor.dims)
+            self.elements(name)
             for name, tensor in self.tensors.items()
             if name not in aside and tensor.data_type not in skipped and tensor.dims
         )
+
+
+def _noted(model: ModelProto, key: str) -> dict[str, Any]:
+    """What the export wrote into the file about its initializers; nothing where it is another's file."""
+    noted = next((entry.value for entry in model.metadata_props if entry.key == key), "{}")
+    try:
+        return dict(json.loads(noted))
+    except (ValueError, TypeError):
+        return {}

@@ -177,8 +177,7 @@ def _of_file(path: str | os.PathLike[str], threshold: int) -> dict[str, WeightMe
     found: dict[str, WeightMetadata] = {}
     for name, tensor in stored.tensors.items():
         weight = stored.behind(name)
-        size = int(np.prod(tensor.dims, dtype=np.int64))
-        if weight is None or size <= threshold:
+        if weight is None or weight.elements <= threshold:
             continue
         ops = tuple(
             ChildOp(op.op_type, op.name, {own: weight.parameter for own in op.params_name_mapping})
