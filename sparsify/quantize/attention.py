@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from sparsify.errors import ArgumentError
 from sparsify.quantize.layers import QuantizedLinear, Retyped, retype
+from sparsify.quantize.products import probabilities, quantize_of
 
 __all__: list[str] = []
 
@@ -101,19 +102,41 @@ class QuantizedMultiheadAttention(Retyped, nn.MultiheadAttention):
         Raises:
             ArgumentError: shapes that do not fit together; a hint without a mask.
         """
-        alone = query.dim() == 2
         self._check(query, key, value, key_padding_mask, attn_mask, is_causal)
+        # A watched module above asks about every function; what is computed here is no operation of its own.
+        with torch._C.DisableTorchFunction():
+            return self._attend(query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights)
+
+    def _attend(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        key_padding_mask: Tensor | None,
+        need_weights: bool,
+        attn_mask: Tensor | None,
+        average_attn_weights: bool,
+    ) -> tuple[Tensor, Tensor | None]:
+        alone = query.dim() == 2
         if alone and key_padding_mask is not None:
             key_padding_mask = key_padding_mask.unsqueeze(0)
         q, k, v = (self._heads(part, alone) for part in self._projected(query, key, value))
         mask = _joined_mask(attn_mask, key_padding_mask, q, self.num_heads)
         dropout = self.dropout if self.training else 0.0
         weights = None
-        if need_weights:
-            scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)
-            weights = F.dropout((scores if mask is None else scores + mask).softmax(-1), dropout)
+        quantize = quantize_of(self, 0)
+        if need_weights or quantize is not None:
+            if quantize is None:
+                scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)
+                weights = (scores if mask is None else scores + mask).softmax(-1)
+            else:
+                weights, v = probabilities(quantize, q, k, mask), quantize("value", v)
+            weights = F.dropout(weights, dropout)
             mixed = weights @ v
-            weights = weights.mean(1) if average_attn_weights else weights
+            if not need_weights:
+                weights = None
+            elif average_attn_weights:
+                weights = weights.mean(1)
         else:
             mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
         # (batch, heads, length, size)

@@ -18,6 +18,7 @@ from torch.nn import functional as F
 
 from sparsify.errors import SparsifyWarning
 from sparsify.graph import is_image_mean
+from sparsify.quantize import products
 from sparsify.quantize.fake import FakeQuantize
 from sparsify.quantize.layers import (
     QuantizedLayer,
@@ -28,12 +29,15 @@ from sparsify.quantize.layers import (
     is_weighted,
     retype,
 )
+from sparsify.quantize.products import MATMUL
 from sparsify.targets import named_modules
 
 __all__: list[str] = []
 
 KINDS: tuple[str, ...] = ("add", "multiply", "concat", "relu", "gate", "average_pool")
-"""The kinds of operations that are counted, by their names in a trace."""
+"""The kinds of operations whose results are quantized, by their names in a trace."""
+COUNTED = (*KINDS, MATMUL)
+"""Those that are watched: of a matmul the operands are quantized."""
 NORM = "batch_norm"
 """Counted in a BatchNorm that computes more than that (see `WatchedNorm`)."""
 LAYER = "layer"
@@ -52,6 +56,7 @@ _KIND_OF: dict[Any, str] = {
     **dict.fromkeys(_ADDS, "add"),
     **dict.fromkeys(_PRODUCTS, "multiply"),
     **dict.fromkeys((torch.cat, torch.concat, torch.concatenate), "concat"),
+    **dict.fromkeys(products.FUNCTIONS, MATMUL),
     **dict.fromkeys(_RELUS, "relu"),
     **dict.fromkeys((*_SIGMOIDS, *_GATES), "gate"),
     **dict.fromkeys(
@@ -103,10 +108,12 @@ class Watched(Retyped):
     def disagree(self, seen: dict[str, int]) -> None:
         """Leaves its operations in float from now on, with one warning."""
         switch_off(self)
+        others = [kind for kind in {**self._counts, **seen} if seen.get(kind, 0) != self._counts.get(kind, 0)]
+        came, traced = (_listing({kind: counts.get(kind, 0) for kind in others}) for counts in (seen, self._counts))
         warnings.warn(
-            f"{self._wiring.original.__name__}.forward computed {_listing(seen)}, where its trace has "
-            f"{_listing(self._counts)}. Its own operations stay in float from now on. Give "
-            "sample_inputs that take the same way through the model as training does.",
+            f"{self._wiring.original.__name__}.forward computed {came}, where its trace has {traced}. Its own "
+            "operations stay in float from now on. Give sample_inputs that take the same way through the model as "
+            "training does.",
             SparsifyWarning,
             stacklevel=3,
         )
@@ -192,6 +199,10 @@ class _Watch(overrides.TorchFunctionMode):
             if not is_image_mean((args[0] if args else kwargs["input"]).shape, pooled.shape):
                 return pooled
         index = self.seen[kind]
+        if kind == MATMUL:
+            self.seen[kind] = index + 1
+            quantize = products.quantize_of(self.module, index)
+            return func(*args, **kwargs) if quantize is None else products.product(quantize, func, args, kwargs)
         quantizer = cast(Any, self.module._modules.get(child_name(kind, index)))
         if quantizer is None:
             result = func(*args, **kwargs)

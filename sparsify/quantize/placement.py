@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from functools import cached_property
 from typing import Any, Literal
 
@@ -21,7 +21,7 @@ from sparsify.graph import Node, Trace
 from sparsify.quantize.attention import SLOW
 from sparsify.quantize.chosen import Chosen
 from sparsify.quantize.fake import GATES
-from sparsify.quantize.functional import KINDS, LAYER, NORM, child_name
+from sparsify.quantize.functional import COUNTED, KINDS, LAYER, NORM, child_name
 from sparsify.quantize.layers import (
     NORMS,
     POINTWISE,
@@ -32,6 +32,7 @@ from sparsify.quantize.layers import (
     stores_transposed,
 )
 from sparsify.quantize.plan import Layer, Left, Norm, Plan, Site
+from sparsify.quantize.products import ATTENTION, MATMUL, OPERANDS, operand
 from sparsify.quantize.scheme import ActivationScheme, Scheme, Settings
 
 __all__: list[str] = []
@@ -100,7 +101,9 @@ class _Planner:
     def _by_owner(self) -> dict[str, dict[int, list[Node]]]:
         by_owner: dict[str, dict[int, list[Node]]] = defaultdict(lambda: defaultdict(list))
         for node in self.trace.nodes:
-            if node.kind in KINDS and node.is_float and not self._is_own_module(node):
+            if node.kind in COUNTED and node.is_float and not self._is_own_module(node):
+                if node.kind == MATMUL and node.op not in OPERANDS:
+                    continue
                 path = self._watched_owner(node)
                 number = next((call.number for call in reversed(node.stack) if call.path == path), 0)
                 by_owner[path][number].append(node)
@@ -109,7 +112,7 @@ class _Planner:
     def _counts(self, owner: str) -> dict[str, int] | None:
         """How many operations of each kind a module computes itself; None where that differs between its calls."""
         calls = self._own_nodes(owner)
-        found = [{kind: sum(n.kind == kind for n in nodes) for kind in KINDS} for nodes in calls.values()]
+        found = [{kind: sum(n.kind == kind for n in nodes) for kind in COUNTED} for nodes in calls.values()]
         if len(found) != self.trace.calls.get(owner, 1) or any(counts != found[0] for counts in found):
             return None
         return found[0]
@@ -239,6 +242,8 @@ class _Planner:
             sites.append(site)
             source[name] = site.name
 
+        sites += self._product_sites()
+
         layers = tuple(self._layer(name, scheme, source.get(name)) for name, scheme in self.layers.items())
         return Plan(
             layers=layers,
@@ -287,6 +292,30 @@ class _Planner:
 
     def _layer_node(self, end: str) -> str:
         return next(node.name for node in self.nodes[self.ends[end]])
+
+    def _product_sites(self) -> Iterator[Site]:
+        """The quantizers of the operands of products of two activations, where the recipe wants any."""
+        done: set[str] = set()
+        names: tuple[str, ...]
+        for node in self.trace.nodes:
+            if node.kind != MATMUL or not node.is_float or node.parameters or len(node.inputs) < 2:
+                continue
+            owner = self._watched_owner(node)
+            scheme = self.settings.per_layer(self.modules[""], [owner])[owner]
+            args = None if scheme is None else scheme.matmul_activations
+            if args is None or owner in done:
+                continue
+            if owner in self.chosen.attentions:
+                done.add(owner)
+                names, index = ATTENTION, 0
+            elif node.op not in OPERANDS or isinstance(self.modules[owner], _CONTAINERS) or self._counts(owner) is None:
+                why = f"a product of {node.op} cannot be watched; write it as a matmul in a module's own forward"
+                self.left.append(Left(f"{owner or 'the model'}: {node.op}", why))
+                continue
+            else:
+                names, index = OPERANDS[node.op], self._index(node, owner)
+            for name in names:
+                yield _site_at(owner, operand(name, index), args)
 
     def _why_no_add(self, node: Node, roots: list[str], blocks: set[str]) -> str | None:
         trace = self.trace
@@ -345,13 +374,14 @@ class _Planner:
 
     def _watched(self, sites: list[Site], norms: Iterable[str]) -> dict[str, dict[str, int]]:
         """The modules with quantized operations of their own, and those below them that compute such operations too."""
-        owners = {site.module for site in sites if site.child not in ("input_quantizer", "output_quantizer")}
+        own = {"input_quantizer", "output_quantizer"}
+        owners = {site.module for site in sites if site.child not in own} - set(self.chosen.attentions)
         watched = {owner: dict(self._counts(owner) or {}) for owner in owners}
         for owner, counts in watched.items():
             found = {site.child.rsplit("_", 2)[0] for site in sites if site.module == owner}
-            for kind in ("multiply", "gate"):
+            for kind in ("multiply", "gate", MATMUL):
                 # Products by numbers are everywhere, and come another way in training as soon as there is a dropout.
-                if kind not in found:
+                if not any(one == kind or one.startswith(f"{kind}_") for one in found):
                     counts.pop(kind, None)
         for name in self.layers:
             if type(self.modules[name]) not in WEIGHTED and type(self.modules[name]).__name__ != PROJECTION:
@@ -362,7 +392,7 @@ class _Planner:
                 watched.setdefault(norm, {})[NORM] = 1
         placed = {site.module for site in sites}
         for node in self.trace.nodes:
-            if node.kind in KINDS and node.is_float and not (self._is_own_module(node) and node.owner in placed):
+            if node.kind in COUNTED and node.is_float and not (self._is_own_module(node) and node.owner in placed):
                 # A ReLU or a pool that stays in float is seen by who calls it, and is not the caller's operation.
                 path = node.owner if self._is_own_module(node) else self._watched_owner(node)
                 above = {call.path for call in node.stack} - {path}

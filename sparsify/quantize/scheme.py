@@ -119,6 +119,13 @@ class Scheme(BaseModel):
         "pools of convolutional blocks are quantized without it.",
     )
 
+    matmul_activations: ActivationScheme | None = Field(
+        default=None,
+        description="What products of two activations read: both operands of a matmul, and of attention the query, the "
+        "key, the probabilities and the value. null: they stay in float, which is faster in onnxruntime on CPUs; some "
+        "accelerators want them quantized.",
+    )
+
 
 NAMED: dict[str, Scheme] = {
     "default": Scheme(),
