@@ -40,7 +40,7 @@ class QuantizationModifier(Modifier):
     Quantized are Linear, Conv1d, Conv2d, Conv3d, ConvTranspose2d and transformers' Conv1D (weights and what they read),
     subclasses of them that compute the same, Embedding (weights), and in convolutional blocks what activations,
     residual adds, products, concatenations and average pools give. BatchNorm behind a convolution is folded in eval
-    mode and at export. Of MultiheadAttention the projections are quantized where query, key and value are one tensor;
+    mode and at export. Of MultiheadAttention the projections are quantized, of self-attention and of cross-attention;
     LSTM and other recurrent layers stay in float. What stays in float is logged by name, with the
     reason; what has weights and is not in `ignore` is warned about. `floating_layers(model)` gives the list. At its end
     quantized layers stay, ready for export.
@@ -198,9 +198,6 @@ class QuantizationModifier(Modifier):
             others = sorted(set(getattr(self, name) or ()) - known)
             if others:
                 notes.append(f"{name}: {', '.join(others)} have no effect.")
-        scheme = _scheme(self.scheme)
-        if scheme.weights is not None and not scheme.weights.symmetric:
-            notes.append("weights are quantized symmetrically: a zero point would move zeros and slow the model down.")
         return notes
 
     def targets(self, model: nn.Module) -> Mapping[str, nn.Parameter | nn.Module]:
