@@ -51,7 +51,6 @@ _KINDS: dict[str, Kind] = {
     **dict.fromkeys(
         (
             "gelu",
-            "tanh",
             "leaky_relu",
             "elu",
             "mish",
@@ -60,7 +59,7 @@ _KINDS: dict[str, Kind] = {
         ),
         "activation",
     ),
-    **dict.fromkeys(("silu", "sigmoid", "hardswish", "hardsigmoid"), "gate"),
+    **dict.fromkeys(("silu", "sigmoid", "hardswish", "hardsigmoid", "tanh"), "gate"),
     "add": "add",
     **dict.fromkeys(("mul", "multiply"), "multiply"),
     **dict.fromkeys(("cat", "concat", "concatenate"), "concat"),
@@ -106,7 +105,7 @@ class Node:
     Attributes:
         op: the operator without namespace and overload: "conv2d", "add_". In-place ones end in "_".
         kind: what it is to compression; "move" gives its input's values in another shape or order, "gate" is a sigmoid
-            or has one inside.
+            or has one inside, as tanh has.
         stack: the calls of modules that it stands in, outermost first.
         inputs: the names of the nodes whose tensors it reads, in the order of the arguments.
         parameters: the names of the parameters that it reads.
@@ -364,7 +363,7 @@ def is_image_mean(before: Sequence[int], after: Sequence[int]) -> bool:
     (True, True, False)
     """
     kept, rest = tuple(after[:2]), tuple(after[2:])
-    return len(before) in (4, 5) and tuple(before[:2]) == kept and rest in ((), (1,) * (len(before) - 2))
+    return len(before) in (3, 4, 5) and tuple(before[:2]) == kept and rest in ((), (1,) * (len(before) - 2))
 
 
 def _in_order(node: Any) -> Iterator[Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import defaultdict
 from collections.abc import Iterable
 
@@ -117,6 +118,17 @@ class Graph:
             count += 1
             candidate = f"{name}_{count}"
         self.names.add(candidate)
+        return candidate
+
+    def renamed(self, node: NodeProto, old: str, new: str) -> str:
+        """The name of `node` with its operator, `old`, called `new`; of no node before."""
+        stem = re.sub(rf"{old}(_\d+)?$", new, node.name)
+        names = {each.name for each in self.model.graph.node}
+        names |= {each.name for _, nodes in self.changes.values() for each in nodes}
+        candidate, count = stem, 1
+        while candidate in names:
+            count += 1
+            candidate = f"{stem}_{count}"
         return candidate
 
     def int64(self, values: list[int]) -> str:

@@ -39,6 +39,7 @@ def rewrite(model: ModelProto) -> None:
     quantize_behind_products(model)
     drop_requantization(model)
     hard_sigmoid_as_add(model)
+    tanh_as_sigmoid(model)
     onnx_upsampling.transposed_convolutions(model)
     state_zero_points(model)
     remove_unused(model)
@@ -303,9 +304,46 @@ def hard_sigmoid_as_add(model: ModelProto) -> None:
                     "DequantizeLinear", [above.input[0], one, above.input[2]], [narrow], name=f"{node.name}/x"
                 ),
                 helper.make_node("DequantizeLinear", constant, [offset], name=f"{node.name}/beta"),
-                helper.make_node("Add", [narrow, offset], node.output, name=re.sub("HardSigmoid", "Add", node.name)),
+                helper.make_node("Add", [narrow, offset], node.output, name=graph.renamed(node, "HardSigmoid", "Add")),
             ],
         )
+    graph.finish()
+
+
+def tanh_as_sigmoid(model: ModelProto) -> None:
+    """Tanh between integers becomes a Sigmoid, for which onnxruntime has a table: tanh(x) = 2 sigmoid(2 x) - 1.
+
+    2 x is what is read of the same integers with twice the scale. The integers of tanh with the scale 1/128 and the
+    zero point 128 are those of the sigmoid with 1/256 and 0; who reads them reads them as before.
+    """
+    graph = Graph(model)
+    for node in list(model.graph.node):
+        above = graph.producer.get(node.input[0]) if node.op_type == "Tanh" else None
+        readers = graph.readers(node.output[0])
+        if above is None or above.op_type != "DequantizeLinear" or not graph.per_tensor(above) or len(above.input) < 3:
+            continue
+        if len(readers) != 1 or readers[0].op_type != "QuantizeLinear" or len(readers[0].input) < 3:
+            continue
+        quantize = readers[0]
+        scale, zero, kind = (graph.constant(name) for name in (*quantize.input[1:3], above.input[2]))
+        read = graph.constant(above.input[1])
+        if scale is None or zero is None or kind is None or read is None or kind.dtype != np.uint8:
+            continue
+        if zero.dtype != np.uint8 or zero.ndim or scale != np.float32(1 / 128) or zero != 128:
+            continue
+        twice = graph.value(graph.fresh(f"{node.output[0]}_scale"), np.asarray(read * np.float32(2.0), np.float32))
+        wide = graph.fresh(f"{node.output[0]}_doubled")
+        grid = [graph.value("scale_of_sigmoid", np.asarray(1 / 256, np.float32))]
+        grid.append(graph.value("zero_uint8", np.asarray(0, np.uint8)))
+        doubled = [above.input[0], twice, above.input[2]]
+        graph.replace(
+            node,
+            [
+                helper.make_node("DequantizeLinear", doubled, [wide], name=f"{node.name}/x"),
+                helper.make_node("Sigmoid", [wide], node.output, name=graph.renamed(node, "Tanh", "Sigmoid")),
+            ],
+        )
+        graph.replace(quantize, [like(quantize, [node.output[0], *grid], quantize.output)])
     graph.finish()
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import math
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -116,7 +115,7 @@ def transposed_convolutions(model: ModelProto) -> None:
             "Conv",
             [node.input[0], *made[key]],
             node.output,
-            name=re.sub("ConvTranspose", "Conv", node.name),
+            name=graph.renamed(node, "ConvTranspose", "Conv"),
             kernel_shape=[axis.taps for axis in found.axes],
             pads=[before for before, _ in pads] + [after for _, after in pads],
             dilations=[axis.spacing for axis in found.axes],

@@ -17,8 +17,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sparsify import onnx_rewrites
+from sparsify.errors import DataError
 from sparsify.export import export_onnx
 from sparsify.onnx_graph import remove_unused
+from sparsify.quantize.scheme import NAMED, Settings
 from sparsify.runtime import open_session, optimized_operators, run_session
 from sparsify.verify import verify_onnx
 
@@ -240,6 +242,76 @@ def test_a_hard_sigmoid_between_integers_becomes_an_add_that_saturates(scale: fl
     expected, found = (ReferenceEvaluator(one).run(None, {"x": x})[0] for one in (before, model))
     # 1 / 6 is rounded at another place: at a tie the neighbour.
     assert np.abs(found - expected).max() <= scale * 1.01 and (found != expected).mean() < 0.02
+
+
+@pytest.mark.parametrize(
+    ("scale", "zero", "rewritten"), [(1 / 128, 128, True), (1 / 127, 128, False), (1 / 128, 127, False)]
+)
+@pytest.mark.parametrize("read", [0.001, 0.0137, 0.05])
+def test_a_tanh_between_integers_becomes_a_sigmoid(read: float, scale: float, zero: int, rewritten: bool) -> None:
+    nodes = [
+        helper.make_node("QuantizeLinear", ["x", "s", "z"], ["q"]),
+        helper.make_node("DequantizeLinear", ["q", "s", "z"], ["d"]),
+        helper.make_node("Sigmoid", ["d"], ["other"], name="Sigmoid"),
+        helper.make_node("Tanh", ["d"], ["h"], name="Tanh"),
+        helper.make_node("QuantizeLinear", ["h", "t", "u"], ["r"]),
+        helper.make_node("DequantizeLinear", ["r", "t", "u"], ["read"]),
+        helper.make_node("Add", ["read", "other"], ["y"]),
+    ]
+    constants = {"s": np.float32(read), "z": np.uint8(131), "t": np.float32(scale), "u": np.uint8(zero)}
+    model = model_of(nodes, ["n", 256], **constants)
+    before = ModelProto.FromString(model.SerializeToString())
+    onnx_rewrites.tanh_as_sigmoid(model)
+    assert kinds(model)["Sigmoid"] == 1 + rewritten and kinds(model)["Tanh"] == int(not rewritten)
+    named = [node.name for node in model.graph.node if node.name]
+    assert len(set(named)) == len(named)
+    # Every integer there is.
+    x = ((np.arange(256, dtype=np.float32) - 131) * np.float32(read))[None]
+    expected, found = (ReferenceEvaluator(one).run(None, {"x": x})[0] for one in (before, model))
+    np.testing.assert_array_equal(found, expected)
+
+
+class Vocoder(nn.Module):
+    """WaveNet's gate, and the tanh of a generator, as a module and in place."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv1d(2, 4, 3)
+        self.filter, self.gate = nn.Conv1d(4, 4, 1), nn.Conv1d(4, 4, 1)
+        self.out = nn.Conv1d(4, 2, 1)
+        self.tanh = nn.Tanh()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x).relu()
+        return self.tanh(self.out(self.filter(x).tanh_() * torch.sigmoid(self.gate(x))))  # type: ignore[no-any-return]
+
+
+def test_tanh_runs_in_integers_on_the_grid_that_it_was_trained_on(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model, x, path = Vocoder(), torch.randn(4, 2, 9), tmp_path / "vocoder.onnx"
+    plan = quantized(model, x)
+    fixed = {site.name for site in plan.sites if site.fixed}
+    assert fixed == {"gate_0_quantizer", "tanh.output_quantizer"}
+    train(model, 3 * x, 3)
+    for name in fixed:
+        quantizer = model.get_submodule(name)
+        values = [float(getattr(quantizer, key)) for key in ("scale", "zero_point", "low", "high", "batches")]
+        assert values == [1 / 128, 128, -1.0, 127 / 128, 3]
+    assert all(parameter.grad is not None and parameter.grad.any() for parameter in model.parameters())
+    y = model.eval()(x)
+    assert torch.equal((y * 128).round(), y * 128) and y.min() >= -1.0
+    with pytest.raises(DataError, match="tanh"):
+        model.tanh.output_quantizer.train()(torch.full((2,), torch.nan))
+    export_onnx(model.eval(), x, path)
+    result = verify_onnx(model, path, x)
+    assert result.ok and result.exact and result.unfused == (), str(result)
+    assert optimized_operators(path)["QLinearSigmoid"] == 3
+
+
+def test_signed_tanh_keeps_a_range_of_its_own() -> None:
+    model = Vocoder()
+    plan = quantized(model, torch.randn(4, 2, 9), settings=Settings(scheme=NAMED["tensorrt"]))
+    assert not any(site.fixed for site in plan.sites)
 
 
 def test_gates_run_in_integers(tmp_path: Path) -> None:

@@ -29,7 +29,8 @@ STEPS = 3
 INTEGER = frozenset(
     {"VGG", "VGG with BatchNorm", "ResNet-18", "ResNet-50, thin", "SqueezeNet", "MobileNetV2", "MNASNet"}
 )
-INTEGER |= {"EfficientNet", "RegNetY", "MobileNetV3", "ShuffleNetV2", "DenseNet", "Inception-like", "U-Net"}
+INTEGER |= {"EfficientNet", "RegNetY", "MobileNetV3", "ShuffleNetV2", "DenseNet", "Inception-like"}
+INTEGER |= {"U-Net", "WaveNet-like"}
 """Integer kernels from the first layer to the last: exact from end to end, and nothing next to Q or DQ in float."""
 NAMES = {
     "VGG": True,

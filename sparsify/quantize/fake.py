@@ -366,13 +366,16 @@ class FakeQuantize(nn.Module):
         # On the CPU amax takes a third of the time of max, and the two less than aminmax.
         return values.amin().item(), values.amax().item()
 
-    def _observe(self, batch_low: float, batch_high: float, x: Tensor) -> None:
+    def _require_finite(self, batch_low: float, batch_high: float) -> None:
         if not (math.isfinite(batch_low) and math.isfinite(batch_high)):
             raise DataError(
                 f"{self.name}: its values reach from {batch_low} to {batch_high}, of which no scale can be made. The "
                 "batch holds NaN or infinity, and can be left out: no range has moved here. Or the model makes them of "
                 "it: lower the learning rate, or find the layer at which training diverged."
             )
+
+    def _observe(self, batch_low: float, batch_high: float, x: Tensor) -> None:
+        self._require_finite(batch_low, batch_high)
         low, high = min(batch_low, 0.0), min(max(batch_high, 0.0), self.ceiling)
         if self.observer in observers.HISTOGRAMS:
             found = self._observe_histogram(self._rectified(x))

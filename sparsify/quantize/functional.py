@@ -50,6 +50,7 @@ _PRODUCTS = (
 )
 _RELUS = (F.relu, torch.relu, torch.relu_, Tensor.relu, Tensor.relu_, F.relu6)
 _SIGMOIDS = (torch.sigmoid, torch.sigmoid_, Tensor.sigmoid, Tensor.sigmoid_, torch.special.expit)
+_TANHS = (torch.tanh, torch.tanh_, Tensor.tanh, Tensor.tanh_)
 _GATES = (F.silu, F.hardswish, F.hardsigmoid)
 _MEANS = (torch.mean, Tensor.mean)
 _KIND_OF: dict[Any, str] = {
@@ -58,7 +59,7 @@ _KIND_OF: dict[Any, str] = {
     **dict.fromkeys((torch.cat, torch.concat, torch.concatenate), "concat"),
     **dict.fromkeys(products.FUNCTIONS, MATMUL),
     **dict.fromkeys(_RELUS, "relu"),
-    **dict.fromkeys((*_SIGMOIDS, *_GATES), "gate"),
+    **dict.fromkeys((*_SIGMOIDS, *_TANHS, *_GATES), "gate"),
     **dict.fromkeys(
         (F.avg_pool1d, F.avg_pool2d, F.adaptive_avg_pool1d, F.adaptive_avg_pool2d, torch.adaptive_avg_pool1d, *_MEANS),
         "average_pool",
@@ -68,7 +69,7 @@ _KIND_OF: dict[Any, str] = {
 _WRITES: frozenset[Any] = frozenset(
     (
         *(Tensor.add_, Tensor.__iadd__, torch.relu_, Tensor.relu_, torch.sigmoid_, Tensor.sigmoid_),
-        *(Tensor.mul_, Tensor.multiply_, Tensor.__imul__),
+        *(Tensor.mul_, Tensor.multiply_, Tensor.__imul__, torch.tanh_, Tensor.tanh_),
     )
 )
 
@@ -243,6 +244,8 @@ def _computed(kind: str, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any
         return torch.mul(*args, **kwargs)
     if func in _SIGMOIDS:
         return torch.sigmoid(*args, **kwargs)
+    if func in _TANHS:
+        return torch.tanh(*args, **kwargs)
     result: Tensor = func(*(args[:1] if func in _GATES else args), **kwargs)
     return result
 

@@ -287,6 +287,10 @@ class QuantizedHardswish(QuantizedFunction, nn.Hardswish):
     pass
 
 
+class QuantizedTanh(QuantizedFunction, nn.Tanh):
+    pass
+
+
 class QuantizedHardsigmoid(QuantizedFunction, nn.Hardsigmoid):
     pass
 
@@ -314,6 +318,7 @@ POINTWISE: dict[type[nn.Module], type[Retyped]] = {
     nn.AdaptiveAvgPool2d: QuantizedAdaptiveAvgPool2d,
     nn.SiLU: QuantizedSiLU,
     nn.Sigmoid: QuantizedSigmoid,
+    nn.Tanh: QuantizedTanh,
     nn.Hardswish: QuantizedHardswish,
     nn.Hardsigmoid: QuantizedHardsigmoid,
 }

@@ -21,6 +21,7 @@ from sparsify.graph import Node, Trace
 from sparsify.quantize.attention import SLOW
 from sparsify.quantize.chosen import Chosen
 from sparsify.quantize.fake import GATES
+from sparsify.quantize.fixed_grid import FIXED
 from sparsify.quantize.functional import COUNTED, KINDS, LAYER, NORM, child_name
 from sparsify.quantize.layers import (
     NORMS,
@@ -202,6 +203,8 @@ class _Planner:
                         required[node.name] = base
                     for root in roots:
                         required.setdefault(root, base)
+            elif node.kind == "average_pool" and self._is_norm_by_hand(node):
+                continue
             elif node.kind in ("average_pool", "gate") and roots[0] in blocks and self._place(node) is not None:
                 blocks.add(node.name)
                 required[node.name] = base
@@ -274,6 +277,11 @@ class _Planner:
             if not fused:
                 required[end] = base
 
+    def _is_norm_by_hand(self, node: Node) -> bool:
+        """Whether a mean over the last of three dimensions reads what was moved: features, not time, as in a norm."""
+        made = self.trace.by_name[node.inputs[0]]
+        return node.op == "mean" and made.kind == "move" and made.shape is not None and len(made.shape) == 3
+
     def _stands_alone(self, node: Node) -> bool:
         """Whether `node` is a BatchNorm that no layer takes in, and a layer of its own where it reads integers."""
         norm: Any = self.modules.get(node.owner)
@@ -335,7 +343,8 @@ class _Planner:
         module, child, role = place
         relu = node.kind == "relu"
         in_place, producer = True, None
-        if node.op.rstrip("_") == "sigmoid":
+        op = node.op.rstrip("_")
+        if op in ("sigmoid", "tanh"):
             # Its backward keeps what it gave.
             in_place = False
         if relu:
@@ -353,7 +362,8 @@ class _Planner:
             ceiling=6.0 if node.op.startswith("relu6") else None,
             in_place=in_place,
             producer=producer,
-            gate=node.op.rstrip("_") if node.op.rstrip("_") in GATES and not args.symmetric else None,
+            gate=op if op in GATES and not args.symmetric else None,
+            fixed=op if op in FIXED and not args.symmetric and args.num_bits == 8 else None,
         )
 
     def _layer(self, name: str, scheme: Scheme, source: str | None) -> Layer:

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from sparsify.errors import StateError
 from sparsify.quantize.attention import FORMS, quantize_attention, shut
 from sparsify.quantize.fake import FakeQuantize
+from sparsify.quantize.fixed_grid import FixedQuantize
 from sparsify.quantize.functional import Watched, switched_off, watch
 from sparsify.quantize.layers import (
     WEIGHTED,
@@ -48,6 +50,7 @@ class Site:
         readers: layers that call the quantizer on their input, besides `module`.
         relu: the quantizer does the ReLU. ceiling: where that is cut off (ReLU6); None: nowhere.
         gate: the activation that the quantizer does, "silu" or "hardswish".
+        fixed: the function before it, where the grid is that function's: "tanh".
         observer: how the range follows from the values. percentile: of the observer of that name.
         in_place: whether the quantizer alone reads the tensor. producer: the module whose hooks could have kept it.
     """
@@ -65,6 +68,7 @@ class Site:
     gate: str | None = None
     observer: str = "moving_average"
     percentile: float = 99.99
+    fixed: str | None = None
 
     @property
     def name(self) -> str:
@@ -268,7 +272,9 @@ def apply_plan(model: nn.Module, plan: Plan) -> None:
     for site in plan.sites:
         module = modules[site.module]
         retype(module)
-        made: type[FakeQuantize] = LearnedQuantize if site.observer == "lsq" else FakeQuantize
+        made: Callable[..., FakeQuantize] = LearnedQuantize if site.observer == "lsq" else FakeQuantize
+        if site.fixed is not None:
+            made = partial(FixedQuantize, function=site.fixed)
         quantizer = made(
             site.name,
             bits=site.bits,
