@@ -14,7 +14,7 @@ from quantized_models import quantized, train
 from torch import Tensor, nn
 
 from sparsify import ScheduledModifierManager, analyze_model, get_weights_metadata
-from sparsify.errors import ArgumentError
+from sparsify.errors import ArgumentError, DataError
 from sparsify.export import export_onnx
 from sparsify.quantize.attention import FORMS, Projection, QuantizedMultiheadAttention
 from sparsify.quantize.deploy import deployment_copy
@@ -226,6 +226,64 @@ def test_pruned_weights_stay_pruned_and_are_zeros_in_the_file(tmp_path: Path) ->
     assert not model.attention.in_proj_weight[::2].any() and model.attention.in_proj_weight[1::2].all()
     weights = get_weights_metadata(export_onnx(model.eval(), inputs, tmp_path / "pruned.onnx").path, weight_threshold=0)
     assert [weights[f"attention.{name}.weight"].zero_rows for name in ("q_proj", "kv_proj")] == [0.5, 0.5]
+
+
+# Of torch: it makes an instance of an autograd function while it compiles.
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+@pytest.mark.parametrize("form", ["one tensor", "a memory", "other widths"])
+def test_eval_mode_compiled_code_and_assigned_parameters_have_gradients(form: str) -> None:
+    model, inputs = built(form), inputs_of(form)
+    quantized(model, *inputs)
+    model(*inputs)[0].square().sum().backward()
+    expected = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+    model.zero_grad()
+    other = copy.deepcopy(model)
+    torch.compile(other, backend="eager", fullgraph=True)(*inputs)[0].square().sum().backward()
+    assigned = copy.deepcopy(model)
+    assigned.load_state_dict({name: value.clone() for name, value in model.state_dict().items()}, assign=True)
+    assigned(*inputs)[0].square().sum().backward()
+    for one in (other, assigned):
+        for name, parameter in one.named_parameters():
+            torch.testing.assert_close(parameter.grad, expected[name], rtol=0.05, atol=0.1)
+    model.eval()(*inputs)[0].square().sum().backward()
+    assert all(parameter.grad is not None and parameter.grad.any() for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("form", ["a memory", "other widths"])
+def test_weights_that_are_not_finite_are_not_deployed(form: str) -> None:
+    model, inputs = built(form), inputs_of(form)
+    quantized(model, *inputs)
+    model(*inputs)
+    name = "k_proj_weight" if form == "other widths" else "in_proj_weight"
+    with torch.no_grad():
+        getattr(model.attention, name)[3, 2] = float("nan")
+    with pytest.raises(DataError, match=rf"attention\.{name} holds NaN"):
+        deployment_copy(model)
+
+
+SCHEMES: dict[str, dict[str, Any]] = {
+    "learned steps": {"weights": {"observer": "lsq"}, "input_activations": {"observer": "lsq"}},
+    "one scale": {"weights": {"strategy": "tensor"}},
+    "weights of four bits": {"weights": {"num_bits": 4}, "input_activations": None},
+    "blocks": {"weights": {"num_bits": 4, "strategy": "block", "block_size": 16}, "input_activations": None},
+    "outputs": {"output_activations": {}},
+}
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_every_scheme_reaches_the_rows_of_a_packed_weight(scheme: str) -> None:
+    model, inputs = built("a memory"), inputs_of("a memory")
+    keys = list(model.state_dict())
+    plan = quantized(model, *inputs, settings=Settings(scheme=Scheme.model_validate(SCHEMES[scheme])))
+    assert {layer.name.rpartition(".")[2] for layer in plan.layers} == {"q_proj", "kv_proj", "out_proj"}
+    train_outputs(model, inputs)
+    model.eval()
+    with torch.no_grad():
+        deployed = deployment_copy(model)
+        assert torch.equal(deployed(*inputs)[0], model(*inputs)[0])
+        assert deployed.attention.kv_proj.weight_int8.shape == (32, 16)
+    restore(model)
+    assert list(model.state_dict()) == keys
 
 
 @pytest.mark.parametrize("form", FORM)
