@@ -202,6 +202,33 @@ class Doubled(nn.Module):
         return y
 
 
+@pytest.mark.parametrize(
+    ("model", "shape"),
+    [
+        (nn.Sequential(nn.Conv1d(2, 4, 3), nn.ReLU(), nn.ConvTranspose1d(4, 4, 16, 8, 4, groups=2)), (2, 2, 9)),
+        (
+            nn.Sequential(nn.Conv3d(2, 4, 1), nn.ReLU(), nn.ConvTranspose3d(4, 3, 2, 2), nn.BatchNorm3d(3), nn.ReLU()),
+            (2, 2, 3, 4, 5),
+        ),
+    ],
+    ids=["vocoder", "volumes"],
+)
+def test_lines_and_volumes_run_in_integers(model: nn.Module, shape: tuple[int, ...], tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    x, path = torch.randn(shape), tmp_path / "up.onnx"
+    plan = quantized(model, x)
+    assert len(plan.layers) == 2
+    train(model, x, 2)
+    before = model.eval()(x)
+    exported = export_onnx(model, x, path)
+    assert exported.floating == exported.unaccelerated == () and len(exported.quantized) == 2
+    result = verify_onnx(model, path, x)
+    assert result.ok and result.exact and result.unfused == (), str(result)
+    assert all(tensor.torch is not None and tensor.torch.steps <= 1 for tensor in result.tensors)
+    found = run_session(open_session(path), {"input": x.numpy()})["output"]
+    np.testing.assert_allclose(found, before.detach().numpy(), atol=0.02)
+
+
 def test_torch_is_compared_behind_the_movement(tmp_path: Path) -> None:
     torch.manual_seed(0)
     model = nn.Sequential(

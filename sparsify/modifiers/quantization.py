@@ -37,8 +37,8 @@ SHOWN = 10
 class QuantizationModifier(Modifier):
     """Trains the model as it will run in integers: from `start_epoch` on layers are quantized, ranges observed.
 
-    Quantized are Linear, Conv1d, Conv2d, Conv3d, ConvTranspose2d and transformers' Conv1D (weights and what they read),
-    subclasses of them that compute the same, Embedding (weights), and in convolutional blocks what activations,
+    Quantized are Linear, convolutions and transposed convolutions of one to three dimensions, and transformers'
+    Conv1D (weights and what they read), subclasses of them that compute the same, Embedding (weights), and in convolutional blocks what activations,
     residual adds, products, concatenations and average pools give. BatchNorm behind a convolution is folded in eval
     mode and at export. Of MultiheadAttention the projections are quantized, of self-attention and of cross-attention;
     LSTM and other recurrent layers stay in float. What stays in float is logged by name, with the
@@ -144,7 +144,7 @@ class QuantizationModifier(Modifier):
         overrides: dict[str, Scheme | None] = {}
         for wanted, types in (
             (self.quantize_linear_activations, ("Linear",)),
-            (self.quantize_conv_activations, ("Conv1d", "Conv2d", "Conv3d", "ConvTranspose2d")),
+            (self.quantize_conv_activations, tuple(f"Conv{kind}{n}d" for kind in ("", "Transpose") for n in (1, 2, 3))),
         ):
             if not wanted:
                 overrides.update(dict.fromkeys(types, Scheme(input_activations=None, weights=scheme.weights)))

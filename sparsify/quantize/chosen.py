@@ -9,7 +9,7 @@ from torch import nn
 
 from sparsify.graph import Node, Trace
 from sparsify.quantize.attention import FORMS
-from sparsify.quantize.layers import NORMS, PROJECTION, WEIGHTED, is_norm_and_more, is_weighted
+from sparsify.quantize.layers import NORMS, PROJECTION, TRANSPOSED, WEIGHTED, is_norm_and_more, is_weighted
 from sparsify.quantize.plan import Left
 from sparsify.quantize.scheme import Scheme, Settings, below
 from sparsify.targets import named_modules
@@ -19,10 +19,7 @@ __all__: list[str] = []
 LEFT_OUT = "left out by the recipe"
 NOT_CALLED = "was not called on the example inputs"
 """Then it computes nothing, in float or otherwise."""
-UNSUPPORTED = (
-    *(nn.MultiheadAttention, nn.RNNBase, nn.RNNCellBase, nn.EmbeddingBag, nn.Bilinear),
-    *(nn.ConvTranspose1d, nn.ConvTranspose3d),
-)
+UNSUPPORTED = (nn.MultiheadAttention, nn.RNNBase, nn.RNNCellBase, nn.EmbeddingBag, nn.Bilinear)
 """Modules of torch with weights that are named, with a reason, where they stay in float."""
 
 
@@ -168,8 +165,8 @@ class Chosen:
                 why = f"{type(norm).__name__} is not a BatchNorm of torch"
             elif why is None and norm.running_mean is None:
                 why = "it has no running statistics"
-            elif why is None and isinstance(layer, nn.ConvTranspose2d) and layer.groups > 1:
-                why = "output channels of a grouped ConvTranspose2d share scales"
+            elif why is None and isinstance(layer, TRANSPOSED) and layer.groups > 1:
+                why = f"output channels of a grouped {type(layer).__name__} share scales"
             elif why is None and self.layers[pair.layer].weights is None:
                 why = "its layer's weights stay in float"
             if why is None:

@@ -22,7 +22,9 @@ from sparsify.quantize.layers import (
     QuantizedConv1d,
     QuantizedConv2d,
     QuantizedConv3d,
+    QuantizedConvTranspose1d,
     QuantizedConvTranspose2d,
+    QuantizedConvTranspose3d,
     QuantizedEmbedding,
     QuantizedLayer,
     QuantizedLinear,
@@ -75,7 +77,15 @@ class DeployedConv3d(DeployedLayer, QuantizedConv3d):
     pass
 
 
+class DeployedConvTranspose1d(DeployedLayer, QuantizedConvTranspose1d):
+    pass
+
+
 class DeployedConvTranspose2d(DeployedLayer, QuantizedConvTranspose2d):
+    pass
+
+
+class DeployedConvTranspose3d(DeployedLayer, QuantizedConvTranspose3d):
     pass
 
 
@@ -147,7 +157,9 @@ _DEPLOYED: dict[type[nn.Module], type[nn.Module]] = {
     QuantizedConv1d: DeployedConv1d,
     QuantizedConv2d: DeployedConv2d,
     QuantizedConv3d: DeployedConv3d,
+    QuantizedConvTranspose1d: DeployedConvTranspose1d,
     QuantizedConvTranspose2d: DeployedConvTranspose2d,
+    QuantizedConvTranspose3d: DeployedConvTranspose3d,
     QuantizedEmbedding: DeployedEmbedding,
     QuantizedProjection: DeployedLinear,
     FakeQuantize: DeployedQuantize,

@@ -156,7 +156,8 @@ class WatchedLayer(Watched, QuantizedLayer):
 
 
 _OPERATIONS: dict[Any, tuple[str, str, str]] = {
-    **dict.fromkeys((F.linear, F.conv1d, F.conv2d, F.conv3d, F.conv_transpose2d), ("input", "weight", "bias")),
+    **dict.fromkeys((F.linear, F.conv1d, F.conv2d, F.conv3d), ("input", "weight", "bias")),
+    **dict.fromkeys((F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d), ("input", "weight", "bias")),
     torch.addmm: ("input", "mat1", "mat2"),
 }
 

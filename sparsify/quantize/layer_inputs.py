@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sparsify.quantize.calibrate import called_with
-from sparsify.quantize.layers import stores_transposed
+from sparsify.quantize.layers import TRANSPOSED, stores_transposed
 from sparsify.targets import named_modules
 
 __all__: list[str] = []
@@ -47,7 +47,7 @@ def has_matrix(layer: Any) -> bool:
     wiring = layer.__dict__.get("_wiring")
     kind = type(layer) if wiring is None else wiring.original
     return kind in (nn.Linear, nn.Conv1d, nn.Conv2d) or (
-        not isinstance(layer, (nn.ConvTranspose2d, nn.Embedding)) and stores_transposed(layer)
+        not isinstance(layer, (*TRANSPOSED, nn.Embedding)) and stores_transposed(layer)
     )
 
 

@@ -138,27 +138,26 @@ class QuantizedConv3d(QuantizedLayer, nn.Conv3d):
         return y
 
 
-class QuantizedConvTranspose2d(QuantizedLayer, nn.ConvTranspose2d):
+class QuantizedConvTranspose(QuantizedLayer):
     def _compute(self, x: Tensor, weight: Tensor, bias: Tensor | None, output_size: list[int] | None = None) -> Tensor:
-        padding = self._output_padding(
-            x,
-            output_size,
-            self.stride,  # type: ignore[arg-type]
-            self.padding,  # type: ignore[arg-type]
-            self.kernel_size,  # type: ignore[arg-type]
-            2,
-            self.dilation,  # type: ignore[arg-type]
-        )
-        return F.conv_transpose2d(
-            x,
-            weight,
-            bias,
-            self.stride,
-            self.padding,  # type: ignore[arg-type]
-            padding,
-            self.groups,
-            self.dilation,
-        )
+        layer: Any = self
+        rank = len(layer.kernel_size)
+        geometry = (layer.stride, layer.padding, layer.kernel_size, rank, layer.dilation)
+        added = layer._output_padding(x, output_size, *geometry)
+        function = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)[rank - 1]
+        return function(x, weight, bias, layer.stride, layer.padding, added, layer.groups, layer.dilation)
+
+
+class QuantizedConvTranspose1d(QuantizedConvTranspose, nn.ConvTranspose1d):
+    pass
+
+
+class QuantizedConvTranspose2d(QuantizedConvTranspose, nn.ConvTranspose2d):
+    pass
+
+
+class QuantizedConvTranspose3d(QuantizedConvTranspose, nn.ConvTranspose3d):
+    pass
 
 
 class QuantizedEmbedding(Retyped, nn.Embedding):
@@ -300,9 +299,12 @@ WEIGHTED: dict[type[nn.Module], type[Retyped]] = {
     nn.Conv1d: QuantizedConv1d,
     nn.Conv2d: QuantizedConv2d,
     nn.Conv3d: QuantizedConv3d,
+    nn.ConvTranspose1d: QuantizedConvTranspose1d,
     nn.ConvTranspose2d: QuantizedConvTranspose2d,
+    nn.ConvTranspose3d: QuantizedConvTranspose3d,
     nn.Embedding: QuantizedEmbedding,
 }
+TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 NORMS: dict[type[nn.Module], type[Retyped]] = {
     nn.BatchNorm1d: QuantizedBatchNorm1d,
     nn.BatchNorm2d: QuantizedBatchNorm2d,
@@ -471,7 +473,7 @@ def _integers_in_blocks(layer: Any, q: Tensor, scale: Tensor) -> Integers:
 
 def channel_axis(layer: nn.Module) -> int:
     """The dimension of the weight along which the output channels lie."""
-    return 1 if isinstance(layer, nn.ConvTranspose2d) or stores_transposed(layer) else 0
+    return 1 if isinstance(layer, TRANSPOSED) or stores_transposed(layer) else 0
 
 
 def folded(layer: Any) -> tuple[Tensor, Tensor | None]:

@@ -27,6 +27,7 @@ from sparsify.quantize.layers import (
     NORMS,
     POINTWISE,
     PROJECTION,
+    TRANSPOSED,
     WEIGHTED,
     channel_axis,
     is_norm_and_more,
@@ -374,7 +375,7 @@ class _Planner:
         fewer = self.settings.reduce_range or bool(weights.kwargs.get("reduce_range"))
         bits = weights.num_bits - (1 if fewer and weights.num_bits == 8 else 0)
         per_channel = weights.strategy != "tensor"
-        if isinstance(module, nn.ConvTranspose2d) and module.groups > 1:
+        if isinstance(module, TRANSPOSED) and module.groups > 1:
             per_channel = False
         axis = channel_axis(module) if per_channel else None
         learned = weights.observer == "lsq"
