@@ -316,7 +316,8 @@ class _Weights:
         groups: dict[str, list[str]] = {}
         for name in self.names:
             node = next(n for n in self.trace.of_module(name) if n.kind in ("conv", "linear", "matmul"))
-            groups.setdefault(node.inputs[0] if self.trace.calls[name] == 1 else name, []).append(name)
+            read = node.inputs[0] if self.trace.calls[name] == 1 and node.inputs else name
+            groups.setdefault(read, []).append(name)
         return list(groups.values())
 
     def _together(self) -> list[list[str]]:

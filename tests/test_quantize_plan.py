@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
 from quantized_models import ZOO, Attention, Dense, Gated, Inverted, Net, Subclassed, Up, images, mlp, quantized
 from torch import Tensor, nn
 
+from sparsify import export_onnx, quantize_model, verify_onnx
 from sparsify.errors import StateError, TargetError
 from sparsify.graph import trace
 from sparsify.quantize.layers import quantizers
@@ -331,3 +333,26 @@ def test_weight_only_leaves_what_layers_read_in_float() -> None:
     plan = plan_of(mlp(), torch.randn(4, 6), scheme=NAMED["weight_only"])
     assert not plan.sites and [layer.largest for layer in plan.layers] == [127] * 3
     assert NAMED["onnxruntime"] == NAMED["default"]
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_a_layer_that_reads_a_parameter_is_quantized(bits: int, tmp_path: Path) -> None:
+    class Learned(nn.Module):
+        """Queries that learn, through a layer of their own."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.queries = nn.Parameter(torch.randn(3, 8))
+            self.own, self.key = nn.Linear(8, 8), nn.Linear(8, 8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return (self.own(self.queries) @ self.key(x).transpose(-2, -1)).softmax(-1) @ x
+
+    torch.manual_seed(0)
+    model, x = Learned(), torch.randn(2, 5, 8)
+    found = quantize_model(model, [x], least_samples=2, scheme={"weights": {"num_bits": bits}})
+    assert [layer.name for layer in found.plan.layers] == ["own", "key"] and not found.plan.left
+    assert found.plan.layers[0].source == "own.input_quantizer"
+    torch.testing.assert_close(found.model(x), model(x), rtol=0.2, atol=0.2)
+    file = export_onnx(found.model, x, tmp_path / "learned.onnx")
+    assert verify_onnx(found.model, file.path, x).ok

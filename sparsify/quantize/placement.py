@@ -136,8 +136,9 @@ class _Planner:
             args = scheme.input_activations
             if args is None or isinstance(self.modules[name], nn.Embedding):
                 continue
-            read = [trace.root(node.inputs[0]) for node in self.nodes[name]]
-            if len(read) > 1 or not trace.by_name[read[0]].is_float:
+            # Of a layer that reads a parameter, as learned queries, there is no node.
+            read = [trace.root(node.inputs[0]) for node in self.nodes[name] if node.inputs]
+            if len(read) != 1 or len(self.nodes[name]) > 1 or not trace.by_name[read[0]].is_float:
                 own.append((name, args))
             else:
                 demands[read[0]].append((name, args))
