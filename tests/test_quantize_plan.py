@@ -86,6 +86,16 @@ def test_layers_of_users_own_classes_are_quantized_like_those_of_torch() -> None
     assert layers["mix"].source == "relu_0_quantizer" and layers["head"].source == "head.input_quantizer"
 
 
+def test_a_tanh_between_floats_has_the_range_of_its_reader() -> None:
+    plan = plan_of(nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)), torch.randn(2, 3))
+    assert [(site.name, site.fixed) for site in plan.sites] == [
+        ("0.input_quantizer", None),
+        ("2.input_quantizer", None),
+    ]
+    plan = plan_of(nn.Sequential(nn.Conv1d(3, 4, 1), nn.Tanh(), nn.Conv1d(4, 2, 1)), torch.randn(2, 3, 5))
+    assert ("1.output_quantizer", "tanh") in [(site.name, site.fixed) for site in plan.sites]
+
+
 def test_in_attention_only_what_feeds_a_linear_is_quantized() -> None:
     plan = plan_of(Attention(), torch.randint(0, 20, (2, 5)))
     assert [(site.name, site.readers) for site in plan.sites] == [

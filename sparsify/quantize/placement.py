@@ -229,9 +229,13 @@ class _Planner:
             asked = {name for name, _ in wanted}
             others = [user for user in trace.users(root) if user.owner not in asked]
             in_float = bool(others) or trace.leaves(root)
-            if place is not None and (root in required or not in_float):
+            # Of a function with a grid of its own a reader sees the range, where nothing around it is in integers.
+            alone_in_float = node.op.rstrip("_") in FIXED and not self._reads(node, required)
+            if place is not None and (root in required or not (in_float or alone_in_float)):
                 args = required[root] if root in required else wanted[0][1]
                 site = self._site(node, place, args)
+                if alone_in_float:
+                    site = dataclasses.replace(site, fixed=None)
                 sites.append(site)
                 source.update((name, site.name) for name, _ in wanted)
                 continue
@@ -263,6 +267,10 @@ class _Planner:
                 for name, node in alone.items()
             ),
         )
+
+    def _reads(self, node: Node, required: dict[str, ActivationScheme]) -> bool:
+        """Whether all that `node` reads is quantized where it is made."""
+        return all(self.trace.root(name) in required for name in node.inputs)
 
     def _give_integers(
         self, blocks: set[str], required: dict[str, ActivationScheme], base: ActivationScheme | None
