@@ -40,6 +40,7 @@ def rewrite(model: ModelProto) -> None:
     drop_requantization(model)
     hard_sigmoid_as_add(model)
     tanh_as_sigmoid(model)
+    numbers_as_integers(model)
     onnx_upsampling.transposed_convolutions(model)
     state_zero_points(model)
     remove_unused(model)
@@ -344,6 +345,50 @@ def tanh_as_sigmoid(model: ModelProto) -> None:
             ],
         )
         graph.replace(quantize, [like(quantize, [node.output[0], *grid], quantize.output)])
+    graph.finish()
+
+
+def numbers_as_integers(model: ModelProto) -> None:
+    """A number that is added to integers, or multiplies them, is read from an integer too: 1 with itself as the scale.
+
+    Below zero it is -1. No digit of it is lost, and the operator has an integer kernel.
+    """
+    graph = Graph(model)
+    for node in list(model.graph.node):
+        if node.op_type not in ("Add", "Mul") or graph.is_output(node.output[0]):
+            continue
+        sources = [graph.producer.get(name) for name in node.input]
+        numbers = [graph.constant(name) for name in node.input]
+        read = [source is not None and source.op_type == "DequantizeLinear" for source in sources]
+        readers = graph.readers(node.output[0])
+        if sum(read) != 1 or len(readers) != 1 or readers[0].op_type not in ("QuantizeLinear", "Relu", "Clip"):
+            continue
+        at = read.index(False)
+        source, number = sources[1 - at], numbers[at]
+        if source is None or number is None or number.size != 1 or number.dtype != np.float32:
+            continue
+        shape = graph.shape(node.input[1 - at])
+        zero = graph.constant(source.input[2]) if len(source.input) > 2 else None
+        value = float(number.reshape(()))
+        if not graph.per_tensor(source) or zero is None or zero.dtype != np.uint8 or not np.isfinite(value):
+            continue
+        if shape is None or number.ndim > len(shape):
+            continue
+        scale = graph.fresh(f"{node.output[0]}_number")
+        graph.value(scale, np.asarray(abs(value) or 1.0, np.float32))
+        digits = [graph.value(f"{name}_uint8", np.asarray(one, np.uint8)) for one, name in enumerate(("zero", "one"))]
+        one, less = digits[int(value > 0)], digits[int(value < 0)]
+        result = graph.fresh(f"{node.output[0]}_number_read")
+        operands = list(node.input)
+        operands[at] = result
+        name = f"{node.name or node.output[0]}/number"
+        graph.replace(
+            node,
+            [
+                helper.make_node("DequantizeLinear", [one, scale, less], [result], name=name),
+                like(node, operands, node.output),
+            ],
+        )
     graph.finish()
 
 

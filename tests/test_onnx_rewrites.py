@@ -271,6 +271,54 @@ def test_a_tanh_between_integers_becomes_a_sigmoid(read: float, scale: float, ze
     np.testing.assert_array_equal(found, expected)
 
 
+@pytest.mark.parametrize("number", [0.75, -0.31, 0.0, 6.0])
+@pytest.mark.parametrize("operator", ["Add", "Mul"])
+@pytest.mark.parametrize("first", [True, False])
+def test_a_number_beside_integers_is_an_integer(operator: str, number: float, first: bool) -> None:
+    nodes = [
+        helper.make_node("QuantizeLinear", ["x", "s", "z"], ["q"]),
+        helper.make_node("DequantizeLinear", ["q", "s", "z"], ["d"]),
+        helper.make_node(operator, ["d", "c"] if first else ["c", "d"], ["h"], name=operator),
+        helper.make_node("QuantizeLinear", ["h", "t", "z"], ["r"]),
+        helper.make_node("DequantizeLinear", ["r", "t", "z"], ["y"]),
+    ]
+    constants = {"s": np.float32(0.0131), "z": np.uint8(131), "t": np.float32(0.071), "c": np.float32(number)}
+    model = model_of(nodes, ["n", 256], **constants)
+    before = ModelProto.FromString(model.SerializeToString())
+    onnx_rewrites.numbers_as_integers(model)
+    assert kinds(model)["DequantizeLinear"] == 3
+    x = ((np.arange(256, dtype=np.float32) - 131) * np.float32(0.0131))[None]
+    expected, found = (ReferenceEvaluator(one).run(None, {"x": x})[0] for one in (before, model))
+    np.testing.assert_array_equal(found, expected)
+    onnx_rewrites.numbers_as_integers(model)
+    assert kinds(model)["DequantizeLinear"] == 3
+
+
+class Scaled(nn.Module):
+    """A residual that is scaled, as in EDSR, and hard swish by hand up to its division."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.body, self.head = (nn.Conv2d(*channels, 1) for channels in ((3, 4), (4, 4), (4, 2)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x).relu()
+        x = x + 0.1 * self.body(x)
+        return self.head(x * F.relu6(x + 3))  # type: ignore[no-any-return]
+
+
+def test_scaled_residuals_and_shifted_activations_run_in_integers(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model, x, path = Scaled(), torch.randn(4, 3, 5, 5), tmp_path / "scaled.onnx"
+    quantized(model, x)
+    train(model, x, 3)
+    export_onnx(model.eval(), x, path)
+    result = verify_onnx(model, path, x)
+    assert result.ok and result.exact and result.unfused == (), str(result)
+    found = optimized_operators(path)
+    assert found["QLinearMul"] == found["QLinearAdd"] == 2
+
+
 class Vocoder(nn.Module):
     """WaveNet's gate, and the tanh of a generator, as a module and in place."""
 

@@ -337,6 +337,10 @@ class _Planner:
 
     def _why_no_add(self, node: Node, roots: list[str], blocks: set[str]) -> str | None:
         trace = self.trace
+        if len(roots) == 1 and not node.parameters and roots[0] in blocks and self._place(node) is not None:
+            # Of a tensor and a number; one more rounding pays where integers go on.
+            users = trace.users(node.name)
+            return None if users and all(user.kind in _GO_ON for user in users) else "its result goes on in float"
         if len(roots) != 2 or self._place(node) is None:
             return "not an add of two tensors that can be watched"
         shapes = {trace.by_name[read].shape for read in node.inputs}
@@ -429,6 +433,8 @@ class _Planner:
         )
 
 
+_GO_ON = frozenset({"conv", "linear", "relu", "add", "multiply", "concat", "gate", "average_pool"})
+"""Kinds of operations that compute with integers."""
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 
 
