@@ -38,12 +38,12 @@ class QuantizationModifier(Modifier):
     """Trains the model as it will run in integers: from `start_epoch` on layers are quantized, ranges observed.
 
     Quantized are Linear, convolutions and transposed convolutions of one to three dimensions, and transformers'
-    Conv1D (weights and what they read), subclasses of them that compute the same, Embedding (weights), and in convolutional blocks what activations,
-    residual adds, products, concatenations and average pools give. BatchNorm behind a convolution is folded in eval
-    mode and at export. Of MultiheadAttention the projections are quantized, of self-attention and of cross-attention;
-    LSTM and other recurrent layers stay in float. What stays in float is logged by name, with the
-    reason; what has weights and is not in `ignore` is warned about. `floating_layers(model)` gives the list. At its end
-    quantized layers stay, ready for export.
+    Conv1D (weights and what they read), subclasses of them that compute the same, Embedding (weights), and in
+    convolutional blocks what activations, residual adds, products, concatenations and average pools give. BatchNorm
+    behind a convolution is folded in eval mode and at export. Of MultiheadAttention the projections are quantized,
+    of self-attention and of cross-attention; LSTM and other recurrent layers stay in float. What stays in float is
+    logged by name, with the reason; what has weights and is not in `ignore` is warned about.
+    `floating_layers(model)` gives the list. At its end quantized layers stay, ready for export.
     """
 
     kind: ClassVar[Kind] = "quantization"
