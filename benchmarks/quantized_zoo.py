@@ -34,8 +34,8 @@ training with the default recipe, `export_onnx`, `verify_onnx` on a fresh batch.
 - **end to end**: whether the reference, from the inputs on, gives the bits of onnxruntime's outputs; else the largest
   difference of an inner quantized tensor, in steps.
 - **in float**: operators next to quantized values that run in float, which `verify_onnx` lists with the reasons. In
-  convolutional networks these are what onnxruntime has no integer kernel for: ConvTranspose, Tanh, LayerNorm, a
-  BatchNorm that stands before its convolution, and the concatenation, pool or sum that feeds or follows one of them.
+  convolutional networks these are what onnxruntime has no integer kernel for, as LayerNorm and softplus, and the
+  concatenation, pool or sum that feeds or follows one of them.
 
 | architecture | agrees | layers | exact kernels | torch | behind float | end to end | in float |
 |---|---|---|---|---|---|---|---|
