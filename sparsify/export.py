@@ -91,10 +91,10 @@ class ExportedModel(os.PathLike[str]):
         ]
         if self.unaccelerated:
             lines.append(f"  integer weights, computed in float by onnxruntime: {', '.join(self.unaccelerated)}")
-        if "int4" in self.initializers:
+        if not {"int4", "uint4"}.isdisjoint(self.initializers):
             lines.append(
-                "  Linear layers with int4 weights: onnxruntime rounds what they read to int8, unless the session's "
-                "session.qdq_matmulnbits_accuracy_level is 1, as verify_onnx sets it"
+                "  Linear layers with weights of four bits: onnxruntime rounds what they read to int8, unless the "
+                "session's session.qdq_matmulnbits_accuracy_level is 1, as verify_onnx sets it"
             )
         if self.quantized and self.floating:
             for why in dict.fromkeys(self.reasons.get(name, "") for name in self.floating):
@@ -388,7 +388,7 @@ def _note_weights(proto: ModelProto, model: nn.Module) -> None:
     names = {name: first[id(parameter)] for name, parameter in model.named_parameters(remove_duplicate=False)}
     for path, module in model.named_modules():
         if isinstance(module, Projection) and module.weight is module.parameter:
-            names[f"{path}.weight_int8"] = first[id(module.parameter)]
+            names.update({f"{path}.weight_{kind}": first[id(module.parameter)] for kind in ("int8", "uint8")})
     noted: dict[str, str] = {}
     for tensor in proto.graph.initializer:
         if tensor.name in names:

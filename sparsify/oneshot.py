@@ -140,6 +140,7 @@ def quantize_model(
         ranges: how the range of an activation follows from its values, where the scheme does not say it: least squared
             error, all values, 99.99 % of them, or least loss of information.
         rounding: of weights. "auto": "nearest" with 8 bits; with fewer "adaround" for convolutions, "gptq" for Linear.
+            Blocks and affine weights are rounded to the nearest.
         equalize: whether channels are scaled between layers; the model's function in float stays as it is.
         correct_bias: whether biases take back the shift in the mean of each layer's output.
         sequential: whether each layer is rounded on what the quantized layers before it give, and makes good their
@@ -185,6 +186,12 @@ def quantize_model(
         plan = make_plan(reference, traced, modifier.settings())
         if not plan.layers and not plan.sites:
             raise TargetError(f"nothing in {type(model).__name__} can be quantized. {plan}")
+        affine = next((layer.name for layer in plan.layers if layer.affine), None)
+        if affine is not None and rounding in ("adaround", "gptq"):
+            raise ArgumentError(
+                f"rounding={rounding!r}: the weights of {affine} are affine (symmetric: false), and these are "
+                "rounded to the nearest only. Pass rounding='auto', or write symmetric: true."
+            )
         plan = dataclasses.replace(
             plan,
             sites=tuple(
@@ -284,8 +291,10 @@ class _Weights:
             own = [p for p in self.modules[name]._parameters.values() if p is not None]
             return layer_inputs.has_matrix(self.modules[name]) and all(owners[id(p)] == 1 for p in own)
 
-        # What follows rounds to the grid of the largest weight of a channel; blocks and learned steps have another.
-        usual = [layer.name for layer in plan.layers if layer.largest and not (layer.block or layer.learned)]
+        # What follows rounds to the grid of the largest weight of a channel; blocks, learned and affine grids are
+        # others.
+        special = [layer.name for layer in plan.layers if layer.block or layer.learned or layer.affine]
+        usual = [layer.name for layer in plan.layers if layer.largest and layer.name not in special]
         found = [name for name in usual if has_data and can_round(name)]
         order = {node.owner: at for at, node in reversed(list(enumerate(traced.nodes)))}
         self.names = sorted(found, key=lambda name: order.get(name, 0))

@@ -72,18 +72,41 @@ def _as_matmul(graph: Graph, node: NodeProto) -> None:
         bias = node.input[2] if len(node.input) > 2 else ""
         product = graph.fresh(f"{node.output[0]}_product") if bias else node.output[0]
         nodes = [helper.make_node("MatMul", [node.input[0], node.input[1]], [product], name=name)]
-        if bias:
+        values = graph.constant(bias) if bias and _before_relu(graph, node.output[0]) else None
+        if values is not None:
+            # Of an Add onnxruntime makes a Gemm, then one with the ReLU behind it, which reads weights in float.
+            negated = graph.value(graph.fresh(f"{bias}_negated"), -values)
+            nodes.append(helper.make_node("Sub", [product, negated], [node.output[0]], name=f"{name}/Sub"))
+        elif bias:
             nodes.append(helper.make_node("Add", [product, bias], [node.output[0]], name=f"{name}/Add"))
         graph.replace(node, nodes)
 
 
+def _before_relu(graph: Graph, name: str) -> bool:
+    """Whether a ReLU reads the value, moved or not."""
+    readers = graph.readers(name)
+    return any(
+        node.op_type == "Relu" or (node.op_type in ("Reshape", "Transpose") and _before_relu(graph, node.output[0]))
+        for node in readers
+    )
+
+
 def _own_integers(graph: Graph, node: NodeProto) -> np.ndarray | None:
-    """The weights of a DequantizeLinear, int8 of zero point 0, that nobody else reads."""
+    """The weights of a DequantizeLinear that nobody else reads: int8 of zero point 0, or uint8 of any."""
     stored = graph.initializers.get(node.input[0]) if node.op_type == "DequantizeLinear" else None
-    if stored is None or stored.data_type != TensorProto.INT8 or len(graph.readers(node.input[0])) > 1:
+    if stored is None or len(graph.readers(node.input[0])) > 1:
         return None
-    zero = graph.constant(node.input[2]) if len(node.input) > 2 and node.input[2] else None
-    return None if zero is not None and zero.any() else numpy_helper.to_array(stored)
+    zero = _zero_points(graph, node)
+    if stored.data_type == TensorProto.UINT8:
+        return None if zero is None else numpy_helper.to_array(stored)
+    if stored.data_type != TensorProto.INT8 or (zero is not None and zero.any()):
+        return None
+    return numpy_helper.to_array(stored)
+
+
+def _zero_points(graph: Graph, dequantize: NodeProto) -> np.ndarray | None:
+    given = len(dequantize.input) > 2 and dequantize.input[2]
+    return graph.constant(dequantize.input[2]) if given else None
 
 
 def _store(graph: Graph, dequantize: NodeProto, output: str | None, turned: bool = False) -> NodeProto:
@@ -93,25 +116,27 @@ def _store(graph: Graph, dequantize: NodeProto, output: str | None, turned: bool
     assert scale is not None  # The exporter writes scales as initializers.
     block, axis = integer(dequantize, "block_size", 0), integer(dequantize, "axis", 1)
     scales = dequantize.input[1]
+    zero = _zero_points(graph, dequantize) if values.dtype == np.uint8 else None
     if turned:
         values, axis = np.ascontiguousarray(values.T), 1 - axis
         if block:
             scales = graph.value(graph.fresh(f"{scales}_turned"), np.ascontiguousarray(scale.T))
-    if _fits(values):
-        flat = values.reshape(-1).astype(np.int16)
-        nibbles = np.append(flat, np.zeros(flat.size % 2, np.int16)) & 15
-        packed = (nibbles[::2] | (nibbles[1::2] << 4)).astype(np.uint8)
-        made = TensorProto(data_type=TensorProto.INT4, dims=values.shape, raw_data=packed.tobytes())
-    else:
-        made = numpy_helper.from_array(values)
-    made.name = stored.name
-    stored.CopyFrom(made)
+            zero = None if zero is None else zero.T
+    narrow = _fits(values)
+    stored.CopyFrom(_tensor(stored.name, values, narrow))
+    operands = [stored.name, scales]
+    if zero is not None:
+        # A name of its own: layers whose zero points are equal share one initializer, and not all have four bits.
+        operands.append(graph.fresh(f"{stored.name}_zero_point"))
+        tensor = graph.model.graph.initializer.add()
+        tensor.CopyFrom(_tensor(operands[2], zero, narrow))
+        graph.initializers[tensor.name] = tensor
     attributes: dict[str, Any] = {} if scale.ndim == 0 else {"axis": axis}
     if block:
         attributes["block_size"] = block
     new = helper.make_node(
         "DequantizeLinear",
-        [stored.name, scales],
+        operands,
         [output or dequantize.output[0]],
         name=dequantize.name,
         **attributes,
@@ -121,8 +146,20 @@ def _store(graph: Graph, dequantize: NodeProto, output: str | None, turned: bool
     return new
 
 
+def _tensor(name: str, values: np.ndarray, narrow: bool) -> TensorProto:
+    """int8 or uint8 values as they are, or `narrow`: two in a byte."""
+    if not narrow:
+        return numpy_helper.from_array(np.ascontiguousarray(values), name)
+    flat = values.reshape(-1).astype(np.int16)
+    nibbles = np.append(flat, np.zeros(flat.size % 2, np.int16)) & 15
+    packed = (nibbles[::2] | (nibbles[1::2] << 4)).astype(np.uint8)
+    kind = TensorProto.UINT4 if values.dtype == np.uint8 else TensorProto.INT4
+    return TensorProto(name=name, data_type=kind, dims=values.shape, raw_data=packed.tobytes())
+
+
 def _fits(values: np.ndarray) -> bool:
-    return bool(values.size) and int(values.min()) >= -8 and int(values.max()) <= 7
+    low, high = (0, 15) if values.dtype == np.uint8 else (-8, 7)
+    return bool(values.size) and int(values.min()) >= low and int(values.max()) <= high
 
 
 def _is_quantized(graph: Graph, name: str) -> bool:

@@ -43,6 +43,27 @@ def step(model: nn.Module, optimizer: torch.optim.Optimizer, x: Tensor) -> None:
     optimizer.step()
 
 
+@pytest.mark.parametrize(
+    ("weights", "activations", "message"),
+    [
+        ({"symmetric": False}, {}, r"would have affine weights .* twice as long .* input_activations: null"),
+        ({"symmetric": False, "observer": "lsq"}, None, "symmetric: false with observer: lsq; .* observer: min_max"),
+        ({"symmetric": "no"}, None, "symmetric"),
+    ],
+)
+def test_affine_weights_are_refused_where_they_would_be_slow_or_cannot_be(
+    weights: dict[str, Any], activations: dict[str, Any] | None, message: str
+) -> None:
+    model = Net()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises(RecipeError, match=message):
+        scheme: Any = {"input_activations": activations, "weights": weights}
+        modify(recipe(start_epoch=5.0, scheme=scheme), model)
+    after = model.state_dict()
+    assert list(after) == list(before) and all(torch.equal(after[name], value) for name, value in before.items())
+    assert type(model) is Net and not model._forward_pre_hooks
+
+
 CALIBRATION: dict[str, tuple[Any, type[Exception], str]] = {
     "empty": ([], DataError, "calibration_data holds no batch"),
     "empty generator": (lambda: iter(()), DataError, "calibration_data holds no batch"),

@@ -19,6 +19,7 @@ from sparsify.quantize.fake import GATES, FakeQuantize, gate_of
 from sparsify.quantize.functional import WatchedLayer, WatchedNorm, watched
 from sparsify.quantize.layers import (
     NORMS,
+    Integers,
     QuantizedConv1d,
     QuantizedConv2d,
     QuantizedConv3d,
@@ -32,7 +33,7 @@ from sparsify.quantize.layers import (
     integers,
     quantizers,
 )
-from sparsify.quantize.weight_grid import WEIGHT_STEP, on_own_grid
+from sparsify.quantize.weight_grid import WEIGHT_STEP, on_own_grid, widened
 
 __all__: list[str] = []
 
@@ -41,7 +42,8 @@ class DeployedLayer(QuantizedLayer):
     """A layer whose weights are the int8 buffer `weight_int8` and whose bias is the int32 buffer `bias_int32`.
 
     Scales are the float32 buffers `weight_scale` and `bias_scale`, of rank 0 or (C,). `float_bias` instead of the two
-    of the bias where what the layer reads is not quantized.
+    of the bias where what the layer reads is not quantized. Affine weights are `weight_uint8`, with the uint8 buffer
+    `weight_zero_point` beside the scales.
     """
 
     def __getattr__(self, name: str) -> Any:
@@ -49,7 +51,7 @@ class DeployedLayer(QuantizedLayer):
         # transformers' ViT and T5 ask for its dtype.
         buffers = self.__dict__["_buffers"]
         if name == "weight":
-            return dequantize(buffers["weight_int8"], buffers["weight_scale"], self._wiring.axis, self._wiring.block)
+            return _weight(buffers, self._wiring.axis, self._wiring.block)
         if name == "bias":
             if "bias_int32" not in buffers:
                 return buffers.get("float_bias")
@@ -97,21 +99,28 @@ class DeployedWatchedLayer(DeployedLayer, WatchedLayer):
 
 
 class DeployedEmbedding(QuantizedEmbedding):
-    """Looks up int8 rows, and the scale of each: a table in float is made only for who asks for `weight`."""
+    """Looks up rows of integers, and the scale of each: a table in float is made only for who asks for `weight`."""
 
     def __getattr__(self, name: str) -> Any:
         if name == "weight":
-            scale = self.__dict__["_buffers"]["weight_scale"]
-            return dequantize(self.__dict__["_buffers"]["weight_int8"], scale, None if scale.dim() == 0 else 0)
+            buffers = self.__dict__["_buffers"]
+            return _weight(buffers, None if buffers["weight_scale"].dim() == 0 else 0)
         return super().__getattr__(name)
 
     def forward(self, input: Tensor) -> Tensor:
         buffers = cast(Any, self._buffers)
         # A watched module above asks about every product; this one is none of its own.
         with torch._C.DisableTorchFunction():
-            rows = F.embedding(input, buffers["weight_int8"]).to(torch.float32)
-            scale = buffers["weight_scale"]
-            rows = rows * (scale if scale.dim() == 0 else F.embedding(input, scale.unsqueeze(1)))
+            scale, zero = buffers["weight_scale"], buffers.get("weight_zero_point")
+            stored = buffers["weight_int8"] if zero is None else buffers["weight_uint8"]
+
+            def of_rows(each: Tensor) -> Tensor:
+                return each if scale.dim() == 0 else F.embedding(input, each.unsqueeze(1))
+
+            rows = F.embedding(input, stored).to(torch.float32)
+            if zero is not None:
+                rows = rows - of_rows(zero).to(torch.float32)
+            rows = rows * of_rows(scale)
         return self._output(rows)
 
 
@@ -205,13 +214,18 @@ def deployment_copy(model: nn.Module) -> nn.Module:
             for name in ("weight", "bias"):
                 layer._parameters.pop(name, None)
         layer._modules.pop(WEIGHT_STEP, None)
-        buffers: dict[str, Tensor | None] = {"weight_int8": found[0], "weight_scale": found[1]}
+        axis = found.axis
+        buffers: dict[str, Tensor | None] = {"weight_int8": found.weight, "weight_scale": found.scale}
+        if found.zero_point is not None:
+            zero = widened(found.zero_point, found.weight, axis, layer._wiring.block)
+            stored = (found.weight + zero).to(torch.uint8)
+            buffers = {"weight_uint8": stored, "weight_scale": found.scale, "weight_zero_point": found.zero_point}
         if not isinstance(layer, QuantizedEmbedding):
-            layer._wiring.axis = found[2]
-            if found[3] is not None:
-                buffers.update(bias_int32=found[3], bias_scale=found[4])
-            elif found[5] is not None:
-                buffers.update(float_bias=found[5])
+            layer._wiring.axis = axis
+            if found.bias is not None:
+                buffers.update(bias_int32=found.bias, bias_scale=found.bias_scale)
+            elif found.float_bias is not None:
+                buffers.update(float_bias=found.float_bias)
         for name, value in buffers.items():
             layer.register_buffer(name, value)
         if isinstance(layer, WatchedLayer):
@@ -243,10 +257,20 @@ def _clear(norm: nn.Module) -> None:
         values.update(dict.fromkeys(values))
 
 
-def _embedding(layer: QuantizedEmbedding) -> tuple[Any, ...]:
+def _weight(buffers: Any, axis: int | None, block: int = 0) -> Tensor:
+    zero = buffers.get("weight_zero_point")
+    stored = buffers["weight_int8"] if zero is None else buffers["weight_uint8"]
+    return dequantize(stored, buffers["weight_scale"], axis, block, zero)
+
+
+def _embedding(layer: QuantizedEmbedding) -> Integers:
     with torch.no_grad():
-        q, scale = on_own_grid(layer)
-        return q.to(torch.int8), scale.reshape(() if scale.dim() == 0 else (-1,))
+        q, scale, zero = on_own_grid(layer)
+        axis = None if scale.dim() == 0 else 0
+        scale = scale.reshape(() if axis is None else -1)
+        if zero is not None:
+            zero = zero.reshape(scale.shape).to(torch.uint8)
+        return Integers(q.to(torch.int8 if zero is None else torch.int16), scale, axis, None, scale, None, zero)
 
 
 def opsets(model: nn.Module) -> tuple[int, int]:

@@ -38,8 +38,8 @@ def quantize_dequantize(x: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
     return result
 
 
-def dequantize(q: Tensor, scale: Tensor, axis: int | None, block: int = 0) -> Tensor:
-    """q * scale in float32: weights and biases that are stored as integers (zero point 0).
+def dequantize(q: Tensor, scale: Tensor, axis: int | None, block: int = 0, zero_point: Tensor | None = None) -> Tensor:
+    """(q - zero_point) * scale in float32: weights and biases that are stored as integers.
 
     Exports as DequantizeLinear on the initializer `q`; no optimizer folds it to float.
 
@@ -48,8 +48,9 @@ def dequantize(q: Tensor, scale: Tensor, axis: int | None, block: int = 0) -> Te
         scale: float32; rank 0, or (C,) with `axis` the dimension of `q` that has C entries.
         axis: None with a scale of rank 0.
         block: the scale has an entry for each `block` indices of `axis` instead; 0: it has not.
+        zero_point: of the type of `q` and the shape of `scale`; None: 0.
     """
-    result: Tensor = _operators().dequantize.default(q, scale, axis, block)
+    result: Tensor = _operators().dequantize.default(q, scale, axis, block, zero_point)
     return result
 
 
@@ -64,10 +65,14 @@ def translations(opset: int) -> dict[Callable[..., Any], Callable[..., Any]]:
     def translate_quantize_dequantize(x: Any, scale: Any, zero_point: Any) -> Any:
         return op.DequantizeLinear(op.QuantizeLinear(x, scale, zero_point), scale, zero_point)
 
-    def translate_dequantize(q: Any, scale: Any, axis: int | None = None, block: int = 0) -> Any:
+    def translate_dequantize(
+        q: Any, scale: Any, axis: int | None = None, block: int = 0, zero_point: Any = None
+    ) -> Any:
+        where: dict[str, int] = {} if axis is None else {"axis": axis}
         if block:
-            return op.DequantizeLinear(q, scale, axis=axis, block_size=block)
-        return op.DequantizeLinear(q, scale) if axis is None else op.DequantizeLinear(q, scale, axis=axis)
+            where["block_size"] = block
+        operands = (q, scale) if zero_point is None else (q, scale, zero_point)
+        return op.DequantizeLinear(*operands, **where)
 
     return {
         operators.quantize_dequantize.default: translate_quantize_dequantize,
@@ -82,9 +87,11 @@ def _quantize_dequantize(x: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor
     return ((x / scale).round_().add_(offset).clamp_(limits.min, limits.max).sub_(offset)).mul_(scale)
 
 
-def _dequantize(q: Tensor, scale: Tensor, axis: int | None, block: int) -> Tensor:
-    scale = widened(scale, q, axis, block)
-    return q.to(scale.dtype) * scale
+def _dequantize(q: Tensor, scale: Tensor, axis: int | None, block: int, zero_point: Tensor | None) -> Tensor:
+    values = q.to(scale.dtype)
+    if zero_point is not None:
+        values -= widened(zero_point, q, axis, block).to(scale.dtype)
+    return values * widened(scale, q, axis, block)
 
 
 @cache
@@ -92,12 +99,14 @@ def _operators() -> Any:
     """Registers both on the first use, once a process: importing sparsify registers nothing."""
     library: Any = cast(Any, torch.library.Library)("sparsify", "DEF")
     library.define("quantize_dequantize(Tensor x, Tensor scale, Tensor zero_point) -> Tensor")
-    library.define("dequantize(Tensor q, Tensor scale, int? axis, int block) -> Tensor")
+    library.define("dequantize(Tensor q, Tensor scale, int? axis, int block, Tensor? zero_point) -> Tensor")
     library.impl("quantize_dequantize", _quantize_dequantize, "CompositeExplicitAutograd")
     library.impl("dequantize", _dequantize, "CompositeExplicitAutograd")
     torch.library.register_fake(QUANTIZE_DEQUANTIZE, lambda x, scale, zero_point: torch.empty_like(x), lib=library)
     torch.library.register_fake(
-        "sparsify::dequantize", lambda q, scale, axis, block: torch.empty_like(q, dtype=scale.dtype), lib=library
+        "sparsify::dequantize",
+        lambda q, scale, axis, block, zero_point: torch.empty_like(q, dtype=scale.dtype),
+        lib=library,
     )
     _kept.append(library)
     return torch.ops.sparsify

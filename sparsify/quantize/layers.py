@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from sparsify.quantize import weight_grid
-from sparsify.quantize.fake import FakeQuantize, fake_weight, replaced
+from sparsify.quantize.fake import FakeQuantize, replaced
 from sparsify.quantize.learned_step import LearnedStep
 from sparsify.quantize.weight_grid import WEIGHT_STEP, on_own_grid, widened
 
@@ -32,6 +32,7 @@ class Wiring:
         axis: the dimension of the weight with a scale for each index; None: one scale.
         largest: the largest integer of a weight; 0: weights stay in float.
         block: how many weights along the inputs have a scale, of each channel; 0: all of them.
+        affine: whether a scale of weights has a zero point beside it.
         rank: of a BatchNorm that is a layer of its own, the number of dimensions of what it reads.
         source: the quantizer of the tensor that it reads; None: that is float.
         shared: a quantizer for its input that another layer holds; None: it has its own, or none.
@@ -46,6 +47,7 @@ class Wiring:
     axis: int | None = None
     largest: int = 0
     block: int = 0
+    affine: bool = False
     rank: int = 0
     source: FakeQuantize | None = None
     shared: FakeQuantize | None = None
@@ -60,10 +62,12 @@ class Integers(NamedTuple):
     """What is deployed of one layer, BatchNorm folded.
 
     Attributes:
-        weight: int8. scale: float32 of rank 0, or (C,) along `axis`. axis: None with rank 0. With blocks an
+        weight: int8; int16 where there are zero points, from which on these integers count.
+        scale: float32 of rank 0, or (C,) along `axis`. axis: None with rank 0. With blocks an
             entry of scale for each along `axis`, which is then the dimension of the inputs.
         bias: int32 (C,), or None. bias_scale: of the shape of `scale`.
         float_bias: (C,), where what the layer reads is not quantized, so that there is no grid for a bias.
+        zero_point: uint8, of the shape of `scale`; None: the integers are symmetric.
     """
 
     weight: Tensor
@@ -72,6 +76,7 @@ class Integers(NamedTuple):
     bias: Tensor | None
     bias_scale: Tensor
     float_bias: Tensor | None
+    zero_point: Tensor | None = None
 
 
 class Retyped(nn.Module):
@@ -172,7 +177,7 @@ class QuantizedEmbedding(Retyped, nn.Embedding):
         rows = self._rows(input, self.weight)
         with torch._C.DisableTorchFunction():
             flat = rows.reshape(-1, rows.shape[-1])
-            return self._output(fake_weight(flat, axis=0, largest=wiring.largest).view(rows.shape))
+            return self._output(weight_grid.rounded(flat, 0, wiring).view(rows.shape))
 
     def _rows(self, ids: Tensor, table: Tensor) -> Tensor:
         return F.embedding(
@@ -424,7 +429,9 @@ def integers(layer: Any) -> Integers:
         factor, offset = norm_factor(layer)
         q = (torch.sign(factor) * wiring.largest).reshape(-1, *[1] * (wiring.rank - 1))
         return _with_bias(q, factor.abs() / wiring.largest, 0, offset, wiring.source)
-    q, spread = on_own_grid(layer)
+    q, spread, zero = on_own_grid(layer)
+    if zero is not None:
+        return _affine_integers(layer, q, spread, zero)
     if wiring.block:
         return _integers_in_blocks(layer, q, spread)
     axis, scale = wiring.axis, spread.reshape(-1) if wiring.axis is not None else spread.reshape(())
@@ -469,6 +476,26 @@ def _integers_in_blocks(layer: Any, q: Tensor, scale: Tensor) -> Integers:
         q = q * widened(torch.sign(factor), q, axis, 0)
         scale = (scale * widened(factor.abs(), scale, axis, 0)).clamp(min=1e-20)
     return Integers(q.to(torch.int8), scale.contiguous(), 1 - axis, None, scale, bias)
+
+
+def _affine_integers(layer: Any, q: Tensor, scale: Tensor, zero: Tensor) -> Integers:
+    """Of weights whose input is in float; `q` is counted from `zero` on, so that a factor of -1 turns both round."""
+    wiring: Wiring = layer._wiring
+    levels, channels = 2 * wiring.largest + 1, channel_axis(layer)
+    bias = None if layer.bias is None else layer.bias.detach().float()
+    axis = 1 - channels if wiring.block else wiring.axis
+    if not wiring.block:
+        scale, zero = (each.reshape(() if axis is None else -1) for each in (scale, zero))
+    if wiring.norm is not None:
+        factor, offset = norm_factor(wiring.norm)
+        bias = offset if bias is None else offset + factor * bias
+        axis = axis if wiring.block else channels
+        size = widened(factor.abs(), scale, channels, 0) if wiring.block else factor.abs()
+        sign = torch.sign(widened(factor, q, channels, 0))
+        turned = torch.sign(widened(factor, scale, channels, 0) if wiring.block else factor) < 0
+        q, scale = q * sign, (scale * size).clamp(min=1e-20)
+        zero = torch.where(turned, levels - zero, zero)
+    return Integers(q.to(torch.int16), scale.contiguous(), axis, None, scale, bias, zero.to(torch.uint8).contiguous())
 
 
 def channel_axis(layer: nn.Module) -> int:

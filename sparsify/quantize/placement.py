@@ -394,7 +394,8 @@ class _Planner:
         learned = weights.observer == "lsq"
         linear = isinstance(module, nn.Linear) or stores_transposed(module)
         block = (weights.block_size or 0) if linear else 0
-        return Layer(name, axis, 2 ** (bits - 1) - 1, source, self.folds.get(name), learned, block)
+        affine = not weights.symmetric
+        return Layer(name, axis, 2 ** (bits - 1) - 1, source, self.folds.get(name), learned, block, affine)
 
     def _watched(self, sites: list[Site], norms: Iterable[str]) -> dict[str, dict[str, int]]:
         """The modules with quantized operations of their own, and those below them that compute such operations too."""

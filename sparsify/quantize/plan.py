@@ -86,6 +86,7 @@ class Layer:
         source: the name of the site that it reads; None: it reads floats.
         norm: the BatchNorm that is folded into it.
         learned: whether its scales are parameters. block: how many weights along the inputs have one; 0: all.
+        affine: whether a zero point stands beside each scale, and the integers are 0..2 largest + 1.
     """
 
     name: str
@@ -95,6 +96,7 @@ class Layer:
     norm: str | None
     learned: bool = False
     block: int = 0
+    affine: bool = False
 
 
 @dataclass(frozen=True)
@@ -263,6 +265,7 @@ def apply_plan(model: nn.Module, plan: Plan) -> None:
     for layer in plan.layers:
         wiring = retype(modules[layer.name])
         wiring.axis, wiring.largest, wiring.block = layer.axis, layer.largest, layer.block
+        wiring.affine = layer.affine
         if layer.learned:
             modules[layer.name].add_module(WEIGHT_STEP, learned_step(modules[layer.name].weight, wiring))
         if layer.norm is not None:

@@ -57,7 +57,7 @@ class ActivationScheme(BaseModel):
 
 
 class WeightScheme(BaseModel):
-    """How weights are quantized: symmetric, so that a zero stays exactly zero."""
+    """How weights are quantized; a zero stays exactly zero in every way."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
@@ -68,7 +68,9 @@ class WeightScheme(BaseModel):
     )
     symmetric: bool = Field(
         default=True,
-        description="Weights are symmetric whatever is said: a zero point would cost speed and move zeros.",
+        description="True: signed integers, zero point 0. False: affine, unsigned, with a zero point beside each scale "
+        "(uint8, uint4), which is nearer to weights of few bits; zero is exact. For weights alone, with "
+        "input_activations: null and observer: min_max.",
     )
     strategy: Literal["tensor", "channel", "block"] = Field(
         default="channel",
@@ -96,6 +98,11 @@ class WeightScheme(BaseModel):
             raise ValueError(
                 f"strategy: {self.strategy} with block_size: {self.block_size}; strategy: block and a block_size go "
                 "together, as in {strategy: block, block_size: 32}."
+            )
+        if not self.symmetric and self.observer == "lsq":
+            raise ValueError(
+                "symmetric: false with observer: lsq; a learned step has no zero point to go with it. Write observer: "
+                "min_max, or symmetric: true."
             )
         return self
 
@@ -183,7 +190,7 @@ class Settings:
 
         Raises:
             TargetError: `strict`, and a name matches nothing.
-            RecipeError: blocks of weights beside quantized activations.
+            RecipeError: blocks of weights, or affine ones, beside quantized activations.
         """
         layers = list(layers)
         out = self.left_out(model)
@@ -206,6 +213,13 @@ class Settings:
                     f"{self.where}: {name} would have weights with a scale for each block of {weights.block_size} and "
                     "quantized activations, which no runtime sums in integers. Add input_activations: null, or give "
                     "its weights strategy: channel.",
+                    field="scheme",
+                )
+            if scheme is not None and weights is not None and not weights.symmetric and scheme.input_activations:
+                raise RecipeError(
+                    f"{self.where}: {name} would have affine weights (symmetric: false) and quantized activations, "
+                    "whose products take onnxruntime twice as long as those of symmetric weights. Write symmetric: "
+                    "true for its weights, or add input_activations: null to quantize weights alone.",
                     field="scheme",
                 )
         return chosen
