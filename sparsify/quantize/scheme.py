@@ -69,7 +69,7 @@ class WeightScheme(BaseModel):
     symmetric: bool = Field(
         default=True,
         description="True: signed integers, zero point 0. False: affine, unsigned, with a zero point beside each scale "
-        "(uint8, uint4), which is nearer to weights of few bits; zero is exact. For weights alone, with "
+        "(uint8, uint4), which with few bits is nearer to weights in blocks; zero is exact. For weights alone, with "
         "input_activations: null and observer: min_max.",
     )
     strategy: Literal["tensor", "channel", "block"] = Field(
