@@ -12,7 +12,7 @@ import onnx
 import onnxruntime
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from quantized_models import Conv1D, Net, images, quantized
 from torch import Tensor, nn
@@ -71,6 +71,8 @@ finite = st.floats(-(2.0**99), 2.0**99, width=32, allow_subnormal=False)
     st.sampled_from([2, 3, 4, 8]),
     st.sampled_from([None, 0, 1]),
 )
+# The zero point and the largest weight both lie halfway between two integers, and both are rounded up.
+@example([[-1.5, 1.5, 0.0]], 2, None)
 def test_zero_is_exact_and_nothing_is_further_than_half_a_step(
     rows: list[list[float]], bits: int, axis: int | None
 ) -> None:
