@@ -237,6 +237,27 @@ class Dense(nn.Module):
         return self.fc(self.norm(self.block(F.max_pool2d(self.stem(x), 2))).mean((2, 3)))
 
 
+class Detector(nn.Module):
+    """Heads that are called on every level of a pyramid: their layers read what different layers give."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(3, 6, 3, padding=1, bias=False), nn.BatchNorm2d(6), nn.ReLU())
+        self.down = nn.ModuleList(nn.Sequential(nn.Conv2d(6, 6, 3, 2, 1), nn.ReLU()) for _ in range(2))
+        self.lateral = nn.ModuleList(nn.Conv2d(6, 4, 1) for _ in range(3))
+        self.boxes = nn.Sequential(nn.Conv2d(4, 4, 3, padding=1), nn.ReLU(), nn.Conv2d(4, 4, 1))
+        self.kinds = nn.Sequential(nn.Conv2d(4, 4, 3, padding=1), nn.ReLU(), nn.Conv2d(4, 2, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        levels = [self.stem(x)]
+        for down in self.down:
+            levels.append(down(levels[-1]))
+        levels = [lateral(level) for lateral, level in zip(self.lateral, levels, strict=True)]
+        boxes = [self.boxes(level).flatten(2) for level in levels]
+        kinds = [self.kinds(level).flatten(2) for level in levels]
+        return torch.cat([torch.cat(boxes, 2), torch.cat(kinds, 2)], 1)
+
+
 ZOO: dict[str, tuple[Any, Any]] = {
     "residual": (Net, images),
     "inverted": (Inverted, images),
@@ -245,6 +266,7 @@ ZOO: dict[str, tuple[Any, Any]] = {
     "attention": (Attention, lambda: torch.randint(0, 20, (3, 7))),
     "up": (Up, images),
     "dense": (Dense, images),
+    "detector": (Detector, images),
     "mlp": (mlp, lambda: torch.randn(16, 6)),
 }
 """Name -> (constructor, one batch)."""

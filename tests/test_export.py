@@ -19,7 +19,7 @@ import pytest
 import torch
 from deployment_forms import Encoder, ResNet
 from onnx import numpy_helper
-from quantized_models import Up, images, quantized, train, trained
+from quantized_models import Up, images, quantized, train
 from torch import Tensor, nn
 from torch.nn import functional as F
 

@@ -140,14 +140,15 @@ def test_operations_of_children_are_not_taken_for_the_parents() -> None:
             super().__init__()
             self.conv = nn.Conv2d(3, 3, 1)
             self.inner = Inner()
-            self.last = nn.Conv2d(3, 3, 1)
+            self.other, self.last = nn.Conv2d(3, 3, 1), nn.Conv2d(3, 3, 1)
 
         def forward(self, x: Tensor) -> Tensor:
             y = self.inner(x)
-            return self.last(self.conv(x) + self.conv_of(y))
+            # Also read in float, so that nothing is quantized where it is made.
+            return self.last(self.conv(x) + self.conv_of(y)) * y.mean()
 
         def conv_of(self, y: Tensor) -> Tensor:
-            return self.last(y)
+            return self.other(y)
 
     class Inner(nn.Module):
         def forward(self, x: Tensor) -> Tensor:

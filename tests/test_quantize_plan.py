@@ -7,7 +7,20 @@ from pathlib import Path
 
 import pytest
 import torch
-from quantized_models import ZOO, Attention, Dense, Gated, Inverted, Net, Subclassed, Up, images, mlp, quantized
+from quantized_models import (
+    ZOO,
+    Attention,
+    Dense,
+    Detector,
+    Gated,
+    Inverted,
+    Net,
+    Subclassed,
+    Up,
+    images,
+    mlp,
+    quantized,
+)
 from torch import Tensor, nn
 
 from sparsify import export_onnx, quantize_model, verify_onnx
@@ -129,7 +142,42 @@ def test_a_shared_layer_has_one_quantizer_for_all_that_it_reads_and_is_not_folde
     (layer,) = plan.layers
     assert layer.source == "conv.input_quantizer" and layer.norm is None
     # Its BatchNorm is a layer of its own, then.
-    assert [(norm.name, norm.source) for norm in plan.alone] == [("bn", "bn.input_quantizer")] and plan.left == ()
+    assert [(norm.name, norm.source) for norm in plan.alone] == [("bn", "conv.output_quantizer")] and plan.left == ()
+
+
+def test_what_a_layer_reads_in_several_calls_lies_on_one_grid() -> None:
+    plan = plan_of(Detector(), images())
+    sites = {site.name: site for site in plan.sites}
+    layers = {layer.name: layer for layer in plan.layers}
+    assert layers["boxes.0"].source == layers["kinds.0"].source == "lateral.0.output_quantizer"
+    like = "lateral.0.output_quantizer"
+    assert [sites[f"lateral.{n}.output_quantizer"].like for n in range(3)] == [None, like, like]
+    # The ReLUs of one head come before those of the other; each head has its own grid.
+    likes = [sites[f"relu_{n}_quantizer"].like for n in range(6)]
+    assert likes == [None, *2 * ["relu_0_quantizer"], None, *2 * ["relu_3_quantizer"]]
+    assert layers["boxes.2"].source != layers["kinds.2"].source
+    assert not any(site.in_place or site.producer for site in plan.sites if site.like)
+    # No tensor is quantized twice, and what a head gives leaves it as integers.
+    assert not any(site.child == "input_quantizer" and site.module != "stem.0" for site in plan.sites)
+    assert {"boxes.2.output_quantizer", "kinds.2.output_quantizer"} <= set(sites)
+    assert Plan.from_state(plan.to_state()) == plan
+
+
+def test_a_layer_that_reads_the_input_too_brings_its_own_quantizer() -> None:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.last = nn.Conv2d(3, 3, 1), nn.Conv2d(3, 2, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.last(self.conv(torch.relu(self.conv(x))))
+
+    plan = plan_of(Twice(), images())
+    assert [site.name for site in plan.sites if not site.child.startswith("output")] == ["conv.input_quantizer"]
+    assert {layer.name: layer.source for layer in plan.layers} == {
+        "conv": "conv.input_quantizer",
+        "last": "conv.output_quantizer",
+    }
 
 
 def test_a_norm_before_its_convolution_is_a_layer_between_integers() -> None:
@@ -284,7 +332,7 @@ def test_a_plan_survives_as_plain_data_and_rebuilds_a_fresh_model(name: str) -> 
     fresh.load_state_dict(model.state_dict())
     assert [type(m) for m in fresh.modules()] == [type(m) for m in model.modules()]
     assert torch.equal(fresh.eval()(inputs), model.eval()(inputs))
-    assert len(list(quantizers(fresh))) == len(plan.sites)
+    assert len(list(quantizers(fresh))) == sum(site.like is None for site in plan.sites)
 
 
 def test_a_plan_of_another_model_is_refused_before_anything_changes() -> None:

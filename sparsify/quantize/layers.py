@@ -18,6 +18,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from sparsify.quantize import weight_grid
 from sparsify.quantize.fake import FakeQuantize, replaced
 from sparsify.quantize.learned_step import LearnedStep
+from sparsify.quantize.same_grid import SameGrid
 from sparsify.quantize.weight_grid import WEIGHT_STEP, on_own_grid, widened
 
 __all__: list[str] = []
@@ -355,7 +356,7 @@ def restore(model: nn.Module) -> None:
             for name in ("_counts", "_off"):
                 module.__dict__.pop(name, None)
             for name, child in list(module._modules.items()):
-                if isinstance(child, (FakeQuantize, LearnedStep)):
+                if isinstance(child, (FakeQuantize, SameGrid, LearnedStep)):
                     del module._modules[name]
             for name in wiring.made:
                 del module._modules[name]

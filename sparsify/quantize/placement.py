@@ -66,7 +66,7 @@ class _Planner:
         """Where the quantizer of what `node` gives can stand: (module, child, role); None: only at its readers."""
         if node.name in self.ends:
             layer = self.ends[node.name]
-            if len(self.nodes.get(layer, ())) > 1:
+            if len(self.nodes.get(layer, ())) > 1 and node.kind != "conv":
                 return None
             return self.folds.get(layer, layer), "output_quantizer", "output"
         if node.kind not in KINDS or not node.is_float or self.chosen.ignores(node):
@@ -222,6 +222,7 @@ class _Planner:
 
         sites: list[Site] = []
         source: dict[str, str] = {}
+        own, grids = self._shared(own, required, blocks)
         for root in [node.name for node in trace.nodes if node.name in required or node.name in demands]:
             node = trace.by_name[root]
             wanted = demands.get(root, [])
@@ -236,7 +237,8 @@ class _Planner:
                 site = self._site(node, place, args)
                 if alone_in_float:
                     site = dataclasses.replace(site, fixed=None)
-                sites.append(site)
+                if all(site.name != one.name for one in sites):
+                    sites.append(site)
                 source.update((name, site.name) for name, _ in wanted)
                 continue
             groups: dict[tuple[int, bool, str], list[tuple[str, ActivationScheme]]] = defaultdict(list)
@@ -251,6 +253,8 @@ class _Planner:
             sites.append(site)
             source[name] = site.name
 
+        sites = _on_one_grid(sites, grids.values())
+        source.update((name, places[0]) for name, places in grids.items())
         sites += self._product_sites()
 
         layers = tuple(self._layer(name, scheme, source.get(name)) for name, scheme in self.layers.items())
@@ -267,6 +271,36 @@ class _Planner:
                 for name, node in alone.items()
             ),
         )
+
+    def _shared(
+        self, several: list[tuple[str, ActivationScheme]], required: dict[str, ActivationScheme], blocks: set[str]
+    ) -> tuple[list[tuple[str, ActivationScheme]], dict[str, list[str]]]:
+        """Layers that are called more than once have one scale for all that they read.
+
+        Gives those that bring a quantizer of their own, and of the others {layer: the sites that share one grid}.
+        """
+        own: list[tuple[str, ActivationScheme]] = []
+        shared: dict[str, list[str]] = {}
+        for name, args in several:
+            roots = [self.trace.by_name[self.trace.root(n.inputs[0])] for n in self.nodes[name] if n.inputs]
+            places = [self._place(root) for root in roots]
+            if len(roots) == len(self.nodes[name]) and all(root.name in blocks for root in roots) and all(places):
+                sites = [self._site(root, place, args) for root, place in zip(roots, places, strict=True) if place]
+                alike = {(site.relu, site.ceiling, site.gate, site.fixed) for site in sites}
+                if len(alike) == 1 and all(required.get(root.name, args) == args for root in roots):
+                    shared[name] = list(dict.fromkeys(site.name for site in sites))
+                    required.update((root.name, args) for root in roots)
+                    continue
+            own.append((name, args))
+            for root in roots:
+                if root.name in required and all(user.owner == name for user in self.trace.users(root.name)):
+                    # Its own quantizer stands right behind what makes the tensor; of a ReLU, which is no part of that,
+                    # what it reads is quantized, or the convolution before it would run in float.
+                    required.pop(root.name)
+                    made = self.trace.root(root.inputs[0])
+                    if root.kind == "relu" and made in self.ends and made in blocks:
+                        required.setdefault(made, args)
+        return own, shared
 
     def _reads(self, node: Node, required: dict[str, ActivationScheme]) -> bool:
         """Whether all that `node` reads is quantized where it is made."""
@@ -437,6 +471,23 @@ class _Planner:
 _GO_ON = frozenset({"conv", "linear", "relu", "add", "multiply", "concat", "gate", "average_pool"})
 """Kinds of operations that compute with integers."""
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
+
+
+def _on_one_grid(sites: Iterable[Site], grids: Iterable[list[str]]) -> list[Site]:
+    """`sites` in which those that are named together in `grids` leave the work to the first of them."""
+    together: dict[str, set[str]] = {}
+    for names in grids:
+        joined = set(names).union(*(together.get(name, ()) for name in names))
+        together.update(dict.fromkeys(joined, joined))
+    first: dict[int, str] = {}
+    found: list[Site] = []
+    for site in sites:
+        group = together.get(site.name)
+        if group is not None and len(group) > 1:
+            like = first.setdefault(id(group), site.name)
+            site = dataclasses.replace(site, in_place=False, producer=None, like=None if like == site.name else like)
+        found.append(site)
+    return found
 
 
 def _site_at(module: str, child: str, args: ActivationScheme, readers: Iterable[str] = ()) -> Site:

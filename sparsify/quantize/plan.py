@@ -30,6 +30,7 @@ from sparsify.quantize.layers import (
     retype,
 )
 from sparsify.quantize.learned_step import LearnedQuantize
+from sparsify.quantize.same_grid import SameGrid
 from sparsify.quantize.weight_grid import WEIGHT_STEP, learned_step
 from sparsify.targets import named_modules
 
@@ -51,6 +52,7 @@ class Site:
         relu: the quantizer does the ReLU. ceiling: where that is cut off (ReLU6); None: nowhere.
         gate: the activation that the quantizer does, "silu" or "hardswish".
         fixed: the function before it, where the grid is that function's: "tanh".
+        like: the name of the site whose quantizer does it; None: its own.
         observer: how the range follows from the values. percentile: of the observer of that name.
         in_place: whether the quantizer alone reads the tensor. producer: the module whose hooks could have kept it.
     """
@@ -66,6 +68,7 @@ class Site:
     in_place: bool = False
     producer: str | None = None
     gate: str | None = None
+    like: str | None = None
     observer: str = "moving_average"
     percentile: float = 99.99
     fixed: str | None = None
@@ -275,6 +278,10 @@ def apply_plan(model: nn.Module, plan: Plan) -> None:
     for site in plan.sites:
         module = modules[site.module]
         retype(module)
+        if site.like is not None:
+            module.add_module(site.child, SameGrid(quantizers[site.like]))
+            quantizers[site.name] = quantizers[site.like]
+            continue
         made: Callable[..., FakeQuantize] = LearnedQuantize if site.observer == "lsq" else FakeQuantize
         if site.fixed is not None:
             made = partial(FixedQuantize, function=site.fixed)
