@@ -328,7 +328,7 @@ def plain_trace(program: Any, names: Names) -> Trace:
             op = _op_name(node.target)
             if op.rstrip("_") == "hardtanh" and tuple(node.args[1:3]) == (0.0, 6.0):
                 op = "relu6" + op.removeprefix("hardtanh")
-            kind = _KINDS.get(op.rstrip("_"), "other")
+            kind = "move" if is_idle(op, node.args) else _KINDS.get(op.rstrip("_"), "other")
         elif node.op == "output":
             outputs = [read.name for read in node.all_input_nodes]
             continue
@@ -354,6 +354,19 @@ def plain_trace(program: Any, names: Names) -> Trace:
         )
     known = {node.name for node in nodes}
     return Trace(tuple(nodes), tuple(name for name in outputs if name in known))
+
+
+def is_idle(op: str, operands: Sequence[Any]) -> bool:
+    """Whether an addition of the number 0 or a product with the number 1, which give their other operand.
+
+    Sums that begin at 0 have one: total = 0; for branch in branches: total = total + branch(x).
+
+    >>> is_idle("add_", ["x", 0]), is_idle("mul", [1.0, "x"]), is_idle("mul", ["x", 0]), is_idle("add", ["x", True])
+    (True, True, False, False)
+    """
+    neutral = {"add": 0, "mul": 1, "multiply": 1}.get(op.rstrip("_"))
+    numbers = [one for one in operands[:2] if isinstance(one, (int, float)) and not isinstance(one, bool)]
+    return len(operands) >= 2 and len(numbers) == 1 and numbers[0] == neutral
 
 
 def is_image_mean(before: Sequence[int], after: Sequence[int]) -> bool:

@@ -189,6 +189,13 @@ def test_what_a_filter_leaves_dense_goes_to_the_others() -> None:
     assert shares(tough, soft, more, sparsity=0.3, min_sparsity=0.4) == [0.0, 0.9, 0.0]
 
 
+def test_a_time_too_short_to_be_measured_is_no_standstill() -> None:
+    gone = replace(plain("gone", 100, (0.0, 1.0, 3.0)), times=(1.0, 0.5, 0.0))
+    profile = pruning_profile([gone], PruningSettings(sparsity=0.9, min_sparsity=0.0, min_speedup=2.0))
+    assert profile.layers[0].sparsity == pytest.approx(0.9)
+    assert profile.layers[0].speedup == profile.speedup == pytest.approx(1e9)
+
+
 def test_nothing_is_pruned_where_a_filter_would_make_it_far_too_much() -> None:
     tough, soft = plain("tough", 100, (0.0, 1.0, 3.0)), plain("soft", 100, (0.0, 0.1, 0.3))
     # .35 on average is the next that can be had; 0 is nearer to .06, and .35 to .3.

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from sparsify import export_onnx, quantize_model, verify_onnx
 from sparsify.errors import StateError, TargetError
 from sparsify.graph import trace
+from sparsify.quantize.functional import switched_off
 from sparsify.quantize.layers import quantizers
 from sparsify.quantize.placement import make_plan
 from sparsify.quantize.plan import Plan, apply_plan
@@ -178,6 +179,30 @@ def test_a_layer_that_reads_the_input_too_brings_its_own_quantizer() -> None:
         "conv": "conv.input_quantizer",
         "last": "conv.output_quantizer",
     }
+
+
+def test_a_sum_that_begins_at_zero_is_not_quantized_twice() -> None:
+    """As timm's MobileOne writes its branches: x + 0 is x."""
+
+    class Branches(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem = nn.Conv2d(3, 4, 1)
+            self.branches = nn.ModuleList(nn.Conv2d(4, 4, 1) for _ in range(2))
+            self.last = nn.Conv2d(4, 2, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.stem(x).relu()
+            total: Tensor = 0  # type: ignore[assignment]
+            for branch in self.branches:
+                total = total + branch(x)
+            return self.last(1 * total)
+
+    model = Branches()
+    plan = quantized(model, images())
+    assert [site.name for site in plan.sites if site.module == ""] == ["relu_0_quantizer", "add_0_quantizer"]
+    model(images())
+    assert not switched_off(model)
 
 
 def test_a_norm_before_its_convolution_is_a_layer_between_integers() -> None:

@@ -261,6 +261,10 @@ function stepsOf(index, layer, onLoss, onTime) {
   return hull.slice(1).map((point, n) => [slope(hull[n], point) / size, index, hull[n][0], point[0]]);
 }
 
+function speedup(before, after) {
+  return before > 0 ? before / Math.max(after, 1e-9 * before) : 1;
+}
+
 function recoveryOf(loss, best) {
   if (best <= 0) return loss <= 0 ? 1 : 0;
   return Math.max(0, 2 - loss / best);
@@ -306,7 +310,7 @@ function pruningProfile(curves, settings) {
       overridden: Object.hasOwn(settings.overrides, curve.name),
       why: layer.why || (share === 0 ? "its share went to the others" : ""),
       ms,
-      speedup: ms > 0 ? curve.ms / ms : 1,
+      speedup: speedup(curve.ms, ms),
       recovery: recoveryOf(layer.loss(share), layer.loss(best.shares[index])),
       macs: curve.macs * (1 - share),
       parameters: curve.parameters - curve.weights * share,
@@ -318,7 +322,7 @@ function pruningProfile(curves, settings) {
     layers: choices,
     sparsity: met,
     recovery: recoveryOf(chosen.loss, best.loss),
-    speedup: chosen.time > 0 ? before / chosen.time : 1,
+    speedup: speedup(before, chosen.time),
     ms_before: before,
     ms_after: chosen.time,
     macs_before: fsum(layers.map((layer) => layer.curve.macs)),

@@ -457,7 +457,7 @@ def _profile(layers: Sequence[_Layer], settings: PruningSettings, chosen: _Sprea
                 overridden=curve.name in settings.overrides,
                 why=why,
                 ms=ms,
-                speedup=curve.ms / ms if ms > 0 else 1.0,
+                speedup=_speedup(curve.ms, ms),
                 recovery=_recovery(layer.loss(share), layer.loss(ideal)),
                 macs=curve.macs * (1 - share),
                 parameters=curve.parameters - curve.weights * share,
@@ -474,7 +474,7 @@ def _profile(layers: Sequence[_Layer], settings: PruningSettings, chosen: _Sprea
         layers=tuple(choices),
         sparsity=met,
         recovery=_recovery(chosen.loss, best.loss),
-        speedup=before / chosen.time if chosen.time > 0 else 1.0,
+        speedup=_speedup(before, chosen.time),
         ms_before=before,
         ms_after=chosen.time,
         macs_before=math.fsum(layer.curve.macs for layer in layers),
@@ -496,6 +496,11 @@ def _notes(layers: Sequence[_Layer], settings: PruningSettings, met: float, any_
     else:
         cause = f"caps, filters and {by_hand} overrides leave no more" if by_hand else "caps and filters leave no more"
     return [f"the average is {met:.1%}, not the {settings.sparsity:.1%} that was asked for: {cause}."]
+
+
+def _speedup(before: float, after: float) -> float:
+    """A time of 0 is one too short to be measured: at most a billion times."""
+    return before / max(after, 1e-9 * before) if before > 0 else 1.0
 
 
 def _recovery(loss: float, best: float) -> float:

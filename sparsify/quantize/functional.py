@@ -17,7 +17,7 @@ from torch import Tensor, nn, overrides
 from torch.nn import functional as F
 
 from sparsify.errors import SparsifyWarning
-from sparsify.graph import is_image_mean
+from sparsify.graph import is_idle, is_image_mean
 from sparsify.quantize import products
 from sparsify.quantize.fake import FakeQuantize
 from sparsify.quantize.layers import (
@@ -186,6 +186,8 @@ class _Watch(overrides.TorchFunctionMode):
                 return operated
         if func is F.hardtanh and (*args[1:3], *kwargs.values())[:2] == (0.0, 6.0):
             kind = "relu"
+        if kind in ("add", "multiply") and is_idle("add" if kind == "add" else "mul", args):
+            kind = None
         if kind is None or self.depth or self.module._off:
             return func(*args, **kwargs)
         if kind == NORM and isinstance(self.module, WatchedNorm):
