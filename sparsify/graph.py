@@ -83,6 +83,7 @@ _KINDS: dict[str, Kind] = {
                 "identity",
             ),
             *("squeeze", "unsqueeze", "expand", "expand_as", "select", "slice", "narrow", "split", "split_with_sizes"),
+            *("upsample_nearest1d", "upsample_nearest2d", "upsample_nearest3d"),
             *("chunk", "unbind", "getitem", "view_as", "movedim", "swapaxes", "lift_fresh_copy"),
         ),
         "move",

@@ -207,7 +207,7 @@ def dequantize_after_movement(model: ModelProto) -> None:
         if graph.is_initializer(dequantize.input[0]) or not graph.per_tensor(dequantize):
             continue
         for reader in graph.readers(dequantize.output[0]):
-            if reader.op_type not in _MOVEMENT or reader.input[0] != dequantize.output[0] or not all(reader.output):
+            if not _moves(reader) or reader.input[0] != dequantize.output[0] or not all(reader.output):
                 continue
             moved = [graph.fresh(f"{name}_int") for name in reader.output]
             mover = like(reader, [dequantize.input[0], *reader.input[1:]], moved)
@@ -416,6 +416,16 @@ _LAYERS = frozenset({"Conv", "ConvTranspose", "Gemm", "MatMul"})
 _RESHAPING = frozenset({"Reshape", "Flatten", "Squeeze", "Unsqueeze", "Transpose"})
 _MOVEMENT = _RESHAPING | {"MaxPool", "Slice", "Gather"}
 _MOVEMENT |= {"DepthToSpace", "SpaceToDepth", "Expand", "Tile", "Identity", "Split"}
+
+
+def _moves(node: NodeProto) -> bool:
+    """Whether it gives values of its first input and no others: a Resize repeats pixels, unless it is told to blend."""
+    if node.op_type == "Resize":
+        text = {entry.name: entry.s for entry in node.attribute}
+        return text.get("mode", b"nearest") == b"nearest" and b"tf_crop" not in text.get(
+            "coordinate_transformation_mode", b""
+        )
+    return node.op_type in _MOVEMENT
 
 
 def _quantized_weight(graph: Graph, name: str) -> tuple[str, bool, int, int] | None:

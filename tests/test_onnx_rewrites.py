@@ -422,3 +422,36 @@ def test_a_layer_in_front_of_floats_runs_in_integers(model: nn.Module, tmp_path:
     assert found.ok
     # What is left in float is no layer.
     assert not [each for each in found.unfused if each.operator in ("Conv", "Gemm", "MatMul", "Mul")], str(found)
+
+
+class Pyramid(nn.Module):
+    """What is coarse is laid over what is fine: added by one way of writing it, concatenated by the other."""
+
+    def __init__(self, mode: str) -> None:
+        super().__init__()
+        self.fine, self.coarse = nn.Conv2d(3, 4, 3, padding=1), nn.Conv2d(4, 4, 3, 2, 1)
+        self.over = nn.Conv2d(4, 4, 1)
+        self.up = nn.Upsample(scale_factor=2, mode=mode)
+        self.head = nn.Conv2d(8, 2, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        fine = F.relu(self.fine(x))
+        coarse = self.over(F.relu(self.coarse(fine)))
+        above = F.interpolate(coarse, size=fine.shape[-2:], mode=self.up.mode)
+        return self.head(torch.cat([fine + above, self.up(coarse)], 1))
+
+
+def test_pixels_are_repeated_as_integers_and_blended_in_float(tmp_path: Path) -> None:
+    for mode in ("nearest", "bilinear"):
+        torch.manual_seed(0)
+        model, x, path = Pyramid(mode), torch.randn(2, 3, 12, 12), tmp_path / f"{mode}.onnx"
+        quantized(model, x)
+        train(model, x, 2)
+        export_onnx(model.eval(), x, path)
+        result = verify_onnx(model, path, x)
+        assert result.ok, str(result)
+        graph = onnx.load(path).graph
+        made = {name: node for node in graph.node for name in node.output}
+        read = {made[node.input[0]].op_type for node in graph.node if node.op_type == "Resize"}
+        assert read == ({"QuantizeLinear"} if mode == "nearest" else {"DequantizeLinear"})
+        assert (result.exact and result.unfused == ()) == (mode == "nearest"), str(result)
