@@ -222,6 +222,8 @@ def test_a_norm_before_its_convolution_is_a_layer_between_integers() -> None:
     [
         (Settings(reduce_range=True), 3),
         (Settings(ignore=("norm",)), 2),
+        (Settings(overrides={"norm": None}), 2),
+        (Settings(overrides={"norm": Scheme(weights=None)}), 2),
         (Settings(ignore=("BatchNorm2d",)), 0),
         (Settings(ignore=("block.two",)), 1),
         (Settings(scheme=Scheme(weights=None)), 0),

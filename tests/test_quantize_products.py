@@ -176,6 +176,24 @@ def test_what_the_recipe_says_of_each_attention() -> None:
     assert Plan.from_state(plan.to_state()) == plan
 
 
+def test_an_attention_that_is_called_twice_has_each_quantizer_once(tmp_path: Path) -> None:
+    class Again(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = Bare(WAYS["sdpa"])
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.inner(self.inner(x))
+
+    torch.manual_seed(0)
+    model, x, path = Again(), torch.randn(2, 5, 8), tmp_path / "model.onnx"
+    plan = quantized(model, x, settings=Settings(scheme=SCHEME))
+    assert products_of(plan) == [f"inner.matmul_{name}_0_quantizer" for name in products.ATTENTION]
+    train(model, x, 2)
+    export_onnx(model.eval(), (x,), path)
+    assert verify_onnx(model, path, (x,)).exact
+
+
 def test_a_product_that_cannot_be_watched_is_named() -> None:
     model, x = Bare(lambda q, k, v: torch.einsum("bij,bkj,bkl->bil", q, k, v)), torch.randn(2, 5, 8)
     plan = plan_of(model, x, scheme=SCHEME)

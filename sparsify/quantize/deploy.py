@@ -172,6 +172,7 @@ _DEPLOYED: dict[type[nn.Module], type[nn.Module]] = {
     QuantizedEmbedding: DeployedEmbedding,
     QuantizedProjection: DeployedLinear,
     FakeQuantize: DeployedQuantize,
+    **dict.fromkeys(NORMS.values(), DeployedNorm),
 }
 
 
@@ -233,7 +234,7 @@ def deployment_copy(model: nn.Module) -> nn.Module:
         elif isinstance(layer, WatchedNorm):
             cast(Any, layer).__class__ = watched(cast(Any, layer._wiring.original), cast(Any, DeployedWatchedNorm))
         else:
-            cast(Any, layer).__class__ = _DEPLOYED.get(type(layer), DeployedNorm)
+            cast(Any, layer).__class__ = _DEPLOYED[type(layer)]
     for module in deployed.modules():
         if isinstance(module, FakeQuantize):
             for name in ("step", "offset"):

@@ -57,8 +57,9 @@ class _Planner:
         self.trace = trace
         self.settings = settings
         self.chosen = chosen
-        self.modules, self.layers, self.nodes = chosen.modules, chosen.layers, chosen.nodes
-        self.folds, self.ends, self.left = chosen.folds, chosen.ends, chosen.left
+        self.modules, self.layers, self.folds = chosen.modules, chosen.layers, chosen.folds
+        # BatchNorms that become layers of their own, and what stays in float, are found while tensors are chosen.
+        self.nodes, self.ends, self.left = dict(chosen.nodes), dict(chosen.ends), list(chosen.left)
 
     # Where a quantizer can stand
 
@@ -332,10 +333,11 @@ class _Planner:
         if node.kind != "batch_norm" or node.name in self.ends or self.trace.calls.get(node.owner) != 1:
             return False
         known = type(norm) in NORMS or (norm is not None and is_norm_and_more(norm))
-        scheme = self.settings.scheme
+        scheme = self.settings.per_layer(self.modules[""], [node.owner])[node.owner]
         return (
             known
             and norm.running_mean is not None
+            and scheme is not None
             and scheme.weights is not None
             and node.shape is not None
             and 3 <= len(node.shape) <= 5
@@ -347,7 +349,7 @@ class _Planner:
 
     def _product_sites(self) -> Iterator[Site]:
         """The quantizers of the operands of products of two activations, where the recipe wants any."""
-        done: set[str] = set()
+        done: set[tuple[str, int]] = set()
         names: tuple[str, ...]
         for node in self.trace.nodes:
             if node.kind != MATMUL or not node.is_float or node.parameters or len(node.inputs) < 2:
@@ -355,10 +357,9 @@ class _Planner:
             owner = self._watched_owner(node)
             scheme = self.settings.per_layer(self.modules[""], [owner])[owner]
             args = None if scheme is None else scheme.matmul_activations
-            if args is None or owner in done:
+            if args is None:
                 continue
             if owner in self.chosen.attentions:
-                done.add(owner)
                 names, index = ATTENTION, 0
             elif node.op not in OPERANDS or isinstance(self.modules[owner], _CONTAINERS) or self._counts(owner) is None:
                 why = f"a product of {node.op} cannot be watched; write it as a matmul in a module's own forward"
@@ -366,8 +367,10 @@ class _Planner:
                 continue
             else:
                 names, index = OPERANDS[node.op], self._index(node, owner)
-            for name in names:
-                yield _site_at(owner, operand(name, index), args)
+            # A product in every call of a module, and both of an attention, are one place.
+            if (owner, index) not in done:
+                done.add((owner, index))
+                yield from (_site_at(owner, operand(name, index), args) for name in names)
 
     def _why_no_add(self, node: Node, roots: list[str], blocks: set[str]) -> str | None:
         trace = self.trace
