@@ -60,6 +60,14 @@ class _Planner:
         self.modules, self.layers, self.folds = chosen.modules, chosen.layers, chosen.folds
         # BatchNorms that become layers of their own, and what stays in float, are found while tensors are chosen.
         self.nodes, self.ends, self.left = dict(chosen.nodes), dict(chosen.ends), list(chosen.left)
+        # Tensors, by the nodes that give them: those that layers read, with the layers; those that are quantized where
+        # they are made; those that hold integers in convolutional blocks.
+        self.demands: dict[str, list[tuple[str, ActivationScheme]]] = defaultdict(list)
+        self.required: dict[str, ActivationScheme] = {}
+        self.blocks: set[str] = set()
+        self.alone: dict[str, Node] = {}
+        # Layers that are called more than once, or read what is no float.
+        self.own: list[tuple[str, ActivationScheme]] = []
 
     # Where a quantizer can stand
 
@@ -129,198 +137,195 @@ class _Planner:
     # Which tensors are quantized
 
     def plan(self) -> Plan:
-        trace = self.trace
-        base = self.settings.scheme.input_activations
-        demands: dict[str, list[tuple[str, ActivationScheme]]] = defaultdict(list)
-        own: list[tuple[str, ActivationScheme]] = []
+        """The tensors first, then their quantizers, then what stands around them."""
+        self._ask_layers()
+        self._follow_blocks()
+        self._give_integers()
+        grids = self._share()
+        sites, source = self._sites()
+        sites = _on_one_grid(sites, grids.values())
+        source.update((name, places[0]) for name, places in grids.items())
+        sites += self._product_sites()
+        return Plan(
+            layers=tuple(self._layer(name, scheme, source.get(name)) for name, scheme in self.layers.items()),
+            sites=tuple(sites),
+            watched=self._watched(sites, [*self.folds.values(), *self.alone]),
+            norms=tuple(name for name, m in self.modules.items() if type(m) in NORMS or is_norm_and_more(m)),
+            slow=self._slow(),
+            left=tuple(dict.fromkeys(left for left in self.left if left.what not in self.alone)),
+            attentions=tuple(self.chosen.attentions),
+            alone=tuple(
+                Norm(name, source[name], len(node.shape or ()), 63 if self.settings.reduce_range else 127)
+                for name, node in self.alone.items()
+            ),
+        )
+
+    def _ask_layers(self) -> None:
+        """What layers read, and what the recipe wants of what they give."""
         for name, scheme in self.layers.items():
+            if scheme.output_activations is not None:
+                for end in (end for end, layer in self.ends.items() if layer == name):
+                    self.required[end] = scheme.output_activations
             args = scheme.input_activations
             if args is None or isinstance(self.modules[name], nn.Embedding):
                 continue
             # Of a layer that reads a parameter, as learned queries, there is no node.
-            read = [trace.root(node.inputs[0]) for node in self.nodes[name] if node.inputs]
-            if len(read) != 1 or len(self.nodes[name]) > 1 or not trace.by_name[read[0]].is_float:
-                own.append((name, args))
+            read = [self.trace.root(node.inputs[0]) for node in self.nodes[name] if node.inputs]
+            if len(read) != 1 or len(self.nodes[name]) > 1 or not self.trace.by_name[read[0]].is_float:
+                self.own.append((name, args))
             else:
-                demands[read[0]].append((name, args))
+                self.demands[read[0]].append((name, args))
 
-        required: dict[str, ActivationScheme] = {}
-        blocks: set[str] = set()
-        # Nodes of convolutional blocks whose values are integers.
-        quantized_adds: set[str] = set()
-        alone: dict[str, Node] = {}
-        for name, scheme in self.layers.items():
-            if scheme.output_activations is not None:
-                for end in (end for end, layer in self.ends.items() if layer == name):
-                    required[end] = scheme.output_activations
+    def _follow_blocks(self) -> None:
+        """Goes along from convolutions, through all that can compute with integers."""
+        base = self.settings.scheme.input_activations
         for end, name in self.ends.items():
-            if self.layers[name].input_activations is not None and trace.by_name[self._layer_node(end)].kind == "conv":
-                blocks.add(end)
-        for node in trace.nodes:
+            layer = self.trace.by_name[self._layer_node(end)]
+            if self.layers[name].input_activations is not None and layer.kind == "conv":
+                self.blocks.add(end)
+        adds: list[str] = []
+        for node in self.trace.nodes:
             if base is None or not node.is_float or not node.inputs:
                 continue
-            roots = [trace.root(read) for read in node.inputs]
-            if roots[0] in blocks and self._stands_alone(node):
-                alone[node.owner] = node
-                self.ends[node.name] = node.owner
-                self.nodes[node.owner] = [node]
-                blocks.add(node.name)
-                demands[roots[0]].append((node.owner, base))
-                if self._place(trace.by_name[roots[0]]) is not None:
-                    required.setdefault(roots[0], base)
-            if node.name in self.ends and node.kind == "linear" and roots[0] in blocks:
-                # Squeeze-and-excitation and classifiers with a gate: the gate would stand between floats.
-                users = trace.users(node.name)
-                if users and all(user.kind == "gate" for user in users) and self._place(node) is not None:
-                    blocks.add(node.name)
-            if node.kind in ("activation", "gate") and roots[0] in blocks:
-                # Without it the convolution that gives what the activation reads would run in float.
-                required.setdefault(roots[0], base)
-            if node.kind == "relu" and roots[0] in blocks and trace.by_name[roots[0]].kind != "relu":
-                if self._place(node) is not None:
-                    blocks.add(node.name)
-                    required[node.name] = base
-            elif node.kind == "add" and any(root in blocks for root in roots):
-                why = self._why_no_add(node, roots, blocks)
+            roots = [self.trace.root(read) for read in node.inputs]
+            if node.kind == "add" and any(root in self.blocks for root in roots):
+                why = self._why_no_add(node, roots)
                 if why is None:
-                    blocks.add(node.name)
-                    quantized_adds.add(node.name)
-                    for root in roots:
-                        required.setdefault(root, base)
+                    adds.append(node.name)
+                    self._take(node, roots, base, itself=False)
                 else:
                     self.left.append(Left(f"{node.owner or 'the model'}: {node.op}", why))
-            elif node.kind == "multiply" and len(roots) == 2 and all(root in blocks for root in roots):
-                # The gate of squeeze-and-excitation.
-                if self._place(node) is not None:
-                    blocks.add(node.name)
-                    required[node.name] = base
-                    for root in roots:
-                        required.setdefault(root, base)
-            elif node.kind == "concat" and all(root in blocks for root in roots):
-                users = trace.users(node.name)
-                placed = self._place(node) is not None
-                # In a container there is no place for a quantizer; BatchNorms bring their own.
-                if users and (placed or all(map(self._stands_alone, users))):
-                    blocks.add(node.name)
-                    if placed:
-                        required[node.name] = base
-                    for root in roots:
-                        required.setdefault(root, base)
-            elif node.kind == "average_pool" and self._is_norm_by_hand(node):
-                continue
-            elif node.kind in ("average_pool", "gate") and roots[0] in blocks and self._place(node) is not None:
-                blocks.add(node.name)
-                required[node.name] = base
-                required.setdefault(roots[0], base)
-        self._give_integers(blocks, required, base)
+            elif roots[0] in self.blocks:
+                self._follow(node, roots, base)
         # An add is quantized behind its ReLU where that is all that reads it.
-        for name in quantized_adds:
-            readers = trace.readers[name]
-            if len(readers) == 1 and readers[0].kind == "relu" and readers[0].name in required:
-                required.pop(name, None)
-            else:
-                required.setdefault(name, base if base is not None else ActivationScheme())
+        for name in adds:
+            readers = self.trace.readers[name]
+            behind = len(readers) == 1 and readers[0].kind == "relu" and readers[0].name in self.required
+            if behind:
+                self.required.pop(name, None)
+            elif base is not None:
+                self.required.setdefault(name, base)
 
-        sites: list[Site] = []
+    def _follow(self, node: Node, roots: list[str], base: ActivationScheme) -> None:
+        """Whether what `node` gives is in integers too, the first of whose operands is; sums apart."""
+        inside, placed = all(root in self.blocks for root in roots), self._place(node) is not None
+        users = self.trace.users(node.name)
+        if self._stands_alone(node):
+            self.alone[node.owner] = node
+            self.ends[node.name] = node.owner
+            self.nodes[node.owner] = [node]
+            self.blocks.add(node.name)
+            self.demands[roots[0]].append((node.owner, base))
+            if self._place(self.trace.by_name[roots[0]]) is not None:
+                self.required.setdefault(roots[0], base)
+        elif node.name in self.ends and node.kind == "linear":
+            # Squeeze-and-excitation and classifiers with a gate: the gate would stand between floats.
+            if placed and users and all(user.kind == "gate" for user in users):
+                self.blocks.add(node.name)
+        elif node.kind == "relu":
+            if placed and self.trace.by_name[roots[0]].kind != "relu":
+                self._take(node, (), base)
+        elif node.kind == "multiply":
+            # The gate of squeeze-and-excitation.
+            if placed and inside and len(roots) == 2:
+                self._take(node, roots, base)
+        elif node.kind == "concat":
+            # In a container there is no place for a quantizer; BatchNorms bring their own.
+            if inside and users and (placed or all(map(self._stands_alone, users))):
+                self._take(node, roots, base, itself=placed)
+        elif node.kind in ("average_pool", "gate") and placed and not self._is_norm_by_hand(node):
+            self._take(node, roots[:1], base)
+        elif node.kind in ("activation", "gate"):
+            # Without it the convolution that gives what the activation reads would run in float.
+            self.required.setdefault(roots[0], base)
+
+    def _take(self, node: Node, roots: Iterable[str], base: ActivationScheme, itself: bool = True) -> None:
+        """`node` computes with integers: what it reads is quantized, and what it gives by `itself`."""
+        self.blocks.add(node.name)
+        if itself:
+            self.required[node.name] = base
+        for root in roots:
+            self.required.setdefault(root, base)
+
+    def _sites(self) -> tuple[list[Site], dict[str, str]]:
+        """The quantizers, and {layer: the name of that which it reads}."""
+        sites: dict[str, Site] = {}
         source: dict[str, str] = {}
-        own, grids = self._shared(own, required, blocks)
-        for root in [node.name for node in trace.nodes if node.name in required or node.name in demands]:
-            node = trace.by_name[root]
-            wanted = demands.get(root, [])
+
+        def stands(site: Site, layers: Iterable[str]) -> None:
+            sites.setdefault(site.name, site)
+            source.update(dict.fromkeys(layers, site.name))
+
+        for node in self.trace.nodes:
+            wanted = self.demands.get(node.name, [])
+            if node.name not in self.required and not wanted:
+                continue
             place = self._place(node)
             asked = {name for name, _ in wanted}
-            others = [user for user in trace.users(root) if user.owner not in asked]
-            in_float = bool(others) or trace.leaves(root)
+            others = [user for user in self.trace.users(node.name) if user.owner not in asked]
+            in_float = bool(others) or self.trace.leaves(node.name)
             # Of a function with a grid of its own a reader sees the range, where nothing around it is in integers.
-            alone_in_float = node.op.rstrip("_") in FIXED and not self._reads(node, required)
-            if place is not None and (root in required or not (in_float or alone_in_float)):
-                args = required[root] if root in required else wanted[0][1]
-                site = self._site(node, place, args)
-                if alone_in_float:
-                    site = dataclasses.replace(site, fixed=None)
-                if all(site.name != one.name for one in sites):
-                    sites.append(site)
-                source.update((name, site.name) for name, _ in wanted)
+            alone_in_float = node.op.rstrip("_") in FIXED and not self._reads_integers(node)
+            if place is not None and (node.name in self.required or not (in_float or alone_in_float)):
+                site = self._site(node, place, self.required.get(node.name) or wanted[0][1])
+                stands(dataclasses.replace(site, fixed=None) if alone_in_float else site, asked)
                 continue
             groups: dict[tuple[int, bool, str], list[tuple[str, ActivationScheme]]] = defaultdict(list)
             for name, args in wanted:
                 groups[args.num_bits, args.symmetric, args.observer].append((name, args))
-            for members in groups.values():
-                site = _site_at(members[0][0], "input_quantizer", members[0][1], readers=[n for n, _ in members[1:]])
-                sites.append(site)
-                source.update((name, site.name) for name, _ in members)
-        for name, args in own:
-            site = _site_at(name, "input_quantizer", args)
-            sites.append(site)
-            source[name] = site.name
+            for (first, args), *rest in groups.values():
+                readers = [name for name, _ in rest]
+                stands(_site_at(first, "input_quantizer", args, readers=readers), [first, *readers])
+        for name, args in self.own:
+            stands(_site_at(name, "input_quantizer", args), [name])
+        return list(sites.values()), source
 
-        sites = _on_one_grid(sites, grids.values())
-        source.update((name, places[0]) for name, places in grids.items())
-        sites += self._product_sites()
-
-        layers = tuple(self._layer(name, scheme, source.get(name)) for name, scheme in self.layers.items())
-        return Plan(
-            layers=layers,
-            sites=tuple(sites),
-            watched=self._watched(sites, [*self.folds.values(), *alone]),
-            norms=tuple(name for name, m in self.modules.items() if type(m) in NORMS or is_norm_and_more(m)),
-            slow=self._slow(),
-            left=tuple(dict.fromkeys(left for left in self.left if left.what not in alone)),
-            attentions=tuple(self.chosen.attentions),
-            alone=tuple(
-                Norm(name, source[name], len(node.shape or ()), 63 if self.settings.reduce_range else 127)
-                for name, node in alone.items()
-            ),
-        )
-
-    def _shared(
-        self, several: list[tuple[str, ActivationScheme]], required: dict[str, ActivationScheme], blocks: set[str]
-    ) -> tuple[list[tuple[str, ActivationScheme]], dict[str, list[str]]]:
+    def _share(self) -> dict[str, list[str]]:
         """Layers that are called more than once have one scale for all that they read.
 
-        Gives those that bring a quantizer of their own, and of the others {layer: the sites that share one grid}.
+        Gives {layer: the sites that share one grid}; what is left in `own` brings a quantizer of its own.
         """
         own: list[tuple[str, ActivationScheme]] = []
         shared: dict[str, list[str]] = {}
-        for name, args in several:
+        for name, args in self.own:
             roots = [self.trace.by_name[self.trace.root(n.inputs[0])] for n in self.nodes[name] if n.inputs]
             places = [self._place(root) for root in roots]
-            if len(roots) == len(self.nodes[name]) and all(root.name in blocks for root in roots) and all(places):
+            if len(roots) == len(self.nodes[name]) and all(root.name in self.blocks for root in roots) and all(places):
                 sites = [self._site(root, place, args) for root, place in zip(roots, places, strict=True) if place]
                 alike = {(site.relu, site.ceiling, site.gate, site.fixed) for site in sites}
-                if len(alike) == 1 and all(required.get(root.name, args) == args for root in roots):
+                if len(alike) == 1 and all(self.required.get(root.name, args) == args for root in roots):
                     shared[name] = list(dict.fromkeys(site.name for site in sites))
-                    required.update((root.name, args) for root in roots)
+                    self.required.update((root.name, args) for root in roots)
                     continue
             own.append((name, args))
             for root in roots:
-                if root.name in required and all(user.owner == name for user in self.trace.users(root.name)):
+                if root.name in self.required and all(user.owner == name for user in self.trace.users(root.name)):
                     # Its own quantizer stands right behind what makes the tensor; of a ReLU, which is no part of that,
                     # what it reads is quantized, or the convolution before it would run in float.
-                    required.pop(root.name)
+                    self.required.pop(root.name)
                     made = self.trace.root(root.inputs[0])
-                    if root.kind == "relu" and made in self.ends and made in blocks:
-                        required.setdefault(made, args)
-        return own, shared
+                    if root.kind == "relu" and made in self.ends and made in self.blocks:
+                        self.required.setdefault(made, args)
+        self.own = own
+        return shared
 
-    def _reads(self, node: Node, required: dict[str, ActivationScheme]) -> bool:
+    def _reads_integers(self, node: Node) -> bool:
         """Whether all that `node` reads is quantized where it is made."""
-        return all(self.trace.root(name) in required for name in node.inputs)
+        return all(self.trace.root(name) in self.required for name in node.inputs)
 
-    def _give_integers(
-        self, blocks: set[str], required: dict[str, ActivationScheme], base: ActivationScheme | None
-    ) -> None:
+    def _give_integers(self) -> None:
         """A convolution with a result that nobody reads as integers would run in float: it is quantized as it leaves.
 
         onnxruntime has no integer convolution with a result in float, as it has for products of matrices.
         """
+        base = self.settings.scheme.input_activations
         for end in self.ends:
-            if base is None or end not in blocks or end in required or self._place(self.trace.by_name[end]) is None:
+            if base is None or end not in self.blocks or self._place(self.trace.by_name[end]) is None:
                 continue
             readers = self.trace.users(end)
-            fused = len(readers) == 1 and readers[0].kind == "relu" and readers[0].name in required
+            fused = len(readers) == 1 and readers[0].kind == "relu" and readers[0].name in self.required
             if not fused:
-                required[end] = base
+                self.required.setdefault(end, base)
 
     def _is_norm_by_hand(self, node: Node) -> bool:
         """Whether a mean over the last of three dimensions reads what was moved: features, not time, as in a norm."""
@@ -372,9 +377,9 @@ class _Planner:
                 done.add((owner, index))
                 yield from (_site_at(owner, operand(name, index), args) for name in names)
 
-    def _why_no_add(self, node: Node, roots: list[str], blocks: set[str]) -> str | None:
+    def _why_no_add(self, node: Node, roots: list[str]) -> str | None:
         trace = self.trace
-        if len(roots) == 1 and not node.parameters and roots[0] in blocks and self._place(node) is not None:
+        if len(roots) == 1 and not node.parameters and roots[0] in self.blocks and self._place(node) is not None:
             # Of a tensor and a number; one more rounding pays where integers go on.
             users = trace.users(node.name)
             return None if users and all(user.kind in _GO_ON for user in users) else "its result goes on in float"
@@ -384,7 +389,7 @@ class _Planner:
         if len(shapes) != 1:
             return f"its operands have the shapes {' and '.join(map(str, shapes))}"
         for root in roots:
-            if root not in blocks and (
+            if root not in self.blocks and (
                 self._place(trace.by_name[root]) is None or trace.by_name[root].kind == "linear"
             ):
                 return f"{trace.by_name[root].op} in {trace.by_name[root].owner or 'the model'} stays in float"
