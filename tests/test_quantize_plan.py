@@ -181,6 +181,22 @@ def test_a_layer_that_reads_the_input_too_brings_its_own_quantizer() -> None:
     }
 
 
+def test_a_product_with_what_stays_in_float_stays_there() -> None:
+    class Weighted(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.head = nn.Conv2d(3, 3, 1), nn.Conv2d(3, 2, 1)
+
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            y = torch.relu(self.conv(x)) * torch.cos(x)
+            return self.head(y), y
+
+    plan = plan_of(Weighted(), images())
+    # What is returned as well is rounded for its reader alone.
+    names = {site.name for site in plan.sites}
+    assert "head.input_quantizer" in names and not any("multiply" in name for name in names)
+
+
 def test_a_sum_that_begins_at_zero_is_not_quantized_twice() -> None:
     """As timm's MobileOne writes its branches: x + 0 is x."""
 
