@@ -395,7 +395,6 @@ def numbers_as_integers(model: ModelProto) -> None:
 def state_zero_points(model: ModelProto) -> None:
     """Weights get the zero points, all 0, that their DequantizeLinear left out: onnxruntime makes no QGemm without."""
     graph = Graph(model)
-    zeros: dict[tuple[int, ...], str] = {}
     for node in model.graph.node:
         if node.op_type != "DequantizeLinear" or len(node.input) != 2:
             continue
@@ -403,13 +402,10 @@ def state_zero_points(model: ModelProto) -> None:
         scale = graph.initializers.get(node.input[1])
         if stored is None or scale is None or stored.data_type not in (TensorProto.INT8, TensorProto.UINT8):
             continue
-        key = (stored.data_type, *scale.dims)
-        if key not in zeros:
-            kind = helper.tensor_dtype_to_np_dtype(stored.data_type)
-            name = graph.fresh("_".join(["zero_point", str(kind), *(str(dim) for dim in scale.dims)]))
-            model.graph.initializer.append(numpy_helper.from_array(np.zeros(tuple(scale.dims), kind), name))
-            zeros[key] = name
-        node.input.append(zeros[key])
+        zeros = np.zeros(tuple(scale.dims), helper.tensor_dtype_to_np_dtype(stored.data_type))
+        name = graph.fresh(f"{stored.name}_zero_point")
+        model.graph.initializer.append(numpy_helper.from_array(zeros, name))
+        node.input.append(name)
 
 
 _LAYERS = frozenset({"Conv", "ConvTranspose", "Gemm", "MatMul"})

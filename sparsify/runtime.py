@@ -154,6 +154,10 @@ def session_options(*, optimized: bool, threads: int | None, float_inputs: bool 
     if threads is not None:
         options.intra_op_num_threads = threads
         options.inter_op_num_threads = 1
+    # x86 without VNNI adds pairs of uint8 x int8 products in 16 bits, where they saturate. This has onnxruntime take its
+    # kernels for uint8 x uint8 there (https://github.com/microsoft/onnxruntime/pull/12088, seen in 1.31.1); where the
+    # CPU adds in 32 bits it changes nothing.
+    options.add_session_config_entry("session.x64quantprecision", "1")
     if float_inputs:
         options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
     # Fatal only: what goes wrong reaches the user as an exception, not as lines on stderr.
