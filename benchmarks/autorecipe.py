@@ -48,8 +48,8 @@ from sparsify.analysis.layers import analyze_model
 from sparsify.analysis.loss import LossProfile, loss_profile
 from sparsify.optimize.allocation import PruningProfile, PruningSettings, curves, pruning_profile
 from sparsify.optimize.latency import latency_plan
-from sparsify.optimize.recipes import create_recipe
-from sparsify.optimize.training import OriginalTraining
+from sparsify.optimize.recipe_creation import create_recipe
+from sparsify.optimize.stages import OriginalTraining
 
 FOLDER = Path(__file__).parents[1] / "outputs" / "autorecipe"
 LEVELS = (0.9, 0.95)

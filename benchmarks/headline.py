@@ -34,7 +34,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sparsify import ScheduledModifierManager, export_onnx, verify_onnx
-from sparsify.report import Column, Table, show, track
+from sparsify.output.tables import Column, Table, show, track
 
 RECIPE = Path(__file__).with_name("headline.yaml")
 WIDTHS, QUICK_WIDTHS = (64, 128, 256, 512), (16, 32, 64, 128)

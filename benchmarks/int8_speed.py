@@ -51,7 +51,7 @@ from paired import Ratio, machine, paired
 from torch import Tensor, nn
 
 from sparsify import ScheduledModifierManager, export_onnx
-from sparsify.runtime import optimized_operators
+from sparsify.onnx.runtime import optimized_operators
 
 RECIPE = "modifiers:\n  - !QuantizationModifier\n    start_epoch: 0.0\n"
 CALIBRATION = 4

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from sparsify.masking import Masker, prune
+from sparsify.pruning.masker import Masker, prune
 
 TARGET_NS = 5.0
 

@@ -18,7 +18,7 @@ sys.path.insert(0, str(ROOT / "tests"))
 import conftest  # noqa: E402, F401  makes torchvision importable
 from test_quantized_zoo import NAMES, STEPS, Passed, taken_through  # noqa: E402
 
-from sparsify.files import replacing  # noqa: E402
+from sparsify.output.files import replacing  # noqa: E402
 
 HEAD = f"""# The quantized zoo
 

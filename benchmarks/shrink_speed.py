@@ -27,10 +27,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from sparsify import ScheduledModifierManager, export_onnx
-from sparsify.channels import Bounds, lowest, multiple_of, norms
-from sparsify.families import Families, find
-from sparsify.removal import plan_removal, remove
-from sparsify.shrinking import dry_run
+from sparsify.pruning.group_scores import Bounds, lowest, multiple_of, norms
+from sparsify.pruning.groups import Families, find
+from sparsify.pruning.removal import plan_removal, remove
+from sparsify.pruning.shrinking import dry_run
 
 MODELS: dict[str, tuple[Callable[[], nn.Module], Callable[[int], dict[str, Tensor]], float]] = {
     "ResNet-18": (resnet18, images, 3.0),

@@ -16,9 +16,9 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from sparsify import Modifier
-from sparsify.files import replacing
 from sparsify.modifiers.base import Kind
-from sparsify.report import Column, Table
+from sparsify.output.files import replacing
+from sparsify.output.tables import Column, Table
 
 PAGE = Path(__file__).with_name("reference.md")
 HEAD = """# Recipe reference

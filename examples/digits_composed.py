@@ -16,7 +16,7 @@ from digits_resnet import BATCH, COLUMNS, Digits, ResNet, Result, measure, train
 from torch.nn import functional as F
 
 from sparsify import ScheduledModifierManager, export_onnx
-from sparsify.report import Table, show, track
+from sparsify.output.tables import Table, show, track
 
 RECIPE = Path(__file__).with_name("digits_composed.yaml")
 # Few epochs: shows that it runs, not how well.

@@ -24,8 +24,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sparsify import ScheduledModifierManager, benchmark_onnx, export_onnx
-from sparsify.benchmark import compare_onnx
-from sparsify.report import Column, Table, show, track
+from sparsify.onnx.benchmark import compare_onnx
+from sparsify.output.tables import Column, Table, show, track
 
 RECIPE = Path(__file__).with_name("digits_resnet.yaml")
 BATCH = 64

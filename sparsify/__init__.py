@@ -8,15 +8,18 @@ oneshot, is imported when a name of it is first asked for: a training job needs 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from sparsify import benchmark, errors, export, manager, modifiers, recipe, shrinking, verify
-from sparsify.benchmark import *
+from sparsify import errors, modifiers, recipe
 from sparsify.errors import *
-from sparsify.export import *
-from sparsify.manager import *
 from sparsify.modifiers import *
+from sparsify.onnx import benchmark, export, verify
+from sparsify.onnx.benchmark import *
+from sparsify.onnx.export import *
+from sparsify.onnx.verify import *
+from sparsify.pruning import shrinking
+from sparsify.pruning.shrinking import *
 from sparsify.recipe import *
-from sparsify.shrinking import *
-from sparsify.verify import *
+from sparsify.training import manager
+from sparsify.training.manager import *
 from sparsify.version import __version__
 
 if TYPE_CHECKING:

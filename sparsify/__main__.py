@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 
-from sparsify.cli import main
+from sparsify.cli.main import main
 
 __all__: list[str] = []
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from sparsify.quantize.emit import dequantize, quantize_dequantize
+from sparsify.quantization.qdq_ops import dequantize, quantize_dequantize
 
 
 class Quantizer(nn.Module):

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from sparsify.graph import trace
-from sparsify.quantize.placement import make_plan
-from sparsify.quantize.plan import Plan, apply_plan, settle
-from sparsify.quantize.scheme import Settings
+from sparsify.model.trace import trace
+from sparsify.quantization.placement import make_plan
+from sparsify.quantization.plan import Plan, apply_plan, settle
+from sparsify.quantization.scheme import Settings
 
 
 class Block(nn.Module):

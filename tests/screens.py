@@ -6,10 +6,10 @@ import random
 from pathlib import Path
 
 from sparsify.analysis.layers import LayerInfo, ModelAnalysis
-from sparsify.benchmark import Benchmark
+from sparsify.onnx.benchmark import Benchmark
 from sparsify.optimize.allocation import LayerCurve, PruningSettings
 from sparsify.optimize.screen import Report
-from sparsify.optimize.training import OriginalTraining
+from sparsify.optimize.stages import OriginalTraining
 
 LEVELS = (0.0, 0.2, 0.4, 0.6, 0.7, 0.8, 0.85, 0.9, 0.95, 0.99)
 

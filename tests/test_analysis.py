@@ -19,7 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from sparsify import quantize_model
 from sparsify.analysis import ModelAnalysis, analyze_model
-from sparsify.analysis.counting import Operand, count, einsum_macs
+from sparsify.analysis.macs import Operand, count, einsum_macs
 from sparsify.errors import ArgumentError, DataError, TargetError
 
 # Those that build without a download in a second or two each.

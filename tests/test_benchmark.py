@@ -18,10 +18,10 @@ from onnx import TensorProto, helper
 from torch import Tensor, nn
 
 import sparsify
-from sparsify.benchmark import benchmark_onnx, compare_onnx, random_inputs
 from sparsify.errors import ArgumentError, DataError, DataFileError, ExportError
-from sparsify.export import export_onnx
-from sparsify.runtime import open_session, optimized_operators, read_model
+from sparsify.onnx.benchmark import benchmark_onnx, compare_onnx, random_inputs
+from sparsify.onnx.export import export_onnx
+from sparsify.onnx.runtime import open_session, optimized_operators, read_model
 
 FAST = {"threads": 1, "warmup": 1, "iterations": 3}
 
@@ -136,7 +136,7 @@ def test_it_knows_no_torch(quantized: Path) -> None:
     code = (
         "import sys, types; package = types.ModuleType('sparsify'); "
         f"package.__path__ = [{str(root / 'sparsify')!r}]; sys.modules['sparsify'] = package; "
-        "from sparsify.benchmark import benchmark_onnx; "
+        "from sparsify.onnx.benchmark import benchmark_onnx; "
         f"benchmark_onnx({str(quantized)!r}, iterations=2); assert 'torch' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

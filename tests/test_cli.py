@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from sparsify import Recipe, ScheduledModifierManager
-from sparsify.cli import BAD, FINE, SHORT, main
+from sparsify.cli.main import BAD, FINE, SHORT, main
 
 MODELS = """
 import torch

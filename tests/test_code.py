@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 from sparsify.errors import ArgumentError
-from sparsify.optimize.code import Framework, integration_code, training_script
+from sparsify.optimize.code_generation import Framework, integration_code, training_script
 
 RECIPE = """
 modifiers:

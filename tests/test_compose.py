@@ -8,7 +8,7 @@ from sparsify import RecipeError
 from sparsify.modifiers.distillation import DistillationModifier
 from sparsify.modifiers.epochs import EpochRangeModifier
 from sparsify.modifiers.learning_rate import LearningRateModifier, SetLearningRateModifier
-from sparsify.modifiers.pruning import ConstantPruningModifier
+from sparsify.modifiers.magnitude_pruning import ConstantPruningModifier
 from sparsify.modifiers.quantization import QuantizationModifier
 from sparsify.modifiers.thinning import LayerThinningModifier
 from sparsify.recipe import Recipe

@@ -21,7 +21,7 @@ from sparsify.modifiers.base import Modifier
 from sparsify.modifiers.distillation import DistillationModifier
 from sparsify.modifiers.layer_distillation import PerLayerDistillationModifier
 from sparsify.modifiers.layer_pruning import LayerPruningModifier
-from sparsify.modifiers.pruning import ConstantPruningModifier, GMPruningModifier
+from sparsify.modifiers.magnitude_pruning import ConstantPruningModifier, GMPruningModifier
 from sparsify.modifiers.quantization import QuantizationModifier
 from sparsify.modifiers.second_order import OBSPruningModifier
 from sparsify.modifiers.sparse_training import MovementPruningModifier

@@ -16,14 +16,14 @@ from sparsify.analysis.layers import analyze_model
 from sparsify.analysis.loss import LossProfile, loss_profile
 from sparsify.analysis.performance import SPARSITIES, LayerPerformance, PerformanceProfile
 from sparsify.errors import ArgumentError, TargetError
-from sparsify.manager import ScheduledModifierManager
 from sparsify.modifiers import SetLearningRateModifier
 from sparsify.optimize.allocation import PruningSettings, curves, pruning_profile
 from sparsify.optimize.latency import LatencyPlan
 from sparsify.optimize.planning import plan
-from sparsify.optimize.recipes import create_recipe
-from sparsify.optimize.training import OriginalTraining, learning_rates
+from sparsify.optimize.recipe_creation import create_recipe
+from sparsify.optimize.stages import OriginalTraining, learning_rates
 from sparsify.recipe import Recipe
+from sparsify.training.manager import ScheduledModifierManager
 
 SGD = OriginalTraining(20, 0.1, 0.001)
 

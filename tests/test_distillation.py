@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 from sparsify.errors import ArgumentError, StateError
-from sparsify.manager import ScheduledModifierManager
 from sparsify.modifiers.distillation import DistillationModifier, divergence
+from sparsify.training.manager import ScheduledModifierManager
 
 STUDENT = torch.tensor([[1.0, 2.0, 3.0], [0.0, 0.0, 1.0]])
 TEACHER = torch.tensor([[4.0, 1.0, 0.0], [2.0, 0.0, 0.0]])

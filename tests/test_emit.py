@@ -15,7 +15,7 @@ from onnx.reference import ReferenceEvaluator
 from torch import Tensor, nn
 
 import sparsify
-from sparsify.quantize import emit
+from sparsify.quantization import qdq_ops
 
 
 class Both(nn.Module):
@@ -31,8 +31,8 @@ class Both(nn.Module):
         self.register_buffer("weight_scale", scale)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = emit.quantize_dequantize(x, self.scale, self.zero_point)
-        return x @ emit.dequantize(self.weight_int8, self.weight_scale, self.axis).T
+        x = qdq_ops.quantize_dequantize(x, self.scale, self.zero_point)
+        return x @ qdq_ops.dequantize(self.weight_int8, self.weight_scale, self.axis).T
 
 
 def exported(model: nn.Module, x: Tensor, opset: int) -> onnx.ModelProto:
@@ -41,7 +41,7 @@ def exported(model: nn.Module, x: Tensor, opset: int) -> onnx.ModelProto:
         program,
         dynamo=True,
         opset_version=opset,
-        custom_translation_table=emit.translations(opset),
+        custom_translation_table=qdq_ops.translations(opset),
         verbose=False,
     )
     assert result is not None
@@ -53,7 +53,7 @@ def test_eager_computes_what_the_standard_says() -> None:
     x = np.concatenate([np.linspace(-2, 40, 5001, dtype=np.float32), np.float32([0.05, 0.15, 0.25, -0.05])])
     # rint rounds half to even; the clip holds the integers, zero point included.
     expected = (np.clip(np.rint(x / scale) + zero_point, 0, 255) - zero_point).astype(np.float32) * scale
-    found = emit.quantize_dequantize(
+    found = qdq_ops.quantize_dequantize(
         torch.from_numpy(x), torch.tensor(scale), torch.tensor(zero_point, dtype=torch.uint8)
     )
     np.testing.assert_array_equal(found.numpy(), expected)
@@ -62,7 +62,7 @@ def test_eager_computes_what_the_standard_says() -> None:
 def test_the_input_is_left_as_it_was() -> None:
     x = torch.randn(100)
     before = x.clone()
-    emit.quantize_dequantize(x, torch.tensor(0.5), torch.tensor(0, dtype=torch.int8))
+    qdq_ops.quantize_dequantize(x, torch.tensor(0.5), torch.tensor(0, dtype=torch.int8))
     assert torch.equal(x, before)
 
 
@@ -76,7 +76,7 @@ def test_the_input_is_left_as_it_was() -> None:
 )
 def test_dequantize_scales_along_its_axis(scale: Tensor, axis: int | None, expected: list[list[float]]) -> None:
     for kind in (torch.int8, torch.int32):
-        found = emit.dequantize(torch.tensor([[-2, 2], [3, 0]], dtype=kind), scale, axis)
+        found = qdq_ops.dequantize(torch.tensor([[-2, 2], [3, 0]], dtype=kind), scale, axis)
         assert found.tolist() == expected
 
 
@@ -108,7 +108,7 @@ def test_the_file_computes_what_eager_does(kind: torch.dtype, axis: int | None) 
 def test_importing_registers_nothing() -> None:
     code = (
         f"import sys; sys.path.insert(0, {str(Path(sparsify.__file__).parents[1])!r}); "
-        "import torch, sparsify.quantize.emit as emit; "
+        "import torch, sparsify.quantization.qdq_ops as emit; "
         "assert not hasattr(torch.ops.sparsify, 'quantize_dequantize'); "
         "emit.dequantize(torch.ones(2, dtype=torch.int8), torch.tensor(1.0), None); "
         "assert torch.ops.sparsify.quantize_dequantize"

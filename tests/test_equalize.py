@@ -10,8 +10,8 @@ from quantized_models import Block
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from sparsify.graph import trace
-from sparsify.quantize.equalize import Neighbours, equalize, neighbours
+from sparsify.model.trace import trace
+from sparsify.oneshot.equalization import Neighbours, equalize, neighbours
 
 
 class Depthwise(nn.Module):

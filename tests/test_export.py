@@ -26,10 +26,10 @@ from torch.nn import functional as F
 import sparsify
 from sparsify import ScheduledModifierManager
 from sparsify.errors import ArgumentError, DataFileError, ExportError, SparsifyWarning
-from sparsify.export import ExportedModel, export_onnx
-from sparsify.quantize.scheme import NAMED, Settings
-from sparsify.runtime import open_session, optimized_operators, run_session
-from sparsify.verify import verify_onnx
+from sparsify.onnx.export import ExportedModel, export_onnx
+from sparsify.onnx.runtime import open_session, optimized_operators, run_session
+from sparsify.onnx.verify import verify_onnx
+from sparsify.quantization.scheme import NAMED, Settings
 
 
 class Net(nn.Module):
@@ -224,7 +224,7 @@ class Answer:
     ],
 )
 def test_every_kind_of_output_is_flattened(path: Path, make: Any, names: list[str]) -> None:
-    from sparsify.signature import named_outputs
+    from sparsify.model.signature import named_outputs
 
     model = Returns(make).eval()
     exported = export_onnx(model, torch.randn(2, 4), path)
@@ -542,7 +542,7 @@ def test_killed_while_writing_the_old_file_stays(path: Path) -> None:
 import os, sys
 from pathlib import Path
 import torch
-from sparsify.export import export_onnx
+from sparsify.onnx.export import export_onnx
 write = Path.write_bytes
 def slowly(self, content):
     write(self, content[: len(content) // 2])

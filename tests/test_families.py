@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sparsify.errors import ArgumentError
-from sparsify.families import Families, Place, find
+from sparsify.pruning.groups import Families, Place, find
 
 IMAGE = torch.randn(2, 3, 8, 8, dtype=torch.float64)
 ROWS = torch.randn(2, 5, 12, dtype=torch.float64)

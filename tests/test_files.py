@@ -14,11 +14,11 @@ from pathlib import Path
 import pytest
 
 from sparsify.errors import DataError, DataFileError
-from sparsify.files import replacing
+from sparsify.output.files import replacing
 
 WRITER = """
 import sys
-from sparsify.files import replacing
+from sparsify.output.files import replacing
 print("ready", flush=True)
 n = 0
 while True:

@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch import nn
 
-from sparsify.manager import ScheduledModifierManager
 from sparsify.modifiers.base import Modifier
-from sparsify.modifiers.pruning import GMPruningModifier
+from sparsify.modifiers.magnitude_pruning import GMPruningModifier
 from sparsify.modifiers.quantization import QuantizationModifier
+from sparsify.training.manager import ScheduledModifierManager
 
 # The frameworks warn about much of their own.
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sparsify.errors import ArgumentError
-from sparsify.graph import trace
+from sparsify.model.trace import trace
 
 
 class Residual(nn.Module):

@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 from sparsify import ScheduledModifierManager
-from sparsify.masking import Masker
 from sparsify.modifiers.base import Active
+from sparsify.pruning.masker import Masker
 
 RECIPE = """
 modifiers:

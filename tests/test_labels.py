@@ -12,9 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from sparsify.atoms import NEVER, Atoms, core, never, reshaped, thin, varying
-from sparsify.graph import exported
-from sparsify.labels import labelled
+from sparsify.model.trace import exported
+from sparsify.pruning.propagation import labelled
+from sparsify.pruning.union_find import NEVER, Atoms, core, never, reshaped, thin, varying
 
 
 class Lambda(nn.Module):

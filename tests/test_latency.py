@@ -17,12 +17,12 @@ from sparsify.analysis.layers import analyze_model
 from sparsify.analysis.loss import LossProfile
 from sparsify.analysis.performance import LayerPerformance, PerformanceProfile
 from sparsify.errors import ArgumentError, StateError
-from sparsify.manager import ScheduledModifierManager
 from sparsify.modifiers import StructuredPruningModifier
 from sparsify.optimize import latency
 from sparsify.optimize.latency import LatencyPlan, latency_plan
 from sparsify.optimize.latency_tables import ModelTables
 from sparsify.optimize.widths import Choice, Curve, LayerTime, Part, Tables
+from sparsify.training.manager import ScheduledModifierManager
 
 SHARES = (1.0, 0.75, 0.5, 0.25)
 
@@ -184,8 +184,8 @@ def test_the_time_of_a_whole_is_that_of_its_table_where_all_are_as_wide() -> Non
 
 
 def latency_families(model: nn.Module) -> Any:
-    from sparsify.analysis.forms import cuttable
-    from sparsify.signature import Call
+    from sparsify.analysis.variants import cuttable
+    from sparsify.model.signature import Call
 
     families, why = cuttable(model, Call.of(model, IMAGES))
     assert families is not None and not why

@@ -12,8 +12,8 @@ from torch import nn
 from torch.nn import functional
 
 from sparsify.errors import ArgumentError, StateError, TargetError
-from sparsify.manager import ScheduledModifierManager
 from sparsify.modifiers.layer_distillation import PerLayerDistillationModifier
+from sparsify.training.manager import ScheduledModifierManager
 
 X = torch.randn(6, 4, generator=torch.Generator().manual_seed(1))
 NAMES = {"student_layer_names": ["0", "2"], "teacher_layer_names": ["0", "2"]}

@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from sparsify.quantize import layer_inputs
-from sparsify.quantize.bias_correction import can_correct, correct, mean_shift
-from sparsify.quantize.layer_inputs import Moments, as_matrix, columns, gather, set_matrix
+from sparsify.oneshot import layer_inputs
+from sparsify.oneshot.bias_correction import can_correct, correct, mean_shift
+from sparsify.oneshot.layer_inputs import Moments, as_matrix, columns, gather, set_matrix
 
 LAYERS: list[tuple[nn.Module, tuple[int, ...]]] = [
     (nn.Linear(6, 4), (3, 5, 6)),

@@ -14,12 +14,12 @@ import torch
 from torch import nn
 
 from sparsify.errors import StateError, TargetError
-from sparsify.export import export_onnx
-from sparsify.identity import Skipped
-from sparsify.manager import ScheduledModifierManager
 from sparsify.modifiers.layer_pruning import LayerPruningModifier
-from sparsify.modifiers.pruning import GMPruningModifier
+from sparsify.modifiers.magnitude_pruning import GMPruningModifier
 from sparsify.modifiers.quantization import QuantizationModifier
+from sparsify.onnx.export import export_onnx
+from sparsify.pruning.skipped_layers import Skipped
+from sparsify.training.manager import ScheduledModifierManager
 
 X = torch.randn(6, 3, 8, 8, generator=torch.Generator().manual_seed(1))
 

@@ -164,12 +164,12 @@ def test_imports_point_down() -> None:
 @pytest.mark.parametrize(
     ("module", "target", "allowed"),
     [
-        ("sparsify.masking", "sparsify.targets", True),
-        ("sparsify.targets", "sparsify.masking", False),
-        ("sparsify.modifiers.pruning", "sparsify.recipe.recipe", False),
+        ("sparsify.pruning.masker", "sparsify.model.targets", True),
+        ("sparsify.model.targets", "sparsify.pruning.masker", False),
+        ("sparsify.modifiers.magnitude_pruning", "sparsify.recipe.recipe", False),
         ("sparsify.errors", "sparsify", False),
-        ("sparsify", "sparsify.manager", True),
-        ("sparsify.quantize.fake", "sparsify.quantize.scheme", True),
+        ("sparsify", "sparsify.training.manager", True),
+        ("sparsify.quantization.fake_quantize", "sparsify.quantization.scheme", True),
     ],
 )
 def test_the_rule_tells_up_from_down(module: str, target: str, allowed: bool) -> None:
@@ -206,12 +206,14 @@ def concrete_siblings(found: Import) -> bool:
     """Between modifier files only the abstract GradualPruning is shared, which carries the fields of its family."""
     if room_of(found.module) != "modifiers":
         return False
-    return found.target != "sparsify.modifiers.pruning"
+    return found.target != "sparsify.modifiers.magnitude_pruning"
 
 
 def test_benchmark_reads_a_file_and_knows_no_torch() -> None:
-    assert "sparsify.benchmark" in modules()
-    assert not [found for found in house() if found.module == "sparsify.benchmark" and found.target.startswith("torch")]
+    assert "sparsify.onnx.benchmark" in modules()
+    assert not [
+        found for found in house() if found.module == "sparsify.onnx.benchmark" and found.target.startswith("torch")
+    ]
 
 
 def reached() -> set[str]:

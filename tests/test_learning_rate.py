@@ -12,7 +12,6 @@ from torch import nn
 from torch.optim.lr_scheduler import CosineAnnealingWarmRestarts, ExponentialLR, LambdaLR, MultiStepLR, StepLR
 
 from sparsify.errors import ArgumentError, RecipeError, SparsifyWarning
-from sparsify.manager import ScheduledModifierManager
 from sparsify.modifiers.base import Modifier
 from sparsify.modifiers.epochs import EpochRangeModifier
 from sparsify.modifiers.learning_rate import (
@@ -20,6 +19,7 @@ from sparsify.modifiers.learning_rate import (
     LearningRateModifier,
     SetLearningRateModifier,
 )
+from sparsify.training.manager import ScheduledModifierManager
 
 
 def function(kind: str = "linear", start: float = 0.0, end: float = 10.0, **fields: object) -> Modifier:

@@ -17,9 +17,9 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from torch import nn
 
-from sparsify.manager import ScheduledModifierManager
 from sparsify.modifiers.learning_rate import LearningRateFunctionModifier
-from sparsify.modifiers.pruning import GMPruningModifier
+from sparsify.modifiers.magnitude_pruning import GMPruningModifier
+from sparsify.training.manager import ScheduledModifierManager
 
 NAMES = ["0.weight", "2.weight"]
 FIRST, LAST = Fraction(1, 10), Fraction(4, 5)

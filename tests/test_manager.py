@@ -17,14 +17,14 @@ import torch
 from torch import nn
 
 from sparsify.errors import ArgumentError, RecipeError, SparsifyWarning, StateError, TargetError
-from sparsify.manager import ScheduledModifierManager
 from sparsify.modifiers.base import Active, Modifier
 from sparsify.modifiers.epochs import EpochRangeModifier
 from sparsify.modifiers.learning_rate import SetLearningRateModifier
-from sparsify.modifiers.pruning import ConstantPruningModifier, GMPruningModifier
+from sparsify.modifiers.magnitude_pruning import ConstantPruningModifier, GMPruningModifier
 from sparsify.modifiers.quantization import QuantizationModifier
 from sparsify.recipe import Recipe
-from sparsify.timer import Timer
+from sparsify.training.manager import ScheduledModifierManager
+from sparsify.training.timer import Timer
 
 YAML = """
 modifiers:

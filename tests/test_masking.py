@@ -17,9 +17,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from sparsify import ranks, selection
 from sparsify.errors import DataError, StateError, TargetError
-from sparsify.masking import Masker, MaskType, prune
+from sparsify.model import distributed
+from sparsify.pruning import selection
+from sparsify.pruning.masker import Masker, MaskType, prune
 
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 VALUES: dict[str, Callable[[Tensor], Tensor]] = {
@@ -540,20 +541,20 @@ def test_check_names_what_went_wrong() -> None:
 
 
 def test_one_process_has_nothing_to_compare() -> None:
-    assert ranks.count() == 1
-    ranks.check_same({"w": torch.ones(2, dtype=torch.bool)})
+    assert distributed.count() == 1
+    distributed.check_same({"w": torch.ones(2, dtype=torch.bool)})
     low, high = torch.tensor(-1.0), torch.tensor(2.0)
-    ranks.reduce_range(low, high)
+    distributed.reduce_range(low, high)
     assert (float(low), float(high)) == (-1.0, 2.0)
 
 
 def test_fingerprints_see_shape_and_values_but_not_the_memory_format() -> None:
     mask = torch.rand(4, 4, 3, 3) > 0.5
-    assert ranks.fingerprint(mask) == ranks.fingerprint(mask.contiguous(memory_format=torch.channels_last))
-    assert ranks.fingerprint(mask) != ranks.fingerprint(mask.view(16, 9))
+    assert distributed.fingerprint(mask) == distributed.fingerprint(mask.contiguous(memory_format=torch.channels_last))
+    assert distributed.fingerprint(mask) != distributed.fingerprint(mask.view(16, 9))
     other = mask.clone()
     other[0, 0, 0, 0] ^= True
-    assert ranks.fingerprint(mask) != ranks.fingerprint(other)
+    assert distributed.fingerprint(mask) != distributed.fingerprint(other)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")

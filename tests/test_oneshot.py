@@ -29,8 +29,8 @@ from sparsify import (
     quantize_model,
     quantize_onnx,
 )
-from sparsify.quantize.layers import quantizers
-from sparsify.quantize.plan import is_quantized
+from sparsify.quantization.layers import quantizers
+from sparsify.quantization.plan import is_quantized
 
 
 def ready(model: nn.Module, seed: int = 0) -> nn.Module:
@@ -212,7 +212,7 @@ def test_a_file_that_computes_something_else_is_not_written(
     class Refusal:
         ok = False
 
-    monkeypatch.setattr(sparsify.oneshot, "verify_onnx", lambda *_: Refusal())
+    monkeypatch.setattr(sparsify.oneshot.quantize, "verify_onnx", lambda *_: Refusal())
     with pytest.raises(ExportError, match="was not written"):
         quantize_onnx(net, tmp_path / "net.onnx", samples())
     assert not list(tmp_path.iterdir())

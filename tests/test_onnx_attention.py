@@ -15,9 +15,9 @@ from quantized_models import quantized
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from sparsify import onnx_attention
-from sparsify.export import export_onnx
-from sparsify.runtime import open_session, optimized_operators, run_session
+from sparsify.onnx import rewrite_attention
+from sparsify.onnx.export import export_onnx
+from sparsify.onnx.runtime import open_session, optimized_operators, run_session
 
 
 def kinds(model: ModelProto) -> Counter[str]:
@@ -57,7 +57,7 @@ def test_keys_are_transposed_at_once_where_the_shape_comes_back(last: list[int],
     ]
     model = model_of(nodes, ["n", 2, 3, 5], {"three": np.int64([-1, 3, 5]), "four": np.int64(last)})
     before = copied(model)
-    onnx_attention.transpose_keys(model)
+    rewrite_attention.transpose_keys(model)
     assert kinds(model) == (Counter({"Transpose": 1}) if fused else Counter({"Reshape": 2, "Transpose": 1}))
     same_numbers(before, model, normal(4, 2, 3, 5))
 
@@ -71,7 +71,7 @@ def test_keys_whose_middle_dimensions_are_mixed_are_left_alone() -> None:
     # (n, 2, 4, 3) read as (n, 8, 3): not the last two dimensions of x.
     model = model_of(nodes, ["n", 2, 4, 3], {"three": np.int64([-1, 8, 3]), "four": np.int64([-1, 2, 3, 4])})
     before = copied(model)
-    onnx_attention.transpose_keys(model)
+    rewrite_attention.transpose_keys(model)
     assert kinds(model)["Reshape"] == 2
     same_numbers(before, model, normal(3, 2, 4, 3))
 
@@ -95,7 +95,7 @@ def test_the_guard_of_a_softmax_goes_only_where_no_row_can_be_nan() -> None:
     for fill, guards in ((float(np.finfo(np.float32).min), 0), (-np.inf, 1)):
         model = masked(fill)
         before = copied(model)
-        onnx_attention.drop_guards(model)
+        rewrite_attention.drop_guards(model)
         assert kinds(model)["IsNaN"] == guards
         with np.errstate(invalid="ignore"):
             same_numbers(before, model, x)
@@ -132,7 +132,7 @@ def test_between_layers_over_a_sequence_there_are_no_reshapes(name: str) -> None
     constants = {"rows": np.int64([-1, 4]), "whole": np.int64([-1, 3, 4]), "w": normal(4, 4), "g": normal(4)}
     model = model_of(sequence(*BETWEEN[name]), ["n", 3, 4], constants)
     before = copied(model)
-    onnx_attention.rows(model)
+    rewrite_attention.rows(model)
     # In, and out again. What the Add reads besides is the input, whose rows are there already or are made once more.
     assert kinds(model)["Reshape"] <= 3 and kinds(before)["Reshape"] == 4
     order = [node.op_type for node in model.graph.node]
@@ -140,7 +140,7 @@ def test_between_layers_over_a_sequence_there_are_no_reshapes(name: str) -> None
     assert "Reshape" not in order[first:second] or name in ("residual", "chain")
     same_numbers(before, model, normal(2, 3, 4))
     again = copied(model)
-    onnx_attention.rows(again)
+    rewrite_attention.rows(again)
     assert again == model
 
 
@@ -157,7 +157,7 @@ def test_what_mixes_rows_or_broadcasts_over_them_stays(between: list[onnx.NodePr
     constants.update(k=normal(3, 4), one=normal(1, 3, 4))
     model = model_of(sequence(*between), ["n", 3, 4], constants)
     before = copied(model)
-    onnx_attention.rows(model)
+    rewrite_attention.rows(model)
     assert kinds(model)["Reshape"] == 4
     same_numbers(before, model, normal(2, 3, 4))
 
@@ -208,7 +208,7 @@ def test_an_encoder_keeps_its_values_and_few_reshapes(tmp_path: Path, monkeypatc
     found = run_session(open_session(file.path), feeds)
     with monkeypatch.context() as patch:
         for name in ("transpose_keys", "drop_guards", "rows"):
-            patch.setattr(onnx_attention, name, lambda proto: None)
+            patch.setattr(rewrite_attention, name, lambda proto: None)
         plain = export_onnx(model, (ids, keep), tmp_path / "plain.onnx")
     expected = run_session(open_session(plain.path), feeds)
     np.testing.assert_allclose(found["output"], expected["output"], rtol=1e-5, atol=1e-6)

@@ -16,13 +16,13 @@ from quantized_models import quantized, train, trained
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from sparsify import onnx_rewrites
 from sparsify.errors import DataError
-from sparsify.export import export_onnx
-from sparsify.onnx_graph import remove_unused
-from sparsify.quantize.scheme import NAMED, Settings
-from sparsify.runtime import open_session, optimized_operators, run_session
-from sparsify.verify import verify_onnx
+from sparsify.onnx import rewrites
+from sparsify.onnx.export import export_onnx
+from sparsify.onnx.graph import remove_unused
+from sparsify.onnx.runtime import open_session, optimized_operators, run_session
+from sparsify.onnx.verify import verify_onnx
+from sparsify.quantization.scheme import NAMED, Settings
 
 
 def kinds(model: ModelProto | Path) -> Counter[str]:
@@ -52,7 +52,7 @@ def test_a_mean_over_the_image_becomes_global_average_pool(keepdims: int, axes: 
     nodes = [helper.make_node("ReduceMean", ["x", "axes"], ["y"], keepdims=keepdims)]
     model = model_of(nodes, ["n", 3, 4, 5], axes=np.int64(axes))
     before = ModelProto.FromString(model.SerializeToString())
-    onnx_rewrites.reduce_mean_to_global_average_pool(model)
+    rewrites.reduce_mean_to_global_average_pool(model)
     assert kinds(model)["GlobalAveragePool"] == 1 and kinds(model)["ReduceMean"] == 0
     same_numbers(before, model, np.random.default_rng(0).standard_normal((2, 3, 4, 5)).astype(np.float32))
 
@@ -60,7 +60,7 @@ def test_a_mean_over_the_image_becomes_global_average_pool(keepdims: int, axes: 
 @pytest.mark.parametrize(("axes", "shape"), [([1, 2, 3], ["n", 3, 4, 5]), ([2], ["n", 3, 4, 5]), ([1], ["n", 3])])
 def test_other_means_stay(axes: list[int], shape: list[int | str]) -> None:
     model = model_of([helper.make_node("ReduceMean", ["x", "axes"], ["y"])], shape, axes=np.int64(axes))
-    onnx_rewrites.reduce_mean_to_global_average_pool(model)
+    rewrites.reduce_mean_to_global_average_pool(model)
     assert kinds(model) == {"ReduceMean": 1}
 
 
@@ -84,7 +84,7 @@ def test_a_flatten_that_others_read_too_stays_in_float() -> None:
     ]
     model = model_of(nodes, ["n", 3, 2], s=np.float32(0.1), z=np.uint8(128))
     before = model.SerializeToString(deterministic=True)
-    onnx_rewrites.quantize_before_flatten(model)
+    rewrites.quantize_before_flatten(model)
     assert model.SerializeToString(deterministic=True) == before
 
 
@@ -190,7 +190,7 @@ def test_two_dynamic_axes_keep_their_shape() -> None:
     constants = {"s": np.float32(0.1), "z": np.uint8(128), "w": weight, "ws": np.full(4, 0.01, np.float32)}
     model = model_of(nodes, ["n", "t", 6], **constants)
     before = ModelProto.FromString(model.SerializeToString())
-    onnx_rewrites.linear_as_gemm(model)
+    rewrites.linear_as_gemm(model)
     assert kinds(model)["Gemm"] == 1 and kinds(model)["MatMul"] == 0 and kinds(model)["Shape"] == 1
     assert "layer/Gemm" in {node.name for node in model.graph.node}
     same_numbers(before, model, np.random.default_rng(1).standard_normal((2, 5, 6)).astype(np.float32))
@@ -202,7 +202,7 @@ def test_a_second_rewrite_changes_nothing(tmp_path: Path) -> None:
     export_onnx(Chain(), torch.randn(3, 5, 6), path)
     model = onnx.load(path)
     before = model.SerializeToString(deterministic=True)
-    onnx_rewrites.rewrite(model)
+    rewrites.rewrite(model)
     assert model.SerializeToString(deterministic=True) == before
 
 
@@ -235,7 +235,7 @@ def test_a_hard_sigmoid_between_integers_becomes_an_add_that_saturates(scale: fl
     constants = {"s": np.float32(0.05), "z": np.uint8(131), "t": np.float32(scale), "zero": np.uint8(0)}
     model = model_of(nodes, ["n", 256], **constants)
     before = ModelProto.FromString(model.SerializeToString())
-    onnx_rewrites.hard_sigmoid_as_add(model)
+    rewrites.hard_sigmoid_as_add(model)
     assert kinds(model)["Add"] == int(added) and kinds(model)["HardSigmoid"] == int(not added)
     # Every integer there is.
     x = ((np.arange(256, dtype=np.float32) - 131) * np.float32(0.05))[None]
@@ -261,7 +261,7 @@ def test_a_tanh_between_integers_becomes_a_sigmoid(read: float, scale: float, ze
     constants = {"s": np.float32(read), "z": np.uint8(131), "t": np.float32(scale), "u": np.uint8(zero)}
     model = model_of(nodes, ["n", 256], **constants)
     before = ModelProto.FromString(model.SerializeToString())
-    onnx_rewrites.tanh_as_sigmoid(model)
+    rewrites.tanh_as_sigmoid(model)
     assert kinds(model)["Sigmoid"] == 1 + rewritten and kinds(model)["Tanh"] == int(not rewritten)
     named = [node.name for node in model.graph.node if node.name]
     assert len(set(named)) == len(named)
@@ -285,12 +285,12 @@ def test_a_number_beside_integers_is_an_integer(operator: str, number: float, fi
     constants = {"s": np.float32(0.0131), "z": np.uint8(131), "t": np.float32(0.071), "c": np.float32(number)}
     model = model_of(nodes, ["n", 256], **constants)
     before = ModelProto.FromString(model.SerializeToString())
-    onnx_rewrites.numbers_as_integers(model)
+    rewrites.numbers_as_integers(model)
     assert kinds(model)["DequantizeLinear"] == 3
     x = ((np.arange(256, dtype=np.float32) - 131) * np.float32(0.0131))[None]
     expected, found = (ReferenceEvaluator(one).run(None, {"x": x})[0] for one in (before, model))
     np.testing.assert_array_equal(found, expected)
-    onnx_rewrites.numbers_as_integers(model)
+    rewrites.numbers_as_integers(model)
     assert kinds(model)["DequantizeLinear"] == 3
 
 
@@ -379,7 +379,7 @@ def test_every_part_of_a_split_moves_as_integers() -> None:
     ]
     model = model_of(nodes, ["n", 4], s=np.float32(0.5), z=np.uint8(3), sizes=np.int64([1, 3]))
     before = ModelProto.FromString(model.SerializeToString())
-    onnx_rewrites.dequantize_after_movement(model)
+    rewrites.dequantize_after_movement(model)
     split = next(node for node in model.graph.node if node.op_type == "Split")
     assert split.input[0] == "q" and kinds(model)["DequantizeLinear"] == 2
     assert len({node.name for node in model.graph.node if node.op_type == "DequantizeLinear"}) == 2

@@ -15,11 +15,11 @@ from quantized_models import quantized, train
 from torch import nn
 
 from sparsify.analysis import analyze_model, get_weights_metadata
-from sparsify.export import export_onnx
-from sparsify.onnx_upsampling import Axis, transposed_convolutions
-from sparsify.quantize.reference import Reference
-from sparsify.runtime import open_session, optimized_operators, run_session
-from sparsify.verify import verify_onnx
+from sparsify.onnx.export import export_onnx
+from sparsify.onnx.reference import Reference
+from sparsify.onnx.rewrite_transposed_convs import Axis, transposed_convolutions
+from sparsify.onnx.runtime import open_session, optimized_operators, run_session
+from sparsify.onnx.verify import verify_onnx
 
 AXES = st.builds(
     Axis,

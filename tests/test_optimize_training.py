@@ -11,9 +11,9 @@ import pytest
 
 from sparsify.errors import ArgumentError
 from sparsify.modifiers import LearningRateFunctionModifier, LearningRateModifier, SetLearningRateModifier
-from sparsify.modifiers.ledger import LearningRateLedger
+from sparsify.modifiers.learning_rate_ledger import LearningRateLedger
+from sparsify.modifiers.schedule import Clock
 from sparsify.optimize import LearningRateSchedule, OriginalTraining, learning_rates
-from sparsify.schedule import Clock
 
 SCHEDULES = get_args(LearningRateSchedule)
 

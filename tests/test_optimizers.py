@@ -14,12 +14,12 @@ from torch import nn
 from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR, ReduceLROnPlateau
 
 from sparsify.errors import ArgumentError, SparsifyWarning
-from sparsify.manager import ScheduledModifierManager
 from sparsify.modifiers.base import Active, Modifier
 from sparsify.modifiers.epochs import EpochRangeModifier
 from sparsify.modifiers.learning_rate import LearningRateFunctionModifier
-from sparsify.modifiers.pruning import GMPruningModifier
+from sparsify.modifiers.magnitude_pruning import GMPruningModifier
 from sparsify.modifiers.quantization import QuantizationModifier
+from sparsify.training.manager import ScheduledModifierManager
 
 
 def pruning(final: float = 0.8, end: float = 2.0) -> Modifier:

@@ -10,11 +10,11 @@ import torch
 from torch import nn
 
 from sparsify.errors import ArgumentError, DataError, StateError
-from sparsify.export import export_onnx
-from sparsify.manager import ScheduledModifierManager
+from sparsify.onnx.export import export_onnx
 from sparsify.optimize.outcome import Prediction, score_prediction
-from sparsify.optimize.recipes import create_recipe
+from sparsify.optimize.recipe_creation import create_recipe
 from sparsify.recipe import Recipe
+from sparsify.training.manager import ScheduledModifierManager
 
 X = torch.zeros(2, 1, 8, 8)
 

@@ -16,7 +16,7 @@ import torch
 from onnx import TensorProto, helper
 from torch import Tensor, nn
 
-from sparsify.analysis import forms, measuring
+from sparsify.analysis import profiling, variants
 from sparsify.analysis.layers import analyze_model
 from sparsify.analysis.node_times import ELSEWHERE, node_times, numbered
 from sparsify.analysis.performance import (
@@ -27,9 +27,9 @@ from sparsify.analysis.performance import (
     performance_profile,
 )
 from sparsify.errors import ArgumentError, DataError, DataFileError, ExportError, StateError
-from sparsify.export import export_onnx
 from sparsify.oneshot import quantize_model
-from sparsify.runtime import optimized_operators, read_model
+from sparsify.onnx.export import export_onnx
+from sparsify.onnx.runtime import optimized_operators, read_model
 
 FEW: dict[str, Any] = {"iterations": 3, "warmup": 1, "progress": False}
 
@@ -327,13 +327,13 @@ def test_wrong_arguments_are_told(wrong: dict[str, Any], match: str) -> None:
 
 def test_the_cache_answers_for_the_same_content_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     runs = []
-    really = measuring.Bench.measure_all
+    really = profiling.Bench.measure_all
 
     def counted(self: Any, *args: Any) -> Any:
         runs.append(1)
         return really(self, *args)
 
-    monkeypatch.setattr(measuring.Bench, "measure_all", counted)
+    monkeypatch.setattr(profiling.Bench, "measure_all", counted)
     given: dict[str, Any] = {"quantized": False, "widths": None, "cache": tmp_path / "kept", **FEW}
     x = torch.randn(1, 4)
     first = performance_profile(nn.Linear(4, 3), x, **given)
@@ -441,12 +441,12 @@ def test_numbers_for_names_change_nothing_about_what_is_run(tmp_path: Path) -> N
 
 
 def test_rounding_of_widths_is_that_of_structured_pruning() -> None:
-    from sparsify.families import find
+    from sparsify.pruning.groups import find
 
     model = nn.Sequential(nn.Conv2d(3, 48, 3), nn.ReLU(), nn.Conv2d(48, 8, 1)).eval()
     families = find(model, (IMAGES,))
-    assert [forms.kept_channels(families, "0.weight", w) for w in (1.0, 0.9, 0.75, 0.5, 0.1)] == [48, 48, 32, 32, 16]
-    assert forms.narrowed(model, families, 0.75).get_parameter("0.weight").shape[0] == 32
+    assert [variants.kept_channels(families, "0.weight", w) for w in (1.0, 0.9, 0.75, 0.5, 0.1)] == [48, 48, 32, 32, 16]
+    assert variants.narrowed(model, families, 0.75).get_parameter("0.weight").shape[0] == 32
     assert model.get_parameter("0.weight").shape[0] == 48
 
 

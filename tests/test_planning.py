@@ -13,9 +13,9 @@ import torch
 from torch import nn
 
 from sparsify.errors import ArgumentError, RecipeError, TargetError
-from sparsify.manager import ScheduledModifierManager
 from sparsify.optimize.planning import Plan, plan
 from sparsify.recipe import Recipe
+from sparsify.training.manager import ScheduledModifierManager
 
 STEPS = 6
 RAMP = "init_sparsity: 0.05, final_sparsity: 0.8, start_epoch: 1.0, end_epoch: 4.0, update_frequency: 0.5"

@@ -13,13 +13,13 @@ from torch import nn
 
 from sparsify.analysis.loss import loss_profile
 from sparsify.analysis.performance import PerformanceProfile
-from sparsify.benchmark import benchmark_onnx
 from sparsify.errors import ArgumentError, DataError, DataFileError, ExportError, StateError
-from sparsify.export import export_onnx
+from sparsify.onnx.benchmark import benchmark_onnx
+from sparsify.onnx.export import export_onnx
 from sparsify.optimize.allocation import PruningSettings
 from sparsify.optimize.project import Project, ProjectSettings
-from sparsify.optimize.recipes import create_recipe
-from sparsify.optimize.training import OriginalTraining
+from sparsify.optimize.recipe_creation import create_recipe
+from sparsify.optimize.stages import OriginalTraining
 from sparsify.recipe import Recipe
 
 SAMPLE = (torch.zeros(2, 3, 8, 8),)

@@ -10,15 +10,15 @@ import torch
 from torch import Tensor, nn
 
 from sparsify.errors import DataError, RecipeError, SparsifyWarning, TargetError
-from sparsify.manager import ScheduledModifierManager
 from sparsify.modifiers.base import Modifier
-from sparsify.modifiers.pruning import (
+from sparsify.modifiers.magnitude_pruning import (
     ConstantPruningModifier,
     GlobalMagnitudePruningModifier,
     GMPruningModifier,
     GradualPruning,
     MagnitudePruningModifier,
 )
+from sparsify.training.manager import ScheduledModifierManager
 
 STEPS = 3
 

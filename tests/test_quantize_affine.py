@@ -19,10 +19,10 @@ from torch import Tensor, nn
 
 from sparsify import QuantizationModifier, ScheduledModifierManager, export_onnx, quantize_model, verify_onnx
 from sparsify.errors import ArgumentError
-from sparsify.quantize.affine import affine_grid, affine_integers, fake_affine
-from sparsify.quantize.deploy import deployment_copy
-from sparsify.quantize.plan import Plan
-from sparsify.quantize.scheme import Scheme, Settings, WeightScheme
+from sparsify.quantization.affine import affine_grid, affine_integers, fake_affine
+from sparsify.quantization.deployment import deployment_copy
+from sparsify.quantization.plan import Plan
+from sparsify.quantization.scheme import Scheme, Settings, WeightScheme
 
 
 def affine(bits: int = 4, block: Any = None, strategy: Any = "channel") -> Settings:

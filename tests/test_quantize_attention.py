@@ -15,16 +15,16 @@ from torch import Tensor, nn
 
 from sparsify import ScheduledModifierManager, analyze_model, get_weights_metadata
 from sparsify.errors import ArgumentError, DataError
-from sparsify.export import export_onnx
-from sparsify.quantize.attention import FORMS, Projection, QuantizedMultiheadAttention
-from sparsify.quantize.deploy import deployment_copy
-from sparsify.quantize.fake import FakeQuantize
-from sparsify.quantize.layers import quantizers, restore
-from sparsify.quantize.placement import make_plan
-from sparsify.quantize.plan import Plan, apply_plan
-from sparsify.quantize.scheme import Scheme, Settings
-from sparsify.runtime import open_session, optimized_operators, run_session
-from sparsify.verify import verify_onnx
+from sparsify.onnx.export import export_onnx
+from sparsify.onnx.runtime import open_session, optimized_operators, run_session
+from sparsify.onnx.verify import verify_onnx
+from sparsify.quantization.attention import FORMS, Projection, QuantizedMultiheadAttention
+from sparsify.quantization.deployment import deployment_copy
+from sparsify.quantization.fake_quantize import FakeQuantize
+from sparsify.quantization.layers import quantizers, restore
+from sparsify.quantization.placement import make_plan
+from sparsify.quantization.plan import Plan, apply_plan
+from sparsify.quantization.scheme import Scheme, Settings
 
 
 class Mixed(nn.Module):
@@ -487,7 +487,7 @@ def test_attention_is_left_out_where_the_recipe_says_so(name: str) -> None:
 
 
 def test_its_scheme_can_be_overridden() -> None:
-    from sparsify.graph import trace
+    from sparsify.model.trace import trace
 
     model, x = encoder(), torch.randn(3, 5, 16)
     four = Scheme.model_validate({"weights": {"num_bits": 4}})

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from sparsify import QuantizationModifier, ScheduledModifierManager, export_onnx, floating_layers
 from sparsify.errors import ArgumentError, DataError, ExportError, RecipeError, SparsifyWarning, StateError, TargetError
-from sparsify.quantize.layers import quantizers, restore
-from sparsify.quantize.plan import is_quantized
+from sparsify.quantization.layers import quantizers, restore
+from sparsify.quantization.plan import is_quantized
 
 STEPS = 2
 """Optimizer steps in an epoch."""

@@ -11,9 +11,9 @@ from quantized_models import ZOO, Conv1D, Net, images, mlp, quantized, train, tr
 from torch import Tensor, nn
 
 from sparsify.errors import DataError, StateError
-from sparsify.quantize.deploy import deployment_copy
-from sparsify.quantize.layers import WEIGHTED, QuantizedLayer, integers, quantizers, restore
-from sparsify.quantize.scheme import NAMED, ActivationScheme, Scheme, Settings, WeightScheme
+from sparsify.quantization.deployment import deployment_copy
+from sparsify.quantization.layers import WEIGHTED, QuantizedLayer, integers, quantizers, restore
+from sparsify.quantization.scheme import NAMED, ActivationScheme, Scheme, Settings, WeightScheme
 
 SETTINGS = {
     "default": Settings(),
@@ -154,7 +154,7 @@ def test_the_float_model_is_near() -> None:
     model.eval()
     with torch.no_grad():
         got = model(inputs)
-        from sparsify.quantize.layers import restore
+        from sparsify.quantization.layers import restore
 
         restore(model)
         expected = model(inputs)

@@ -11,9 +11,9 @@ from quantized_models import images, quantized, train
 from torch import Tensor, nn
 
 from sparsify import export_onnx, verify_onnx
-from sparsify.quantize.deploy import deployment_copy
-from sparsify.quantize.plan import Plan
-from sparsify.quantize.scheme import NAMED, Scheme, Settings
+from sparsify.quantization.deployment import deployment_copy
+from sparsify.quantization.plan import Plan
+from sparsify.quantization.scheme import NAMED, Scheme, Settings
 
 
 class Volume(nn.Module):

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from sparsify.errors import DataError, StateError
-from sparsify.quantize.fake import FakeQuantize, fake_weight, on_grid
+from sparsify.quantization.fake_quantize import FakeQuantize, fake_weight, on_grid
 
 
 def reference_weight(weight: Tensor, axis: int | None, largest: int) -> Tensor:
@@ -144,7 +144,7 @@ def test_two_paths_agree(monkeypatch: pytest.MonkeyPatch) -> None:
             a, b = x.clone().requires_grad_(), x.clone().requires_grad_()
             out = fast(a)
             with monkeypatch.context() as patch:
-                patch.setattr("sparsify.quantize.fake.readable", lambda x: False)
+                patch.setattr("sparsify.quantization.fake_quantize.readable", lambda x: False)
                 other = slow(b)
             torch.testing.assert_close(out, other, rtol=1e-5, atol=1e-5)
             out.sum().backward()
@@ -201,7 +201,7 @@ def test_casts_of_the_model_leave_the_range_in_float32() -> None:
 
 
 def test_eval_computes_what_is_exported() -> None:
-    from sparsify.quantize.emit import quantize_dequantize
+    from sparsify.quantization.qdq_ops import quantize_dequantize
 
     torch.manual_seed(0)
     quantizer = FakeQuantize("x")

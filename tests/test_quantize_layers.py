@@ -15,12 +15,19 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from sparsify.errors import SparsifyWarning
-from sparsify.quantize.calibrate import calibrate
-from sparsify.quantize.deploy import deployment_copy
-from sparsify.quantize.fake import FakeQuantize
-from sparsify.quantize.functional import Watched, switched_off
-from sparsify.quantize.layers import QuantizedConv2d, QuantizedLayer, QuantizedLinear, freeze_norms, quantizers, restore
-from sparsify.quantize.plan import is_quantized
+from sparsify.quantization.calibration import calibrate
+from sparsify.quantization.deployment import deployment_copy
+from sparsify.quantization.fake_quantize import FakeQuantize
+from sparsify.quantization.forward_ops import Watched, switched_off
+from sparsify.quantization.layers import (
+    QuantizedConv2d,
+    QuantizedLayer,
+    QuantizedLinear,
+    freeze_norms,
+    quantizers,
+    restore,
+)
+from sparsify.quantization.plan import is_quantized
 
 
 @pytest.mark.parametrize("name", ZOO)

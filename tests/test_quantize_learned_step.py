@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from sparsify import QuantizationModifier, ScheduledModifierManager, export_onnx, verify_onnx
 from sparsify.errors import DataError, StateError
-from sparsify.quantize.deploy import deployment_copy
-from sparsify.quantize.learned_step import LearnedQuantize, LearnedStep, learned_parameters
-from sparsify.quantize.scheme import ActivationScheme, Scheme, Settings, WeightScheme
+from sparsify.quantization.deployment import deployment_copy
+from sparsify.quantization.learned_step import LearnedQuantize, LearnedStep, learned_parameters
+from sparsify.quantization.scheme import ActivationScheme, Scheme, Settings, WeightScheme
 
 STEPS = 4
 

@@ -12,10 +12,10 @@ from quantized_models import quantized, trained
 from torch import Tensor, nn
 
 from sparsify.modifiers.quantization import QuantizationModifier
-from sparsify.quantize import observers
-from sparsify.quantize.calibrate import calibrate
-from sparsify.quantize.fake import FakeQuantize, on_grid
-from sparsify.quantize.scheme import ActivationScheme, Scheme, Settings
+from sparsify.quantization import observers
+from sparsify.quantization.calibration import calibrate
+from sparsify.quantization.fake_quantize import FakeQuantize, on_grid
+from sparsify.quantization.scheme import ActivationScheme, Scheme, Settings
 
 
 def values(seed: int = 0, count: int = 20000) -> Tensor:

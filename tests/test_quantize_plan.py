@@ -25,12 +25,12 @@ from torch import Tensor, nn
 
 from sparsify import export_onnx, quantize_model, verify_onnx
 from sparsify.errors import StateError, TargetError
-from sparsify.graph import trace
-from sparsify.quantize.functional import switched_off
-from sparsify.quantize.layers import quantizers
-from sparsify.quantize.placement import make_plan
-from sparsify.quantize.plan import Plan, apply_plan
-from sparsify.quantize.scheme import NAMED, ActivationScheme, Scheme, Settings, WeightScheme
+from sparsify.model.trace import trace
+from sparsify.quantization.forward_ops import switched_off
+from sparsify.quantization.layers import quantizers
+from sparsify.quantization.placement import make_plan
+from sparsify.quantization.plan import Plan, apply_plan
+from sparsify.quantization.scheme import NAMED, ActivationScheme, Scheme, Settings, WeightScheme
 
 
 def plan_of(model: nn.Module, *inputs: Tensor, **settings: object) -> Plan:

@@ -16,13 +16,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sparsify import export_onnx, verify_onnx
-from sparsify.graph import trace
-from sparsify.quantize import products
-from sparsify.quantize.deploy import deployment_copy
-from sparsify.quantize.layers import quantizers, restore
-from sparsify.quantize.placement import make_plan
-from sparsify.quantize.plan import Plan
-from sparsify.quantize.scheme import ActivationScheme, Scheme, Settings
+from sparsify.model.trace import trace
+from sparsify.quantization import attention_products
+from sparsify.quantization.deployment import deployment_copy
+from sparsify.quantization.layers import quantizers, restore
+from sparsify.quantization.placement import make_plan
+from sparsify.quantization.plan import Plan
+from sparsify.quantization.scheme import ActivationScheme, Scheme, Settings
 
 SCHEME = Scheme(matmul_activations=ActivationScheme())
 MASKS: dict[str, Callable[[], dict[str, Any]]] = {
@@ -81,21 +81,21 @@ def test_in_float_it_is_torchs_attention(mask: str) -> None:
         seen.append(name)
         return x
 
-    got = products.attention(nothing, q, k, v, **given)
+    got = attention_products.attention(nothing, q, k, v, **given)
     torch.testing.assert_close(got, F.scaled_dot_product_attention(q, k, v, **given), rtol=1e-4, atol=1e-5)
-    assert sorted(seen) == sorted(products.ATTENTION)
+    assert sorted(seen) == sorted(attention_products.ATTENTION)
 
 
 def test_heads_that_share_keys() -> None:
     q, k, v = torch.randn(2, 4, 5, 8), torch.randn(2, 2, 7, 8), torch.randn(2, 2, 7, 8)
-    got = products.attention(lambda _, x: x, q, k, v, enable_gqa=True)
+    got = attention_products.attention(lambda _, x: x, q, k, v, enable_gqa=True)
     torch.testing.assert_close(got, F.scaled_dot_product_attention(q, k, v, enable_gqa=True), rtol=1e-4, atol=1e-5)
 
 
 def test_who_may_look_at_nothing_gives_no_nan() -> None:
     q, k, v = torch.randn(1, 1, 2, 4), torch.randn(1, 1, 3, 4), torch.randn(1, 1, 3, 4)
     for mask in (torch.tensor([[False] * 3, [True] * 3]), torch.tensor([[-torch.inf] * 3, [0.0] * 3])):
-        got = products.attention(lambda _, x: x, q, k, v, attn_mask=mask)
+        got = attention_products.attention(lambda _, x: x, q, k, v, attn_mask=mask)
         assert got.isfinite().all()
         torch.testing.assert_close(got[:, :, 1], F.scaled_dot_product_attention(q, k, v)[:, :, 1])
 
@@ -107,7 +107,7 @@ def test_however_it_is_written_operands_are_quantized_and_the_file_is_exact(way:
     before = copy.deepcopy(model)
     plan = quantized(model, x, settings=Settings(scheme=SCHEME))
     if way == "sdpa":
-        names = [f"matmul_{name}_0_quantizer" for name in products.ATTENTION]
+        names = [f"matmul_{name}_0_quantizer" for name in attention_products.ATTENTION]
     else:
         names = [f"matmul_{name}_{n}_quantizer" for n in range(2) for name in ("left", "right")]
     assert products_of(plan) == names and plan.left == ()
@@ -144,7 +144,7 @@ def test_multihead_attention(weights: bool, tmp_path: Path) -> None:
     torch.manual_seed(0)
     model, x = Net(), torch.randn(4, 6, 8)
     plan = quantized(model, x, settings=Settings(scheme=SCHEME))
-    assert products_of(plan) == [f"attention.matmul_{name}_0_quantizer" for name in products.ATTENTION]
+    assert products_of(plan) == [f"attention.matmul_{name}_0_quantizer" for name in attention_products.ATTENTION]
     train(model, x, 3)
     assert all(quantizer.batches == 3 for quantizer in quantizers(model))
     path = tmp_path / "model.onnx"
@@ -164,7 +164,7 @@ def test_what_the_recipe_says_of_each_attention() -> None:
 
     model, x = Two(), torch.randn(2, 5, 8)
     assert products_of(plan_of(model, x)) == []
-    first = [f"first.matmul_{name}_0_quantizer" for name in products.ATTENTION]
+    first = [f"first.matmul_{name}_0_quantizer" for name in attention_products.ATTENTION]
     assert products_of(plan_of(model, x, overrides={"first": SCHEME})) == first
     assert products_of(plan_of(model, x, scheme=SCHEME, ignore=("second",))) == first
     assert products_of(plan_of(model, x, scheme=SCHEME, overrides={"second": Scheme()})) != first
@@ -188,7 +188,7 @@ def test_an_attention_that_is_called_twice_has_each_quantizer_once(tmp_path: Pat
     torch.manual_seed(0)
     model, x, path = Again(), torch.randn(2, 5, 8), tmp_path / "model.onnx"
     plan = quantized(model, x, settings=Settings(scheme=SCHEME))
-    assert products_of(plan) == [f"inner.matmul_{name}_0_quantizer" for name in products.ATTENTION]
+    assert products_of(plan) == [f"inner.matmul_{name}_0_quantizer" for name in attention_products.ATTENTION]
     train(model, x, 2)
     export_onnx(model.eval(), (x,), path)
     assert verify_onnx(model, path, (x,)).exact

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 from sparsify import QuantizationModifier, ScheduledModifierManager
 from sparsify.errors import DataError, RecipeError, StateError, TargetError
-from sparsify.quantize.deploy import deployment_copy
-from sparsify.quantize.layers import quantizers
-from sparsify.quantize.plan import is_quantized
+from sparsify.quantization.deployment import deployment_copy
+from sparsify.quantization.layers import quantizers
+from sparsify.quantization.plan import is_quantized
 
 STEPS = 4
 """Optimizer steps in an epoch."""

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from sparsify import QuantizationModifier, ScheduledModifierManager, export_onnx, quantize_model, verify_onnx
 from sparsify.errors import ExportError, RecipeError
-from sparsify.quantize.deploy import deployment_copy
-from sparsify.quantize.scheme import ActivationScheme, Scheme, Settings, WeightScheme
+from sparsify.quantization.deployment import deployment_copy
+from sparsify.quantization.scheme import ActivationScheme, Scheme, Settings, WeightScheme
 
 
 def weights(bits: int, block: Any = None, **more: Any) -> Settings:

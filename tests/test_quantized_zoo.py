@@ -16,8 +16,8 @@ from architectures import ARCHITECTURES
 from torch import Tensor, nn
 
 from sparsify import ScheduledModifierManager, export_onnx, verify_onnx
-from sparsify.signature import named_outputs
-from sparsify.verify import Verification
+from sparsify.model.signature import named_outputs
+from sparsify.onnx.verify import Verification
 
 RECIPE = """
 modifiers:

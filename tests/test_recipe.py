@@ -13,7 +13,7 @@ from sparsify.errors import ArgumentError
 from sparsify.modifiers.base import Modifier
 from sparsify.modifiers.epochs import EpochRangeModifier
 from sparsify.modifiers.learning_rate import SetLearningRateModifier
-from sparsify.modifiers.pruning import ConstantPruningModifier, GMPruningModifier
+from sparsify.modifiers.magnitude_pruning import ConstantPruningModifier, GMPruningModifier
 from sparsify.recipe import Recipe, read_recipe
 
 FILES = sorted((Path(__file__).parent / "recipes").iterdir())

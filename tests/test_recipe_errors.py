@@ -8,7 +8,7 @@ import pytest
 
 from sparsify import RecipeError
 from sparsify.modifiers.epochs import EpochRangeModifier
-from sparsify.modifiers.pruning import ConstantPruningModifier
+from sparsify.modifiers.magnitude_pruning import ConstantPruningModifier
 from sparsify.recipe import Recipe, read_recipe
 
 GM = """\

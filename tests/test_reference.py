@@ -16,12 +16,12 @@ from numpy.typing import NDArray
 from onnx import ModelProto, TensorProto, helper, numpy_helper
 
 from sparsify.errors import ArgumentError, ExportError
-from sparsify.quantize import integer_kernels
-from sparsify.quantize.float_kernels import compute
-from sparsify.quantize.fusion import Fusion
-from sparsify.quantize.integer_kernels import Grid, Quantized, quantize
-from sparsify.quantize.reference import Reference
-from sparsify.runtime import session_options
+from sparsify.onnx import integer_kernels
+from sparsify.onnx.float_kernels import compute
+from sparsify.onnx.fusion import Fusion
+from sparsify.onnx.integer_kernels import Grid, Quantized, quantize
+from sparsify.onnx.reference import Reference
+from sparsify.onnx.runtime import session_options
 
 Array = NDArray[Any]
 

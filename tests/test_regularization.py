@@ -15,11 +15,11 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from sparsify.errors import RecipeError, SparsifyWarning, StateError, TargetError
-from sparsify.manager import ScheduledModifierManager
 from sparsify.modifiers.base import Modifier
-from sparsify.modifiers.pruning import GMPruningModifier
+from sparsify.modifiers.magnitude_pruning import GMPruningModifier
 from sparsify.modifiers.regularization import ASRegModifier, PowerpropagationModifier, penalty
 from sparsify.modifiers.sparse_training import RigLPruningModifier
+from sparsify.training.manager import ScheduledModifierManager
 
 STEPS = 10
 

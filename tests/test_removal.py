@@ -11,13 +11,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from sparsify import removal as removals
 from sparsify.errors import ArgumentError, StateError
-from sparsify.families import Families, Family, Place, find
-from sparsify.masking import Masker
-from sparsify.removal import Removal, plan_removal, remove, tensors
-from sparsify.shrinking import deletion_masks
-from sparsify.state import checksum
+from sparsify.pruning import removal as removals
+from sparsify.pruning.groups import Families, Family, Place, find
+from sparsify.pruning.masker import Masker
+from sparsify.pruning.removal import Removal, plan_removal, remove, tensors
+from sparsify.pruning.shrinking import deletion_masks
+from sparsify.training.checkpoint import checksum
 from tests.optimizer_forms import FORMS, Form
 from tests.structured_models import Encoder, Residual
 

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from sparsify.errors import ArgumentError, DataError
-from sparsify.report import Column, Table, show, track
+from sparsify.output.tables import Column, Table, show, track
 
 
 @dataclass(frozen=True)

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from sparsify.quantize.fake import weight_integers, weight_scale
-from sparsify.quantize.rounding import adaround, clipped_scale, gptq, nearest, output_error
+from sparsify.oneshot.rounding import adaround, clipped_scale, gptq, nearest, output_error
+from sparsify.quantization.fake_quantize import weight_integers, weight_scale
 
 LARGEST = 7
 SHAPES = [(1, 24, 64), (16, 1, 9), (2, 8, 36)]
@@ -84,7 +84,7 @@ def test_rounding_by_blocks_is_rounding_column_by_column(monkeypatch: pytest.Mon
     second = moment(x)
     scale = scale_of(weight, second)
     whole = gptq(weight, second, scale, LARGEST)
-    monkeypatch.setattr("sparsify.quantize.rounding.BLOCK", 5)
+    monkeypatch.setattr("sparsify.oneshot.rounding.BLOCK", 5)
     assert (gptq(weight, second, scale, LARGEST) != whole).float().mean() < 0.01
 
 

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sparsify.schedule import Clock, Curve, Grid, Window, between, curve
+from sparsify.modifiers.schedule import Clock, Curve, Grid, Window, between, curve
 
 CURVES = ("linear", "cubic", "inverse_cubic", "cosine", "polynomial")
 FORMULA = {

@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from sparsify import scoring
 from sparsify.errors import ArgumentError
+from sparsify.pruning import second_order
 
 DAMP = 1e-3
 SHAPES = [(6, 7), (3, 5, 2), (13,), (1,)]
@@ -36,20 +36,20 @@ def some_mask(shape: tuple[int, ...], share: float, seed: int = 1) -> Tensor:
 def scores_by(way: str, weight: Tensor, gradients: list[Tensor], size: int, kept: Tensor | None, pages: int) -> Tensor:
     if way == "mfac":
         flat = [gradient.reshape(-1) for gradient in gradients]
-        return scoring.mfac_scores(weight, flat, len(flat), size, DAMP, kept, pages)
-    sums = scoring.fisher_sums(weight, size)
+        return second_order.mfac_scores(weight, flat, len(flat), size, DAMP, kept, pages)
+    sums = second_order.fisher_sums(weight, size)
     for at in range(0, len(gradients), 4):
-        scoring.add_gradients(sums, gradients[at : at + 4])
-    return scoring.fisher_scores(weight, sums, len(gradients), DAMP, kept)
+        second_order.add_gradients(sums, gradients[at : at + 4])
+    return second_order.fisher_scores(weight, sums, len(gradients), DAMP, kept)
 
 
 def update_by(way: str, weight: Tensor, gradients: list[Tensor], size: int, mask: Tensor, pages: int) -> Tensor:
     if way == "mfac":
         flat = [gradient.reshape(-1) for gradient in gradients]
-        return scoring.mfac_update(weight, flat, len(flat), size, DAMP, mask, pages)
-    sums = scoring.fisher_sums(weight, size)
-    scoring.add_gradients(sums, gradients)
-    return scoring.fisher_update(weight, sums, len(gradients), DAMP, mask)
+        return second_order.mfac_update(weight, flat, len(flat), size, DAMP, mask, pages)
+    sums = second_order.fisher_sums(weight, size)
+    second_order.add_gradients(sums, gradients)
+    return second_order.fisher_update(weight, sums, len(gradients), DAMP, mask)
 
 
 WAYS = [("fisher", 1), ("mfac", 1), ("mfac", 7), ("mfac", 1000)]
@@ -167,7 +167,7 @@ def test_work_goes_in_pages_with_the_same_result(monkeypatch: pytest.MonkeyPatch
     whole = [
         (scores_by(w, weight, gradients, b, None, 1), update_by(w, weight, gradients, b, mask, 1)) for w, b in ways
     ]
-    monkeypatch.setattr(scoring, "PAGE", 100)
+    monkeypatch.setattr(second_order, "PAGE", 100)
     for (way, size), (scores, moved) in zip(ways, whole, strict=True):
         torch.testing.assert_close(scores_by(way, weight, gradients, size, None, 1), scores)
         torch.testing.assert_close(update_by(way, weight, gradients, size, mask, 1), moved)
@@ -175,31 +175,31 @@ def test_work_goes_in_pages_with_the_same_result(monkeypatch: pytest.MonkeyPatch
 
 def test_sums_forget_with_keep() -> None:
     weight, gradients = problem((5,), 2)
-    sums = scoring.fisher_sums(weight, 5)
-    scoring.add_gradients(sums, gradients[:1])
-    scoring.add_gradients(sums, gradients[1:], keep=0.25)
+    sums = second_order.fisher_sums(weight, 5)
+    second_order.add_gradients(sums, gradients[:1])
+    second_order.add_gradients(sums, gradients[1:], keep=0.25)
     torch.testing.assert_close(sums[0], 0.25 * gradients[0].outer(gradients[0]) + gradients[1].outer(gradients[1]))
 
 
 def test_memory_bounds_hold_and_are_near() -> None:
     parameters = [torch.zeros(1000, 300), torch.zeros(7)]
-    need = scoring.fisher_bytes(parameters, 50)
-    held = sum(4 * scoring.fisher_sums(p, 50).numel() for p in parameters)
-    assert held < need < held + 4 * (scoring.ROWS + 2) * 300_100 + 6 * 8 * scoring.PAGE + 1000
-    kept, work = scoring.mfac_bytes(parameters, 64)
-    assert kept == 4 * 65 * 300_007 and work == 12 * 8 * scoring.PAGE + 8 * 300_007
+    need = second_order.fisher_bytes(parameters, 50)
+    held = sum(4 * second_order.fisher_sums(p, 50).numel() for p in parameters)
+    assert held < need < held + 4 * (second_order.ROWS + 2) * 300_100 + 6 * 8 * second_order.PAGE + 1000
+    kept, work = second_order.mfac_bytes(parameters, 64)
+    assert kept == 4 * 65 * 300_007 and work == 12 * 8 * second_order.PAGE + 8 * 300_007
 
 
 def test_what_does_not_fit_is_refused_with_the_way_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(scoring, "free_bytes", lambda device: 10**9)
-    scoring.refuse_beyond(10**9, torch.device("cpu"), who="X", lower="num_grads")
+    monkeypatch.setattr(second_order, "free_bytes", lambda device: 10**9)
+    second_order.refuse_beyond(10**9, torch.device("cpu"), who="X", lower="num_grads")
     with pytest.raises(ArgumentError, match=r"X needs up to 2\.00 GB on cpu, and 1\.00 GB are free\. Lower num_grads"):
-        scoring.refuse_beyond(2 * 10**9, torch.device("cpu"), who="X", lower="num_grads")
-    monkeypatch.setattr(scoring, "free_bytes", lambda device: None)
-    scoring.refuse_beyond(2**60, torch.device("cpu"), who="X", lower="num_grads")
+        second_order.refuse_beyond(2 * 10**9, torch.device("cpu"), who="X", lower="num_grads")
+    monkeypatch.setattr(second_order, "free_bytes", lambda device: None)
+    second_order.refuse_beyond(2**60, torch.device("cpu"), who="X", lower="num_grads")
 
 
 def test_free_memory_is_known_where_the_system_says_it() -> None:
-    free = scoring.free_bytes(torch.device("cpu"))
+    free = second_order.free_bytes(torch.device("cpu"))
     assert (free is not None and free > 0) or not Path("/proc/meminfo").exists()
-    assert scoring.free_bytes(torch.device("meta")) is None
+    assert second_order.free_bytes(torch.device("meta")) is None

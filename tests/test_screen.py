@@ -19,11 +19,11 @@ from screens import LEVELS, curve, report
 
 from sparsify.errors import ArgumentError, DataFileError
 from sparsify.modifiers.base import Modifier
+from sparsify.modifiers.schedule import Clock
 from sparsify.optimize.allocation import LayerCurve, PruningSettings, pruning_profile
 from sparsify.optimize.screen import SCRIPTS, Report
-from sparsify.optimize.training import OriginalTraining, learning_rates
+from sparsify.optimize.stages import OriginalTraining, learning_rates
 from sparsify.recipe.recipe import Recipe
-from sparsify.schedule import Clock
 
 NODE = shutil.which("node")
 needs_node = pytest.mark.skipif(NODE is None, reason="needs node, to run the page's scripts")

@@ -26,9 +26,9 @@ from torch import nn
 
 from sparsify.analysis import analyze_model, loss_profile
 from sparsify.optimize.allocation import PruningProfile, PruningSettings, pruning_profile
-from sparsify.optimize.recipes import create_recipe
+from sparsify.optimize.recipe_creation import create_recipe
 from sparsify.optimize.screen import Report
-from sparsify.optimize.training import OriginalTraining
+from sparsify.optimize.stages import OriginalTraining
 from sparsify.recipe.recipe import Recipe
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")

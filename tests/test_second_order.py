@@ -16,11 +16,11 @@ from test_state import assert_same, saved
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from sparsify import scoring
 from sparsify.errors import ArgumentError, DataError, RecipeError, StateError
-from sparsify.manager import ScheduledModifierManager
 from sparsify.modifiers.base import Modifier
 from sparsify.modifiers.second_order import MFACPruningModifier, OBSPruningModifier
+from sparsify.pruning import second_order
+from sparsify.training.manager import ScheduledModifierManager
 
 SIZES = {"0.weight": 60, "2.weight": 40}
 
@@ -194,13 +194,13 @@ def test_mfac_keeps_the_last_gradients_and_as_many_as_the_sparsity_asks_for() ->
 def test_recomputations_reach_the_same_count_in_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     model = network()
     found = []
-    real = scoring.fisher_scores
+    real = second_order.fisher_scores
 
     def watched(weight: Tensor, *rest: Any) -> Tensor:
         found.append(sum(zeros(model).values()))
         return real(weight, *rest)
 
-    monkeypatch.setattr(scoring, "fisher_scores", watched)
+    monkeypatch.setattr(second_order, "fisher_scores", watched)
     at_once = obs(init_sparsity=0.8, num_recomputations=4)
     manager = ScheduledModifierManager([at_once])
     manager.apply(model, grad_sampler=sampler(model))
@@ -386,7 +386,7 @@ def test_masks_and_weights_are_the_same_on_both_ranks(tmp_path: Path) -> None:
 def test_what_does_not_fit_in_memory_is_refused_before_anything_is_taken(
     method: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(scoring, "free_bytes", lambda device: 10**6)
+    monkeypatch.setattr(second_order, "free_bytes", lambda device: 10**6)
     model = network()
     before = copy.deepcopy(model.state_dict())
     lower = {"obs": "fisher_block_size", "mfac": "num_grads"}[method]

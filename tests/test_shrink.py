@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 import sparsify
 from sparsify.errors import ArgumentError, DataError, StateError
-from sparsify.families import Families, find
-from sparsify.shrinking import dead, deletion_masks, dry_run
+from sparsify.pruning.groups import Families, find
+from sparsify.pruning.shrinking import dead, deletion_masks, dry_run
 from tests.structured_models import Encoder, Residual
 from tests.test_removal import half, network, unchanged
 
@@ -283,7 +283,7 @@ def test_a_model_that_cannot_be_copied_is_refused() -> None:
 
 def test_a_live_wrapper_of_several_processes_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     model, x = network()
-    monkeypatch.setattr("sparsify.removal.distributed", lambda _: True)
-    monkeypatch.setattr("sparsify.shrinking.distributed", lambda _: True)
+    monkeypatch.setattr("sparsify.pruning.removal.distributed", lambda _: True)
+    monkeypatch.setattr("sparsify.pruning.shrinking.distributed", lambda _: True)
     with pytest.raises(StateError, match="unwrap, shrink, wrap again"):
         sparsify.shrink(model, x)

@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from sparsify import export_onnx
-from sparsify.families import Families, find
-from sparsify.removal import Removal, plan_removal, remove
-from sparsify.shrinking import deletion_masks, dry_run
+from sparsify.pruning.groups import Families, find
+from sparsify.pruning.removal import Removal, plan_removal, remove
+from sparsify.pruning.shrinking import deletion_masks, dry_run
 
 Inputs = tuple[tuple[Any, ...], dict[str, Any]]
 

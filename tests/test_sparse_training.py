@@ -19,9 +19,7 @@ from test_state import assert_same, saved
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from sparsify.erdos_renyi import spread
 from sparsify.errors import ArgumentError, DataError, RecipeError, StateError
-from sparsify.manager import ScheduledModifierManager
 from sparsify.modifiers.base import Modifier
 from sparsify.modifiers.regularization import PowerpropagationModifier
 from sparsify.modifiers.sparse_training import (
@@ -30,6 +28,8 @@ from sparsify.modifiers.sparse_training import (
     RigLPruningModifier,
 )
 from sparsify.modifiers.top_kast import TopKASTPruningModifier
+from sparsify.pruning.layer_sparsity import spread
+from sparsify.training.manager import ScheduledModifierManager
 
 STEPS_PER_EPOCH = 2
 STEPS = 14

@@ -13,12 +13,11 @@ from optimizer_forms import FORMS, Form
 from torch import nn
 
 from sparsify.errors import SparsifyWarning, StateError
-from sparsify.manager import ScheduledModifierManager
 from sparsify.modifiers.base import Modifier
 from sparsify.modifiers.distillation import DistillationModifier
 from sparsify.modifiers.epochs import EpochRangeModifier
 from sparsify.modifiers.learning_rate import LearningRateFunctionModifier, SetLearningRateModifier
-from sparsify.modifiers.pruning import ConstantPruningModifier, GMPruningModifier
+from sparsify.modifiers.magnitude_pruning import ConstantPruningModifier, GMPruningModifier
 from sparsify.modifiers.quantization import QuantizationModifier
 from sparsify.modifiers.training import (
     GradualParamModifier,
@@ -26,7 +25,8 @@ from sparsify.modifiers.training import (
     SetWeightDecayModifier,
     TrainableParamsModifier,
 )
-from sparsify.state import checksum
+from sparsify.training.checkpoint import checksum
+from sparsify.training.manager import ScheduledModifierManager
 
 STEPS_PER_EPOCH = 4
 STEPS = 14

@@ -16,13 +16,13 @@ from structured_models import Encoder, Residual
 from torch import Tensor, nn
 
 from sparsify import ScheduledModifierManager, SparsifyWarning
-from sparsify.channels import Bounds
 from sparsify.errors import DataError, RecipeError, StateError, TargetError
 from sparsify.modifiers.base import Modifier
-from sparsify.modifiers.pruning import GMPruningModifier
+from sparsify.modifiers.magnitude_pruning import GMPruningModifier
 from sparsify.modifiers.structured import StructuredPruningModifier
 from sparsify.modifiers.training import TrainableParamsModifier
-from sparsify.session import Session
+from sparsify.pruning.group_scores import Bounds
+from sparsify.training.session import Session
 
 PER_EPOCH = 3
 both = pytest.mark.parametrize("kind", [Residual, Encoder])
@@ -500,10 +500,10 @@ def test_the_state_of_another_width_is_refused_before_anything_changes() -> None
 
 @pytest.mark.parametrize("where", ["remove", "resize", "_rerouted", "resized", "plan_removal", "deletion_masks"])
 def test_an_interruption_leaves_a_whole_model(where: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    import sparsify.removal
-    import sparsify.shrinking
-    from sparsify.masking import Masker
+    import sparsify.pruning.removal
+    import sparsify.pruning.shrinking
     from sparsify.modifiers.structured import _Structured
+    from sparsify.pruning.masker import Masker
 
     model, optimizer, manager = at_work(Residual, structured(shrink=True))
     for number in range(11):
@@ -512,9 +512,9 @@ def test_an_interruption_leaves_a_whole_model(where: str, monkeypatch: pytest.Mo
         "resize": Masker,
         "_rerouted": Session,
         "resized": _Structured,
-        "deletion_masks": sparsify.shrinking,
+        "deletion_masks": sparsify.pruning.shrinking,
     }
-    owner = owners.get(where, sparsify.removal)
+    owner = owners.get(where, sparsify.pruning.removal)
     original = getattr(owner, where)
     calls = []
 

@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import nn
 
-from sparsify import targets
 from sparsify.errors import DataError, SparsifyWarning, TargetError
-from sparsify.targets import clean_name, named_modules, named_parameters, resolve_layers, resolve_parameters
+from sparsify.model import targets
+from sparsify.model.targets import clean_name, named_modules, named_parameters, resolve_layers, resolve_parameters
 
 WHERE = "GMPruningModifier.params"
 

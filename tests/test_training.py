@@ -10,17 +10,17 @@ import torch
 from torch import nn
 
 from sparsify.errors import ArgumentError, RecipeError, TargetError
-from sparsify.manager import ScheduledModifierManager
 from sparsify.modifiers.base import Modifier
-from sparsify.modifiers.logging import SparsificationLoggingModifier
-from sparsify.modifiers.pruning import GMPruningModifier
+from sparsify.modifiers.magnitude_pruning import GMPruningModifier
 from sparsify.modifiers.quantization import QuantizationModifier
+from sparsify.modifiers.sparsification_logging import SparsificationLoggingModifier
 from sparsify.modifiers.training import (
     GradualParamModifier,
     SetParamModifier,
     SetWeightDecayModifier,
     TrainableParamsModifier,
 )
+from sparsify.training.manager import ScheduledModifierManager
 
 
 class Scaled(nn.Module):

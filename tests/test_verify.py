@@ -16,10 +16,10 @@ from quantized_models import quantized, train
 from torch import Tensor, nn
 
 from sparsify.errors import ArgumentError, DataError, DataFileError, ExportError
-from sparsify.export import export_onnx
-from sparsify.quantize import integer_kernels
-from sparsify.quantize.emit import quantize_dequantize
-from sparsify.verify import verify_onnx
+from sparsify.onnx import integer_kernels
+from sparsify.onnx.export import export_onnx
+from sparsify.onnx.verify import verify_onnx
+from sparsify.quantization.qdq_ops import quantize_dequantize
 
 
 class Net(nn.Module):

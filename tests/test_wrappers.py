@@ -13,13 +13,13 @@ import torch
 from torch import nn
 
 from sparsify.errors import StateError
-from sparsify.hooks import unwrapped
-from sparsify.manager import ScheduledModifierManager
+from sparsify.model.optimizer_hooks import unwrapped
 from sparsify.modifiers.base import Modifier
 from sparsify.modifiers.distillation import DistillationModifier
 from sparsify.modifiers.learning_rate import LearningRateFunctionModifier
-from sparsify.modifiers.pruning import GMPruningModifier
+from sparsify.modifiers.magnitude_pruning import GMPruningModifier
 from sparsify.modifiers.quantization import QuantizationModifier
+from sparsify.training.manager import ScheduledModifierManager
 
 # torch warns about its own insides while it compiles.
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")

@@ -7,14 +7,14 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from sparsify.analysis.compressed import layer_name
 from sparsify.analysis.layers import ModelAnalysis
 from sparsify.analysis.loss import LossProfile
 from sparsify.analysis.performance import PerformanceProfile
+from sparsify.analysis.units import layer_name
 from sparsify.errors import ArgumentError, TargetError, did_you_mean
-from sparsify.report import Column, Table
-from sparsify.signature import unwrapped
-from sparsify.targets import by_clean_name, named_parameters
+from sparsify.model.signature import unwrapped
+from sparsify.model.targets import by_clean_name, named_parameters
+from sparsify.output.tables import Column, Table
 
 __all__ = ["ChosenBits", "choose_bits"]
 

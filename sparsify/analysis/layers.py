@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from sparsify.errors import ArgumentError, DataError, TargetError, did_you_mean
-from sparsify.report import Column, Table
+from sparsify.output.tables import Column, Table
 
 if TYPE_CHECKING:
     from torch import nn
@@ -230,6 +230,6 @@ def analyze_model(
 
     if not isinstance(model, nn.Module):
         raise ArgumentError(f"model is a {type(model).__name__}; give a torch.nn.Module, or the path of an ONNX file.")
-    from sparsify.analysis.modules import analyze_module
+    from sparsify.analysis.torch_layers import analyze_module
 
     return analyze_module(model, sample_inputs, sample_kwargs)

@@ -14,15 +14,15 @@ from typing import Any, Literal, TypeVar, get_args
 import torch
 from torch import Tensor, nn
 
-from sparsify.analysis.compressed import Layers, Of, Unit, channel_families, layer_weights
 from sparsify.analysis.layers import ModelAnalysis
-from sparsify.analysis.modules import analyze_module
+from sparsify.analysis.torch_layers import analyze_module
 from sparsify.analysis.trials import Batch, Loss, Trials, taken
+from sparsify.analysis.units import Layers, Of, Unit, channel_families, layer_weights
 from sparsify.errors import ArgumentError, DataError, StateError, did_you_mean
-from sparsify.files import read_text, replacing
-from sparsify.quantize.plan import is_quantized
-from sparsify.report import Column, Table, track
-from sparsify.signature import unwrapped
+from sparsify.model.signature import unwrapped
+from sparsify.output.files import read_text, replacing
+from sparsify.output.tables import Column, Table, track
+from sparsify.quantization.plan import is_quantized
 
 __all__ = ["LossProfile", "loss_profile"]
 

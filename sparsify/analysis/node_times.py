@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sparsify.errors import ExportError
-from sparsify.runtime import first_line, run_session, session_options
+from sparsify.onnx.runtime import first_line, run_session, session_options
 
 if TYPE_CHECKING:
     import numpy as np

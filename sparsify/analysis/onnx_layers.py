@@ -15,11 +15,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from sparsify.analysis.counting import Shape, einsum_macs
 from sparsify.analysis.layers import LayerInfo, ModelAnalysis, UnknownOperator
+from sparsify.analysis.macs import Shape, einsum_macs
 from sparsify.analysis.onnx_weights import Stored, StoredWeights
 from sparsify.errors import ArgumentError
-from sparsify.runtime import open_session, read_model, run_session
+from sparsify.onnx.runtime import open_session, read_model, run_session
 
 if TYPE_CHECKING:
     from onnx import ModelProto, NodeProto

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from sparsify.errors import DataError
-from sparsify.runtime import FILE_ELEMENTS, FILE_WEIGHTS
+from sparsify.onnx.runtime import FILE_ELEMENTS, FILE_WEIGHTS
 
 if TYPE_CHECKING:
     from onnx import ModelProto, NodeProto, TensorProto

@@ -14,11 +14,11 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from sparsify.analysis.counting import FREE, Cost, Operand, Shape, count
+from sparsify.analysis.macs import FREE, Cost, Operand, Shape, count
 from sparsify.errors import ArgumentError
-from sparsify.graph import Call, Names
-from sparsify.runtime import first_line
-from sparsify.targets import clean_name
+from sparsify.model.targets import clean_name
+from sparsify.model.trace import Call, Names
+from sparsify.onnx.runtime import first_line
 
 __all__: list[str] = []
 

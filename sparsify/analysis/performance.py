@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sparsify.errors import ArgumentError, DataError
-from sparsify.files import read_text, replacing
-from sparsify.report import Column, Table
+from sparsify.output.files import read_text, replacing
+from sparsify.output.tables import Column, Table
 
 if TYPE_CHECKING:
     from torch import nn
@@ -296,7 +296,7 @@ def performance_profile(
         StateError: the model is quantized already; profile its file.
         ArgumentError: a wrong argument. DataFileError, DataError: a file that is missing or broken.
     """
-    from sparsify.analysis.measuring import Settings, profile_of_file, profile_of_model
+    from sparsify.analysis.profiling import Settings, profile_of_file, profile_of_model
 
     settings = Settings(
         batch_sizes=_wholes("batch_sizes", batch_sizes, 1),

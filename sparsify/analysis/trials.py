@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from sparsify.errors import ArgumentError, DataError
-from sparsify.quantize.calibrate import called_with
-from sparsify.signature import named_outputs
+from sparsify.model.signature import named_outputs
+from sparsify.quantization.calibration import called_with
 
 __all__: list[str] = []
 

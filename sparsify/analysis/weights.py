@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from sparsify.errors import ArgumentError
-from sparsify.report import Column, Table
+from sparsify.output.tables import Column, Table
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -119,10 +119,10 @@ def weights_table(weights: Mapping[str, WeightMetadata]) -> Table:
 
 
 def _of_module(model: nn.Module, threshold: int) -> dict[str, WeightMetadata]:
-    from sparsify.quantize.attention import QuantizedProjection
-    from sparsify.quantize.layers import QuantizedEmbedding, QuantizedLayer, Retyped
-    from sparsify.signature import unwrapped
-    from sparsify.targets import named_modules, named_parameters
+    from sparsify.model.signature import unwrapped
+    from sparsify.model.targets import named_modules, named_parameters
+    from sparsify.quantization.attention import QuantizedProjection
+    from sparsify.quantization.layers import QuantizedEmbedding, QuantizedLayer, Retyped
 
     model = unwrapped(model)
     parameters = named_parameters(model)
@@ -169,7 +169,7 @@ def _of_file(path: str | os.PathLike[str], threshold: int) -> dict[str, WeightMe
     from pathlib import Path
 
     from sparsify.analysis.onnx_weights import StoredWeights
-    from sparsify.runtime import read_model
+    from sparsify.onnx.runtime import read_model
 
     model = read_model(path)
     stored = StoredWeights(model, Path(path).parent)

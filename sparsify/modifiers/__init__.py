@@ -7,12 +7,12 @@ from sparsify.modifiers import (
     layer_distillation,
     layer_pruning,
     learning_rate,
-    logging,
-    pruning,
+    magnitude_pruning,
     quantization,
     regularization,
     second_order,
     sparse_training,
+    sparsification_logging,
     structured,
     thinning,
     top_kast,
@@ -24,12 +24,12 @@ from sparsify.modifiers.epochs import *
 from sparsify.modifiers.layer_distillation import *
 from sparsify.modifiers.layer_pruning import *
 from sparsify.modifiers.learning_rate import *
-from sparsify.modifiers.logging import *
-from sparsify.modifiers.pruning import *
+from sparsify.modifiers.magnitude_pruning import *
 from sparsify.modifiers.quantization import *
 from sparsify.modifiers.regularization import *
 from sparsify.modifiers.second_order import *
 from sparsify.modifiers.sparse_training import *
+from sparsify.modifiers.sparsification_logging import *
 from sparsify.modifiers.structured import *
 from sparsify.modifiers.thinning import *
 from sparsify.modifiers.top_kast import *
@@ -42,8 +42,8 @@ __all__ += epochs.__all__
 __all__ += layer_distillation.__all__
 __all__ += layer_pruning.__all__
 __all__ += learning_rate.__all__
-__all__ += logging.__all__
-__all__ += pruning.__all__
+__all__ += sparsification_logging.__all__
+__all__ += magnitude_pruning.__all__
 __all__ += quantization.__all__
 __all__ += regularization.__all__
 __all__ += second_order.__all__

@@ -16,18 +16,18 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from sparsify.errors import RecipeError, did_you_mean
-from sparsify.schedule import Clock, Window
+from sparsify.modifiers.schedule import Clock, Window
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
     from torch.optim import Optimizer
 
-    from sparsify.families import Families
-    from sparsify.graph import Trace
-    from sparsify.masking import Masker
-    from sparsify.modifiers.ledger import Entry, LearningRateLedger
-    from sparsify.modifiers.log import RunLog
-    from sparsify.removal import Removal
+    from sparsify.model.trace import Trace
+    from sparsify.modifiers.learning_rate_ledger import Entry, LearningRateLedger
+    from sparsify.modifiers.run_log import RunLog
+    from sparsify.pruning.groups import Families
+    from sparsify.pruning.masker import Masker
+    from sparsify.pruning.removal import Removal
 
 __all__ = ["Active", "Modifier"]
 

@@ -11,8 +11,8 @@ from torch.nn import functional
 
 from sparsify.errors import StateError
 from sparsify.modifiers.base import Active, Kind, Modifier, Run
+from sparsify.modifiers.schedule import Clock
 from sparsify.modifiers.teacher import Teacher
-from sparsify.schedule import Clock
 
 __all__ = ["DistillationModifier"]
 

@@ -11,13 +11,13 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from sparsify import gradients, targets
-from sparsify.added_parameters import AddedParameters
 from sparsify.errors import StateError, TargetError
-from sparsify.hooks import Callback, ModelCallback
+from sparsify.model import gradients, targets
+from sparsify.model.optimizer_hooks import Callback, ModelCallback
+from sparsify.model.param_groups import AddedParameters
 from sparsify.modifiers.base import Active, Kind, Modifier, Names, Run
+from sparsify.modifiers.schedule import Clock
 from sparsify.modifiers.teacher import Teacher
-from sparsify.schedule import Clock
 
 __all__ = ["PerLayerDistillationModifier"]
 

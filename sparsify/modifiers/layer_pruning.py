@@ -9,10 +9,11 @@ from typing import Any, ClassVar
 from pydantic import Field
 from torch import nn
 
-from sparsify import identity, targets
 from sparsify.errors import StateError
+from sparsify.model import targets
 from sparsify.modifiers.base import Active, Kind, Modifier, Names, Run
-from sparsify.schedule import Clock
+from sparsify.modifiers.schedule import Clock
+from sparsify.pruning import skipped_layers
 
 __all__ = ["LayerPruningModifier"]
 
@@ -59,13 +60,13 @@ class _LayerPruning(Active):
         self._modifier, self._run = modifier, run
         where = f"{type(modifier).__name__}.layers"
         layers = targets.resolve_layers(run.model, modifier.names(), where=where)
-        identity.refuse_unskippable(run.model, layers, where=where)
+        skipped_layers.refuse_unskippable(run.model, layers, where=where)
         self._layers = layers
         self._entries: dict[str, int] = {}
         self._skipped: set[str] = set()
         if run.sample_inputs is not None:
-            whole = {name: layer for name, layer in layers.items() if not isinstance(layer, identity.Skipped)}
-            self._entries = identity.entries_of(run.model, whole, *run.sample_inputs)
+            whole = {name: layer for name, layer in layers.items() if not isinstance(layer, skipped_layers.Skipped)}
+            self._entries = skipped_layers.entries_of(run.model, whole, *run.sample_inputs)
 
     def update(self, clock: Clock) -> None:
         window = self._modifier.window
@@ -81,16 +82,16 @@ class _LayerPruning(Active):
             if name in wanted:
                 # Remembered first: Ctrl-C between the two can be undone.
                 self._skipped.add(name)
-                if not isinstance(layer, identity.Skipped):
-                    identity.refuse_quantized(layer, name)
-                    identity.skip(layer, name, self._entries.get(name))
+                if not isinstance(layer, skipped_layers.Skipped):
+                    skipped_layers.refuse_quantized(layer, name)
+                    skipped_layers.skip(layer, name, self._entries.get(name))
             elif name in self._skipped:
                 self._remember(name, layer)
-                identity.restore(layer)
+                skipped_layers.restore(layer)
                 self._skipped.discard(name)
 
     def _remember(self, name: str, layer: nn.Module) -> None:
-        if isinstance(layer, identity.Skipped) and layer._skip.entries is not None:
+        if isinstance(layer, skipped_layers.Skipped) and layer._skip.entries is not None:
             self._entries[name] = layer._skip.entries
 
     def structure(self, epoch: float, state: Mapping[str, Any] | None) -> None:

@@ -9,8 +9,8 @@ from pydantic import Field, model_validator
 
 from sparsify.errors import did_you_mean
 from sparsify.modifiers.base import Active, Epoch, FieldProblem, Kind, Modifier, Run
-from sparsify.modifiers.ledger import Entry
-from sparsify.schedule import TOLERANCE, Clock, Window, between
+from sparsify.modifiers.learning_rate_ledger import Entry
+from sparsify.modifiers.schedule import TOLERANCE, Clock, Window, between
 
 __all__ = ["LearningRateFunctionModifier", "LearningRateModifier", "SetLearningRateModifier"]
 

@@ -9,11 +9,11 @@ from typing import Annotated, Any, ClassVar
 from pydantic import AfterValidator, Field, field_validator, model_validator
 from torch import Tensor, nn
 
-from sparsify import ranks, targets
-from sparsify.masking import MaskType, prune
+from sparsify.model import distributed, targets
 from sparsify.modifiers.base import Active, Epoch, FieldProblem, Kind, Modifier, Names, Run, check_frequency
-from sparsify.modifiers.pruning import fitting, trainable
-from sparsify.schedule import Clock, Grid
+from sparsify.modifiers.magnitude_pruning import fitting, trainable
+from sparsify.modifiers.schedule import Clock, Grid
+from sparsify.pruning.masker import MaskType, prune
 
 __all__: list[str] = []
 
@@ -157,7 +157,7 @@ class Moving(Active, ABC):
     def largest(self, weights: Mapping[str, Tensor], sparsity: float, together: bool) -> dict[str, Tensor]:
         """Masks that keep the largest weights, whatever the masks so far."""
         masks = prune(weights, sparsity, self.mask_type, input_dims=self.input_dims, together=together)
-        ranks.check_same(masks)
+        distributed.check_same(masks)
         return masks
 
     def state_dict(self) -> dict[str, Any]:

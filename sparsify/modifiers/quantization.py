@@ -9,22 +9,22 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 from pydantic import Field, model_validator
 from torch import nn
 
-from sparsify import ranks
-from sparsify.added_parameters import AddedParameters
 from sparsify.errors import DataError, SparsifyWarning, StateError, TargetError
+from sparsify.model import distributed
+from sparsify.model.param_groups import AddedParameters
+from sparsify.model.targets import named_modules
 from sparsify.modifiers.base import Active, Epoch, FieldProblem, Kind, Modifier, Names, Run
-from sparsify.quantize.calibrate import SAMPLES, calibrate, held
-from sparsify.quantize.functional import switch_off_all, switched_off
-from sparsify.quantize.layers import WEIGHTED, freeze_norms, is_weighted, quantizers, restore
-from sparsify.quantize.learned_step import freeze_steps, learned_parameters
-from sparsify.quantize.placement import make_plan
-from sparsify.quantize.plan import Plan, apply_plan, check_plan, is_quantized, settle
-from sparsify.quantize.scheme import NAMED, Bits, Named, Scheme, Settings
-from sparsify.schedule import Clock
-from sparsify.targets import named_modules
+from sparsify.modifiers.schedule import Clock
+from sparsify.quantization.calibration import SAMPLES, calibrate, held
+from sparsify.quantization.forward_ops import switch_off_all, switched_off
+from sparsify.quantization.layers import WEIGHTED, freeze_norms, is_weighted, quantizers, restore
+from sparsify.quantization.learned_step import freeze_steps, learned_parameters
+from sparsify.quantization.placement import make_plan
+from sparsify.quantization.plan import Plan, apply_plan, check_plan, is_quantized, settle
+from sparsify.quantization.scheme import NAMED, Bits, Named, Scheme, Settings
 
 if TYPE_CHECKING:
-    from sparsify.removal import Removal
+    from sparsify.pruning.removal import Removal
 
 __all__ = ["QuantizationModifier"]
 
@@ -340,7 +340,7 @@ class Quantization(Active):
             return
         batches, samples = calibrate(self._run.model, data, most)
         few = []
-        if samples * ranks.count() < SAMPLES:
+        if samples * distributed.count() < SAMPLES:
             few.append(f"{samples} samples, and ranges from fewer than {SAMPLES} are chance: give more")
         if most is not None and batches < most:
             few.append(f"{batches} batches, of the {most} that num_calibration_steps asks for")

@@ -11,12 +11,12 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from sparsify import gradients, targets
 from sparsify.errors import StateError, TargetError
-from sparsify.hooks import ModelCallback
+from sparsify.model import gradients, targets
+from sparsify.model.optimizer_hooks import ModelCallback
+from sparsify.model.optimizer_state import forget
 from sparsify.modifiers.base import Active, Kind, Modifier, Names, Run
-from sparsify.moments import forget
-from sparsify.schedule import Clock
+from sparsify.modifiers.schedule import Clock
 
 __all__ = ["ASRegModifier", "PowerpropagationModifier"]
 

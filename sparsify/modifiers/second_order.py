@@ -12,12 +12,13 @@ import torch
 from pydantic import Field, field_validator
 from torch import Tensor, nn
 
-from sparsify import gradients, ranks, scoring, targets
 from sparsify.errors import ArgumentError, DataError, StateError
-from sparsify.masking import prune
+from sparsify.model import distributed, gradients, targets
 from sparsify.modifiers.base import Active, FieldProblem, Run
-from sparsify.modifiers.pruning import Gradual, GradualPruning, ScoreType
-from sparsify.schedule import TOLERANCE, Clock, between
+from sparsify.modifiers.magnitude_pruning import Gradual, GradualPruning, ScoreType
+from sparsify.modifiers.schedule import TOLERANCE, Clock, between
+from sparsify.pruning import second_order
+from sparsify.pruning.masker import prune
 
 __all__ = ["MFACPruningModifier", "OBSPruningModifier"]
 
@@ -236,7 +237,7 @@ class _SecondOrder(Gradual, ABC):
     @staticmethod
     def _copied(found: Mapping[str, Tensor]) -> dict[str, Tensor]:
         # Before the step: some optimizers write into the gradients (foreach SGD with Nesterov's momentum).
-        return {name: gradient.to(scoring.wide(gradient.dtype), copy=True) for name, gradient in found.items()}
+        return {name: gradient.to(second_order.wide(gradient.dtype), copy=True) for name, gradient in found.items()}
 
     def _sample(self, parameters: Mapping[str, nn.Parameter]) -> None:
         self.forget()
@@ -291,7 +292,7 @@ class _SecondOrder(Gradual, ABC):
                     together=together,
                     absolute=False,
                 )
-            ranks.check_same(masks)
+            distributed.check_same(masks)
             for name, mask in masks.items():
                 with torch.no_grad():
                     parameters[name].copy_(self.made_up(name, parameters[name], mask))
@@ -332,7 +333,7 @@ class _OBS(_SecondOrder):
     """The blocks of the Fisher matrix, summed up."""
 
     modifier: OBSPruningModifier
-    at_once = scoring.ROWS
+    at_once = second_order.ROWS
 
     def __init__(self, modifier: OBSPruningModifier, run: Run) -> None:
         self.sums: dict[str, Tensor] = {}
@@ -349,8 +350,8 @@ class _OBS(_SecondOrder):
     def check_memory(self, parameters: Sequence[nn.Parameter]) -> None:
         for device in {parameter.device: None for parameter in parameters}:
             here = [parameter for parameter in parameters if parameter.device == device]
-            need = scoring.fisher_bytes(here, self.modifier.fisher_block_size)
-            scoring.refuse_beyond(need, device, who=self.who, lower="fisher_block_size")
+            need = second_order.fisher_bytes(here, self.modifier.fisher_block_size)
+            second_order.refuse_beyond(need, device, who=self.who, lower="fisher_block_size")
 
     def take_in(self, several: Sequence[Mapping[str, Tensor]], parameters: Mapping[str, nn.Parameter]) -> None:
         new = len(several)
@@ -359,9 +360,9 @@ class _OBS(_SecondOrder):
         for name, parameter in parameters.items():
             rows = [found[name] for found in several if name in found]
             if rows and name not in self.sums:
-                self.sums[name] = scoring.fisher_sums(parameter, self.modifier.fisher_block_size)
+                self.sums[name] = second_order.fisher_sums(parameter, self.modifier.fisher_block_size)
             if rows:
-                scoring.add_gradients(self.sums[name], rows, keep)
+                second_order.add_gradients(self.sums[name], rows, keep)
             elif name in self.sums and keep < 1.0:
                 self.sums[name].mul_(keep)
 
@@ -371,13 +372,13 @@ class _OBS(_SecondOrder):
     def _sums(self, name: str, parameter: Tensor) -> Tensor:
         # One that no gradient reached: only the dampening is known of it.
         found = self.sums.get(name)
-        return scoring.fisher_sums(parameter, self.modifier.fisher_block_size) if found is None else found
+        return second_order.fisher_sums(parameter, self.modifier.fisher_block_size) if found is None else found
 
     def worth(self, name: str, parameter: Tensor, kept: Tensor | None) -> Tensor:
-        return scoring.fisher_scores(parameter, self._sums(name, parameter), self.count, self.modifier.damp, kept)
+        return second_order.fisher_scores(parameter, self._sums(name, parameter), self.count, self.modifier.damp, kept)
 
     def made_up(self, name: str, parameter: Tensor, mask: Tensor) -> Tensor:
-        return scoring.fisher_update(parameter, self._sums(name, parameter), self.count, self.modifier.damp, mask)
+        return second_order.fisher_update(parameter, self._sums(name, parameter), self.count, self.modifier.damp, mask)
 
     def state_dict(self) -> dict[str, Any]:
         return {**super().state_dict(), "sums": dict(self.sums)}
@@ -417,12 +418,12 @@ class _MFAC(_SecondOrder):
     def check_memory(self, parameters: Sequence[nn.Parameter]) -> None:
         counts = self.modifier.num_grads
         most = counts if isinstance(counts, int) else max(counts.values())
-        need, work = scoring.mfac_bytes(parameters, most)
+        need, work = second_order.mfac_bytes(parameters, most)
         if any(parameter.device == self.device for parameter in parameters):
             need += work
-        scoring.refuse_beyond(need, self.device, who=self.who, lower="num_grads")
+        second_order.refuse_beyond(need, self.device, who=self.who, lower="num_grads")
         for device in {parameter.device: None for parameter in parameters if parameter.device != self.device}:
-            scoring.refuse_beyond(work, device, who=self.who, lower="num_grads")
+            second_order.refuse_beyond(work, device, who=self.who, lower="num_grads")
 
     def take_in(self, several: Sequence[Mapping[str, Tensor]], parameters: Mapping[str, nn.Parameter]) -> None:
         wanted = self.wanted
@@ -433,7 +434,7 @@ class _MFAC(_SecondOrder):
                     continue
                 if name in found:
                     flat = found[name].reshape(-1)
-                    rows.append(flat.to(self.device, scoring.wide(flat.dtype)))
+                    rows.append(flat.to(self.device, second_order.wide(flat.dtype)))
                 else:
                     rows.append(torch.zeros_like(rows[-1]))
                 del rows[:-wanted]
@@ -443,18 +444,18 @@ class _MFAC(_SecondOrder):
         self.rows, self.count = {}, 0
 
     def _rows(self, name: str, parameter: Tensor) -> list[Tensor]:
-        none = torch.zeros((), dtype=scoring.wide(parameter.dtype), device=self.device)
+        none = torch.zeros((), dtype=second_order.wide(parameter.dtype), device=self.device)
         return self.rows.get(name) or [none.expand(parameter.numel())]
 
     def worth(self, name: str, parameter: Tensor, kept: Tensor | None) -> Tensor:
         modifier, rows = self.modifier, self._rows(name, parameter)
         size, pages = modifier.fisher_block_size, modifier.num_pages
-        return scoring.mfac_scores(parameter, rows, self.count, size, modifier.damp, kept, pages)
+        return second_order.mfac_scores(parameter, rows, self.count, size, modifier.damp, kept, pages)
 
     def made_up(self, name: str, parameter: Tensor, mask: Tensor) -> Tensor:
         modifier, rows = self.modifier, self._rows(name, parameter)
         size, pages = modifier.fisher_block_size, modifier.num_pages
-        return scoring.mfac_update(parameter, rows, self.count, size, modifier.damp, mask, pages)
+        return second_order.mfac_update(parameter, rows, self.count, size, modifier.damp, mask, pages)
 
     def state_dict(self) -> dict[str, Any]:
         return {**super().state_dict(), "gradients": {name: list(rows) for name, rows in self.rows.items()}}

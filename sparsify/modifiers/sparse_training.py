@@ -10,13 +10,14 @@ import torch
 from pydantic import Field, field_validator, model_validator
 from torch import Tensor, nn
 
-from sparsify import erdos_renyi, gradients, ranks, targets
+from sparsify.model import distributed, gradients, targets
+from sparsify.model.optimizer_state import forget
 from sparsify.modifiers.base import Active, FieldProblem, Run
+from sparsify.modifiers.magnitude_pruning import Gradual, GradualPruning, ScoreType
 from sparsify.modifiers.moving_masks import Fraction, MaskName, Moving, SparseTraining, taken_over
-from sparsify.modifiers.pruning import Gradual, GradualPruning, ScoreType
-from sparsify.moments import forget
-from sparsify.schedule import TOLERANCE, Clock
-from sparsify.selection import without_lowest
+from sparsify.modifiers.schedule import TOLERANCE, Clock
+from sparsify.pruning import layer_sparsity
+from sparsify.pruning.selection import without_lowest
 
 __all__ = [
     "ACDCPruningModifier",
@@ -129,7 +130,7 @@ class RigLPruningModifier(SparseTraining):
 
     def sparsities(self, point: float, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, float]:
         """Spread over the layers by their shapes, from the start on."""
-        return erdos_renyi.spread(shapes, self.final_sparsity, self.sparsity_strategy)
+        return layer_sparsity.spread(shapes, self.final_sparsity, self.sparsity_strategy)
 
     def attach(self, run: Run) -> Active:
         return _RigL(self, run)
@@ -312,7 +313,7 @@ class _RigL(Moving):
             if name in self.sums
         }
         self.sums, self.count = {}, 0
-        ranks.check_same(masks)
+        distributed.check_same(masks)
         for name, mask in masks.items():
             grown = mask & ~masker.masks[name]
             masker.set(name, mask)

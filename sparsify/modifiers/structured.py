@@ -8,17 +8,18 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from sparsify import channels, ranks, targets
 from sparsify.errors import SparsifyWarning, StateError, TargetError
+from sparsify.model import distributed, targets
 from sparsify.modifiers.base import Active, FieldProblem, Run
-from sparsify.modifiers.pruning import GradualPruning
-from sparsify.schedule import Clock, Grid, between
+from sparsify.modifiers.magnitude_pruning import GradualPruning
+from sparsify.modifiers.schedule import Clock, Grid, between
+from sparsify.pruning import group_scores
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from sparsify.families import Families, Family
-    from sparsify.removal import Removal
+    from sparsify.pruning.groups import Families, Family
+    from sparsify.pruning.removal import Removal
 
 __all__ = ["StructuredPruningModifier"]
 
@@ -254,7 +255,7 @@ class _Structured(Active):
         point = None if self.clock is None else self.grid.latest(self.clock)
         if point is None or point == self.point or self.traced is None or self.clock is None or self._over():
             return
-        from sparsify.shrinking import deletion_masks
+        from sparsify.pruning.shrinking import deletion_masks
 
         self.run.masker.refresh()
         if self.point is None:
@@ -263,7 +264,7 @@ class _Structured(Active):
         own = deletion_masks(self.run.model, self.traced, self.gone)
         held = self.run.masker.masks
         masks = {name: mask & held[name].to(mask.device) if name in held else mask for name, mask in own.items()}
-        ranks.check_same(masks)
+        distributed.check_same(masks)
         for name, mask in masks.items():
             self.run.masker.set(name, mask)
         for name, size in self.sizes.items():
@@ -275,7 +276,7 @@ class _Structured(Active):
 
     def _end(self, traced: Families, own: Mapping[str, Tensor]) -> None:
         """What masks leave behind at the end."""
-        from sparsify.removal import plan_removal
+        from sparsify.pruning.removal import plan_removal
 
         gone, self.gone, self.traced, self.families = self.gone, {}, None, {}
         if self.modifier.shrink and any(gone.values()):
@@ -293,7 +294,7 @@ class _Structured(Active):
 
     def _start(self, traced: Families) -> None:
         """Fixes how many channels there are, and from which sparsity on."""
-        from sparsify.shrinking import dead
+        from sparsify.pruning.shrinking import dead
 
         self.sizes = {name: family.size for name, family in self.families.items()}
         self.taken = dict.fromkeys(self.sizes, 0)
@@ -315,18 +316,18 @@ class _Structured(Active):
         for name, family in families.items():
             size = self.sizes[name]
             limit = min((self.limits[w] for w in (*family.rows, *family.columns) if w in self.limits), default=1.0)
-            bounds[name] = channels.Bounds.of(size, channels.multiple_of(family, modifier.multiple), limit)
+            bounds[name] = group_scores.Bounds.of(size, group_scores.multiple_of(family, modifier.multiple), limit)
             last = (size - bounds[name].nearest(size - round(size * self.finals[name]))) / size
             share = between(modifier.inter_func, min(self.initials[name], last), last, progress)
             counts[name] = max(round(size * share) - self.taken[name], len(self.gone[name]))
-        scores = channels.norms(self.run.model, families)
+        scores = group_scores.norms(self.run.model, families)
         if modifier.global_sparsity and families:
             name = next(iter(families))
             share = between(modifier.inter_func, self.initials[name], self.finals[name], progress)
             total = round(sum(self.sizes.values()) * share) - sum(self.taken.values())
-            there = {n: channels.Bounds(f.size, bounds[n].multiple, bounds[n].least) for n, f in families.items()}
-            counts = channels.shares(scores, max(total, 0), there, self.gone)
-        return channels.lowest(scores, counts, self.gone)
+            there = {n: group_scores.Bounds(f.size, bounds[n].multiple, bounds[n].least) for n, f in families.items()}
+            counts = group_scores.shares(scores, max(total, 0), there, self.gone)
+        return group_scores.lowest(scores, counts, self.gone)
 
     # ------------------------------------------------------------------ another size, another time
 

@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field, field_validator
 
-from sparsify import targets
 from sparsify.errors import SparsifyWarning, TargetError
+from sparsify.model import targets
 from sparsify.modifiers.base import Active, Epoch, FieldProblem, Kind, Modifier, Run
-from sparsify.schedule import Clock
+from sparsify.modifiers.schedule import Clock
 
 if TYPE_CHECKING:
-    from sparsify.families import Families
+    from sparsify.pruning.groups import Families
 
 __all__ = ["LayerThinningModifier"]
 
@@ -122,8 +122,8 @@ class _Thinning(Active):
             self.run.on_inputs(self._thin)
 
     def _thin(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        from sparsify.removal import plan_removal
-        from sparsify.shrinking import dead
+        from sparsify.pruning.removal import plan_removal
+        from sparsify.pruning.shrinking import dead
 
         if self.due <= self.done:
             return

@@ -10,12 +10,12 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from sparsify import gradients
-from sparsify.hooks import ModelCallback
+from sparsify.model import gradients
+from sparsify.model.optimizer_hooks import ModelCallback
+from sparsify.model.optimizer_state import forget
 from sparsify.modifiers.base import Active, FieldProblem, Run
 from sparsify.modifiers.moving_masks import Fraction, MaskName, Moving, SparseTraining, taken_over
-from sparsify.moments import forget
-from sparsify.schedule import Clock
+from sparsify.modifiers.schedule import Clock
 
 __all__ = ["TopKASTPruningModifier"]
 

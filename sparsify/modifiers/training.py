@@ -9,10 +9,10 @@ import torch
 from pydantic import Field, model_validator
 from torch import nn
 
-from sparsify import targets
+from sparsify.model import targets
 from sparsify.modifiers.base import Active, Epoch, FieldProblem, Kind, Modifier, Names, Run, check_frequency
-from sparsify.modifiers.ledger import check_groups
-from sparsify.schedule import Clock, Curve, Grid, between
+from sparsify.modifiers.learning_rate_ledger import check_groups
+from sparsify.modifiers.schedule import Clock, Curve, Grid, between
 
 __all__ = ["GradualParamModifier", "SetParamModifier", "SetWeightDecayModifier", "TrainableParamsModifier"]
 

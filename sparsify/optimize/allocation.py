@@ -9,7 +9,7 @@ from itertools import pairwise
 from typing import TYPE_CHECKING
 
 from sparsify.errors import ArgumentError, did_you_mean
-from sparsify.optimize.lines import at, reaches, slope, within
+from sparsify.optimize.piecewise import at, reaches, slope, within
 
 if TYPE_CHECKING:
     from sparsify.analysis.layers import ModelAnalysis

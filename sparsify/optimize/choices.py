@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from sparsify.errors import ArgumentError
-from sparsify.optimize.lines import at
+from sparsify.model.targets import named_parameters, owners
+from sparsify.optimize.piecewise import at
 from sparsify.recipe.evidence import LayerEvidence
-from sparsify.targets import named_parameters, owners
 
 if TYPE_CHECKING:
     from torch import nn
@@ -47,10 +47,10 @@ class Sources:
         Raises:
             ArgumentError: a profile is of another model.
         """
-        from sparsify.analysis.compressed import layer_name
         from sparsify.analysis.layers import analyze_model
         from sparsify.analysis.loss import HOW
-        from sparsify.optimize.structures import without_inputs
+        from sparsify.analysis.units import layer_name
+        from sparsify.optimize.group_curves import without_inputs
 
         if analysis is None:
             analysis = without_inputs(model) if inputs is None else analyze_model(model, inputs)
@@ -102,7 +102,7 @@ class Chosen:
 def by_layers(settings: PruningSettings, given: PruningProfile | None, found: Sources) -> Chosen:
     """Single weights go, layer by layer."""
     from sparsify.optimize.allocation import curves, pruning_profile
-    from sparsify.optimize.structures import weights_by_layer
+    from sparsify.optimize.group_curves import weights_by_layer
 
     assert found.loss is not None
     layers = curves(found.analysis, found.performance, found.loss)
@@ -117,7 +117,7 @@ def by_families(
 ) -> Chosen:
     """Whole channels go, family by family."""
     from sparsify.optimize.allocation import pruning_profile
-    from sparsify.optimize.structures import families_of, family_curves, of_channels
+    from sparsify.optimize.group_curves import families_of, family_curves, of_channels
 
     layers, rows = family_curves(model, families_of(model, inputs), found.analysis, found.performance, found.loss)
     profile = given or pruning_profile(layers, of_channels(settings))

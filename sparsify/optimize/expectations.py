@@ -9,10 +9,10 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from sparsify.analysis.layers import analyze_model
-from sparsify.optimize.lines import at
+from sparsify.model.targets import named_parameters
+from sparsify.modifiers.schedule import Clock
+from sparsify.optimize.piecewise import at
 from sparsify.recipe.evidence import Expected
-from sparsify.schedule import Clock
-from sparsify.targets import named_parameters
 
 if TYPE_CHECKING:
     from torch import nn
@@ -93,7 +93,7 @@ def without_channels(
     Raises:
         SparsifyError: they cannot be chosen before training.
     """
-    from sparsify.manager import ScheduledModifierManager
+    from sparsify.training.manager import ScheduledModifierManager
 
     smaller = copy.deepcopy(model)
     # What prunes otherwise may make the zeros by which others find what can go.

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from sparsify.errors import ArgumentError, StateError
 from sparsify.optimize.latency_tables import ModelTables
 from sparsify.optimize.widths import Choice
-from sparsify.report import Column, Table
+from sparsify.output.tables import Column, Table
 
 if TYPE_CHECKING:
     from torch import nn
@@ -178,10 +178,10 @@ def latency_plan(
     """
     from torch import nn
 
-    from sparsify.analysis.forms import cuttable
     from sparsify.analysis.performance import performance_profile
-    from sparsify.quantize.plan import is_quantized
-    from sparsify.signature import Call, unwrapped
+    from sparsify.analysis.variants import cuttable
+    from sparsify.model.signature import Call, unwrapped
+    from sparsify.quantization.plan import is_quantized
 
     if isinstance(goal_ms, bool) or not isinstance(goal_ms, (int, float)) or not 0 < goal_ms < math.inf:
         raise ArgumentError(f"goal_ms={goal_ms!r}: give milliseconds, a number above 0.")
@@ -293,10 +293,10 @@ def _plan(
 
 def _measure(tables: ModelTables, choice: Choice, batch_size: int, threads: int, iterations: int) -> float:
     """The whole, really shrunk and quantized, exported and run: the lowest of three medians."""
-    from sparsify.analysis.forms import as_int8, export, narrowed
-    from sparsify.analysis.measuring import feed_of, median_ms
-    from sparsify.runtime import open_session, read_model
-    from sparsify.signature import Call
+    from sparsify.analysis.profiling import feed_of, median_ms
+    from sparsify.analysis.variants import as_int8, export, narrowed
+    from sparsify.model.signature import Call
+    from sparsify.onnx.runtime import open_session, read_model
 
     model = tables.model
     if tables.families is not None:

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from sparsify.analysis.loss import LossProfile
     from sparsify.analysis.performance import PerformanceProfile
-    from sparsify.families import Families
+    from sparsify.pruning.groups import Families
 
 __all__: list[str] = []
 
@@ -102,7 +102,7 @@ class ModelTables:
         return LayerTime("", dims, Curve((1.0,), (0.0,))).left(shares)
 
     def _rounded(self, part: str, width: float) -> float:
-        from sparsify.analysis.forms import kept_channels
+        from sparsify.analysis.variants import kept_channels
 
         assert self.families is not None
         name = self.parts[part][0]
@@ -110,7 +110,7 @@ class ModelTables:
 
     def _parts(self, families: Families, loss: LossProfile | None, limits: Mapping[str, float]) -> list[Part]:
         """Families with a weight in common are named together, so they have one share."""
-        from sparsify.analysis.forms import kept_channels
+        from sparsify.analysis.variants import kept_channels
 
         groups: list[tuple[set[str], list[str]]] = []
         for name, family in families.families.items():
@@ -147,7 +147,7 @@ class ModelTables:
     ) -> tuple[float, ...] | None:
         """At each share; None where the profile does not know these channels."""
         if loss is None:
-            from sparsify.channels import norms
+            from sparsify.pruning.group_scores import norms
 
             squares = norms(self.model, {name: families.families[name] for name in names})
             found = [0.0] * len(shares)

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sparsify.errors import ArgumentError, DataFileError, StateError
+from sparsify.model.targets import named_modules, named_parameters
+from sparsify.output.tables import Column, Table
 from sparsify.recipe.evidence import Evidence
-from sparsify.report import Column, Table
-from sparsify.targets import named_modules, named_parameters
 
 if TYPE_CHECKING:
     from torch import nn
@@ -138,7 +138,7 @@ def score_prediction(
     """
     from torch import nn
 
-    from sparsify.signature import unwrapped
+    from sparsify.model.signature import unwrapped
 
     evidence = recipe.evidence
     if evidence is None:
@@ -167,7 +167,7 @@ def score_prediction(
     if structured and sum(p.numel() for p in parameters.values()) == expected.parameters_before:
         raise StateError("model: none of its channels is gone; give the model that the recipe trained.")
     if file is not None and ms is None and expected.ms is not None:
-        from sparsify.benchmark import benchmark_onnx
+        from sparsify.onnx.benchmark import benchmark_onnx
 
         ms = benchmark_onnx(file, batch_size=int(evidence.asked.get("batch_size", 1))).latency_p50_ms
     found = [
@@ -201,7 +201,7 @@ def _layers(evidence: Evidence, model: nn.Module) -> tuple[Prediction, ...]:
 
 def _stored(model: nn.Module) -> dict[str, int]:
     """Elements by parameter, without those that quantized layers keep for themselves."""
-    from sparsify.quantize.fake import FakeQuantize
+    from sparsify.quantization.fake_quantize import FakeQuantize
 
     own = {name for name, module in named_modules(model).items() if isinstance(module, FakeQuantize)}
     return {n: p.numel() for n, p in named_parameters(model).items() if n.rpartition(".")[0] not in own}

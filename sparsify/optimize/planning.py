@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING, Any
 
 from sparsify.analysis.layers import analyze_model
 from sparsify.errors import ArgumentError, SparsifyError
-from sparsify.files import replacing
+from sparsify.modifiers.schedule import Clock
 from sparsify.optimize.expectations import stored_bits, without_channels
 from sparsify.optimize.pitfalls import pitfalls
+from sparsify.output.files import replacing
+from sparsify.output.tables import Column, Table
 from sparsify.recipe.recipe import read_recipe
-from sparsify.report import Column, Table
-from sparsify.schedule import Clock
 
 if TYPE_CHECKING:
     from torch import nn
@@ -232,8 +232,8 @@ class _View:
     """A recipe and, where there is one, a model: what holds at a moment."""
 
     def __init__(self, recipe: Recipe, model: nn.Module | None, sample_inputs: Any) -> None:
-        from sparsify.modifiers.ledger import LearningRateLedger
-        from sparsify.signature import unwrapped
+        from sparsify.model.signature import unwrapped
+        from sparsify.modifiers.learning_rate_ledger import LearningRateLedger
 
         self.modifiers = recipe.modifiers
         self.model = None if model is None else unwrapped(model)
@@ -295,7 +295,7 @@ class _View:
 
     def _sizes(self, model: nn.Module | None) -> dict[str, tuple[int, int]]:
         """Elements and bytes of an element, by parameter."""
-        from sparsify.targets import named_parameters
+        from sparsify.model.targets import named_parameters
 
         return {} if model is None else {n: (p.numel(), p.element_size()) for n, p in named_parameters(model).items()}
 

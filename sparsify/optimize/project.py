@@ -26,13 +26,13 @@ from typing import TYPE_CHECKING, Any
 from sparsify.analysis.layers import ModelAnalysis, analyze_model
 from sparsify.analysis.loss import LossProfile
 from sparsify.analysis.performance import PerformanceProfile
-from sparsify.benchmark import Benchmark
 from sparsify.errors import ArgumentError, DataError, DataFileError, StateError, did_you_mean
-from sparsify.files import read_text, replacing
+from sparsify.onnx.benchmark import Benchmark
 from sparsify.optimize.allocation import PruningSettings
-from sparsify.optimize.training import OriginalTraining
+from sparsify.optimize.stages import OriginalTraining
+from sparsify.output.files import read_text, replacing
+from sparsify.output.tables import Column, Table
 from sparsify.recipe import Recipe
-from sparsify.report import Column, Table
 
 if TYPE_CHECKING:
     from torch import nn
@@ -131,7 +131,7 @@ class Project:
         try:
             made.chmod(0o755)
             if isinstance(model, nn.Module):
-                from sparsify.export import export_onnx
+                from sparsify.onnx.export import export_onnx
 
                 analysis = analyze_model(model, sample_inputs)
                 export_onnx(model, sample_inputs, made / "model.onnx")

@@ -14,22 +14,22 @@ from typing import TYPE_CHECKING, Any, get_args
 
 from sparsify.analysis.loss import HOW
 from sparsify.errors import ArgumentError
-from sparsify.files import replacing
 from sparsify.modifiers.base import Modifier
 from sparsify.modifiers.quantization import QuantizationModifier
 from sparsify.modifiers.training import TrainableParamsModifier
 from sparsify.optimize.allocation import REST, LayerCurve, PruningSettings, curves, pruning_profile
-from sparsify.optimize.code import Framework, integration_code
-from sparsify.optimize.recipes import FIRST, UNKNOWN, quantization_epochs
-from sparsify.optimize.structures import weights_by_layer
-from sparsify.optimize.training import LearningRateSchedule, OriginalTraining, learning_rates
+from sparsify.optimize.code_generation import Framework, integration_code
+from sparsify.optimize.group_curves import weights_by_layer
+from sparsify.optimize.recipe_creation import FIRST, UNKNOWN, quantization_epochs
+from sparsify.optimize.stages import LearningRateSchedule, OriginalTraining, learning_rates
+from sparsify.output.files import replacing
 from sparsify.version import __version__
 
 if TYPE_CHECKING:
     from sparsify.analysis.layers import LayerInfo, ModelAnalysis
     from sparsify.analysis.loss import LossProfile
     from sparsify.analysis.performance import PerformanceProfile
-    from sparsify.benchmark import Benchmark
+    from sparsify.onnx.benchmark import Benchmark
 
 __all__ = ["Report"]
 

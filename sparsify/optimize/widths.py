@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
-from sparsify.optimize.lines import at
+from sparsify.optimize.piecewise import at
 
 __all__: list[str] = []
 

@@ -16,11 +16,11 @@ from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny
 # Imported whole: every modifier registers itself under its name.
 import sparsify.modifiers  # noqa: F401
 from sparsify.errors import ArgumentError, RecipeError, RecipeFileError
-from sparsify.files import replacing
 from sparsify.modifiers.base import Modifier
+from sparsify.output.files import replacing
 from sparsify.recipe import compose, grammar, schema, writer
+from sparsify.recipe.conflicts import conflict, in_order
 from sparsify.recipe.evidence import Evidence
-from sparsify.recipe.order import conflict, in_order
 from sparsify.recipe.reader import overrides_of, read_parts
 
 if TYPE_CHECKING:

@@ -1,0 +1,416 @@
+"""A model, or a file, -> its performance profile: exported, quantized, shrunk, run under the profiler."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import platform
+import re
+import statistics
+import tempfile
+import time
+from collections import Counter, defaultdict
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from sparsify.analysis.layers import LayerInfo, ModelAnalysis, analyze_model
+from sparsify.analysis.node_times import NodeTimes, node_times
+from sparsify.analysis.performance import FORMAT, SKIPPING_FLOOR, SPARSITIES, LayerPerformance, PerformanceProfile
+from sparsify.analysis.variants import Form, cuttable, export, exported_forms, tracked
+from sparsify.errors import ArgumentError, DataError, StateError
+from sparsify.model.signature import Call, unwrapped
+from sparsify.onnx.runtime import open_session, read_model, run_session
+from sparsify.pruning.groups import Families
+from sparsify.quantization.plan import is_quantized
+
+if TYPE_CHECKING:
+    import numpy as np
+    from onnx import GraphProto, ModelProto, NodeProto
+
+__all__: list[str] = []
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What is measured; see `performance_profile`."""
+
+    batch_sizes: tuple[int, ...]
+    threads: tuple[int, ...]
+    quantized: bool
+    widths: tuple[float, ...]
+    iterations: int
+    warmup: int
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One file: by the profiler, and without it by (batch size, threads)."""
+
+    times: NodeTimes
+    totals: Mapping[tuple[int, int], float]
+    floating: frozenset[str] = frozenset()
+
+
+# ---------------------------------------------------------------------- the two ways in
+
+
+def profile_of_model(
+    model: nn.Module, sample_inputs: Any, settings: Settings, cache: Path | None, progress: bool | None
+) -> PerformanceProfile:
+    if not isinstance(model, nn.Module):
+        raise ArgumentError(f"model is a {type(model).__name__}: give a torch.nn.Module or the path of an ONNX file.")
+    if sample_inputs is None:
+        raise ArgumentError("sample_inputs: a torch model is exported with them; give inputs as it is called with.")
+    model = unwrapped(model)
+    if is_quantized(model):
+        raise StateError(
+            f"{type(model).__name__} is quantized already. Give the float model, whose int8 times are measured with "
+            "it, or the file that was exported."
+        )
+    call = Call.of(model, sample_inputs)
+    with tempfile.TemporaryDirectory(prefix="sparsify-") as text:
+        path = Path(text) / "model.onnx"
+        export(model, sample_inputs, path)
+        proto = read_model(path)
+        feeds = {size: feed_of(proto, call, size) for size in settings.batch_sizes}
+        content, versions = _content(proto, feeds, settings)
+        if (kept := _kept(cache, content)) is not None:
+            return kept
+        analysis = analyze_model(model, sample_inputs)
+        notes: dict[str, str] = {}
+        families: Families | None = None
+        if settings.widths:
+            families, why = cuttable(model, call)
+            if why:
+                notes["widths"] = why
+        folder = Path(text)
+        forms = exported_forms(
+            model, sample_inputs, families, settings.quantized, settings.widths, folder, path, notes, progress
+        )
+        found = Bench(analysis, feeds, settings).measure_all(forms, progress)
+    touched = (
+        set() if families is None else {place.tensor for one in families.families.values() for place in one.places}
+    )
+    profile = _assembled(type(model).__name__, analysis, found, touched, settings, content, versions, notes)
+    _keep(cache, profile)
+    return profile
+
+
+def profile_of_file(path: Path, settings: Settings, cache: Path | None, progress: bool | None) -> PerformanceProfile:
+    from sparsify.onnx.benchmark import random_inputs
+
+    proto = read_model(path)
+    session = open_session(path, model=proto)
+    feeds = {size: random_inputs(proto, session, size)[0] for size in settings.batch_sizes}
+    content, versions = _content(proto, feeds, settings)
+    if (kept := _kept(cache, content)) is not None:
+        return kept
+    analysis = analyze_model(path)
+    found = Bench(analysis, feeds, settings).measure_all({("float", 1.0): Form(path)}, progress)
+    why = "a file is measured as it is; give the torch model for int8 and widths"
+    notes = {"int8": why} if settings.quantized else {}
+    notes |= {"widths": why} if settings.widths else {}
+    profile = _assembled(path.name, analysis, found, set(), settings, content, versions, notes)
+    _keep(cache, profile)
+    return profile
+
+
+# ---------------------------------------------------------------------- measuring
+
+
+class Bench:
+    """Measures files of one model, in its several forms, on the same inputs."""
+
+    def __init__(
+        self, analysis: ModelAnalysis, feeds: Mapping[int, Mapping[str, np.ndarray]], settings: Settings
+    ) -> None:
+        self.analysis, self.feeds, self.settings = analysis, feeds, settings
+
+    def measure_all(
+        self, forms: Mapping[tuple[str, float], Form], progress: bool | None
+    ) -> dict[tuple[str, float], Measured]:
+        """Every file at two times, the second time in the opposite order; the quieter of both counts."""
+        found: dict[tuple[str, float], Measured] = {}
+        for key in tracked([*forms, *reversed(list(forms))], "measuring", progress):
+            form = forms[key]
+            now = self.measure(form.path, form.floating, all_totals=key[1] == 1)
+            if (before := found.get(key)) is not None:
+                times = min(before.times, now.times, key=lambda times: times.total)
+                totals = {which: min(ms, before.totals[which]) for which, ms in now.totals.items()}
+                now = Measured(times, totals, form.floating)
+            found[key] = now
+        return found
+
+    def measure(self, path: Path, floating: frozenset[str] = frozenset(), *, all_totals: bool = False) -> Measured:
+        settings = self.settings
+        proto = read_model(path)
+        times = node_times(
+            proto,
+            self.feeds[settings.batch_sizes[0]],
+            layers_of_nodes(proto.graph, self.analysis),
+            {layer.name: float(layer.macs) for layer in self.analysis.layers},
+            threads=settings.threads[0],
+            warmup=settings.warmup,
+            iterations=settings.iterations,
+            folder=path.parent,
+        )
+        totals = {}
+        for count in settings.threads if all_totals else settings.threads[:1]:
+            session = open_session(path, threads=count, model=proto)
+            for size in settings.batch_sizes if all_totals else settings.batch_sizes[:1]:
+                totals[size, count] = median_ms(session, self.feeds[size], settings.warmup, settings.iterations)
+        return Measured(times, totals, floating)
+
+
+def median_ms(session: Any, feed: Mapping[str, np.ndarray], warmup: int, iterations: int) -> float:
+    """Of one call."""
+    inputs = dict(feed)
+    for _ in range(warmup):
+        run_session(session, inputs)
+    times = []
+    for _ in range(iterations):
+        start = time.perf_counter()
+        session.run(None, inputs)
+        times.append(time.perf_counter() - start)
+    return statistics.median(times) * 1e3
+
+
+def layers_of_nodes(graph: GraphProto, analysis: ModelAnalysis) -> list[tuple[str, ...]]:
+    """The layers that each node of a file computes: mostly one; none for many; all weights of a recurrent layer.
+
+    Our files name a node "<module>/<operator>" and a weight by its parameter; in files of others a node has the name
+    that `analyze_model` gives it.
+    """
+    names = {layer.name for layer in analysis.layers}
+    producer = {name: node for node in graph.node for name in node.output}
+    stored = {tensor.name: tensor for tensor in graph.initializer}
+    owners = [_owner(node, names, producer, set(stored)) for node in graph.node]
+    # What belongs to no module of its own, in the order in which it stands in its module's forward.
+    products: dict[str, list[str]] = defaultdict(list)
+    weights: dict[str, list[LayerInfo]] = defaultdict(list)
+    calls: dict[str, int] = defaultdict(lambda: 1)
+    for layer in analysis.layers:
+        module = layer.name.rpartition(".")[0]
+        if layer.weight is None:
+            products[module] += [layer.name] * (2 if "attention" in layer.type else 1)
+            calls[module] = max(calls[module], layer.calls)
+        else:
+            weights[module].append(layer)
+    waiting: dict[str, list[int]] = defaultdict(list)
+    recurrent: Counter[str] = Counter()
+    for i, node in enumerate(graph.node):
+        module = _module(node)
+        if owners[i]:
+            continue
+        if node.op_type in ("LSTM", "GRU", "RNN"):
+            level = re.compile(rf"_l{recurrent[module]}(_reverse)?$")
+            recurrent[module] += 1
+            mine = [layer.name for layer in weights[module or node.name]]
+            # In a file all that a recurrent layer stores is packed, without a level in its name.
+            found = [name for name in mine if level.search(name)] or [n for n in mine if n.endswith(("_ih", "_hh"))]
+            owners[i] = tuple(found)
+        elif node.op_type in ("MatMul", "Einsum", "Gemm"):
+            # A weight that was transposed for the product has lost its name; its size tells.
+            sizes = [
+                math.prod(stored[name].dims) for name in node.input if name in stored and len(stored[name].dims) > 1
+            ]
+            of_size = [layer.name for layer in weights[module] if layer.weights in sizes]
+            if len(of_size) == 1:
+                owners[i] = tuple(of_size)
+            elif not sizes:
+                waiting[module].append(i)
+    for module, nodes in waiting.items():
+        own = products.get(module, []) * calls[module]
+        if len(set(own)) == 1:
+            own = own[:1] * len(nodes)
+        if len(own) == len(nodes):
+            for i, name in zip(nodes, own, strict=True):
+                owners[i] = (name,)
+    return owners
+
+
+def _owner(node: NodeProto, names: set[str], producer: Mapping[str, NodeProto], stored: set[str]) -> tuple[str, ...]:
+    module, own = _module(node), str(node.name)
+    parent, _, last = module.rpartition(".")
+    if module in names:
+        return (module,)
+    if last.endswith("_quantizer") and parent in names:
+        return (parent,)
+    for value in node.input:
+        for _ in range(8):
+            made = producer.get(value)
+            if made is None or made.op_type not in ("DequantizeLinear", "Transpose", "Reshape", "Cast"):
+                break
+            value = made.input[0]
+        if value in stored:
+            stem = str(value).removesuffix("_int8")
+            for suffix in (".weight", "_weight"):
+                if stem.endswith(suffix) and stem.removesuffix(suffix) in names:
+                    return (stem.removesuffix(suffix),)
+    # What has no name of its own in a file is called by what it gives.
+    return next(((name,) for name in (own, *node.output) if name and name in names), ())
+
+
+def _module(node: NodeProto) -> str:
+    # Ours are "block.0/Conv", those of others may be "/block/0/Conv".
+    name = str(node.name)
+    return name.rpartition("/")[0] if name.startswith("/") else name.split("/", 1)[0] if "/" in name else ""
+
+
+def _assembled(
+    name: str,
+    analysis: ModelAnalysis,
+    found: Mapping[tuple[str, float], Measured],
+    touched: set[str],
+    settings: Settings,
+    content: str,
+    versions: Mapping[str, str],
+    notes: Mapping[str, str],
+) -> PerformanceProfile:
+    dense, int8 = found["float", 1.0], found.get(("int8", 1.0))
+    first = (settings.batch_sizes[0], settings.threads[0])
+    wide = {kind: [found[kind, w] for w in settings.widths if (kind, w) in found] for kind in ("float", "int8")}
+    for kind in wide:
+        if len(wide[kind]) < len(settings.widths) or not touched:
+            wide[kind] = []
+
+    # What is quantized or not is the planner's decision, and the file may fall short of it.
+    stay = (
+        set()
+        if int8 is None
+        else {*int8.floating, *(i.name for i in analysis.layers if i.weight and not i.quantizable)}
+    )
+
+    def layer(info: LayerInfo) -> LayerPerformance:
+        ms = dense.times.owners.get(info.name, 0.0)
+        removable = info.weight in touched or (info.weight is None and bool(touched))
+        floating = int8 is None or info.name in stay
+        at_widths = {
+            kind: tuple(one.times.owners.get(info.name, 0.0) for one in wide[kind]) if removable else ()
+            for kind in wide
+        }
+        return LayerPerformance(
+            name=info.name,
+            ms=ms,
+            int8_ms=None if int8 is None or floating else int8.times.owners.get(info.name, 0.0),
+            sparse_ms=tuple(ms * max(1 - s, SKIPPING_FLOOR) if info.prunable else ms for s in SPARSITIES),
+            width_ms=at_widths["float"] or None,
+            width_int8_ms=None if floating else at_widths["int8"] or None,
+            type=info.type,
+        )
+
+    others_int8: dict[str, float] = {}
+    if int8 is not None:
+        others_int8 = {f"{name}, in float": ms for name, ms in int8.times.owners.items() if name in stay}
+        others_int8 |= int8.times.others
+    totals = {}
+    for kind, measured in (("float", dense), ("int8", int8)):
+        for (size, count), ms in measured.totals.items() if measured is not None else ():
+            totals[f"batch {size}, {count} thread{'s' * (count != 1)}, {kind}"] = ms
+    return PerformanceProfile(
+        layers=tuple(layer(info) for info in analysis.layers),
+        total_ms=dense.totals[first],
+        total_int8_ms=None if int8 is None else int8.totals[first],
+        totals=totals,
+        batch_size=first[0],
+        threads=first[1],
+        content=content,
+        versions=versions,
+        profiled_ms=dense.times.total,
+        profiled_int8_ms=None if int8 is None else int8.times.total,
+        others=dense.times.others,
+        others_int8=others_int8,
+        widths=settings.widths if wide["float"] else (),
+        width_total_ms=tuple(one.totals[first] for one in wide["float"]),
+        width_total_int8_ms=tuple(one.totals[first] for one in wide["int8"]),
+        width_profiled_ms=tuple(one.times.total for one in wide["float"]),
+        width_profiled_int8_ms=tuple(one.times.total for one in wide["int8"]),
+        notes=notes,
+        model=name,
+    )
+
+
+# ---------------------------------------------------------------------- inputs and the cache
+
+
+def feed_of(proto: ModelProto, call: Call, size: int) -> dict[str, np.ndarray]:
+    """The sample inputs as a batch of `size`: its items, again and again."""
+    feed = {}
+    for value in proto.graph.input:
+        tensor = call.inputs[value.name].detach().cpu()
+        dims = value.type.tensor_type.shape.dim
+        if len(dims) and dims[0].dim_param:
+            tensor = tensor[torch.arange(size) % tensor.shape[0]]
+        feed[value.name] = tensor.contiguous().numpy()
+    if not any(
+        len(v.type.tensor_type.shape.dim) and v.type.tensor_type.shape.dim[0].dim_param for v in proto.graph.input
+    ):
+        own = next((array.shape[0] for array in feed.values() if array.ndim), 1)
+        if size != own:
+            raise ArgumentError(
+                f"batch_sizes: this model's forward fixes its batch to {own}; give sample_inputs of {size} items, and "
+                f"batch_sizes=({size},)."
+            )
+    return feed
+
+
+def _content(
+    proto: ModelProto, feeds: Mapping[int, Mapping[str, np.ndarray]], settings: Settings
+) -> tuple[str, dict[str, str]]:
+    """(the hash of graph, shapes, settings, versions and processor; the versions)."""
+    import onnx
+    import onnxruntime
+
+    versions = {
+        "onnxruntime": onnxruntime.__version__,
+        "onnx": onnx.__version__,
+        "torch": torch.__version__,
+        "processor": processor(),
+    }
+    hashed = hashlib.sha256()
+    for node in proto.graph.node:
+        hashed.update(node.SerializeToString(deterministic=True))
+    for tensor in proto.graph.initializer:
+        hashed.update(f"{tensor.name} {list(tensor.dims)} {tensor.data_type}".encode())
+        if tensor.data_type == onnx.TensorProto.INT64:  # shapes and axes, which are part of the graph
+            hashed.update(tensor.SerializeToString(deterministic=True))
+    inputs = [[name, str(a.dtype), list(a.shape)] for feed in feeds.values() for name, a in feed.items()]
+    hashed.update(json.dumps([FORMAT, inputs, asdict(settings), versions], sort_keys=True).encode())
+    return hashed.hexdigest(), versions
+
+
+def processor() -> str:
+    """The name of the processor, as well as it can be known."""
+    try:
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass  # Not on Linux.
+    return platform.processor() or platform.machine()
+
+
+def _kept(cache: Path | None, content: str) -> PerformanceProfile | None:
+    """What was kept for this content; None also where it is damaged: it is measured again then, and replaced."""
+    if cache is None:
+        return None
+    try:
+        profile = PerformanceProfile.load(cache / f"{content}.json")
+    except DataError:
+        return None
+    return profile if profile.content == content else None
+
+
+def _keep(cache: Path | None, profile: PerformanceProfile) -> None:
+    if cache is not None:
+        try:
+            cache.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ArgumentError(f"cache: the folder {cache} cannot be made: {error.strerror or error}.") from error
+        profile.save(cache / f"{profile.content}.json")

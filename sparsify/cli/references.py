@@ -1,0 +1,122 @@
+"""What words on a command line mean: "package.module:function", and inputs by their shapes."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import re
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sparsify.errors import ArgumentError, DataFileError, did_you_mean
+from sparsify.optimize.code_generation import check_reference
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+__all__: list[str] = []
+
+_INPUT = re.compile(r"(?P<sizes>\d+(x\d+)*)(:(?P<kind>float|int)(<(?P<most>\d+))?)?")
+
+
+def resolve(reference: str, what: str) -> Any:
+    """What "package.module:name" names; the working folder is searched too.
+
+    Raises:
+        ArgumentError: it is written otherwise, the module cannot be imported, or has no such name.
+    """
+    module_name, path = check_reference(reference, what)
+    folder = os.getcwd()
+    if folder not in sys.path:
+        sys.path.insert(0, folder)
+    try:
+        found: Any = importlib.import_module(module_name)
+    except Exception as error:  # A user's module may raise anything.
+        raise ArgumentError(f"{what}: {module_name} cannot be imported: {type(error).__name__}: {error}") from error
+    for name in path.split("."):
+        if not hasattr(found, name):
+            known = [n for n in dir(found) if not n.startswith("_")]
+            raise ArgumentError(f"{what}: {reference!r}: there is no {name!r}.{did_you_mean(name, known)}")
+        found = getattr(found, name)
+    return found
+
+
+def called(reference: str, what: str) -> Any:
+    """What the function at `reference` gives when it is called without arguments.
+
+    Raises:
+        ArgumentError: there is none, or it raises.
+    """
+    function = resolve(reference, what)
+    if not callable(function):
+        raise ArgumentError(f"{what}: {reference!r} is a {type(function).__name__}, not a function without arguments.")
+    try:
+        return function()
+    except Exception as error:  # A user's function may raise anything.
+        raise ArgumentError(f"{what}: {reference}() failed: {type(error).__name__}: {error}") from error
+
+
+def model_of(reference: str) -> nn.Module | Path:
+    """A torch model from "package.module:function" (or of a module's own object), or the path of an ONNX file.
+
+    Raises:
+        ArgumentError: neither. DataError: the file is not there.
+    """
+    from torch import nn
+
+    path = Path(reference)
+    if path.suffix == ".onnx":
+        if not path.is_file():
+            raise DataFileError(f"{path}: there is no such file.")
+        return path
+    found = resolve(reference, "model")
+    model = found if isinstance(found, nn.Module) else called(reference, "model")
+    if not isinstance(model, nn.Module):
+        raise ArgumentError(f"model: {reference}() gave a {type(model).__name__}; it must give a torch.nn.Module.")
+    return model.eval()
+
+
+def torch_model(reference: str) -> nn.Module:
+    """As `model_of`, where a file will not do."""
+    model = model_of(reference)
+    if isinstance(model, Path):
+        raise ArgumentError(f"model: {reference}: this needs the torch model, as package.module:function.")
+    return model
+
+
+def inputs_of(texts: Iterable[str] | None) -> Any:
+    """Sample inputs: of one "package.module:function", or random ones: "1x3x224x224", "1x128:int<30522".
+
+    None where nothing is said. Values are the same in every run.
+
+    Raises:
+        ArgumentError: what cannot be read, with the forms that can.
+    """
+    import torch
+
+    texts = list(texts or ())
+    if not texts:
+        return None
+    if len(texts) == 1 and ":" in texts[0] and not _INPUT.fullmatch(texts[0]):
+        return called(texts[0], "input")
+    generator = torch.Generator().manual_seed(0)
+    tensors: list[Tensor] = []
+    for text in texts:
+        match = _INPUT.fullmatch(text)
+        if match is None:
+            raise ArgumentError(
+                f"input: {text!r} is no shape. Write 1x3x224x224, 1x128:int<30522 for numbers below 30522, or "
+                "package.module:function."
+            )
+        sizes = [int(size) for size in match["sizes"].split("x")]
+        if match["kind"] == "int":
+            tensors.append(torch.randint(0, int(match["most"] or 2), sizes, generator=generator))
+        elif match["most"]:
+            raise ArgumentError(
+                f"input: {text!r}: only whole numbers have a largest value; write :int<{match['most']}."
+            )
+        else:
+            tensors.append(torch.randn(sizes, generator=generator))
+    return tuple(tensors)

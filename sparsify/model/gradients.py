@@ -1,0 +1,201 @@
+"""Gradients that scores are made of: those of the training loop's own steps, or of losses that a sampler yields.
+
+In training they are all there: the gradient of a masked weight is computed like any other. Under DDP they are the mean
+over all processes, so that scores and masks agree.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import LBFGS
+
+from sparsify.errors import ArgumentError, DataError, StateError
+from sparsify.model import distributed
+from sparsify.quantization.calibration import called_with
+
+__all__: list[str] = []
+
+Parameters = Mapping[str, nn.Parameter]
+
+
+class StepGradients:
+    """The gradients of the optimizer's step at hand, in their true scale.
+
+    They are read before the weights move. LBFGS, and any optimizer that is given a closure, computes them inside of its
+    step; then they are read after it, and belong to the weights before it.
+
+    Attributes:
+        inside: whether the optimizer is known to compute them in its step.
+    """
+
+    def __init__(self, optimizer: Any) -> None:
+        self.optimizer = optimizer
+        self.inside = isinstance(optimizer, LBFGS)
+        self._seen: dict[str, Tensor | None] = {}
+
+    def before(self, parameters: Parameters, *, closure: bool = False) -> dict[str, Tensor]:
+        """Those of this step, not to be written to; none where the step computes them. May be called twice.
+
+        Args:
+            closure: whether the step was given a closure. It may write into the tensors that are there already.
+        """
+        self.inside = self.inside or closure
+        self._seen = {name: parameter.grad for name, parameter in parameters.items()}
+        if self.inside:
+            return {}
+        scale = grad_scale(self.optimizer)
+        return {name: _true(grad, scale) for name, grad in self._seen.items() if grad is not None}
+
+    def after(self, parameters: Parameters) -> dict[str, Tensor] | None:
+        """Those that the step computed itself; None where it did not, and `before` gave them."""
+        seen, self._seen = self._seen, {}
+        now = {name: parameter.grad for name, parameter in parameters.items()}
+        if not self.inside:
+            if all(grad is None or grad is seen.get(name) for name, grad in now.items()):
+                return None
+            self.inside = True
+        return {name: _true(grad, None) for name, grad in now.items() if grad is not None}
+
+
+def grad_scale(optimizer: Any) -> Tensor | None:
+    """What gradients are multiplied with while a fused optimizer steps under GradScaler; None: they are true."""
+    scale = getattr(optimizer, "grad_scale", None)
+    return scale if isinstance(scale, Tensor) else None
+
+
+def _true(grad: Tensor, scale: Tensor | None) -> Tensor:
+    grad = grad.detach()
+    if grad.layout != torch.strided:
+        grad = grad.to_dense()
+    return grad if scale is None else grad / scale.to(grad.device, grad.dtype)
+
+
+def refuse_closures(optimizer: Any, who: str) -> None:
+    """For work that changes the weights around a step, in which no forward may be computed.
+
+    Raises:
+        StateError: the optimizer computes its gradients in its step.
+    """
+    if isinstance(optimizer, LBFGS):
+        raise closures(who, "LBFGS")
+
+
+def closures(who: str, what: str) -> StateError:
+    """What is raised where the gradients were computed inside of a step."""
+    return StateError(
+        f"{who}: {what} computes the loss inside of the optimizer's step, where the weights are not those of the "
+        "forward pass. Call backward() before step() without a closure, with another optimizer than LBFGS."
+    )
+
+
+# ---------------------------------------------------------------------------------------------- sampled
+
+
+_SAMPLING: ContextVar[bool] = ContextVar("sampling", default=False)
+
+
+def sampling() -> bool:
+    """Whether the forward at hand is one of a gradient sampler, and none of training."""
+    return _SAMPLING.get()
+
+
+def check_sampler(sampler: Any) -> None:
+    """Refuses what is no `grad_sampler`.
+
+    Raises:
+        ArgumentError: it is neither a callable nor (data loader, loss function).
+    """
+    if sampler is None or callable(sampler):
+        return
+    if isinstance(sampler, tuple | list) and len(sampler) == 2 and callable(sampler[1]):
+        data = sampler[0]
+        if callable(data) or (isinstance(data, Iterable) and not isinstance(data, str)):
+            return
+    raise ArgumentError(
+        f"grad_sampler: {type(sampler).__name__} is neither a callable that yields losses nor (data loader, loss "
+        "function). Give one of them, or None to use the gradients of training."
+    )
+
+
+def sampled(
+    model: nn.Module, parameters: Parameters, sampler: Any, count: int, options: Mapping[str, Any] | None = None
+) -> Iterator[dict[str, Tensor]]:
+    """The gradients of `count` losses, one after the other; those of parameters that a loss does not reach are missing.
+
+    Nothing of training changes: gradients, buffers (the statistics of batches) and the RNG are as before at the end.
+
+    Args:
+        sampler: a callable that gives an iterable of losses, or (data loader, loss function): the loader, or a callable
+            that gives one, yields (inputs, ..., target), and the loss is loss function(model(inputs, ...), target).
+            What ends too early is begun again.
+        options: arguments of the callable.
+
+    Raises:
+        DataError: it yields nothing, or no loss.
+    """
+    losses: Iterator[Any] | None = None
+    with _undisturbed(model):
+        for _ in range(count):
+            loss = None if losses is None else next(losses, None)
+            if loss is None:
+                losses = _losses(model, sampler, options or {})
+                loss = next(losses, None)
+            if not isinstance(loss, Tensor) or loss.numel() != 1 or not loss.requires_grad:
+                what = "nothing" if loss is None else f"a {type(loss).__name__} that cannot be back-propagated"
+                raise DataError(f"grad_sampler gave {what}; it must give losses: tensors of one element with a graph.")
+            for parameter in model.parameters():
+                parameter.grad = None
+            loss.backward()  # type: ignore[no-untyped-call]
+            found = {name: p.grad.detach() for name, p in parameters.items() if p.grad is not None}
+            distributed.average(found)
+            yield found
+
+
+def _losses(model: nn.Module, sampler: Any, options: Mapping[str, Any]) -> Iterator[Any]:
+    if callable(sampler):
+        yield from sampler(**options)
+        return
+    data, loss_function = sampler
+    for batch in data(**options) if callable(data) else data:
+        yield _loss(model, batch, loss_function)
+
+
+def _loss(model: nn.Module, batch: Any, loss_function: Callable[..., Any]) -> Any:
+    if isinstance(batch, Mapping):
+        args, kwargs = called_with(model, batch)
+        return loss_function(model(*args, **kwargs), batch)
+    if not isinstance(batch, tuple | list) or len(batch) < 2:
+        raise DataError(
+            f"grad_sampler: the loader gave a {type(batch).__name__} where (inputs, target) was expected. Give a "
+            "loader of pairs, or a callable that yields losses."
+        )
+    args, kwargs = called_with(model, batch[0] if len(batch) == 2 else tuple(batch[:-1]))
+    target = batch[-1]
+    if isinstance(target, Tensor) and args and isinstance(args[0], Tensor):
+        target = target.to(args[0].device)
+    return loss_function(model(*args, **kwargs), target)
+
+
+@contextmanager
+def _undisturbed(model: nn.Module) -> Iterator[None]:
+    """Gradients, buffers and the RNG are at the end what they were at the beginning."""
+    gradients = [(parameter, parameter.grad) for parameter in model.parameters()]
+    buffers = [(b, b.detach().clone()) for b in model.buffers()]
+    devices = sorted({parameter.device.index or 0 for parameter, _ in gradients if parameter.device.type == "cuda"})
+    token = _SAMPLING.set(True)
+    try:
+        with torch.random.fork_rng(devices=devices), torch.enable_grad():
+            yield
+    finally:
+        _SAMPLING.reset(token)
+        for parameter, gradient in gradients:
+            parameter.grad = gradient
+        with torch.no_grad():
+            for buffer, value in buffers:
+                buffer.copy_(value)

@@ -1,0 +1,164 @@
+"""Channels of equal reach: what one layer gives less, the next takes more.
+
+Nagel 2019, https://arxiv.org/abs/1906.04721. Between two layers with nothing but a ReLU, a pool or a dropout between
+them, a channel can be divided by any s > 0 where it is made and multiplied where it is read. With
+s_i = sqrt(a_i / b_i), a_i the largest weight that makes channel i (BatchNorm folded) and b_i the largest that reads it,
+no channel is lost in the grid that a louder one asks for. Different here: s is a power of two. Floats then change in
+their exponents alone, and the network's function not by a bit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sparsify.model.targets import named_modules
+from sparsify.model.trace import Node, Trace
+from sparsify.quantization.layers import norm_factor
+
+__all__: list[str] = []
+
+ROUNDS = 20
+"""Over all pairs in turn; a chain of layers settles in a few."""
+LARGEST = 2.0**24
+_LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d)
+_ELEMENTWISE = frozenset(
+    {"relu", "leaky_relu", "dropout", "feature_dropout", "contiguous", "clone", "alias", "detach", "identity"}
+)
+_POOLS = frozenset(
+    {
+        *("max_pool1d", "max_pool2d", "avg_pool1d", "avg_pool2d"),
+        *("adaptive_avg_pool1d", "adaptive_avg_pool2d", "adaptive_max_pool2d"),
+    }
+)
+
+
+@dataclass(frozen=True)
+class Neighbours:
+    """Two layers between which channels can be scaled; `norm`: the BatchNorm between them."""
+
+    first: str
+    norm: str | None
+    second: str
+
+
+def neighbours(model: nn.Module, trace: Trace, folds: Mapping[str, str]) -> tuple[Neighbours, ...]:
+    """Every pair in the order of computation. `folds`: layer -> the BatchNorm behind it that can be folded into it."""
+    modules: dict[str, Any] = {"": model, **named_modules(model)}
+    owners = {id(p): 0 for p in model.parameters()}
+    for module in modules.values():
+        for parameter in module._parameters.values():
+            if parameter is not None:
+                owners[id(parameter)] += 1
+    found = []
+
+    def is_free(name: str) -> bool:
+        """Whether it is a plain layer, called once, whose parameters are nobody else's."""
+        module = modules.get(name)
+        own = [] if module is None else [p for p in module._parameters.values() if p is not None]
+        plain = type(module) in _LAYERS or name in folds.values()
+        return plain and trace.calls.get(name) == 1 and bool(own) and all(owners[id(p)] == 1 for p in own)
+
+    for node in trace.nodes:
+        if node.kind not in ("conv", "linear") or not node.inputs or not is_free(node.owner):
+            continue
+        maker, way = _maker(trace, node)
+        if maker is None or not is_free(maker.owner):
+            continue
+        norm = None
+        if maker.kind == "batch_norm":
+            norm = maker.owner
+            if norm not in folds.values() or modules[norm].weight is None or modules[norm].bias is None:
+                continue
+            maker = trace.by_name[maker.inputs[0]]
+            if folds.get(maker.owner) != norm or not is_free(maker.owner):
+                continue
+        first, second = modules[maker.owner], modules[node.owner]
+        if maker.kind == "batch_norm" or type(first) not in _LAYERS or len(_given(first, None)) != len(_read(second)):
+            continue
+        # Channels are axis 1 of what a convolution gives and the last of what a Linear gives.
+        if (maker.kind == "conv" and (node.kind == "linear") == ("flatten" in way)) or (
+            maker.kind == node.kind == "linear"
+            and way <= _ELEMENTWISE
+            and (norm is None or len(maker.shape or ()) == 2)
+        ):
+            found.append(Neighbours(maker.owner, norm, node.owner))
+    return tuple(found)
+
+
+def equalize(model: nn.Module, pairs: tuple[Neighbours, ...]) -> dict[str, float]:
+    """Scales weights, biases and BatchNorms of `model` in place. Gives {first layer: the largest factor it took}."""
+    modules = named_modules(model)
+    factors: dict[str, Tensor] = {}
+    with torch.no_grad():
+        for _ in range(ROUNDS):
+            moved = False
+            for pair in pairs:
+                first: Any = modules[pair.first]
+                second: Any = modules[pair.second]
+                norm: Any = None if pair.norm is None else modules[pair.norm]
+                given, read = _given(first, norm), _read(second)
+                usable = (given > 0) & (read > 0) & given.isfinite() & read.isfinite()
+                ratio = torch.where(usable, given / torch.where(usable, read, 1.0), 1.0)
+                before = factors.get(pair.first, torch.ones_like(ratio))
+                wanted = torch.exp2(torch.round(torch.log2(ratio) / 2)) * before
+                scale = wanted.clamp(1 / LARGEST, LARGEST) / before
+                if torch.equal(scale, torch.ones_like(scale)):
+                    continue
+                moved = True
+                factors[pair.first] = before * scale
+                _scale(first, norm, second, scale)
+            if not moved:
+                break
+    return {name: float(torch.maximum(scale, 1 / scale).max()) for name, scale in factors.items()}
+
+
+def _maker(trace: Trace, node: Node) -> tuple[Node | None, set[str]]:
+    """What makes the channels that `node` reads, and the operations between; None: one of them minds a factor."""
+    name, way = node.inputs[0], set[str]()
+    while True:
+        made = trace.by_name[name]
+        if len(trace.readers[name]) != 1 or name in trace.outputs:
+            return None, way
+        if made.kind in ("conv", "linear", "batch_norm"):
+            return made, way
+        op = made.op.rstrip("_")
+        if op in ("flatten", "view", "reshape") and made.inputs:
+            # A channel must become one column.
+            before = trace.by_name[made.inputs[0]].shape or ()
+            op = "flatten" if len(before) > 2 and made.shape == before[:2] else op
+        if op not in _ELEMENTWISE | _POOLS | {"flatten"} or not made.inputs:
+            return None, way
+        way.add(op)
+        name = made.inputs[0]
+
+
+def _given(layer: Any, norm: Any) -> Tensor:
+    """The largest weight that makes each channel, BatchNorm folded: (C,)."""
+    reach: Tensor = layer.weight.flatten(1).abs().amax(1)
+    return reach if norm is None else reach * norm_factor(norm)[0].abs().to(reach.dtype)
+
+
+def _read(layer: Any) -> Tensor:
+    """The largest weight that reads each channel: (C,)."""
+    groups = getattr(layer, "groups", 1)
+    weight = layer.weight
+    by_group = weight.reshape(groups, weight.shape[0] // groups, weight.shape[1], -1)
+    reach: Tensor = by_group.abs().amax((1, 3)).reshape(-1)
+    return reach
+
+
+def _scale(first: Any, norm: Any, second: Any, scale: Tensor) -> None:
+    """Divides what `first` gives by `scale` (C,), and multiplies where `second` reads it."""
+    makers = [first.weight, first.bias] if norm is None else [norm.weight, norm.bias]
+    for tensor in makers:
+        if tensor is not None:
+            tensor.div_(scale.to(tensor.dtype).view(-1, *[1] * (tensor.dim() - 1)))
+    groups = getattr(second, "groups", 1)
+    weight = second.weight
+    by_group = weight.view(groups, weight.shape[0] // groups, weight.shape[1], -1)
+    by_group.mul_(scale.to(weight.dtype).view(groups, 1, weight.shape[1], 1))

@@ -1,0 +1,487 @@
+"""Quantization without training: a trained model and some samples in, an int8 model or a verified ONNX file out."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import os
+import sys
+import warnings
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any, Literal, cast
+
+import torch
+from torch import Tensor, nn
+
+from sparsify.errors import ArgumentError, DataError, ExportError, SparsifyWarning, StateError, TargetError
+from sparsify.model.signature import unwrapped
+from sparsify.model.targets import named_modules
+from sparsify.model.trace import Trace, trace
+from sparsify.modifiers import QuantizationModifier
+from sparsify.oneshot import bias_correction, layer_inputs, rounding
+from sparsify.oneshot.data_free import simulated_norms
+from sparsify.oneshot.equalization import equalize as equalize_channels
+from sparsify.oneshot.equalization import neighbours
+from sparsify.onnx.export import ExportedModel, export_onnx
+from sparsify.onnx.verify import Verification, verify_onnx
+from sparsify.output.files import replacing
+from sparsify.output.tables import Column, Table, track
+from sparsify.quantization.calibration import EMPTY, SAMPLES, calibrate, called_with, held, samples_in
+from sparsify.quantization.forward_ops import switch_off_all, switched_off
+from sparsify.quantization.layers import QuantizedEmbedding, quantizers
+from sparsify.quantization.placement import make_plan
+from sparsify.quantization.plan import Plan, apply_plan, is_quantized, settle
+from sparsify.quantization.scheme import Scheme
+
+__all__ = ["quantize_model", "quantize_onnx"]
+
+Ranges = Literal["mse", "min_max", "percentile", "entropy"]
+Rounding = Literal["auto", "nearest", "adaround", "gptq"]
+
+MEMORY = 1 << 30
+"""Bytes of second moments that are gathered in one run through the data."""
+
+
+@dataclass(frozen=True)
+class QuantizedWeights:
+    """What became of the weights of one layer.
+
+    Attributes:
+        rounding: "nearest", "adaround" or "gptq".
+        error: the mean square of the error that rounding makes in the layer's output, as a share of the output's own
+            mean square, both without their means where the bias takes care of these; None where it was not measured.
+        error_nearest: the same for plain rounding from the largest weight.
+        shift: the largest shift of an output's mean that the bias took back; None: not corrected.
+    """
+
+    layer: str
+    bits: int
+    rounding: str
+    error: float | None = None
+    error_nearest: float | None = None
+    shift: float | None = None
+
+
+@dataclass(frozen=True)
+class QuantizedModel:
+    """A quantized model in eval mode, ready for `export_onnx`, and what was done to it. str() is a table."""
+
+    model: nn.Module
+    plan: Plan
+    layers: tuple[QuantizedWeights, ...]
+    equalized: Mapping[str, float]
+    """Layer -> the largest factor between its channels and those of the layer behind it."""
+    samples: int
+
+    @property
+    def floating(self) -> dict[str, str]:
+        """What stays in float, and why."""
+        return {left.what: left.why for left in self.plan.left}
+
+    def __str__(self) -> str:
+        columns = (
+            Column("layer", "Layer"),
+            Column("bits", "Bits"),
+            Column("rounding", "Rounding"),
+            Column("error", "Error", ".2e"),
+            Column("error_nearest", "Nearest", ".2e"),
+            Column("shift", "Bias", ".2e"),
+        )
+        return f"{Table.of(str(self.plan), self.layers, columns).text()}\n{self.samples} samples"
+
+
+@dataclass(frozen=True)
+class QuantizedFile(os.PathLike[str]):
+    """A written file, what was done to the model, and the proof that both compute the same. Usable as a path."""
+
+    exported: ExportedModel
+    quantized: QuantizedModel
+    verification: Verification
+
+    def __fspath__(self) -> str:
+        return str(self.exported.path)
+
+    def __str__(self) -> str:
+        return f"{self.quantized}\n{self.exported}\n{self.verification}"
+
+
+def quantize_model(
+    model: nn.Module,
+    calibration_data: Iterable[Any] | None = None,
+    *,
+    sample_inputs: Any = None,
+    scheme: Scheme | Mapping[str, Any] | str | None = None,
+    scheme_overrides: Mapping[str, Any] | None = None,
+    ignore: Sequence[str] | str = (),
+    ranges: Ranges = "mse",
+    rounding: Rounding = "auto",
+    equalize: bool = True,
+    correct_bias: bool = True,
+    sequential: bool | None = None,
+    batches: int | None = None,
+    least_samples: int = SAMPLES,
+    inplace: bool = False,
+    progress: bool | None = None,
+) -> QuantizedModel:
+    """Quantizes a trained model without training it: where and how QuantizationModifier would.
+
+    In this order: channels are equalized between neighbouring layers, ranges of activations are taken from the samples
+    with the model in float, weights are rounded, and biases take back the shift of means that this leaves.
+
+    Args:
+        calibration_data: batches of inputs as the model takes them: tensors, tuples (of which as many are used as the
+            model takes, so that a loader of (inputs, labels) will do) or dicts of arguments by name. Kept in memory
+            while this works. None: ranges come from the statistics of BatchNorm, with a warning; needs `sample_inputs`.
+        sample_inputs: inputs to trace the model on; None: the first batch.
+        scheme, scheme_overrides, ignore: as the fields of QuantizationModifier.
+        ranges: how the range of an activation follows from its values, where the scheme does not say it: least squared
+            error, all values, 99.99 % of them, or least loss of information.
+        rounding: of weights. "auto": "nearest" with 8 bits; with fewer "adaround" for convolutions, "gptq" for Linear.
+            Blocks and affine weights are rounded to the nearest.
+        equalize: whether channels are scaled between layers; the model's function in float stays as it is.
+        correct_bias: whether biases take back the shift in the mean of each layer's output.
+        sequential: whether each layer is rounded on what the quantized layers before it give, and makes good their
+            errors: one run through the data per layer. False: all layers on what the float model gives, in one run.
+            None: sequential where some layer has fewer than 8 bits.
+        batches: how many of `calibration_data` at most; None: all.
+        least_samples: fewer samples are refused.
+        inplace: whether `model` itself is quantized, once all has gone well, and keeps its training mode. Otherwise a
+            copy is.
+        progress: whether a bar is shown; None: on a terminal.
+
+    Raises:
+        ArgumentError: an argument that cannot be meant, or a model that cannot be copied or traced.
+        DataError: no batch, too few samples, NaN or infinity in a batch, a weight or an activation.
+        StateError: the model is quantized already.
+        TargetError: a name matches nothing, or nothing can be quantized.
+    """
+    _check("ranges", ranges, ("mse", "min_max", "percentile", "entropy"))
+    _check("rounding", rounding, ("auto", "nearest", "adaround", "gptq"))
+    if not isinstance(model, nn.Module):
+        raise ArgumentError(
+            f"model is a {type(model).__name__}: give a torch.nn.Module; an ONNX file is made from one."
+        )
+    user_model, model = model, unwrapped(model)
+    if is_quantized(model):
+        raise StateError(f"{type(model).__name__} holds quantized layers already; give the model that was trained.")
+    modifier = QuantizationModifier(
+        start_epoch=0.0,
+        scheme=cast(Any, scheme),
+        scheme_overrides=dict(scheme_overrides or {}),
+        ignore=[ignore] if isinstance(ignore, str) else list(ignore),
+    )
+    _check_weights(model)
+    data, samples = _batches(calibration_data, batches, least_samples)
+    if not data and sample_inputs is None:
+        raise ArgumentError("neither calibration_data nor sample_inputs: give at least inputs to trace the model on.")
+    sample = data[0] if sample_inputs is None else sample_inputs
+    devices = sorted({t.device.index for t in model.parameters() if t.is_cuda and t.device.index is not None})
+    with torch.random.fork_rng(devices=devices):
+        reference = _copied(model)
+        args, kwargs = called_with(reference, sample)
+        traced = trace(reference, args, kwargs)
+        plan = make_plan(reference, traced, modifier.settings())
+        if not plan.layers and not plan.sites:
+            raise TargetError(f"nothing in {type(model).__name__} can be quantized. {plan}")
+        affine = next((layer.name for layer in plan.layers if layer.affine), None)
+        if affine is not None and rounding in ("adaround", "gptq"):
+            raise ArgumentError(
+                f"rounding={rounding!r}: the weights of {affine} are affine (symmetric: false), and these are "
+                "rounded to the nearest only. Pass rounding='auto', or write symmetric: true."
+            )
+        plan = dataclasses.replace(
+            plan,
+            sites=tuple(
+                dataclasses.replace(site, observer=ranges) if site.observer == "moving_average" else site
+                for site in plan.sites
+            ),
+        )
+        equalized: dict[str, float] = {}
+        if equalize:
+            equalized = equalize_channels(reference, neighbours(reference, traced, plan.folds))
+        work = copy.deepcopy(reference)
+        apply_plan(work, plan)
+        settle(work, args, kwargs)
+        _take_ranges(work, plan, data, (args, kwargs), type(model).__name__, progress)
+        job = _Weights(reference, work, plan, traced, rounding, correct_bias, bool(data))
+        layers = job.run(data, sequential, progress)
+        for name, tensor in work.state_dict().items():
+            if tensor.is_floating_point() and not tensor.isfinite().all():
+                raise DataError(f"{name} is not finite after quantization; look at the calibration data.")
+    if inplace:
+        apply_plan(model, plan)
+        model.load_state_dict(work.state_dict())
+        switch_off_all(model, switched_off(work))
+        for quantizer in quantizers(model):
+            quantizer.observing = False
+    return QuantizedModel(user_model if inplace else work, plan, layers, equalized, samples)
+
+
+def quantize_onnx(
+    model: nn.Module,
+    path: str | os.PathLike[str],
+    calibration_data: Iterable[Any] | None = None,
+    *,
+    sample_inputs: Any = None,
+    opset: int | None = None,
+    dynamic_batch: bool = True,
+    input_names: Sequence[str] | None = None,
+    output_names: Sequence[str] | None = None,
+    **options: Any,
+) -> QuantizedFile:
+    """`quantize_model`, `export_onnx` and `verify_onnx` in one: the file is there once it computes what the model does.
+
+    Args:
+        options: those of `quantize_model`. The others are those of `export_onnx`.
+
+    Raises:
+        ExportError: the file does not compute what the model computes; nothing is written then. Otherwise as the three.
+    """
+    least = options.get("least_samples", SAMPLES)
+    data, _ = _batches(calibration_data, options.get("batches"), least)
+    quantized = quantize_model(model, data or None, sample_inputs=sample_inputs, **options)
+    args, kwargs = called_with(quantized.model, data[0] if sample_inputs is None else sample_inputs)
+    sample = kwargs or args
+    with replacing(path) as temporary:
+        exported = export_onnx(
+            quantized.model,
+            sample,
+            temporary,
+            opset=opset,
+            dynamic_batch=dynamic_batch,
+            input_names=input_names,
+            output_names=output_names,
+        )
+        verification = verify_onnx(quantized.model, temporary, sample)
+        if not verification.ok:
+            raise ExportError(f"{path} was not written: onnxruntime computes something else.\n{verification}")
+    there = type(exported.path)(path)
+    return QuantizedFile(
+        dataclasses.replace(exported, path=there), quantized, dataclasses.replace(verification, path=there)
+    )
+
+
+class _Weights:
+    """Rounds the weights of a model that has its ranges, and corrects its biases."""
+
+    def __init__(
+        self,
+        reference: nn.Module,
+        work: nn.Module,
+        plan: Plan,
+        traced: Trace,
+        rounding: Rounding,
+        correct_bias: bool,
+        has_data: bool,
+    ) -> None:
+        self.reference = reference
+        self.work = work
+        self.plan = {layer.name: layer for layer in plan.layers}
+        self.trace = traced
+        self.rounding = rounding
+        self.correct_bias = correct_bias
+        self.modules: dict[str, Any] = named_modules(work)
+        owners = Counter(id(p) for module in work.modules() for p in module._parameters.values() if p is not None)
+
+        def can_round(name: str) -> bool:
+            # Another layer's weights (an embedding tied to the head) must not move with this one's.
+            own = [p for p in self.modules[name]._parameters.values() if p is not None]
+            return layer_inputs.has_matrix(self.modules[name]) and all(owners[id(p)] == 1 for p in own)
+
+        # What follows rounds to the grid of the largest weight of a channel; blocks, learned and affine grids are
+        # others.
+        special = [layer.name for layer in plan.layers if layer.block or layer.learned or layer.affine]
+        usual = [layer.name for layer in plan.layers if layer.largest and layer.name not in special]
+        found = [name for name in usual if has_data and can_round(name)]
+        order = {node.owner: at for at, node in reversed(list(enumerate(traced.nodes)))}
+        self.names = sorted(found, key=lambda name: order.get(name, 0))
+
+    def run(self, data: Sequence[Any], sequential: bool | None, progress: bool | None) -> tuple[QuantizedWeights, ...]:
+        if sequential is None:
+            sequential = any(self.plan[name].largest < 63 for name in self.names)
+        done: dict[str, QuantizedWeights] = {}
+        steps = self._one_by_one() if sequential else self._together()
+        for names in _tracked(steps, "rounding weights", progress):
+            moments = layer_inputs.gather(
+                self.work if sequential else self.reference,
+                names,
+                data,
+                reference=self.reference if sequential else None,
+                calls=self.trace.calls if sequential else None,
+            )
+            for name in names:
+                done[name] = self._round(name, moments.pop(name))
+        return tuple(
+            done.get(name, QuantizedWeights(name, _bits(layer.largest), "nearest"))
+            for name, layer in self.plan.items()
+            if layer.largest
+        )
+
+    def _one_by_one(self) -> list[list[str]]:
+        """Layers in the order of computation; those that read one tensor together."""
+        groups: dict[str, list[str]] = {}
+        for name in self.names:
+            node = next(n for n in self.trace.of_module(name) if n.kind in ("conv", "linear", "matmul"))
+            read = node.inputs[0] if self.trace.calls[name] == 1 and node.inputs else name
+            groups.setdefault(read, []).append(name)
+        return list(groups.values())
+
+    def _together(self) -> list[list[str]]:
+        """As many layers at once as there is memory for their moments."""
+        groups: list[list[str]] = []
+        size = MEMORY
+        for name in self.names:
+            matrix = layer_inputs.as_matrix(self.modules[name])
+            need = 4 * matrix.shape[0] * matrix.shape[2] ** 2
+            if size + need > MEMORY:
+                groups.append([])
+                size = 0
+            groups[-1].append(name)
+            size += need
+        return groups
+
+    def _round(self, name: str, moments: layer_inputs.Moments) -> QuantizedWeights:
+        layer, module = self.plan[name], self.modules[name]
+        norm = None if layer.norm is None else self.modules[layer.norm]
+        corrected = self.correct_bias and bias_correction.can_correct(module, norm)
+        # A copy: it is compared with what takes its place.
+        weight = layer_inputs.as_matrix(module).detach().float().clone()
+        bits, kind = _bits(layer.largest), self._kind(name)
+        if not moments.columns:
+            return QuantizedWeights(name, bits, "nearest")
+        second, cross = moments.second, moments.cross
+        power = second
+        if corrected:
+            # Means are the bias's business. Where nothing but a mean is there, float32 leaves noise of either sign.
+            noise = 1e-6 * second.diagonal(dim1=1, dim2=2).mean(-1)[:, None, None]
+            second = second - moments.mean[:, :, None] * moments.mean[:, None, :]
+            second = second + noise * torch.eye(second.shape[-1], device=second.device)
+            power = second
+            if cross is not None:
+                cross = cross - moments.mean[:, :, None] * moments.mean_float[:, None, :]
+        target = weight if cross is None else _made_good(weight, second, cross)
+        importance = second.diagonal(dim1=1, dim2=2)
+        shared = layer.axis is None
+        scale = rounding.clipped_scale(target, importance, largest=layer.largest, shared=shared)
+        rounded = rounding.nearest(target, scale, layer.largest)
+        if kind == "gptq":
+            rounded = rounding.gptq(target, second, scale, layer.largest)
+        elif kind == "adaround":
+            rounded = rounding.adaround(target, second, scale, layer.largest)
+        whole = rounding.clipped_scale(target, torch.zeros_like(importance), largest=layer.largest, shared=shared)
+        plain = rounding.nearest(target, whole, layer.largest)
+        output = float(rounding.output_error(target, power).sum()) or 1.0
+        errors = [float(rounding.output_error(found - target, second).sum()) / output for found in (rounded, plain)]
+        if errors[1] < errors[0]:
+            # What clipping or compensation cost was more than it gave.
+            rounded, errors[0], kind = plain, errors[1], "nearest"
+        layer_inputs.set_matrix(module, rounded)
+        shift = None
+        if corrected:
+            by = bias_correction.mean_shift(weight, moments.mean_float, rounded, moments.mean)
+            bias_correction.correct(module, norm, by)
+            shift = float(by.abs().max())
+        return QuantizedWeights(name, bits, kind, errors[0], errors[1], shift)
+
+    def _kind(self, name: str) -> str:
+        if self.rounding != "auto":
+            return self.rounding
+        if self.plan[name].largest >= 63:
+            return "nearest"
+        return "adaround" if isinstance(self.modules[name], (nn.Conv1d, nn.Conv2d)) else "gptq"
+
+
+def _made_good(weight: Tensor, second: Tensor, cross: Tensor) -> Tensor:
+    """The weights that give on quantized inputs what `weight` gives on float ones, by least squares."""
+    damped = rounding.damp(second)
+    change: Tensor = torch.linalg.solve(damped, (cross - second).double() @ weight.double().mT)
+    return weight + change.mT.to(weight.dtype)
+
+
+def _take_ranges(
+    work: nn.Module,
+    plan: Plan,
+    data: Sequence[Any],
+    sample: tuple[tuple[Any, ...], dict[str, Any]],
+    name: str,
+    progress: bool | None,
+) -> None:
+    """Ranges of activations, by the values of the float model; the weights are not rounded meanwhile."""
+    modules: dict[str, Any] = named_modules(work)
+    layers = [layer for layer in plan.layers if not isinstance(modules[layer.name], QuantizedEmbedding)]
+    try:
+        for layer in layers:
+            modules[layer.name]._wiring.largest = 0
+        if data:
+            calibrate(work, _tracked(data, "calibrating", progress))
+        else:
+            warnings.warn(
+                f"no calibration_data: ranges of {name} come from the statistics of its BatchNorms, and "
+                "that of its input from sample_inputs. A few hundred samples would give better ones.",
+                SparsifyWarning,
+                stacklevel=3,
+            )
+            args, kwargs = sample
+            with simulated_norms(work):
+                calibrate(work, [kwargs or args])
+    finally:
+        for layer in layers:
+            modules[layer.name]._wiring.largest = layer.largest
+    for quantizer in quantizers(work):
+        quantizer.observing = False
+        if quantizer.enabled and not quantizer.batches:
+            raise DataError(
+                f"{quantizer.name}: no batch of calibration_data came there, so it has no range. Add samples that take "
+                "this way through the model, or leave the layer out with `ignore`."
+            )
+
+
+def _batches(data: Iterable[Any] | None, most: int | None, least: int) -> tuple[list[Any], int]:
+    """The batches, looked through: (batches, samples)."""
+    if data is None:
+        return [], 0
+    if most is not None and (isinstance(most, bool) or not isinstance(most, int) or most < 1):
+        raise ArgumentError(f"batches={most!r}: give a whole number above 0, or None for all.")
+    found = list(islice(held(data, most), most))
+    samples = sum(samples_in(batch, at) for at, batch in enumerate(found))
+    if samples < least:
+        raise DataError(
+            f"calibration_data holds {samples} samples, and ranges from fewer than {least} are chance. Give more, "
+            f"or least_samples={samples} to take them all the same."
+            if samples
+            else EMPTY
+        )
+    return found, samples
+
+
+def _check(name: str, value: object, known: tuple[str, ...]) -> None:
+    if value not in known:
+        raise ArgumentError(f"{name}={value!r}: give one of {', '.join(map(repr, known))}.")
+
+
+def _check_weights(model: nn.Module) -> None:
+    for name, parameter in model.named_parameters():
+        if parameter.is_floating_point() and not parameter.isfinite().all():
+            raise DataError(f"{name} holds NaN or infinity, of which no integers can be made.")
+
+
+def _copied(model: nn.Module) -> nn.Module:
+    try:
+        return copy.deepcopy(model).eval()
+    except Exception as error:
+        # A user's __deepcopy__, or what hangs on the model, can raise anything.
+        raise ArgumentError(
+            f"{type(model).__name__} cannot be copied: {error}. Take off what holds it back (a graph, a lock, a file)."
+        ) from error
+
+
+def _bits(largest: int) -> int:
+    return (largest + 1).bit_length()
+
+
+def _tracked(work: Sequence[Any], what: str, progress: bool | None) -> Iterator[Any]:
+    shown = sys.stderr.isatty() if progress is None else progress
+    return track(work, what) if shown else iter(work)

@@ -1,0 +1,1 @@
+"""The exported file: written, rewritten, verified, timed. Imports the mechanisms and what they import."""

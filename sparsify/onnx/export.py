@@ -1,0 +1,550 @@
+"""A trained model -> one checked ONNX file."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import logging
+import os
+import re
+import traceback
+import warnings
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from sparsify.errors import ArgumentError, ExportError, SparsifyError, SparsifyWarning
+from sparsify.model.signature import Call, named_outputs, unwrapped
+from sparsify.model.targets import clean_name
+from sparsify.onnx.runtime import FILE_WEIGHTS, first_line
+from sparsify.output.files import replacing
+from sparsify.quantization import qdq_ops
+from sparsify.quantization.deployment import opsets
+from sparsify.quantization.plan import is_quantized, left_in_float
+
+if TYPE_CHECKING:
+    from onnx import ModelProto
+
+__all__ = ["export_onnx", "floating_layers"]
+
+DEFAULT_OPSET = 20
+"""What the exporter writes without converting versions, and what most runtimes in use can read."""
+OPSETS = range(18, 24)
+LARGEST = int(1.8 * 2**30)
+"""Bytes in one file: protobuf ends at 2 GiB."""
+
+
+@dataclass(frozen=True)
+class ExportedModel(os.PathLike[str]):
+    """A written file and what is in it. Usable wherever a path is: `onnxruntime.InferenceSession(exported)`."""
+
+    path: Path
+    opset: int
+    inputs: Mapping[str, tuple[int | str, ...]]
+    """Shapes by name; "batch" is the dynamic axis."""
+    outputs: Mapping[str, tuple[int | str, ...]]
+    size_bytes: int
+    quantized: tuple[str, ...]
+    """Names of the nodes whose weights are stored as integers."""
+    floating: tuple[str, ...]
+    """Names of the nodes (convolutions, matrix products, embeddings, recurrent ones) whose weights stayed in float."""
+    initializers: Mapping[str, int] = field(default_factory=dict)
+    """Bytes of stored values by their type."""
+    reasons: Mapping[str, str] = field(default_factory=dict)
+    """Why in float, by name of the node, where the model was quantized and it is known."""
+
+    @cached_property
+    def gzip_bytes(self) -> int:
+        """Size of the file under gzip (level 6), where zeros cost next to nothing; reads the file on first use."""
+        counter = _Counter()
+        with (
+            self.path.open("rb") as file,
+            gzip.GzipFile(fileobj=counter, mode="wb", compresslevel=6, mtime=0) as packed,
+        ):
+            while block := file.read(1 << 20):
+                packed.write(block)
+        return counter.count
+
+    @property
+    def unaccelerated(self) -> tuple[str, ...]:
+        """Of `quantized`, those for which onnxruntime has no integer kernel on the CPU: transposed convolutions."""
+        return tuple(name for name in self.quantized if re.search(r"ConvTranspose(_\d+)?$", name))
+
+    def __fspath__(self) -> str:
+        return str(self.path)
+
+    def __str__(self) -> str:
+        kinds = ", ".join(f"{kind} {_size(size)}" for kind, size in sorted(self.initializers.items()))
+        integer, floating = len(self.quantized), len(self.floating)
+        lines = [
+            f"{self.path}: opset {self.opset}, {_size(self.size_bytes)}, gzipped {_size(self.gzip_bytes)}",
+            f"  inputs: {_signature(self.inputs)}; outputs: {_signature(self.outputs)}",
+            f"  layers with integer weights: {integer}, in float: {floating}; stored values: {kinds}",
+        ]
+        if self.unaccelerated:
+            lines.append(f"  integer weights, computed in float by onnxruntime: {', '.join(self.unaccelerated)}")
+        if not {"int4", "uint4"}.isdisjoint(self.initializers):
+            lines.append(
+                "  Linear layers with weights of four bits: onnxruntime rounds what they read to int8, unless the "
+                "session's session.qdq_matmulnbits_accuracy_level is 1, as verify_onnx sets it"
+            )
+        if self.quantized and self.floating:
+            for why in dict.fromkeys(self.reasons.get(name, "") for name in self.floating):
+                names = ", ".join(name for name in self.floating if self.reasons.get(name, "") == why)
+                lines.append(f"  in float: {names}{': ' if why else ''}{why}")
+        return "\n".join(lines)
+
+
+def export_onnx(
+    model: nn.Module,
+    sample_inputs: Any,
+    path: str | os.PathLike[str],
+    *,
+    opset: int | None = None,
+    dynamic_batch: bool = True,
+    input_names: Sequence[str] | None = None,
+    output_names: Sequence[str] | None = None,
+) -> ExportedModel:
+    """Writes `model`, in eval mode, to one ONNX file at `path`, and says what is in it.
+
+    Quantized layers are written as onnxruntime computes them in integers: int8 weights, int32 biases, BatchNorm folded;
+    pruned weights are exact zeros there. The model is not touched: its mode, device and weights stay as they are.
+
+    Args:
+        model: plain, pruned or quantized; wrapped in DistributedDataParallel or torch.compile, too.
+        sample_inputs: a tensor, a tuple of arguments, or a dictionary of keyword arguments. Shapes other than the batch
+            axis are fixed to theirs. Arguments that are no tensors become constants of the file.
+        path: replaced at once when everything went well; on an error what was there stays.
+        opset: 18 to 23; None is 20, which the exporter writes without version conversion, and 21 where weights alone
+            have four bits or scales of blocks: they are stored as int4 from there on, two in a byte.
+        dynamic_batch: axis 0 of the first input, and of the others of that length, may be of any length when the file
+            runs; False fixes it.
+        input_names, output_names: instead of the names of the parameters of `forward` and of the keys of the output
+            ("output" for a tensor, "output_0", "output_1", ... for a tuple).
+
+    Raises:
+        ExportError: the model cannot be exported (the message says where), or is larger than 1.8 GiB.
+        ArgumentError: inputs or names that do not fit, an opset that is not supported.
+        DataFileError: `path` cannot be written; raised before the work starts.
+    """
+    if not isinstance(model, nn.Module):
+        raise ArgumentError(f"model is a {type(model).__name__}; give a torch.nn.Module.")
+    if not isinstance(path, (str, os.PathLike)):
+        raise ArgumentError(f"path={path!r}: give the path of a file.")
+    model = unwrapped(model)
+    least, best = opsets(model)
+    opset = max(DEFAULT_OPSET, best) if opset is None else opset
+    if isinstance(opset, bool) or not isinstance(opset, int) or opset not in OPSETS:
+        raise ArgumentError(
+            f"opset={opset!r}: give one of {OPSETS.start} to {OPSETS.stop - 1}, or None for {DEFAULT_OPSET}."
+        )
+    if opset < least:
+        raise ExportError(
+            f"{type(model).__name__} has weights with a scale for each block, which ONNX can say from opset {least} "
+            f"on; pass opset={least} instead of {opset}, or train with strategy: channel."
+        )
+    call = Call.of(model, sample_inputs)
+    if input_names is not None:
+        call = _with_names(call, input_names)
+    # The temporary file is there before the work starts: a path that cannot be written costs nobody a minute.
+    with replacing(path) as temporary:
+        proto = _model_proto(model, call, opset, dynamic_batch, output_names)
+        content = proto.SerializeToString()
+        temporary.write_bytes(content)
+    return _exported(Path(path), proto, opset, len(content), left_in_float(model))
+
+
+def floating_layers(model: nn.Module) -> dict[str, str]:
+    """What stays in float in a quantized `model`, layers and operations by name, each with the reason why.
+
+    Empty where everything is quantized, and for a model that is not quantized at all.
+    """
+    return left_in_float(unwrapped(model))
+
+
+def _model_proto(
+    model: nn.Module, call: Call, opset: int, dynamic_batch: bool, output_names: Sequence[str] | None
+) -> ModelProto:
+    """The checked model."""
+    import onnx
+
+    from sparsify.onnx import rewrite_weight_only, rewrites
+
+    name = type(model).__name__
+    if any(parameter.dtype == torch.bfloat16 for parameter in model.parameters()):
+        raise ExportError(
+            f"{name} has weights in bfloat16, for which onnxruntime has no kernels on the CPU; "
+            "export copy.deepcopy(model).float()."
+        )
+    odd = next((p.dtype for p in model.parameters() if p.dtype in (torch.float16, torch.float64)), None)
+    if odd is not None and is_quantized(model):
+        raise ExportError(
+            f"{name} is quantized and has weights in {str(odd).removeprefix('torch.')}; integers are written beside "
+            "float32 alone: export copy.deepcopy(model).float()."
+        )
+    deployed = deployed_copy(model)
+    batched, tensors = _batched(call) if dynamic_batch else ([], list(call.inputs.values()))
+    adapter = _Adapter(deployed, call).eval()
+    tensors = [tensor.detach().cpu() for tensor in tensors]
+    dynamic = tuple({0: torch.export.Dim.DYNAMIC} if key in batched else None for key in call.inputs)
+    with _quiet(), torch.no_grad():
+        try:
+            program = torch.export.export(adapter, tuple(tensors), strict=False, dynamic_shapes=(dynamic,))
+        except SparsifyError:
+            raise
+        except Exception as error:
+            raise ExportError(_why_not_traced(name, error, bool(batched))) from error
+        try:
+            exported = torch.onnx.export(
+                program,
+                dynamo=True,
+                opset_version=opset,
+                custom_translation_table=qdq_ops.translations(opset),
+                verbose=False,
+            )
+        except Exception as error:
+            raise ExportError(_why_not_translated(name, error)) from error
+    if exported is None:
+        raise ExportError(f"{name}: torch.onnx.export gave nothing back.")
+    for other in adapter.returned.others:
+        warnings.warn(
+            f"{name} also returns {other}, which an ONNX file cannot hold; it is left out.",
+            SparsifyWarning,
+            stacklevel=4,
+        )
+    proto: ModelProto = exported.model_proto
+    written = next((entry.version for entry in proto.opset_import if entry.domain == ""), None)
+    if written != opset:
+        raise ExportError(f"{name} could only be written at opset {written}, not {opset}; pass opset={written}.")
+    _name(proto, call, _output_names(name, adapter.returned.names, call, output_names))
+    rewrites.rewrite(proto)
+    rewrite_weight_only.fuse(proto)
+    rewrites.name_dimensions(proto, batched)
+    _note_weights(proto, deployed)
+    proto.producer_name = "sparsify"
+    proto.producer_version = ""
+    try:
+        onnx.checker.check_model(proto, full_check=True)
+    except Exception as error:
+        raise ExportError(
+            f"{name} was exported, but the file does not pass onnx's checker: {first_line(error)}"
+        ) from error
+    return proto
+
+
+def deployed_copy(model: nn.Module) -> nn.Module:
+    """A copy on the CPU, in eval mode, that computes what the file computes.
+
+    Raises:
+        ExportError: the model cannot be copied, or is too large for a file.
+    """
+    from sparsify.quantization.deployment import deployment_copy
+
+    name = type(model).__name__
+    try:
+        deployed = deployment_copy(model)
+        size = sum(tensor.numel() * tensor.element_size() for tensor in [*deployed.parameters(), *deployed.buffers()])
+        if size > LARGEST:
+            raise ExportError(f"{name} has {_size(size)} of weights; one ONNX file holds {_size(LARGEST)}.")
+        return deployed.cpu().eval()
+    except SparsifyError:
+        raise
+    except Exception as error:
+        raise ExportError(f"{name} cannot be copied for export: {first_line(error)}") from error
+
+
+@dataclass
+class _Returned:
+    """What the model was seen to return. An object: lists and dicts on a module are put back after tracing."""
+
+    names: list[str] = field(default_factory=list)
+    others: list[str] = field(default_factory=list)
+
+
+class _Adapter(nn.Module):
+    """The model as a function of its tensors in a row, which returns its tensors in a row."""
+
+    def __init__(self, model: nn.Module, call: Call) -> None:
+        super().__init__()
+        self.model = model
+        self.call = call
+        self.returned = _Returned()
+
+    def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        args, kwargs = self.call.arguments(tensors)
+        named, others = named_outputs(self.model(*args, **kwargs))
+        if not named:
+            raise ExportError(
+                f"{type(self.model).__name__} returns no tensor{': ' if others else ''}{', '.join(others)}."
+            )
+        self.returned.names, self.returned.others = list(named), others
+        inputs = {id(tensor) for tensor in tensors}
+        seen: set[int] = set()
+        result: list[Tensor] = []
+        for tensor in named.values():
+            # A file gives each output its own name: an input handed through, or one tensor under two keys, is copied.
+            result.append(tensor.clone() if id(tensor) in seen | inputs else tensor)
+            seen.add(id(tensor))
+        return tuple(result)
+
+
+def _batched(call: Call) -> tuple[list[str], list[Tensor]]:
+    """The inputs that have the batch on axis 0, and all inputs with at least two items in it.
+
+    The length 1 would be taken for a constant by torch.export; the items are repeated then.
+    """
+    length = next((tensor.shape[0] for tensor in call.inputs.values() if tensor.dim()), None)
+    if length is None:
+        return [], list(call.inputs.values())
+    if length == 0:
+        raise ArgumentError("sample_inputs are an empty batch; give at least one item.")
+    batched = [name for name, tensor in call.inputs.items() if tensor.dim() and tensor.shape[0] == length]
+    tensors = [
+        torch.cat([tensor, tensor]) if length == 1 and name in batched else tensor
+        for name, tensor in call.inputs.items()
+    ]
+    return batched, tensors
+
+
+def _with_names(call: Call, names: Sequence[str]) -> Call:
+    names = _checked_names("input_names", names, len(call.inputs), "input")
+    return Call(dict(zip(names, call.inputs.values(), strict=True)), call.leaves, call.tensor_at, call.structure)
+
+
+def _output_names(name: str, own: Sequence[str], call: Call, given: Sequence[str] | None) -> list[str]:
+    if given is None:
+        return [f"{key}_output" if key in call.inputs else key for key in own]
+    names = _checked_names("output_names", given, len(own), "output")
+    for key in names:
+        if key in call.inputs:
+            raise ArgumentError(f"output_names: {key!r} is the name of an input of {name}, too.")
+    return names
+
+
+def _checked_names(where: str, names: Sequence[str], count: int, noun: str) -> list[str]:
+    if isinstance(names, str) or not all(isinstance(name, str) and name for name in names):
+        raise ArgumentError(f"{where}={names!r}: give a list of names.")
+    if len(names) != count:
+        raise ArgumentError(f"{where}: {len(names)} names for {count} {noun}{'s' if count != 1 else ''}.")
+    if len(set(names)) != len(names):
+        raise ArgumentError(f"{where}={list(names)!r}: a name stands there twice.")
+    return list(names)
+
+
+def _name(proto: ModelProto, call: Call, outputs: Sequence[str]) -> None:
+    """Gives inputs, outputs and weights the names that the user knows them by."""
+    from sparsify.onnx.graph import rename
+
+    graph = proto.graph
+    names: dict[str, str] = {}
+    for value, wanted in zip([*graph.input, *graph.output], [*call.inputs, *outputs], strict=True):
+        names[value.name] = wanted
+    taken = set(names.values())
+    # "model." is the adapter's.
+    for tensor in graph.initializer:
+        # A weight that is an output as well bears the name of the output.
+        if (
+            tensor.name not in names
+            and tensor.name.startswith("model.")
+            and (short := tensor.name.removeprefix("model.")) not in taken
+        ):
+            names[tensor.name] = short
+            taken.add(short)
+    for node in graph.node:
+        for entry in node.metadata_props:
+            if entry.key.endswith("name_scopes"):
+                entry.value = re.sub(r"'model(?:\.|')", lambda hit: "'" if hit[0].endswith(".") else "''", entry.value)
+        # A weight that was transposed for a MatMul has lost its name.
+        if node.op_type == "MatMul" and re.fullmatch(r"val_\d+", node.input[1]):
+            scopes = next((entry.value for entry in node.metadata_props if entry.key.endswith("name_scopes")), "")
+            modules = re.findall(r"'([^']*)'", scopes)[:-1]
+            short = f"{modules[-1]}.weight" if modules and modules[-1] else ""
+            if short and short not in taken and node.input[1] in {tensor.name for tensor in graph.initializer}:
+                names.setdefault(node.input[1], short)
+                taken.add(short)
+    for node in graph.node:
+        for name in node.output:
+            if name in taken and name not in names:
+                # An inner value that bears a name wanted elsewhere makes way.
+                names[name] = f"{name}_inner"
+    rename(proto, names)
+
+
+def _note_weights(proto: ModelProto, model: nn.Module) -> None:
+    """Writes into the file what the weights are called in torch, where they bear another name: tied, or transposed."""
+    from onnx import TensorProto, numpy_helper
+
+    from sparsify.quantization.attention import Projection
+
+    first = {id(parameter): clean_name(name) for name, parameter in model.named_parameters()}
+    names = {name: first[id(parameter)] for name, parameter in model.named_parameters(remove_duplicate=False)}
+    for path, module in model.named_modules():
+        if isinstance(module, Projection) and module.weight is module.parameter:
+            names.update({f"{path}.weight_{kind}": first[id(module.parameter)] for kind in ("int8", "uint8")})
+    noted: dict[str, str] = {}
+    for tensor in proto.graph.initializer:
+        if tensor.name in names:
+            noted[tensor.name] = names[tensor.name]
+        elif len(tensor.dims) > 1 and tensor.data_type in (TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.DOUBLE):
+            shape, values = list(tensor.dims), None
+            for name, parameter in model.named_parameters():
+                if shape in (list(parameter.shape), list(parameter.shape)[::-1]):
+                    values = numpy_helper.to_array(tensor) if values is None else values
+                    own = parameter.detach().numpy()
+                    if any(_equal(values, form) for form in (own, own.T)):
+                        noted[tensor.name] = clean_name(name)
+                        break
+    noted = {initializer: name for initializer, name in noted.items() if initializer != name}
+    if noted:
+        proto.metadata_props.add(key=FILE_WEIGHTS, value=json.dumps(noted))
+
+
+def _equal(one: np.ndarray, other: np.ndarray) -> bool:
+    """As array_equal. The first slice tells nearly all weights of one shape apart, and large models have hundreds."""
+    return one.shape == other.shape and np.array_equal(one[:1], other[:1]) and np.array_equal(one, other)
+
+
+def _why_not_traced(name: str, error: Exception, dynamic: bool) -> str:
+    text = first_line(error)
+    place = _place(error)
+    message = f"{name} cannot be traced{f' ({place})' if place else ''}: {type(error).__name__}: {text}"
+    constrained = any(word in str(error) for word in ("Constraints violated", "specializ", "ConstraintViolation"))
+    if dynamic and constrained:
+        return f"{message} Its forward fixes the batch size; use x.shape[0] there, or pass dynamic_batch=False."
+    return f"{message} Move Python control flow that depends on values out of forward, or export a part of the model."
+
+
+def _why_not_translated(name: str, error: Exception) -> str:
+    cause: BaseException = error
+    while cause.__cause__ is not None:
+        cause = cause.__cause__
+    text = str(error)
+    # The exporter's text names the node and, further down, the line of the user's forward.
+    where = re.search(r'File "([^"]+)", line (\d+), in (\w+)', text[text.find("stack trace") :])
+    place = f" ({Path(where[1]).name}:{where[2]}, in {where[3]})" if where else ""
+    return f"{name} cannot be written as ONNX{place}: {first_line(cause)}"
+
+
+def _place(error: BaseException) -> str:
+    """The innermost line of a traceback that is neither torch's nor sparsify's: "file.py:12, in forward"."""
+    own = (str(Path(torch.__file__).parent), str(Path(__file__).parent))
+    frames = traceback.extract_tb(error.__traceback__)
+    for frame in reversed(frames):
+        if not frame.filename.startswith(own) and not frame.filename.startswith("<"):
+            return f"{Path(frame.filename).name}:{frame.lineno}, in {frame.name}"
+    where = re.findall(r'File "([^"]+)", line (\d+), in (\w+)', str(error))
+    outside = [hit for hit in where if not hit[0].startswith(own)]
+    return f"{Path(outside[-1][0]).name}:{outside[-1][1]}, in {outside[-1][2]}" if outside else ""
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """The exporters' own warnings and log lines are about their insides; what the user must know is raised."""
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "torch.export", "torch.fx", "onnxscript", "onnx_ir")]
+    levels = [logger.level for logger in loggers]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for logger in loggers:
+            logger.setLevel(logging.CRITICAL)
+        try:
+            yield
+        finally:
+            for logger, level in zip(loggers, levels, strict=True):
+                logger.setLevel(level)
+
+
+def _reason(node: str, left: Mapping[str, str]) -> str | None:
+    """Why the layer that a node stems from ("layer.path/Gemm") is in float: itself, what is above it, or its operation.
+
+    >>> _reason("head.out/Gemm", {"head": "why"}), _reason("MatMul", {"the model: matmul": "why"})
+    ('why', 'why')
+    """
+    path = node.rpartition("/")[0].partition("/")[0] or "the model"
+    found = [what for what in left if f"{path}.".startswith(f"{what}.") or what.startswith(f"{path}: ")]
+    return left[max(found, key=len)] if found else None
+
+
+def _exported(path: Path, proto: ModelProto, opset: int, size: int, left: Mapping[str, str]) -> ExportedModel:
+    from onnx import TensorProto, numpy_helper
+
+    graph = proto.graph
+    producer = {name: node for node in graph.node for name in node.output}
+    stored = {tensor.name: tensor for tensor in graph.initializer}
+    quantized: list[str] = []
+    floating: list[str] = []
+    for node in graph.node:
+        if node.op_type in ("LSTM", "GRU", "RNN"):
+            floating.append(node.name)
+        position = {"Gather": 0, "Conv": 1, "ConvTranspose": 1, "Gemm": 1, "MatMul": 1}.get(node.op_type)
+        if position is None:
+            continue
+        name = node.input[position]
+        while name not in stored and name in producer and producer[name].op_type in ("DequantizeLinear", "Transpose"):
+            name = producer[name].input[0]
+        # Vectors (positions, shapes, the scale of each row of an embedding) are no layer's weights.
+        if name not in stored or (node.op_type == "Gather" and sum(dim != 1 for dim in stored[name].dims) < 2):
+            continue
+        kind = stored[name].data_type
+        if kind in (TensorProto.INT8, TensorProto.UINT8, TensorProto.INT4, TensorProto.UINT4):
+            quantized.append(node.name)
+        elif kind in (TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.BFLOAT16, TensorProto.DOUBLE):
+            floating.append(node.name)
+    sizes: Counter[str] = Counter()
+    for tensor in graph.initializer:
+        kind_name = TensorProto.DataType.Name(tensor.data_type).lower()
+        sizes[kind_name] += len(tensor.raw_data) or numpy_helper.to_array(tensor).nbytes
+    return ExportedModel(
+        path=path,
+        opset=opset,
+        inputs={value.name: _shape(value) for value in graph.input},
+        outputs={value.name: _shape(value) for value in graph.output},
+        size_bytes=size,
+        quantized=tuple(quantized),
+        floating=tuple(floating),
+        initializers=dict(sizes),
+        reasons={name: why for name in floating if (why := _reason(name, left)) is not None},
+    )
+
+
+def _shape(value: Any) -> tuple[int | str, ...]:
+    return tuple(dim.dim_param or dim.dim_value for dim in value.type.tensor_type.shape.dim)
+
+
+def _signature(values: Mapping[str, tuple[int | str, ...]]) -> str:
+    return ", ".join(f"{name} ({', '.join(str(dim) for dim in shape)})" for name, shape in values.items())
+
+
+def _size(count: int) -> str:
+    """Bytes for people.
+
+    >>> _size(999), _size(1536), _size(5 * 2**20)
+    ('999 B', '1.5 KiB', '5.0 MiB')
+    """
+    size = float(count)
+    for unit in ("B", "KiB", "MiB"):
+        if size < 1024:
+            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1024
+    return f"{size:.2f} GiB"
+
+
+class _Counter:
+    """A file that only counts what is written to it."""
+
+    def __init__(self) -> None:
+        self.count = 0
+
+    def write(self, data: bytes) -> int:
+        self.count += len(data)
+        return len(data)
+
+    def flush(self) -> None:
+        pass

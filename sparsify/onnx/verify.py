@@ -1,0 +1,403 @@
+"""Whether an exported file computes what the model computes: torch against onnxruntime, output by output."""
+
+from __future__ import annotations
+
+import copy
+import math
+import os
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from sparsify.errors import ArgumentError, ExportError
+from sparsify.model.signature import Call, named_outputs, unwrapped
+from sparsify.onnx.export import deployed_copy
+from sparsify.onnx.runtime import first_line, open_session, read_model, run_session
+from sparsify.quantization.qdq_ops import QUANTIZE_DEQUANTIZE
+
+if TYPE_CHECKING:
+    import numpy as np
+    from onnx import ModelProto
+
+    from sparsify.onnx.fusion import Unfused
+    from sparsify.onnx.verify_kernels import Proof, TensorDifference
+
+__all__ = ["verify_onnx"]
+
+TOLERANCE = 1e-4
+"""The largest difference of an output, as a fraction of its largest value. Of a quantized model: between each side and
+what the reference makes of the integers that this side has."""
+HALF_TOLERANCE = 0.01
+"""Likewise, where weights are stored in float16."""
+UNPROVEN_TOLERANCE = 0.05
+"""Of a quantized model that the reference cannot run: the root mean square of the difference, as a fraction of that of
+the output."""
+UNPROVEN_STEPS = 4
+"""Likewise, of an output that is quantized itself: quantization steps."""
+
+
+@dataclass(frozen=True)
+class Difference:
+    """One output: torch (the model in eval mode) against onnxruntime."""
+
+    output: str
+    optimized: bool
+    """Whether onnxruntime's graph optimizations were on."""
+    max_abs: float
+    relative: float
+    """max_abs / the largest absolute value in torch."""
+    rms: float
+    """Root mean square of the difference / that of the output in torch."""
+    share: float
+    """The fraction of values that differ by more than 1e-5 of the largest."""
+    step: float | None
+    """The scale of the output where it is quantized itself."""
+    local: float | None
+    """Kernel by kernel: how far either side is from what the reference makes of its integers, as `relative`."""
+    ok: bool
+
+    @property
+    def steps(self) -> float | None:
+        """The largest difference in quantization steps."""
+        return None if self.step is None else self.max_abs / self.step
+
+
+@dataclass(frozen=True)
+class Verification:
+    """What `verify_onnx` found. True where `ok`."""
+
+    path: Path
+    quantized: bool
+    tolerance: float
+    outputs: tuple[Difference, ...]
+    tensors: tuple[TensorDifference, ...]
+    """In the order of computation; empty for a float model."""
+    unfused: tuple[Unfused, ...]
+    """Operators next to quantized values that onnxruntime runs in float, and why."""
+    exact: bool
+    """The reference, from the inputs to the outputs, equals onnxruntime with optimizations in every bit."""
+    unproven: str | None
+    """Why the reference could not run the file; outputs are then compared with a tolerance."""
+
+    @property
+    def ok(self) -> bool:
+        """Every output within its tolerance, and no tensor that diverges."""
+        return all(output.ok for output in self.outputs) and self.first_divergence is None
+
+    @property
+    def exit_code(self) -> int:
+        """0 where `ok`, else 1."""
+        return 0 if self.ok else 1
+
+    @property
+    def first_divergence(self) -> str | None:
+        """The first tensor that one kernel makes otherwise than the reference; None where there is none."""
+        return next((tensor.name for tensor in self.tensors if tensor.diverges), None)
+
+    @property
+    def why(self) -> str | None:
+        """Why that one diverges, in words."""
+        return next((tensor.why for tensor in self.tensors if tensor.diverges), None)
+
+    def __bool__(self) -> bool:
+        return self.ok
+
+    def __str__(self) -> str:
+        what = "root mean square of the difference" if self.unproven else "largest difference"
+        how_far = ", kernel by kernel," if self.quantized and not self.unproven else ""
+        width = max(6, *(len(output.output) for output in self.outputs))
+        lines = [
+            f"{self.path}: {'agrees' if self.ok else 'DIFFERS'} ({what}{how_far} <= {self.tolerance:g} of the output)",
+            f"{'output':{width}}  onnxruntime    max abs   relative        rms  differing  steps",
+        ]
+        for output in self.outputs:
+            how = "optimized" if output.optimized else "as written"
+            steps = "-" if output.steps is None else f"{output.steps:.1f}"
+            figures = f"{output.max_abs:9.3g}  {output.relative:9.3g}  {output.rms:9.3g}  {output.share:9.2%}"
+            lines.append(f"{output.output:{width}}  {how:11}  {figures}  {steps:>5}{'' if output.ok else '  <--'}")
+        if self.unproven:
+            lines.append(f"not proven kernel by kernel: {self.unproven}")
+        if self.tensors:
+            lines += self._proof()
+        lines += [f"  {each}" for each in self.unfused]
+        return "\n".join(lines)
+
+    def _proof(self) -> list[str]:
+        integer = [tensor for tensor in self.tensors if tensor.exact]
+        wrong = sum(1 for tensor in integer if tensor.optimized and tensor.optimized.count)
+        whole = "and so is the whole file" if self.exact else "from end to end it is not, as parts run in float"
+        lines = [
+            f"{len(self.tensors)} tensors compared with the integer reference, kernel by kernel: "
+            f"{len(integer) - wrong} of {len(integer)} integer kernels of onnxruntime are exact, {whole}"
+        ]
+        for side, text in (("torch", "torch"), ("written", "as written"), ("optimized", "optimized")):
+            gaps = [(gap, tensor) for tensor in self.tensors if (gap := getattr(tensor, side)) is not None]
+            if gaps:
+                gap, tensor = max(gaps, key=lambda pair: (pair[0].steps, pair[0].share))
+                lines.append(f"  {text}: at most {gap.steps:.0f} steps, {gap.share:.2%} of the values ({tensor.name})")
+        where = self.first_divergence
+        lines.append(f"the first that diverges is {where}: {self.why}" if where else "none diverges")
+        return lines
+
+
+def verify_onnx(
+    model: nn.Module, path: str | os.PathLike[str], inputs: Any, *, tolerance: float | None = None
+) -> Verification:
+    """Runs `model` in torch and its file in onnxruntime, with optimizations off and on, and compares every output.
+
+    A MatMul that reads floats and weights of integers is computed in float here; of its own choice onnxruntime rounds
+    what it reads to int8 (0.7 % of the output): its option session.qdq_matmulnbits_accuracy_level = 1 leaves it alone.
+
+    A quantized file is proven kernel by kernel: every quantized tensor of torch, of onnxruntime as the file is written
+    and of onnxruntime with optimizations is compared with what exact integer arithmetic makes of that side's own
+    inputs to the kernel. Integer kernels of onnxruntime have to be exact; torch and other computation in float may put
+    values that lie on the edge one step aside, of a layer with weights 2 % at most. The run is on a copy; mode, device
+    and buffers of `model` stay as they are.
+
+    Args:
+        model: what was exported.
+        path: its file.
+        inputs: as `sample_inputs` of `export_onnx`, with any batch size that the file takes.
+        tolerance: an output agrees where the largest difference is at most this fraction of the largest value (default
+            1e-4; 0.01 in float16); in a quantized model the difference to the reference on the same integers. Of a
+            file that the reference cannot run (`unproven` says why), the root mean square of the difference is held
+            to this fraction (default 0.05), and a quantized output to 4 steps.
+
+    Raises:
+        ArgumentError: inputs that do not fit the model or the file, or a tolerance that is no positive number.
+        DataFileError, DataError: the file is missing or broken.
+        ExportError: a file that onnxruntime cannot run, or with other outputs than the model's.
+    """
+    if not isinstance(model, nn.Module):
+        raise ArgumentError(f"model is a {type(model).__name__}; give a torch.nn.Module.")
+    if tolerance is not None and not (isinstance(tolerance, (int, float)) and 0 < tolerance < math.inf):
+        raise ArgumentError(f"tolerance={tolerance!r}: give a positive number.")
+    model = unwrapped(model)
+    call = Call.of(model, inputs)
+    proto = read_model(path)
+    quantized = any(node.op_type in ("QuantizeLinear", "DequantizeLinear") for node in proto.graph.node)
+    steps = _output_steps(proto)
+    expected = _eager(model, call)
+    plain = open_session(path, optimized=False, model=proto)
+    feed = _feed(plain, call, Path(path))
+    names = [value.name for value in plain.get_outputs()]
+    if len(names) != len(expected):
+        raise ExportError(
+            f"{Path(path)} has the outputs {', '.join(names)}; {type(model).__name__} returns {', '.join(expected)}."
+        )
+    results = {False: run_session(plain, feed)}
+    results[True] = run_session(open_session(path, optimized=True, model=proto, float_inputs=True), feed)
+    for name, values in zip(names, expected.values(), strict=True):
+        if values.shape != results[False][name].shape:
+            raise ExportError(
+                f"output {name!r} has the shape {list(results[False][name].shape)} in onnxruntime and "
+                f"{list(values.shape)} in torch; something in forward was fixed to the sample inputs."
+            )
+    proof, unproven = None, None
+    if quantized:
+        recorded = _recorded(model, call)
+        try:
+            from sparsify.onnx.verify_kernels import prove
+
+            proof = prove(proto, path, feed, recorded, results[True])
+        except ExportError as error:
+            unproven = str(error)
+    limit = tolerance or (UNPROVEN_TOLERANCE if unproven else _float_tolerance(proto))
+    found: list[Difference] = []
+    for name, values in zip(names, expected.values(), strict=True):
+        for optimized in (False, True):
+            found.append(
+                _difference(name, optimized, values, results[optimized][name], steps.get(name), limit, proof, quantized)
+            )
+    return Verification(
+        Path(path),
+        quantized,
+        limit,
+        tuple(found),
+        tensors=proof.tensors if proof else (),
+        unfused=proof.unfused if proof else (),
+        exact=proof is not None and all(_same(proof.reference[name], results[True][name]) for name in names),
+        unproven=unproven,
+    )
+
+
+def _recorded(model: nn.Module, call: Call) -> dict[str, np.ndarray]:
+    """The integers of every quantizer in the deployed copy."""
+    try:
+        return _record(deployed_copy(model), call)
+    except ExportError:
+        raise
+    except Exception as error:
+        raise ExportError(f"the deployed copy of {type(model).__name__} does not run: {first_line(error)}") from error
+
+
+def _same(one: np.ndarray, other: np.ndarray) -> bool:
+    import numpy as np
+
+    return one.dtype == other.dtype and np.array_equal(one, other, equal_nan=one.dtype.kind == "f")
+
+
+def _float_tolerance(proto: ModelProto) -> float:
+    from onnx import TensorProto
+
+    half = any(tensor.data_type == TensorProto.FLOAT16 for tensor in proto.graph.initializer)
+    return HALF_TOLERANCE if half else TOLERANCE
+
+
+def _eager(model: nn.Module, call: Call) -> dict[str, np.ndarray]:
+    """The outputs of a copy of `model` in eval mode, on its own device, with the RNG put back."""
+    model = copy.deepcopy(model).eval()
+    device = next((tensor.device for tensor in [*model.parameters(), *model.buffers()]), torch.device("cpu"))
+    args, kwargs = call.arguments([tensor.detach().to(device) for tensor in call.inputs.values()])
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), torch.no_grad():
+        try:
+            outputs = model(*args, **kwargs)
+        # Whatever the user's own code raises on inputs that it was not written for.
+        except Exception as error:
+            raise ArgumentError(
+                f"inputs do not run through {type(model).__name__}: {type(error).__name__}: {error}. Give inputs as "
+                "they were given to export_onnx, and the model that was exported."
+            ) from error
+        named, _ = named_outputs(outputs)
+    return {name: _array(tensor) for name, tensor in named.items()}
+
+
+def _array(tensor: Tensor) -> np.ndarray:
+    tensor = tensor.detach().cpu()
+    # numpy has no bfloat16; both widths of half compare in float32.
+    result: np.ndarray = (tensor.float() if tensor.dtype in (torch.bfloat16, torch.float16) else tensor).numpy()
+    return result
+
+
+def _feed(session: Any, call: Call, path: Path) -> dict[str, np.ndarray]:
+    """By name where the file has the names, by position where it has the same number of others."""
+    names = [value.name for value in session.get_inputs()]
+    tensors = {name: tensor.detach().cpu().numpy() for name, tensor in call.inputs.items()}
+    if set(names) <= set(tensors):
+        return {name: tensors[name] for name in names}
+    if len(names) == len(tensors):
+        return dict(zip(names, tensors.values(), strict=True))
+    raise ArgumentError(f"{path} takes the inputs {', '.join(names)}; given: {', '.join(tensors)}.")
+
+
+def _difference(
+    name: str,
+    optimized: bool,
+    expected: np.ndarray,
+    found: np.ndarray,
+    step: float | None,
+    tolerance: float,
+    proof: Proof | None,
+    quantized: bool,
+) -> Difference:
+    import numpy as np
+
+    gap, largest = _apart(expected, found)
+    finite = expected[np.isfinite(expected)].astype(np.float64)
+    max_abs = float(gap.max(initial=0.0))
+    relative = _fraction(max_abs, largest)
+    power = float(np.sqrt(np.mean(finite**2))) if finite.size else 0.0
+    rms = _fraction(float(np.sqrt(np.mean(gap**2))) if gap.size else 0.0, power)
+    share = float(np.mean(gap > 1e-5 * largest)) if gap.size else 0.0
+    local = None
+    if proof is not None:
+        sides = (("torch", expected), ("optimized" if optimized else "written", found))
+        local = max(_relative(proof.local[side].get(name, proof.reference[name]), value) for side, value in sides)
+        ok = local <= tolerance
+    elif quantized:
+        within = share <= tolerance if found.dtype.kind in "iub" else rms <= tolerance
+        ok = within and (step is None or max_abs <= (UNPROVEN_STEPS + 0.5) * step)
+    else:
+        ok = max_abs == 0 if found.dtype.kind in "iub" else relative <= tolerance
+    return Difference(name, optimized, max_abs, relative, rms, share, step, local, ok)
+
+
+def _apart(expected: np.ndarray, found: np.ndarray) -> tuple[np.ndarray, float]:
+    """(absolute differences, the largest finite absolute value of `expected`)."""
+    import numpy as np
+
+    wide, other = expected.astype(np.float64), found.astype(np.float64)
+    # Where both are the same infinity, or both NaN, nothing differs.
+    same = (wide == other) | (np.isnan(wide) & np.isnan(other))
+    with np.errstate(invalid="ignore"):
+        gap = np.where(same, 0.0, np.abs(wide - other))
+    gap = np.where(np.isnan(gap), np.inf, gap)
+    return gap, float(np.abs(wide[np.isfinite(wide)]).max(initial=0.0))
+
+
+def _relative(expected: np.ndarray, found: np.ndarray) -> float:
+    gap, largest = _apart(expected, found)
+    return _fraction(float(gap.max(initial=0.0)), largest)
+
+
+def _fraction(part: float, whole: float) -> float:
+    return part / whole if whole else (0.0 if part == 0 else math.inf)
+
+
+def _output_steps(proto: ModelProto) -> dict[str, float]:
+    """{output: scale} of the outputs that come straight from a DequantizeLinear, through data movement at most."""
+    from onnx import numpy_helper
+
+    stored = {tensor.name: tensor for tensor in proto.graph.initializer}
+    producer = {name: node for node in proto.graph.node for name in node.output}
+    steps: dict[str, float] = {}
+    for value in proto.graph.output:
+        node = producer.get(value.name)
+        for _ in range(len(proto.graph.node)):
+            if node is None or node.op_type not in _MOVEMENT:
+                break
+            node = producer.get(node.input[0])
+        if node is not None and node.op_type == "DequantizeLinear" and node.input[1] in stored:
+            scale = numpy_helper.to_array(stored[node.input[1]])
+            if scale.ndim == 0:
+                steps[value.name] = float(scale)
+    return steps
+
+
+_MOVEMENT = {"Reshape", "Flatten", "Transpose", "Squeeze", "Unsqueeze", "MaxPool", "Slice", "Gather", "Identity"}
+
+
+def _record(deployed: nn.Module, call: Call) -> dict[str, np.ndarray]:
+    """{"<layer>/QuantizeLinear": integers} of one run in eager; the k-th of one layer ends in "_k", as in the file."""
+    recorded: dict[str, np.ndarray] = {}
+    count: dict[str, int] = defaultdict(int)
+
+    class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
+        def __torch_dispatch__(
+            self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+        ) -> Any:
+            result = func(*args, **(kwargs or {}))
+            if func.name() == QUANTIZE_DEQUANTIZE:
+                layer = inside[-1] if inside else ""
+                name = f"{layer}/QuantizeLinear" if layer else "QuantizeLinear"
+                count[name] += 1
+                integers = (result / args[1]).round() + args[2].to(result.dtype)
+                recorded[name if count[name] == 1 else f"{name}_{count[name]}"] = integers.to(torch.int32).numpy()
+            return result
+
+    args, kwargs = call.arguments([tensor.detach().cpu() for tensor in call.inputs.values()])
+    with _module_stack(deployed) as inside, torch.random.fork_rng(devices=[]), torch.no_grad(), cast(Any, Recorder)():
+        deployed(*args, **kwargs)
+    return recorded
+
+
+@contextmanager
+def _module_stack(model: nn.Module) -> Iterator[list[str]]:
+    """The names of the modules whose forward is running, outermost first."""
+    stack: list[str] = []
+    handles = []
+    for name, module in model.named_modules():
+        handles.append(module.register_forward_pre_hook(lambda _module, _args, name=name: stack.append(name)))
+        handles.append(module.register_forward_hook(lambda _module, _args, _output: stack.pop() and None))
+    try:
+        yield stack
+    finally:
+        for handle in handles:
+            handle.remove()

@@ -1,0 +1,318 @@
+"""Every quantized tensor of a file, kernel by kernel: torch and onnxruntime, each against the integer reference.
+
+Compared from end to end, one value on the edge between two steps changes all that follows. So each kernel of the
+reference is given the integers that the *other* side has before it, and only what it makes of them is compared.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sparsify.errors import ExportError
+from sparsify.onnx.runtime import first_line, open_session, run_session, session_options
+
+if TYPE_CHECKING:
+    import numpy as np
+    from onnx import ModelProto, NodeProto
+
+    from sparsify.onnx.fusion import Unfused
+    from sparsify.onnx.reference import Reference
+
+__all__: list[str] = []
+
+SHARE = 0.02
+"""Of float against integers, kernel by kernel: at most this share of a tensor falls one step aside. Of kernels without
+weights any share may: where the scales of an add have a simple ratio, every few sums lie half-way between two steps."""
+FEW = 3
+"""So many values may differ in a tensor of any size."""
+
+
+@dataclass(frozen=True)
+class Gap:
+    """How far two tensors of integers are apart."""
+
+    steps: float
+    """The largest difference, in quantization steps."""
+    share: float
+    """The fraction of values that differ at all."""
+    count: int
+    """How many values that is."""
+
+
+@dataclass(frozen=True)
+class TensorDifference:
+    """One quantized tensor, or the float result of an integer kernel: each side against the reference."""
+
+    name: str
+    """The node that gives it: "<layer>/QuantizeLinear", or "<layer>/Gemm"."""
+    kernel: str
+    """What computes it in onnxruntime with optimizations on: "QLinearConv"; "QuantizeLinear" behind float operators."""
+    exact: bool
+    """Whether onnxruntime computes it from integers, so that nothing may differ."""
+    weighted: bool
+    """Whether weights of the model go into it: a sum of two tensors, or a pool, holds nothing that could be wrong."""
+    torch: Gap | None
+    """The deployed copy in torch, which computes in float; None where it has no tensor of this name."""
+    written: Gap | None
+    """onnxruntime without optimizations, which computes in float."""
+    optimized: Gap | None
+    """onnxruntime with optimizations."""
+    total: Gap | None
+    """Likewise, but from end to end: the reference began at the inputs of the file."""
+
+    @property
+    def steps(self) -> float:
+        """The largest difference, kernel by kernel."""
+        return max((gap.steps for gap in (self.torch, self.written, self.optimized) if gap), default=0.0)
+
+    @property
+    def why(self) -> str | None:
+        """What diverges, and where to look; None where nothing does."""
+        if self.optimized is not None and self.exact and self.optimized.count:
+            return (
+                f"onnxruntime's {self.kernel} gives other integers than exact arithmetic ({_words(self.optimized)}). "
+                "On a CPU without VNNI products of uint8 and int8 saturate: train with reduce_range"
+            )
+        if self.torch is not None and self._float_diverges(self.torch):
+            return (
+                f"torch gives other integers than the file from the same inputs ({_words(self.torch)}): the weights, "
+                "biases or ranges in the file are not those of the model; was it trained, or the file edited, after "
+                "the export?"
+            )
+        if self.optimized is not None and not self.exact and self._float_diverges(self.optimized):
+            return (
+                f"it stands behind operators that onnxruntime runs in float, and is farther off than float rounding "
+                f"explains ({_words(self.optimized)})"
+            )
+        if self.written is not None and self._float_diverges(self.written):
+            return (
+                f"onnxruntime without optimizations gives other integers from the same inputs ({_words(self.written)})"
+            )
+        return None
+
+    @property
+    def diverges(self) -> bool:
+        return self.why is not None
+
+    def _float_diverges(self, gap: Gap) -> bool:
+        """Whether it is more than rounding in float explains, which moves what lies on the edge between two steps."""
+        return gap.steps > 1 or (self.weighted and gap.count > FEW and gap.share > SHARE)
+
+
+@dataclass(frozen=True)
+class Proof:
+    """What `prove` found."""
+
+    tensors: tuple[TensorDifference, ...]
+    """In the order of computation."""
+    unfused: tuple[Unfused, ...]
+    local: Mapping[str, Mapping[str, np.ndarray]]
+    """{"torch", "written" or "optimized": {output: what the reference makes of that side's integers}}."""
+    reference: Mapping[str, np.ndarray]
+    """The outputs of the reference, begun at the inputs of the file."""
+
+
+def prove(
+    proto: ModelProto,
+    path: str | os.PathLike[str],
+    feed: dict[str, np.ndarray],
+    recorded: Mapping[str, np.ndarray],
+    expected: dict[str, np.ndarray],
+) -> Proof:
+    """Compares kernel by kernel.
+
+    Args:
+        proto: the file at `path`.
+        feed: the inputs by name.
+        recorded: {node that quantizes: integers} in torch.
+        expected: the outputs of onnxruntime with optimizations; looking inside must not have changed them.
+
+    Raises:
+        ExportError: the reference cannot run the file.
+    """
+    from sparsify.onnx.reference import Reference
+
+    reference = Reference(proto)
+    quantizers = [node for node in proto.graph.node if node.op_type == "QuantizeLinear"]
+    floats = [fused.node for fused in reference.fusion.fused.values() if fused.quantize is None]
+    named = {node.output[0]: node for node in [*quantizers, *floats]}
+    order = [name for node in proto.graph.node for name in node.output if name in named]
+
+    behind = {node.output[0]: _moved(proto, node.output[0]) for node in quantizers if node.name in recorded}
+    end_to_end = reference.run(feed, keep=[*order, *(name for names in behind.values() for name in names)])
+    written = _as_written(proto, path, feed, [node.output[0] for node in quantizers])
+    optimized, kernels = _inside(proto, path, feed, [node.output[0] for node in quantizers], order, expected)
+    torch_side: dict[str, np.ndarray] = {}
+    torch_at: dict[str, str] = {}
+    for name, names in behind.items():
+        integers = recorded[named[name].name]
+        forms = {at: aligned for at in names if (aligned := _aligned(integers, end_to_end[at])) is not None}
+        if forms:
+            # Several forms may have one shape: of a square transposed, both have.
+            at = min(forms, key=lambda one: int((forms[one] != end_to_end[one]).sum()))
+            torch_side[at], torch_at[name] = forms[at], at
+    sides = {"torch": torch_side, "written": written, "optimized": optimized}
+    local = {side: reference.run(feed, given=given, keep=list(given)) if given else {} for side, given in sides.items()}
+    tensors = []
+    for name in order:
+        step = _step(reference, name)
+        gaps = {
+            side: _gap(local[side][at], given[at], step) if at in given else None
+            for side, given in sides.items()
+            for at in [torch_at.get(name, name) if side == "torch" else name]
+        }
+        total = _gap(end_to_end[name], optimized[name], step) if name in optimized else None
+        node, kernel = named[name], kernels.get(name, "-")
+        exact = name in optimized and (
+            kernel not in ("QuantizeLinear", "Gemm", "MatMul", "FusedMatMul", "FusedGemm", "-")
+            or node.input[0] in reference.inputs
+        )
+        fused = reference.fusion.fused.get(name)
+        weighted = fused is None or fused.node.op_type in ("Conv", "Gemm", "MatMul")
+        tensors.append(TensorDifference(node.name or name, kernel, exact, weighted, **gaps, total=total))
+    outputs = {name: end_to_end[name] for name in reference.outputs}
+    return Proof(tuple(tensors), tuple(_unfused(reference, kernels)), local, outputs)
+
+
+def _unfused(reference: Reference, kernels: Mapping[str, str]) -> list[Unfused]:
+    """What cannot run in integers, and what could but does not."""
+    from sparsify.onnx.fusion import Unfused
+
+    found = list(reference.fusion.unfused)
+    for output, fused in reference.fusion.fused.items():
+        if kernels.get(output) in ("QuantizeLinear", "Gemm", "MatMul", "FusedMatMul", "FusedGemm"):
+            node = fused.node
+            why = "onnxruntime left it in float although all its neighbours are quantized"
+            found.append(Unfused(node.name or node.output[0], node.op_type, why))
+    return found
+
+
+def _as_written(
+    proto: ModelProto, path: str | os.PathLike[str], feed: dict[str, np.ndarray], names: list[str]
+) -> dict[str, np.ndarray]:
+    mine = copy.deepcopy(proto)
+    del mine.graph.output[:]
+    if not names:
+        return {}
+    session = open_session(path, optimized=False, model=mine, extra_outputs=list(dict.fromkeys(names)))
+    return run_session(session, feed)
+
+
+def _inside(
+    proto: ModelProto,
+    path: str | os.PathLike[str],
+    feed: dict[str, np.ndarray],
+    quantized: list[str],
+    wanted: list[str],
+    expected: dict[str, np.ndarray],
+) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+    """({value: what it is in the optimized graph}, {value: the operator that makes it there}).
+
+    Quantized tensors become outputs before onnxruntime optimizes, which they do not disturb. A float result would: of
+    those the ones are taken that the optimized graph, saved, still has.
+    """
+    import numpy as np
+    import onnx
+
+    mine = copy.deepcopy(proto)
+    present = {value.name for value in mine.graph.output}
+    for name in dict.fromkeys(quantized):
+        if name not in present:
+            mine.graph.output.add().name = name
+    with tempfile.TemporaryDirectory() as folder:
+        target = Path(folder) / "optimized.onnx"
+        options = session_options(optimized=True, threads=1, float_inputs=True)
+        options.optimized_model_filepath = str(target)
+        _session(mine, options, path)
+        seen = onnx.load(target)
+    producer = {name: node for node in seen.graph.node for name in node.output}
+    have = {value.name for value in seen.graph.output}
+    for name in wanted:
+        if name in producer and name not in have:
+            seen.graph.output.add().name = name
+    session = _session(seen, session_options(optimized=False, threads=1), path)
+    values = run_session(session, feed)
+    for name, value in expected.items():
+        if not np.array_equal(values[name], value, equal_nan=value.dtype.kind == "f"):
+            raise ExportError(
+                f"{Path(path)}: onnxruntime optimizes this graph otherwise when its inner values are asked for "
+                f"(output {name!r} differs), so that they prove nothing."
+            )
+    kernels = {name: _kernel(producer, name) for name in wanted if name in producer}
+    return {name: values[name] for name in wanted if name in values}, kernels
+
+
+def _session(model: ModelProto, options: Any, path: str | os.PathLike[str]) -> Any:
+    import onnxruntime
+
+    try:
+        return onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # its exceptions have no common base
+        raise ExportError(f"{Path(path)}: onnxruntime cannot run this file: {first_line(error)}") from error
+
+
+def _kernel(producer: Mapping[str, NodeProto], name: str) -> str:
+    """The operator behind a value; not what moves integers, as the Transpose out of the layout of convolutions."""
+    node = producer[name]
+    while node.op_type in ("Transpose", "Reshape", "Flatten", "Squeeze", "Unsqueeze") and node.input[0] in producer:
+        node = producer[node.input[0]]
+    return str(node.op_type)
+
+
+def _moved(proto: ModelProto, name: str) -> list[str]:
+    """The integers of one quantizer, and what they become that are moved before anybody computes with them.
+
+    A transposed convolution that runs as a convolution gives its pixels as channels, which torch does not have; a
+    quantizer behind a product stands in torch behind what moves its result.
+    """
+    names = [name]
+    while True:
+        readers = [node for node in proto.graph.node if names[-1] in node.input]
+        if len(readers) != 1 or readers[0].op_type not in ("Reshape", "Transpose", "Slice", "Squeeze", "Unsqueeze"):
+            return names
+        names.append(readers[0].output[0])
+
+
+def _step(reference: Reference, name: str) -> np.ndarray | None:
+    """Of the float result of an integer kernel: the scale of its sums, per column."""
+    import numpy as np
+
+    fused = reference.fusion.fused.get(name)
+    if fused is None or fused.quantize is not None:
+        return None
+    scales = []
+    for operand in fused.node.input[:2]:
+        source = reference.fusion.source(operand)
+        scale = reference.fusion.constant(source.input[1]) if source is not None else None
+        scales.append(np.float32(1) if scale is None else np.asarray(scale))
+    return np.asarray(scales[0] * scales[1])
+
+
+def _gap(expected: np.ndarray, found: np.ndarray, step: np.ndarray | None) -> Gap:
+    import numpy as np
+
+    if step is None:
+        apart = np.abs(expected.astype(np.int64) - found.astype(np.int64)).astype(np.float64)
+    else:
+        apart = np.abs(expected.astype(np.float64) - found.astype(np.float64)) / step
+    count = int(np.count_nonzero(apart))
+    return Gap(float(apart.max(initial=0)), count / apart.size if apart.size else 0.0, count)
+
+
+def _aligned(integers: np.ndarray, like: np.ndarray) -> np.ndarray | None:
+    """torch's tensor in its shape in the file, where layers over a sequence work on rows; None where none fits."""
+    if integers.shape != like.shape:
+        flattened = integers.ndim != like.ndim and integers.size == like.size
+        if not (flattened and (integers.shape[-1:] == like.shape[-1:] or integers.shape[:1] == like.shape[:1])):
+            return None
+    return integers.reshape(like.shape).astype(like.dtype)
+
+
+def _words(gap: Gap) -> str:
+    return f"at most {gap.steps:.0f} steps, {gap.share:.2%} of the values"

@@ -1,0 +1,190 @@
+"""Value objects -> table, JSON, Markdown, and progress on the terminal. Nothing else formats or prints.
+
+rich draws tables and bars where it is installed (`pip install sparsify[report]`); without it the same figures come as
+plain text.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+import sys
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TextIO, TypeVar
+
+from sparsify.errors import ArgumentError
+from sparsify.output.files import replacing
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+__all__: list[str] = []
+
+Item = TypeVar("Item")
+
+
+@dataclass(frozen=True)
+class Column:
+    """One column: which field it shows, under which title, in which format (as in `format(value, spec)`)."""
+
+    field: str
+    title: str
+    spec: str = ""
+    left: bool = False
+    """Text stands at the left, figures at the right; the first column is at the left in any case."""
+
+    def cell(self, row: Mapping[str, object]) -> str:
+        """The field's value as text; "-" where there is none.
+
+        >>> Column("sparsity", "Zeros", ".1%").cell({"sparsity": 0.9})
+        '90.0%'
+        >>> Column("sparsity", "Zeros", ".1%").cell({"sparsity": None})
+        '-'
+        """
+        value = row[self.field]
+        if value is None or (isinstance(value, float) and math.isnan(value)):
+            return "-"
+        return format(value, self.spec)
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows of values and how each is shown. The values themselves stay exact: `json` writes them unrounded."""
+
+    title: str
+    columns: tuple[Column, ...]
+    rows: tuple[Mapping[str, object], ...]
+
+    @classmethod
+    def of(
+        cls, title: str, rows: Iterable[DataclassInstance | Mapping[str, object]], columns: Sequence[Column]
+    ) -> Table:
+        """From dataclasses or mappings; fields that no column shows are kept for `json`.
+
+        Raises:
+            ArgumentError: a column names a field that a row does not have.
+        """
+        plain = tuple(dataclasses.asdict(row) if dataclasses.is_dataclass(row) else dict(row) for row in rows)
+        for column in columns:
+            for row in plain:
+                if column.field not in row:
+                    raise ArgumentError(f"column {column.title!r} shows {column.field!r}, but a row has {list(row)}")
+        return cls(title, tuple(columns), plain)
+
+    def cells(self) -> list[list[str]]:
+        """Row by row, as text."""
+        return [[column.cell(row) for column in self.columns] for row in self.rows]
+
+    def text(self) -> str:
+        """Plain text: the title, a line of column titles, one line a row; the first column to the left.
+
+        >>> columns = [Column("name", "Run"), Column("ms", "ms", ".1f")]
+        >>> print(Table.of("Runs", [{"name": "a", "ms": 1.25}], columns).text())
+        Runs
+        Run   ms
+        a    1.2
+        """
+        lines = [[column.title for column in self.columns], *self.cells()]
+        widths = [max(len(line[index]) for line in lines) for index in range(len(self.columns))]
+        body = [
+            "  ".join(
+                cell.rjust(width) if index and not column.left else cell.ljust(width)
+                for index, (cell, width, column) in enumerate(zip(line, widths, self.columns, strict=True))
+            )
+            for line in lines
+        ]
+        return "\n".join([self.title, *(line.rstrip() for line in body)])
+
+    def markdown(self) -> str:
+        """A Markdown table under its title.
+
+        >>> columns = [Column("name", "Run"), Column("ms", "ms", ".1f")]
+        >>> print(Table.of("Runs", [{"name": "a", "ms": 1.25}], columns).markdown())
+        **Runs**
+        <BLANKLINE>
+        | Run | ms |
+        |---|---:|
+        | a | 1.2 |
+        """
+        rule = "|".join("---:" if i and not column.left else "---" for i, column in enumerate(self.columns))
+        head = " | ".join(column.title for column in self.columns)
+        body = [f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in row)} |" for row in self.cells()]
+        return "\n".join([f"**{self.title}**", "", f"| {head} |", f"|{rule}|", *body])
+
+    def json(self) -> str:
+        """{"title": ..., "rows": [{field: value}]}; a value that JSON does not know (nan, inf) becomes null."""
+        return json.dumps({"title": self.title, "rows": [plain(row) for row in self.rows]}, indent=2)
+
+    def write(self, path: str | os.PathLike[str]) -> None:
+        """To a file whose ending says the form: `.md`, `.json` or `.txt`.
+
+        Raises:
+            ArgumentError: another ending. DataError: the file cannot be written.
+        """
+        forms = {".md": self.markdown, ".json": self.json, ".txt": self.text}
+        suffix = Path(path).suffix
+        if suffix not in forms:
+            raise ArgumentError(
+                f"{path}: a table is written as {', '.join(forms)}, not as {suffix or 'a file without an ending'}"
+            )
+        with replacing(path) as temporary:
+            temporary.write_text(forms[suffix]() + "\n", encoding="utf-8")
+
+
+def show(table: Table, file: TextIO | None = None) -> None:
+    """Prints a table: drawn by rich where there is a terminal and rich is installed, otherwise as plain text."""
+    file = file or sys.stdout
+    if file.isatty():
+        try:
+            from rich.console import Console
+            from rich.table import Table as Drawn
+            from rich.text import Text
+        except ImportError:
+            pass
+        else:
+            drawn = Drawn(title=Text(table.title))
+            for index, column in enumerate(table.columns):
+                drawn.add_column(Text(column.title), justify="right" if index and not column.left else "left")
+            for row in table.cells():
+                drawn.add_row(*map(Text, row))
+            Console(file=file).print(drawn)
+            return
+    print(table.text(), file=file)
+
+
+def track(work: Iterable[Item], what: str, total: int | None = None) -> Iterator[Item]:
+    """Goes through `work` and shows how far it is, on stderr: a bar with rich, otherwise a line at the end.
+
+    Args:
+        total: how many items; not needed where `work` has a length.
+    """
+    if total is None and isinstance(work, Sized):
+        total = len(work)
+    try:
+        from rich.console import Console
+        from rich.progress import Progress
+    except ImportError:
+        start = time.perf_counter()
+        yield from work
+        print(f"{what}: {time.perf_counter() - start:.1f} s", file=sys.stderr)
+        return
+    with Progress(console=Console(stderr=True)) as progress:
+        yield from progress.track(work, total=total, description=what)
+
+
+def plain(value: Any) -> Any:
+    """Dataclasses, mappings, sequences and numbers as JSON knows them; nan and inf become None."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {field.name: plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
+    if isinstance(value, Mapping):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple | set | frozenset):
+        return [plain(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value if value is None or isinstance(value, bool | int | float | str) else str(value)

@@ -1,0 +1,548 @@
+"""Scores -> masks (pure functions), and the Masker that keeps masks by parameter name and applies them.
+
+A mask is a bool tensor of its parameter's shape: True where a weight is kept.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from sparsify.errors import DataError, StateError, TargetError, did_you_mean
+from sparsify.model import distributed, targets
+from sparsify.pruning.selection import without_lowest
+
+if TYPE_CHECKING:
+    from sparsify.pruning.removal import Removal
+
+__all__: list[str] = []
+
+log = logging.getLogger("sparsify")
+
+
+@dataclass(frozen=True)
+class MaskType:
+    """What becomes zero together.
+
+    kind: "unstructured", one weight by itself; "block", `block` = (a, b) weights along the output and the input
+    channels, -1 for all of them; "n_of_m", of every `of` weights along the input channels `keep` stay; "filter" and
+    "channel", whole output and input channels.
+    """
+
+    kind: Literal["unstructured", "block", "n_of_m", "filter", "channel"]
+    block: tuple[int, int] = (1, 1)
+    keep: int = 0
+    of: int = 1
+
+    @classmethod
+    def parse(cls, text: str | list[int]) -> MaskType:
+        """From a recipe's `mask_type`.
+
+        >>> MaskType.parse("block4").block, MaskType.parse([2, -1]).block, MaskType.parse("tensorrt").of
+        ((1, 4), (2, -1), 4)
+        """
+        if isinstance(text, list):
+            return cls("block", block=(text[0], text[1]))
+        if text.startswith("block"):
+            return cls("block", block=(1, int(text.removeprefix("block") or 4)))
+        if text == "tensorrt":
+            return cls("n_of_m", keep=2, of=4)
+        if ":" in text:
+            keep, of = text.split(":")
+            return cls("n_of_m", keep=int(keep), of=int(of))
+        if text in ("unstructured", "filter", "channel"):
+            return cls(text)  # type: ignore[arg-type]
+        raise ValueError(f"{text!r} is no mask type")
+
+    @property
+    def text(self) -> str:
+        """How a recipe writes it."""
+        if self.kind == "block":
+            return str(list(self.block))
+        return f"{self.keep}:{self.of}" if self.kind == "n_of_m" else self.kind
+
+    def why_unfit(self, shape: torch.Size, input_dim: int) -> str | None:
+        """Why a weight of this shape cannot be masked so, or None."""
+        if self.kind == "unstructured":
+            return None
+        if len(shape) < 2:
+            return f"has {len(shape)} dimension{'' if len(shape) == 1 else 's'}, but {self.text} needs 2 or more"
+        if self.kind in ("filter", "channel"):
+            return None
+        if self.kind == "n_of_m":
+            if shape[input_dim] % self.of:
+                return f"has {shape[input_dim]} input channels, which {self.of} does not divide"
+            return None
+        for kind, size, channels in zip(
+            ("output", "input"), self.block, (shape[1 - input_dim], shape[input_dim]), strict=True
+        ):
+            if size != -1 and channels % size:
+                return f"has {channels} {kind} channels, which {size} does not divide"
+        return None
+
+
+def prune(
+    scores: Mapping[str, Tensor],
+    sparsity: float,
+    mask_type: MaskType = MaskType("unstructured"),
+    *,
+    previous: Mapping[str, Tensor] | None = None,
+    input_dims: Mapping[str, int] | None = None,
+    together: bool = False,
+    absolute: bool = True,
+) -> dict[str, Tensor]:
+    """Masks with exactly round(units * sparsity) units gone; a unit is a weight, a block, or a channel of one weight.
+
+    What is gone in `previous` ranks first, so that a mask only grows; then the lowest scores go, of equal ones the
+    first in logical order. N:M: exactly round(n * sparsity) weights are gone and at most M - N in any group, also
+    below 1 - N/M; the groups lie along the input channels.
+
+    Args:
+        scores: what each weight is worth, by name; the weights themselves for magnitude.
+        sparsity: the fraction of zeros, 0 to 1.
+        previous: the masks so far, for some or all names.
+        input_dims: the dimension of the input channels, 1 where nothing is given.
+        together: one ranking over all of them, and the count over all; otherwise each by itself.
+        absolute: rank by absolute value. A block is worth the mean of its weights either way; a channel the root of
+        their mean square, and where `absolute` is off their mean.
+
+    Raises:
+        DataError: a score is NaN; the message names it.
+
+    >>> prune({"w": torch.tensor([[1.0, -4.0, 3.0, 2.0]])}, 0.5, MaskType.parse("2:4"))
+    {'w': tensor([[False,  True,  True, False]])}
+    """
+    previous = previous or {}
+    dims = input_dims or {}
+    units: dict[str, Tensor] = {}
+    kept: dict[str, Tensor] = {}
+    back: dict[str, Callable[[Tensor], Tensor]] = {}
+    for name, score in scores.items():
+        mask = previous.get(name)
+        if mask_type.kind == "unstructured":
+            units[name] = score
+            if mask is not None:
+                kept[name] = mask
+        elif mask_type.kind == "block":
+            units[name], back[name] = _blocks(score.detach(), dims.get(name, 1), mask_type.block, absolute)
+            if mask is not None:
+                kept[name] = _blocks(mask, dims.get(name, 1), mask_type.block, False)[0] > 0
+        elif mask_type.kind == "n_of_m":
+            units[name] = _only_lowest_of_each_group(name, score.detach(), mask, mask_type, dims.get(name, 1), absolute)
+            if mask is not None:
+                kept[name] = mask
+        else:
+            dim = dims.get(name, 1) if mask_type.kind == "channel" else 1 - dims.get(name, 1)
+            units[name], back[name] = _channels(score.detach(), dim, absolute)
+            if mask is not None:
+                kept[name] = _channels(mask, dim, False)[0] > 0
+    absolute = absolute and mask_type.kind == "unstructured"
+    if together:
+        total = sum(unit.numel() for unit in units.values())
+        masks = without_lowest(units, round(total * sparsity), kept=kept, absolute=absolute) if units else {}
+    else:
+        masks = {}
+        for name, unit in units.items():
+            own = {name: kept[name]} if name in kept else {}
+            masks |= without_lowest({name: unit}, round(unit.numel() * sparsity), kept=own, absolute=absolute)
+    return {name: back[name](mask) if name in back else mask for name, mask in masks.items()}
+
+
+def _blocks(
+    score: Tensor, input_dim: int, block: tuple[int, int], absolute: bool
+) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+    """The mean of each block, and what turns a mask of blocks into one of weights."""
+    ordered = score.transpose(0, 1) if input_dim == 0 else score  # output channels first
+    outputs, inputs = ordered.shape[:2]
+    a, b = (outputs if block[0] == -1 else block[0]), (inputs if block[1] == -1 else block[1])
+    values = (ordered.abs() if absolute else ordered).contiguous()
+    values = values if values.dtype == torch.float64 else values.float()
+    means = values.reshape(outputs // a, a, inputs // b, b, -1).mean(dim=(1, 3))
+
+    def back(mask: Tensor) -> Tensor:
+        wide = mask[:, None, :, None, :].expand(outputs // a, a, inputs // b, b, mask.shape[-1]).reshape(ordered.shape)
+        return (wide.transpose(0, 1) if input_dim == 0 else wide).contiguous()
+
+    return means, back
+
+
+def _channels(score: Tensor, dim: int, absolute: bool) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+    """What each slice along `dim` is worth, and what turns a mask of slices into one of weights."""
+    values = score.movedim(dim, 0).flatten(1)
+    values = values if values.dtype == torch.float64 else values.float()
+    # Not the norm: in one ranking over layers of many sizes it would spare whatever is wide.
+    worth = values.square().mean(1).sqrt() if absolute else values.mean(1)
+
+    def back(mask: Tensor) -> Tensor:
+        along = [1] * score.dim()
+        along[dim] = -1
+        return mask.view(along).expand(score.shape).contiguous()
+
+    return worth, back
+
+
+def _only_lowest_of_each_group(
+    name: str, score: Tensor, previous: Tensor | None, mask_type: MaskType, input_dim: int, absolute: bool
+) -> Tensor:
+    """The scores, with infinity at the N highest of every M along the input channels: those cannot go."""
+    values = score.abs() if absolute else score + 0.0
+    if values.isnan().any():
+        raise DataError(f"{name!r} holds NaN, which cannot be ranked. Load weights that are finite.")
+    rank_by = values if previous is None else torch.where(previous, values, -math.inf)
+    last = rank_by.movedim(input_dim, -1)
+    of = mask_type.of
+    columns = last.reshape(-1, of).T.contiguous()  # one row per position in a group
+    if of <= 16:
+        # The rank in a group by comparing every pair: 3 times faster than sorting rows of 4.
+        rank = torch.zeros(columns.shape, dtype=torch.int8, device=columns.device)
+        for i in range(of):
+            for j in range(i + 1, of):
+                first_is_lower = columns[i] <= columns[j]  # of equal ones the first goes first
+                rank[j] += first_is_lower
+                rank[i] += ~first_is_lower
+    else:
+        order = columns.sort(dim=0, stable=True).indices
+        places = torch.arange(of, device=order.device)[:, None].expand_as(order)
+        rank = torch.empty_like(order).scatter_(0, order, places)
+    stays = (rank >= of - mask_type.keep).T.reshape(last.shape).movedim(-1, input_dim)
+    return torch.where(stays, math.inf, values)
+
+
+@dataclass
+class _Place:
+    """A masked parameter and what makes masking it fast, as long as its memory does not move."""
+
+    parameter: Tensor
+    pointer: int
+    mask: Tensor
+    bits: np.ndarray[Any, Any] | None
+    keep: np.ndarray[Any, Any] | None
+
+
+class Masker:
+    """Masks by parameter name; what they mask is zero after every `apply`.
+
+    Parameters are looked up by name where their objects may have been replaced (`load_state_dict(assign=True)`,
+    `.to("meta")`), so a mask stays with its name. A sharded parameter (DTensor, FSDP2) is refused.
+
+    Checkpoint: `state_dict` holds every mask, packed, with a checksum; the places are found again.
+
+    Args:
+        optimizer: its state is zeroed where a mask is set or removed, so that nothing revives a weight.
+    """
+
+    def __init__(self, model: nn.Module, optimizer: Optimizer | None = None) -> None:
+        self.model = model
+        self.optimizer = optimizer
+        self._masks: dict[str, Tensor] = {}
+        self._zeros: dict[str, int] = {}
+        self._places: dict[str, _Place] = {}
+        self._floats: dict[str, Tensor] = {}
+        self._owners: dict[str, tuple[nn.Module, str]] = {}
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._masks
+
+    @property
+    def names(self) -> list[str]:
+        """The masked parameters."""
+        return list(self._masks)
+
+    @property
+    def masks(self) -> dict[str, Tensor]:
+        """True where a weight is kept; not to be written to."""
+        return dict(self._masks)
+
+    def bind(self, optimizer: Optimizer | None) -> None:
+        """Takes `optimizer` as the one whose state is zeroed where a mask is set or removed."""
+        self.optimizer = optimizer
+
+    def set(self, name: str, mask: Tensor) -> None:
+        """Puts `mask` in force: the weights and the optimizer's state are zero where it is False.
+
+        Raises:
+            TargetError: no such parameter, or one that cannot be masked.
+            StateError: the mask has another shape.
+        """
+        parameter = self._find(name)
+        if mask.shape != parameter.shape:
+            raise StateError(
+                f"the mask of {name!r} has shape {tuple(mask.shape)}, the parameter {tuple(parameter.shape)}."
+            )
+        if hasattr(parameter, "placements"):
+            raise TargetError(f"{name!r} is sharded (DTensor); pruning a model under FSDP2 is not supported.")
+        self._masks[name] = mask
+        self._zeros[name] = mask.numel() - int(mask.count_nonzero())
+        self._places.pop(name, None)
+        self._apply([name])
+        self.clear_optimizer_state(name)
+
+    def remove(self, name: str) -> None:
+        """Ends the mask. The weights are zero, and the optimizer's state with them, until something moves them."""
+        if name in self._masks:
+            self._apply([name])
+            self.clear_optimizer_state(name)
+            self._forget(name)
+
+    def apply(self) -> None:
+        """Sets what is masked to zero, in place."""
+        self._apply(self._masks)
+
+    def apply_to_grads(self) -> None:
+        """Sets the gradients of what is masked to zero, in place."""
+        for name in self._masks:
+            gradient = self._place(name).parameter.grad
+            if gradient is not None:
+                self._zero(name, gradient)
+
+    def finalize(self) -> None:
+        """Bakes the masks in as +0.0 and forgets them. May be called twice."""
+        for name in self.names:
+            place = self._place(name)
+            if not place.parameter.is_meta:
+                with torch.no_grad():
+                    place.parameter.masked_fill_(~place.mask, 0.0)
+            self._forget(name)
+
+    def apply_to(self, model: nn.Module) -> None:
+        """Masks another model with the same parameter names: an EMA or SWA copy.
+
+        Raises:
+            TargetError: a parameter is missing there or has another shape; nothing was changed then.
+        """
+        parameters = targets.by_clean_name(model.named_parameters(remove_duplicate=False))
+        for name, mask in self._masks.items():
+            if name not in parameters:
+                raise TargetError(
+                    f"{name!r} is masked, but {type(model).__name__} has no such "
+                    f"parameter.{did_you_mean(name, parameters)}"
+                )
+            if parameters[name].shape != mask.shape:
+                raise TargetError(
+                    f"{name!r} has shape {tuple(parameters[name].shape)} in {type(model).__name__}, its mask "
+                    f"{tuple(mask.shape)}."
+                )
+        with torch.no_grad():
+            for name, mask in self._masks.items():
+                parameters[name].masked_fill_(~mask.to(parameters[name].device), 0.0)
+
+    def resize(self, removal: Removal) -> None:
+        """Takes out of every mask what was removed from its parameter; a second time changes nothing.
+
+        A mask that holds no zero afterwards is forgotten.
+        """
+        for name, dims in removal.keep.items():
+            mask = self._masks.get(name)
+            if mask is None or tuple(mask.shape) != tuple(removal.before[name]):
+                continue
+            for dim, kept in dims.items():
+                mask = mask.index_select(dim, kept.to(mask.device))
+            zeros = mask.numel() - int(mask.count_nonzero())
+            if zeros:
+                self._masks[name], self._zeros[name] = mask, zeros
+                self._places.pop(name, None)
+            else:
+                self._forget(name)
+
+    def refresh(self) -> None:
+        """Looks every parameter up again; for a model in which modules were replaced."""
+        self._owners = {name: (module, attribute) for name, module, attribute in targets.owners(self.model)}
+        self._places.clear()
+
+    def check(self) -> None:
+        """Looks every masked parameter up again.
+
+        Raises:
+            TargetError: one is missing. StateError: one has another shape. DataError: one holds NaN or infinity.
+        """
+        self.refresh()
+        for name, mask in self._masks.items():
+            parameter = self._find(name)
+            if parameter.shape != mask.shape:
+                raise StateError(
+                    f"{name!r} now has shape {tuple(parameter.shape)}, its mask {tuple(mask.shape)}: the parameter was "
+                    "replaced. Remove the mask, or load a model of the shape that was pruned."
+                )
+            targets.refuse_unusable({name: parameter}, where="masks")
+
+    def sparsity(self) -> dict[str, float]:
+        """The fraction of masked weights, 0 to 1, by name."""
+        return {name: self._zeros[name] / max(mask.numel(), 1) for name, mask in self._masks.items()}
+
+    def state_dict(self) -> dict[str, Any]:
+        """The masks, one bit per weight, with a checksum each."""
+        return {
+            "masks": {
+                name: {
+                    "shape": list(mask.shape),
+                    "bits": torch.from_numpy(np.packbits(mask.cpu().contiguous().numpy())),
+                    "checksum": distributed.fingerprint(mask),
+                }
+                for name, mask in self._masks.items()
+            }
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any], strict: bool = True) -> None:
+        """Puts the masks of `state` in force in place of those there.
+
+        Args:
+            strict: False leaves out what does not fit this model, with a notice, instead of raising.
+
+        Raises:
+            StateError: a mask is damaged, or has no parameter of its shape here; nothing was changed then.
+        """
+        self.refresh()
+        masks: dict[str, Tensor] = {}
+        parameters = targets.by_clean_name(self.model.named_parameters(remove_duplicate=False))
+        for name, saved in state.get("masks", {}).items():
+            problem = None
+            if name not in parameters:
+                problem = f"the state masks {name!r}, which the model does not have.{did_you_mean(name, parameters)}"
+            elif tuple(saved["shape"]) != tuple(parameters[name].shape):
+                problem = (
+                    f"the state's mask of {name!r} has shape {tuple(saved['shape'])}, the parameter "
+                    f"{tuple(parameters[name].shape)}."
+                )
+            if problem is None:
+                masks[name] = _unpacked(name, saved)
+            elif strict:
+                raise StateError(f"{problem} Load the state of this model, or give strict=False to leave it out.")
+            else:
+                log.warning("%s Left out.", problem)
+        for name in self.names:
+            if name not in masks:
+                self._forget(name)
+        for name, mask in masks.items():
+            self.set(name, mask.to(parameters[name].device) if not parameters[name].is_meta else mask)
+
+    def _forget(self, name: str) -> None:
+        del self._masks[name], self._zeros[name]
+        self._places.pop(name, None)
+        self._floats.pop(name, None)
+
+    def _find(self, name: str) -> Tensor:
+        """The parameter of this name as it is now."""
+        if name not in self._owners:
+            self.refresh()
+        if name not in self._owners:
+            raise TargetError(
+                f"{name!r} is no parameter of {type(self.model).__name__}.{did_you_mean(name, self._owners)}"
+            )
+        module, attribute = self._owners[name]
+        parameter = module._parameters.get(attribute)
+        if parameter is None:
+            raise TargetError(f"{name!r} is no longer a parameter of its layer, a {type(module).__name__}.")
+        return parameter
+
+    def _place(self, name: str) -> _Place:
+        """Where the masked parameter is, made again when its memory has moved."""
+        parameter = self._find(name)
+        place = self._places.get(name)
+        if place is not None and place.parameter is parameter and place.pointer == parameter.data_ptr():
+            return place
+        mask = self._masks[name]
+        if mask.shape != parameter.shape:
+            raise StateError(
+                f"{name!r} now has shape {tuple(parameter.shape)}, its mask {tuple(mask.shape)}: the parameter was "
+                "replaced. "
+                "Remove the mask, or load a model of the shape that was pruned."
+            )
+        if not parameter.is_meta and (mask.device != parameter.device or mask.stride() != parameter.stride()):
+            # In the weight's own memory format: a pass over both in memory order is several times faster.
+            mask = torch.empty_like(parameter.detach(), dtype=torch.bool).copy_(mask)
+            self._masks[name] = mask
+        self._floats.pop(name, None)
+        bits = keep = None
+        if not parameter.is_meta and parameter.device.type == "cpu" and type(parameter) in (Tensor, nn.Parameter):
+            bits, keep = _bits(parameter, mask)
+        place = _Place(parameter, parameter.data_ptr(), mask, bits, keep)
+        self._places[name] = place
+        return place
+
+    def _apply(self, names: Any) -> None:
+        others: list[str] = []
+        for name in names:
+            place = self._place(name)
+            if place.bits is not None and place.keep is not None:
+                # Integers times 0 or 1: 0.3 ns a weight on one thread against 0.6 for torch's float product, always
+                # +0.0, and also where the weight is infinite or NaN.
+                np.multiply(place.bits, place.keep, out=place.bits)
+            elif not place.parameter.is_meta:
+                others.append(name)
+        if others:
+            with torch.no_grad():
+                torch._foreach_mul_(
+                    [self._places[name].parameter for name in others], [self._float(name) for name in others]
+                )
+
+    def _float(self, name: str) -> Tensor:
+        place = self._places[name]
+        if name not in self._floats:
+            self._floats[name] = place.mask.to(place.parameter.dtype)
+        return self._floats[name]
+
+    def _zero(self, name: str, tensor: Tensor) -> None:
+        """Zeroes a tensor of the parameter's shape where its mask is False; NaN and infinity too."""
+        place = self._places[name]
+        bits, keep = (
+            _bits(tensor, place.mask) if tensor.device.type == "cpu" and type(tensor) is Tensor else (None, None)
+        )
+        if bits is not None and keep is not None:
+            np.multiply(bits, keep, out=bits)
+        else:
+            with torch.no_grad():
+                tensor.masked_fill_(~place.mask.to(tensor.device), 0)
+
+    def clear_optimizer_state(self, name: str) -> None:
+        """Zeroes what the optimizer remembers of the masked weights: every state tensor of the parameter's shape."""
+        if self.optimizer is None:
+            return
+        parameter = self._place(name).parameter
+        # Not `state[parameter]`: it is a defaultdict, and an optimizer takes an empty entry for one that was set up.
+        for value in _tensors(self.optimizer.state.get(parameter, {})):
+            if value.shape == parameter.shape and not value.is_meta:
+                self._zero(name, value)
+
+
+def _tensors(state: Mapping[str, Any]) -> Iterator[Tensor]:
+    for key, value in state.items():
+        if key == "step":
+            continue
+        for each in value if isinstance(value, list | tuple) else (value,):
+            if isinstance(each, Tensor):
+                yield each
+
+
+def _bits(tensor: Tensor, mask: Tensor) -> tuple[Any, Any]:
+    """Both as flat numpy views in memory order: the values as signed integers of their width; None where there is no
+    such view."""
+    if tensor.stride() != mask.stride():
+        return None, None
+    stride = tensor.stride()
+    order = sorted(range(tensor.dim()), key=lambda d: -stride[d])
+    values, keep = tensor.detach().permute(order), mask.permute(order)
+    if not values.is_contiguous() or not keep.is_contiguous() or values.dtype.itemsize not in _INTEGERS:
+        return None, None
+    return values.view(-1).view(_INTEGERS[values.dtype.itemsize]).numpy(), keep.view(-1).numpy()
+
+
+_INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def _unpacked(name: str, saved: Mapping[str, Any]) -> Tensor:
+    shape = tuple(saved["shape"])
+    size = math.prod(shape)
+    packed = saved["bits"].cpu().numpy()
+    if packed.size == (size + 7) // 8:
+        mask = torch.from_numpy(np.unpackbits(packed, count=size).astype(np.bool_)).view(shape)
+        if distributed.fingerprint(mask) == saved["checksum"]:
+            return mask
+    raise StateError(f"the saved mask of {name!r} is damaged: its checksum does not fit. Use an earlier checkpoint.")

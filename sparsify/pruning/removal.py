@@ -1,0 +1,399 @@
+"""Channels taken out of a model for good: parameters, buffers, gradients, the optimizer's memory, layers' own numbers.
+
+`plan_removal` says what becomes of every tensor and number, and touches nothing; `remove` does it, all or nothing.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import LBFGS
+
+from sparsify.errors import ArgumentError, StateError, did_you_mean
+from sparsify.model.optimizer_hooks import distributed, steps
+from sparsify.model.targets import by_clean_name, named_modules
+from sparsify.pruning.groups import Families
+
+__all__: list[str] = []
+
+Gone = Mapping[str, Collection[int]]
+"""Family's name -> its channels that go."""
+
+
+@dataclass(frozen=True)
+class Removal:
+    """What becomes of a model when channels are removed. Plain data: it can be saved, and applied to a copy.
+
+    Attributes:
+        keep: {parameter or buffer: {dimension: int64 indices that stay}}.
+        attributes: {module: {attribute: value}}, "" being the model itself: in_channels, num_heads, ...
+        config: values of the model's Hugging Face config, which is replaced by a changed copy.
+        before, after: the shapes of the tensors in `keep`.
+    """
+
+    keep: Mapping[str, Mapping[int, Tensor]]
+    attributes: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    config: Mapping[str, Any] = field(default_factory=dict)
+    before: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    after: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain types and tensors."""
+        return {
+            "keep": {name: {str(d): index for d, index in dims.items()} for name, dims in self.keep.items()},
+            "attributes": {
+                path: {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
+                for path, values in self.attributes.items()
+            },
+            "config": dict(self.config),
+            "before": {name: list(shape) for name, shape in self.before.items()},
+            "after": {name: list(shape) for name, shape in self.after.items()},
+        }
+
+    @classmethod
+    def from_state(cls, state: Mapping[str, Any]) -> Removal:
+        """Of what `state_dict` returned."""
+        return cls(
+            keep={name: {int(d): index for d, index in dims.items()} for name, dims in state["keep"].items()},
+            attributes={
+                path: {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
+                for path, values in state["attributes"].items()
+            },
+            config=dict(state["config"]),
+            before={name: tuple(shape) for name, shape in state["before"].items()},
+            after={name: tuple(shape) for name, shape in state["after"].items()},
+        )
+
+
+def tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Parameters and buffers by clean name; a tied one under each of its names."""
+    pairs = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
+    return by_clean_name(pairs)
+
+
+def plan_removal(model: nn.Module, families: Families, gone: Gone) -> Removal:
+    """What becomes of `model` when the channels in `gone` are removed. Touches nothing.
+
+    Raises:
+        ArgumentError: no such family or channel, or no channel of a family would be left.
+        StateError: the families are of a model with other shapes.
+    """
+    here = tensors(model)
+    dead: dict[str, dict[int, set[int]]] = {}
+    for name, channels in gone.items():
+        family = families.families.get(name)
+        if family is None:
+            raise ArgumentError(f"{name!r} is no family of channels.{did_you_mean(name, families.families)}")
+        wrong = [c for c in channels if not 0 <= c < family.size]
+        if wrong:
+            raise ArgumentError(f"{name!r} has channels 0 to {family.size - 1}, not {wrong[0]}.")
+        lost = set(channels)
+        if len(lost) == family.size:
+            raise ArgumentError(f"all {family.size} channels of {name!r} would be removed; keep at least one.")
+        for place in family.places if lost else ():
+            size = tuple(here[place.tensor].shape) if place.tensor in here else ()
+            if len(size) <= place.dim or size[place.dim] != len(place.channels):
+                raise StateError(
+                    f"{place.tensor!r} has shape {size}, but {len(place.channels)} "
+                    f"slices were found along dimension {place.dim}: the model was changed since. Find families anew."
+                )
+            slices = dead.setdefault(place.tensor, {}).setdefault(place.dim, set())
+            slices.update(i for i, channel in enumerate(place.channels) if channel in lost)
+    keep: dict[str, dict[int, Tensor]] = {}
+    before: dict[str, tuple[int, ...]] = {}
+    after: dict[str, tuple[int, ...]] = {}
+    for name, dims in dead.items():
+        shape = list(here[name].shape)
+        before[name] = tuple(shape)
+        keep[name] = {}
+        for dim, slices in sorted(dims.items()):
+            keep[name][dim] = torch.tensor([i for i in range(shape[dim]) if i not in slices], dtype=torch.int64)
+            shape[dim] = len(keep[name][dim])
+        if not all(shape[dim] for dim in dims):
+            raise ArgumentError(f"nothing of {name!r} would be left: {before[name]} becomes {tuple(shape)}.")
+        after[name] = tuple(shape)
+    attributes = _layers_own(model, keep, after)
+    attributes |= numbers_in_code(model, families, gone)
+    return Removal(keep, attributes, _config(model, families, gone), before, after)
+
+
+# ---------------------------------------------------------------------- numbers that follow shapes
+
+
+def _convolution(layer: Any, weight: tuple[int, ...], groups: int) -> dict[str, Any]:
+    if layer.transposed:
+        return {"in_channels": weight[0], "out_channels": weight[1] * groups, "groups": groups}
+    return {"in_channels": weight[1] * groups, "out_channels": weight[0], "groups": groups}
+
+
+def _layers_own(
+    model: nn.Module, keep: Mapping[str, Mapping[int, Tensor]], after: Mapping[str, tuple[int, ...]]
+) -> dict[str, dict[str, Any]]:
+    """in_channels and the like of layers whose weights shrink."""
+    changed = {id(t): name for name, t in tensors(model).items() if name in keep}
+    found: dict[str, dict[str, Any]] = {}
+    for path, layer in {"": model, **named_modules(model)}.items():
+        own = {
+            key: changed[id(value)]
+            for key, value in [*layer._parameters.items(), *layer._buffers.items()]
+            if value is not None and id(value) in changed
+        }
+        if not own:
+            continue
+        shape = after[own["weight"]] if "weight" in own else ()
+        first = next(iter(own.values()))
+        values: dict[str, Any] = {}
+        if isinstance(layer, nn.modules.conv._ConvNd) and shape:
+            old = layer.weight.shape[0]
+            # Of grouped ones whole groups go: the first dimension of the weight tells how many are left.
+            groups = layer.groups * shape[0] // old if layer.groups > 1 else 1
+            values = _convolution(layer, shape, groups)
+        elif isinstance(layer, nn.Linear) and shape:
+            values = {"in_features": shape[1], "out_features": shape[0]}
+        elif isinstance(layer, nn.modules.batchnorm._NormBase):
+            values = {"num_features": after[first][0]}
+        elif isinstance(layer, nn.GroupNorm):
+            channels = after[first][0]
+            values = {"num_groups": layer.num_groups * channels // layer.num_channels, "num_channels": channels}
+        elif isinstance(layer, nn.LayerNorm | nn.RMSNorm):
+            values = {"normalized_shape": tuple(after[first])}
+        elif isinstance(layer, nn.PReLU):
+            values = {"num_parameters": after[first][0]}
+        elif isinstance(layer, nn.Embedding | nn.EmbeddingBag) and shape:
+            values = {"num_embeddings": shape[0], "embedding_dim": shape[1]}
+        elif shape and hasattr(layer, "nx") and hasattr(layer, "nf"):
+            values = {"nx": shape[0], "nf": shape[1]}
+        values = {key: value for key, value in values.items() if getattr(layer, key, value) != value}
+        if values:
+            found[path] = values
+    return found
+
+
+_NEVER = ("head_dim", "head_size", "per_head", "window", "d_kv", "kernel", "stride", "padding", "dilation", "patch")
+"""Parts of names of numbers that do not follow a count of channels: the size of one head, geometry."""
+
+
+def numbers_in_code(model: nn.Module, families: Families, gone: Gone) -> dict[str, dict[str, Any]]:
+    """Whole numbers that user's modules keep, equal to a size in their own forward that becomes another.
+
+    A number that several sizes explain, with different results, is left alone: the dry run judges.
+    """
+    lost = {(name, channel) for name, channels in gone.items() for channel in channels}
+    sizes: dict[str, dict[int, set[int]]] = {}
+    for extent in families.extents:
+        left = sum(channel not in lost for channel in extent.channels)
+        sizes.setdefault(extent.module, {}).setdefault(len(extent.channels), set()).add(left)
+    modules = {"": model, **named_modules(model)}
+    found: dict[str, dict[str, Any]] = {}
+    for path, by_size in sizes.items():
+        module = modules.get(path)
+        # Layers of torch, and those made from them, have their numbers from their weights.
+        if module is None or any(cls.__module__.startswith("torch.nn.modules.") for cls in type(module).__mro__[:-2]):
+            continue
+        if hasattr(module, "nx") and hasattr(module, "nf"):
+            continue
+        for name, value in vars(module).items():
+            # all_head_size, in the manner of BERT, is the size of all heads together.
+            fixed = any(part in name.replace("all_head_size", "") for part in _NEVER)
+            if type(value) is not int or name in families.constants or fixed:
+                continue
+            left_over = by_size.get(value, set())
+            if len(left_over) == 1 and value not in left_over:
+                found.setdefault(path, {})[name] = next(iter(left_over))
+    return found
+
+
+_COLUMNS = ("intermediate_size", "ffn_dim", "d_ff", "n_inner", "encoder_ffn_dim", "decoder_ffn_dim", "hidden_dim")
+_HEADS = ("num_attention_heads", "num_key_value_heads", "num_heads", "n_head", "n_heads", "encoder_attention_heads")
+
+
+def _config(model: nn.Module, families: Families, gone: Gone) -> dict[str, Any]:
+    """Values of a Hugging Face config that say, after the removal, what the model is.
+
+    Only where one value is true for all layers. The number of heads only where the config tells the size of a head as
+    well: elsewhere that size is computed as hidden size / heads, and another number would build another model.
+    """
+    config = getattr(model, "config", None)
+    if config is None or not hasattr(config, "to_dict"):
+        return {}
+    found: dict[str, Any] = {}
+    for kind, names in (("linear", _COLUMNS), ("heads", _HEADS)):
+        left: dict[int, set[int]] = {}
+        for name, family in families.families.items():
+            if family.kind == kind:
+                left.setdefault(family.size, set()).add(family.size - len(set(gone.get(name, ()))))
+        told = any(isinstance(vars(config).get(size), int) for size in ("head_dim", "d_kv"))
+        for name in names:
+            value = vars(config).get(name)
+            if name == "n_inner" and value is None and name in vars(config):
+                value = 4 * getattr(config, "hidden_size", 0)
+            if type(value) is not int or (kind == "heads" and not told):
+                continue
+            if kind == "heads" and name == "num_attention_heads" and "num_key_value_heads" in vars(config):
+                # A family is a head of keys with its heads of queries.
+                shared = vars(config)["num_key_value_heads"]
+                if shared and len(left.get(shared, ())) == 1:
+                    found[name] = value // shared * next(iter(left[shared]))
+                continue
+            if len(left.get(value, ())) == 1 and value not in left[value]:
+                found[name] = next(iter(left[value]))
+    return {name: value for name, value in found.items() if vars(config).get(name) != value}
+
+
+# ---------------------------------------------------------------------- doing it
+
+
+def remove(model: nn.Module, removal: Removal, optimizer: Any = None) -> None:
+    """Removes channels in place, all or nothing. Parameters stay the objects that they are; tied ones stay tied.
+
+    Call it between steps: after `optimizer.step()` and before the next forward. A loss that is still held can no
+    longer be back-propagated. What the optimizer remembers is cut along: every tensor of its state that has the
+    parameter's dimensions; the history of LBFGS, in the space of all weights, is cleared. Adafactor divides by the
+    number of weights, and goes on along another path than masked training would.
+
+    Raises:
+        StateError: the model has other shapes, or is wrapped by DistributedDataParallel or FSDP.
+    """
+    if distributed(model) or any(hasattr(p, "placements") for p in model.parameters()):
+        raise StateError(
+            "channels cannot be removed under a live DistributedDataParallel or FSDP wrapper, which holds buffers of "
+            "the old shapes: unwrap, shrink, wrap again."
+        )
+    if any(isinstance(module, torch.jit.ScriptModule) for module in model.modules()):
+        raise StateError("channels cannot be removed from a scripted module; shrink the model it was made from.")
+    here = tensors(model)
+    for name, shape in removal.before.items():
+        if name not in here:
+            raise StateError(f"{type(model).__name__} has no {name!r} to remove channels from.")
+        if tuple(here[name].shape) != tuple(shape):
+            raise StateError(
+                f"{name!r} has shape {tuple(here[name].shape)}, but channels are to be removed from {tuple(shape)}."
+            )
+    modules = {"": model, **named_modules(model)}
+    absent = [path for path in removal.attributes if path not in modules]
+    if absent:
+        raise StateError(f"{type(model).__name__} has no module {absent[0]!r}.")
+    inner = None if optimizer is None else steps(optimizer)
+    states = getattr(inner, "state", None)
+    states = states if isinstance(states, Mapping) else {}
+
+    with torch.no_grad():
+        # All that can fail comes first: from here on objects are only put in their places.
+        parameters: list[tuple[Tensor, Tensor, Tensor | None]] = []
+        buffers: dict[int, Tensor] = {}
+        remembered: list[tuple[Any, Any, Any]] = []
+        for name, dims in removal.keep.items():
+            old = here[name]
+            new = _cut(old, dims)
+            if isinstance(old, nn.Parameter):
+                grad = None if old.grad is None else _cut(old.grad, dims)
+                parameters.append((old, new, grad))
+                for key, value in (states.get(old) or {}).items():
+                    cut = _cut_state(value, old, dims)
+                    if cut is not value:
+                        remembered.append((states[old], key, cut))
+            else:
+                buffers[id(old)] = new
+    undo: list[Callable[[], None]] = []
+    try:
+        for old, new, grad in parameters:
+            undo.append(_put_back(old, old.data, old.grad))
+            _put(old, new, grad)
+        for module in model.modules():
+            for key, value in module._buffers.items():
+                if value is not None and id(value) in buffers:
+                    undo.append(_setter(module._buffers, key, value))
+                    module._buffers[key] = buffers[id(value)]
+        for state, key, cut in remembered:
+            undo.append(_setter(state, key, state[key]))
+            state[key] = cut
+        for path, values in removal.attributes.items():
+            for key, value in values.items():
+                undo.append(_setter(modules[path].__dict__, key, getattr(modules[path], key)))
+                setattr(modules[path], key, value)
+        if removal.config:
+            # A copy: the user's own config object still says what the model was made from.
+            config = getattr(model, "config", None)
+            changed = copy.deepcopy(config)
+            for key, value in removal.config.items():
+                setattr(changed, key, value)
+            for module in model.modules():
+                if module.__dict__.get("config") is config:
+                    undo.append(_setter(module.__dict__, "config", config))
+                    module.__dict__["config"] = changed
+    except BaseException:
+        for back in reversed(undo):
+            back()
+        raise
+    if isinstance(inner, LBFGS):
+        # After the rest: it cannot fail, and is not undone.
+        for state in inner.state.values():
+            state.clear()
+        inner._numel_cache = None  # the number of all weights, which torch counts once
+
+
+def _cut(tensor: Tensor, dims: Mapping[int, Tensor]) -> Tensor:
+    """The slices that stay, in memory of their own and laid out as before."""
+    strides = tensor.stride()
+    last = torch.channels_last if tensor.dim() == 4 else torch.channels_last_3d
+    channels_last = (
+        tensor.dim() in (4, 5)
+        and tensor.is_contiguous(memory_format=last)
+        and strides[1] == 1
+        and not tensor.is_contiguous()
+    )
+    cut = tensor.detach()
+    for dim, index in dims.items():
+        cut = cut.index_select(dim, index.to(tensor.device))
+    return cut.contiguous(memory_format=last) if channels_last else cut
+
+
+def _cut_state(value: Any, parameter: Tensor, dims: Mapping[int, Tensor]) -> Any:
+    """What an optimizer remembers, cut where it has the parameter's dimension at its size."""
+    if not isinstance(value, Tensor) or value.dim() != parameter.dim() or value.dim() == 0:
+        return value
+    fits = {d: index for d, index in dims.items() if value.shape[d] == parameter.shape[d]}
+    return _cut(value, fits) if fits else value
+
+
+def _put(parameter: Tensor, value: Tensor, grad: Tensor | None) -> None:
+    """Gives a parameter another shape without making another object of it.
+
+    A loss that is still held keeps the node that accumulates this parameter's gradient, with its old shape, and the
+    next backward would fail on it. A change of type in between makes torch forget that node.
+    """
+    parameter.grad = None
+    other = torch.float16 if value.dtype != torch.float16 else torch.float32
+    parameter.data = torch.empty(0, dtype=other, device=value.device)
+    parameter.data = value
+    parameter.grad = grad
+
+
+def _put_back(parameter: Tensor, value: Tensor, grad: Tensor | None) -> Callable[[], None]:
+    return lambda: _put(parameter, value, grad)
+
+
+def _setter(where: Any, key: Any, value: Any) -> Callable[[], None]:
+    def back() -> None:
+        where[key] = value
+
+    return back
+
+
+def sizes(families: Families, gone: Gone) -> Iterator[tuple[str, int, int]]:
+    """(family, channels before, channels after) of those that lose any."""
+    for name, channels in gone.items():
+        if channels:
+            size = families.families[name].size
+            yield name, size, size - len(set(channels))
+
+
+def count(model: nn.Module) -> int:
+    """The number of weights of a model; tied ones once."""
+    return sum(math.prod(p.shape) for p in model.parameters())

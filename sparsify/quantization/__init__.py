@@ -1,0 +1,1 @@
+"""Quantized layers, observers and the places of quantizers. Imports `output`, `model`, `errors`."""

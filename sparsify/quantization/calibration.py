@@ -1,0 +1,140 @@
+"""Ranges of activations from data, before or without training."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sized
+from itertools import islice
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from sparsify.errors import ArgumentError, DataError, SparsifyError
+from sparsify.quantization.layers import quantizers
+
+__all__: list[str] = []
+
+SAMPLES = 16
+"""Fewer say too little about ranges."""
+EMPTY = "calibration_data holds no batch. Give an iterable of inputs that can be gone through once more."
+
+
+def calibrate(model: nn.Module, data: Iterable[Any], steps: int | None = None) -> tuple[int, int]:
+    """Runs batches through a quantized model, activations in float, and takes their ranges. Gives (batches, samples).
+
+    In eval mode and without gradients: statistics of batches, random states of dropout and weights stay as they are.
+
+    Args:
+        data: inputs of the model: a tensor, a dict of arguments by name, or a tuple, of which as many are used as the
+            model takes: a loader of (inputs, labels) will do.
+        steps: how many batches at most; None: all.
+
+    Raises:
+        DataError: there was no batch, one that the model cannot take, or values were not finite.
+    """
+    modes = {module: module.training for module in model.modules()}
+    found = list(quantizers(model))
+    count = samples = 0
+    try:
+        for quantizer in found:
+            quantizer.calibrating = True
+        for module in modes:
+            module.training = False
+        with torch.no_grad():
+            for batch in islice(data, steps):
+                samples += samples_in(batch, count)
+                _run(model, batch, count)
+                count += 1
+    finally:
+        for quantizer in found:
+            quantizer.calibrating = False
+        for module, mode in modes.items():
+            module.training = mode
+    if not count:
+        raise DataError(EMPTY)
+    return count, samples
+
+
+def _run(model: nn.Module, batch: Any, at: int) -> None:
+    args, kwargs = called_with(model, batch)
+    try:
+        # Not through __call__: this may run inside a hook of that very call.
+        model.forward(*args, **kwargs)
+        for quantizer in quantizers(model):
+            quantizer.check()
+    except SparsifyError as error:
+        raise DataError(f"calibration_data: batch {at}: {error}") from error
+    except Exception as error:
+        # Whatever the user's forward raises on inputs that it was not written for.
+        raise DataError(
+            f"calibration_data: batch {at} does not run through {type(model).__name__}: {type(error).__name__}: "
+            f"{error}. Give batches as the model is called with them: a tensor, a tuple, or a dict by argument."
+        ) from error
+
+
+def held(data: Iterable[Any], most: int | None = None) -> Iterable[Any]:
+    """`data`, looked through as far as that costs nothing: lists, and generators, which come back as lists.
+
+    A generator can be gone through only once, and by the time quantization starts somebody else may have. What else
+    there is, a loader, is not loaded: `calibrate` looks at its batches.
+
+    Args:
+        most: how many batches are wanted; None: all.
+
+    Raises:
+        ArgumentError: it is no iterable of batches.
+        DataError: it holds no batch, or one without tensors, or with NaN or infinity.
+    """
+    if isinstance(data, Tensor):
+        raise ArgumentError("calibration_data is one tensor: give an iterable of batches; [x] for a single one.")
+    if isinstance(data, (str, bytes, Mapping)) or not isinstance(data, Iterable):
+        raise ArgumentError(f"calibration_data is a {type(data).__name__}: give an iterable of batches, as a loader.")
+    if not isinstance(data, (list, tuple, Iterator)):
+        if isinstance(data, Sized) and not len(data):
+            raise DataError(EMPTY)
+        return data
+    found = list(islice(data, most))
+    if not found:
+        raise DataError(EMPTY)
+    for at, batch in enumerate(found):
+        samples_in(batch, at)
+    return found
+
+
+def samples_in(batch: Any, at: int) -> int:
+    """How many samples there are in batch number `at`.
+
+    Raises:
+        DataError: it holds no tensor, or NaN or infinity. The infinity below zero may pass: masks are made of it.
+    """
+    tensors = [leaf for leaf in pytree.tree_leaves(batch) if isinstance(leaf, Tensor)]
+    if not tensors:
+        raise DataError(f"calibration_data: batch {at} is a {type(batch).__name__} without a tensor.")
+    for tensor in tensors:
+        if tensor.is_floating_point() and not (tensor < math.inf).all():
+            raise DataError(f"calibration_data: batch {at} holds NaN or infinity; take that sample out.")
+    return next((len(tensor) for tensor in tensors if tensor.dim()), 1)
+
+
+def called_with(model: nn.Module, batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The arguments of the model in one batch of a loader, on the model's device."""
+    device = next((tensor.device for tensor in [*model.parameters(), *model.buffers()]), torch.device("cpu"))
+    if isinstance(batch, Mapping):
+        taken = inspect.signature(model.forward).parameters
+        free = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in taken.values())
+        return (), {name: _to(value, device) for name, value in batch.items() if free or name in taken}
+    if not isinstance(batch, (tuple, list)):
+        return (_to(batch, device),), {}
+    kinds = [p.kind for p in inspect.signature(model.forward).parameters.values()]
+    if inspect.Parameter.VAR_POSITIONAL in kinds:
+        return tuple(_to(value, device) for value in batch), {}
+    positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    most = sum(kind in positional for kind in kinds)
+    return tuple(_to(value, device) for value in batch[:most]), {}
+
+
+def _to(value: Any, device: torch.device) -> Any:
+    return value.to(device) if isinstance(value, Tensor) else value

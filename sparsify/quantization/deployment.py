@@ -1,0 +1,289 @@
+"""The model as it is deployed: a copy with integer weights, BatchNorm folded, that exports to ONNX.
+
+Computes bit for bit what the trained model computes in eval mode.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from sparsify.errors import DataError
+from sparsify.quantization.attention import QuantizedMultiheadAttention, QuantizedProjection
+from sparsify.quantization.fake_quantize import GATES, FakeQuantize, gate_of
+from sparsify.quantization.forward_ops import WatchedLayer, WatchedNorm, watched
+from sparsify.quantization.layers import (
+    NORMS,
+    Integers,
+    QuantizedConv1d,
+    QuantizedConv2d,
+    QuantizedConv3d,
+    QuantizedConvTranspose1d,
+    QuantizedConvTranspose2d,
+    QuantizedConvTranspose3d,
+    QuantizedEmbedding,
+    QuantizedLayer,
+    QuantizedLinear,
+    QuantizedNorm,
+    integers,
+    quantizers,
+)
+from sparsify.quantization.qdq_ops import dequantize, quantize_dequantize
+from sparsify.quantization.weight_grid import WEIGHT_STEP, on_own_grid, widened
+
+__all__: list[str] = []
+
+
+class DeployedLayer(QuantizedLayer):
+    """A layer whose weights are the int8 buffer `weight_int8` and whose bias is the int32 buffer `bias_int32`.
+
+    Scales are the float32 buffers `weight_scale` and `bias_scale`, of rank 0 or (C,). `float_bias` instead of the two
+    of the bias where what the layer reads is not quantized. Affine weights are `weight_uint8`, with the uint8 buffer
+    `weight_zero_point` beside the scales.
+    """
+
+    def __getattr__(self, name: str) -> Any:
+        # `weight` and `bias` are the integers in float. Also for models that look at a layer's weight in forward:
+        # transformers' ViT and T5 ask for its dtype.
+        buffers = self.__dict__["_buffers"]
+        if name == "weight":
+            return _weight(buffers, self._wiring.axis, self._wiring.block)
+        if name == "bias":
+            if "bias_int32" not in buffers:
+                return buffers.get("float_bias")
+            scale = buffers["bias_scale"]
+            return dequantize(buffers["bias_int32"], scale, None if scale.dim() == 0 else 0)
+        return super().__getattr__(name)
+
+    def _weights(self) -> tuple[Tensor, Tensor | None]:
+        return self.weight, self.bias
+
+
+class DeployedLinear(DeployedLayer, QuantizedLinear):
+    pass
+
+
+class DeployedConv1d(DeployedLayer, QuantizedConv1d):
+    pass
+
+
+class DeployedConv2d(DeployedLayer, QuantizedConv2d):
+    pass
+
+
+class DeployedConv3d(DeployedLayer, QuantizedConv3d):
+    pass
+
+
+class DeployedConvTranspose1d(DeployedLayer, QuantizedConvTranspose1d):
+    pass
+
+
+class DeployedConvTranspose2d(DeployedLayer, QuantizedConvTranspose2d):
+    pass
+
+
+class DeployedConvTranspose3d(DeployedLayer, QuantizedConvTranspose3d):
+    pass
+
+
+class DeployedWatchedLayer(DeployedLayer, WatchedLayer):
+    """A layer of a user's class, whose forward goes on looking at its `weight`."""
+
+    def _is_own(self, weight: Any) -> bool:
+        return True
+
+
+class DeployedEmbedding(QuantizedEmbedding):
+    """Looks up rows of integers, and the scale of each: a table in float is made only for who asks for `weight`."""
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "weight":
+            buffers = self.__dict__["_buffers"]
+            return _weight(buffers, None if buffers["weight_scale"].dim() == 0 else 0)
+        return super().__getattr__(name)
+
+    def forward(self, input: Tensor) -> Tensor:
+        buffers = cast(Any, self._buffers)
+        # A watched module above asks about every product; this one is none of its own.
+        with torch._C.DisableTorchFunction():
+            scale, zero = buffers["weight_scale"], buffers.get("weight_zero_point")
+            stored = buffers["weight_int8"] if zero is None else buffers["weight_uint8"]
+
+            def of_rows(each: Tensor) -> Tensor:
+                return each if scale.dim() == 0 else F.embedding(input, each.unsqueeze(1))
+
+            rows = F.embedding(input, stored).to(torch.float32)
+            if zero is not None:
+                rows = rows - of_rows(zero).to(torch.float32)
+            rows = rows * of_rows(scale)
+        return self._output(rows)
+
+
+class DeployedNorm(QuantizedNorm):
+    """A BatchNorm as a depthwise convolution; integers as of a `DeployedLayer`."""
+
+    def _weights(self) -> tuple[Tensor, Tensor | None]:
+        buffers: Any = self._buffers
+        weight = dequantize(buffers["weight_int8"], buffers["weight_scale"], 0)
+        return weight, dequantize(buffers["bias_int32"], buffers["bias_scale"], 0)
+
+
+class DeployedWatchedNorm(DeployedNorm, WatchedNorm):
+    pass
+
+
+class DeployedQuantize(FakeQuantize):
+    """A quantizer whose grid is fixed: QuantizeLinear and DequantizeLinear in the file."""
+
+    gate_scale: Tensor
+    gate_zero_point: Tensor
+
+    def _compute(self, x: Tensor) -> Tensor:
+        with torch._C.DisableTorchFunction():
+            if self.gate is not None:
+                gate = gate_of(x, self.gate)
+                if self.enabled:
+                    gate = quantize_dequantize(gate.float(), self.gate_scale, self.gate_zero_point).to(x.dtype)
+                x = x * gate
+            x = self._rectified(x)
+            if not self.enabled:
+                return x
+            limits = torch.iinfo(self.zero_point.dtype)
+            if (self.first, self.last) != (limits.min, limits.max):
+                # Fewer integers than the type holds: the operator would not clip to them.
+                low, high = ((edge - self.zero_point.float()) * self.scale for edge in (self.first, self.last))
+                x = x.clamp(low, high)
+            return quantize_dequantize(x.float(), self.scale, self.zero_point).to(x.dtype)
+
+
+_DEPLOYED: dict[type[nn.Module], type[nn.Module]] = {
+    QuantizedLinear: DeployedLinear,
+    QuantizedConv1d: DeployedConv1d,
+    QuantizedConv2d: DeployedConv2d,
+    QuantizedConv3d: DeployedConv3d,
+    QuantizedConvTranspose1d: DeployedConvTranspose1d,
+    QuantizedConvTranspose2d: DeployedConvTranspose2d,
+    QuantizedConvTranspose3d: DeployedConvTranspose3d,
+    QuantizedEmbedding: DeployedEmbedding,
+    QuantizedProjection: DeployedLinear,
+    FakeQuantize: DeployedQuantize,
+    **dict.fromkeys(NORMS.values(), DeployedNorm),
+}
+
+
+def deployment_copy(model: nn.Module) -> nn.Module:
+    """A copy of `model` in eval mode in which quantized layers hold integers; of a model without any, a plain copy.
+
+    Raises:
+        StateError: a quantizer never observed anything.
+        DataError: a range, a weight, or a statistic of a BatchNorm is not finite.
+    """
+    for quantizer in quantizers(model):
+        if quantizer.enabled:
+            quantizer.require_range()
+    for name, module in model.named_modules():
+        if not isinstance(module, (QuantizedLayer, QuantizedEmbedding, QuantizedNorm, QuantizedMultiheadAttention)):
+            continue
+        for key, value in [*module._parameters.items(), *module._buffers.items()]:
+            if value is not None and not value.isfinite().all():
+                raise DataError(
+                    f"{name}.{key} holds NaN or infinity, of which no integers can be made. Load weights that are "
+                    "finite, or find the step at which training diverged."
+                )
+    deployed = copy.deepcopy(getattr(model, "_orig_mod", model)).eval()
+    layers = [
+        module
+        for module in deployed.modules()
+        if isinstance(module, (QuantizedLayer, QuantizedEmbedding))
+        or (isinstance(module, QuantizedNorm) and module.is_layer())
+    ]
+    # First all integers: a layer is made of its BatchNorm and of the quantizer before it.
+    whole = {
+        layer: _embedding(layer) if isinstance(layer, QuantizedEmbedding) else integers(layer)
+        for layer in layers
+        if layer._wiring.largest
+    }
+    for layer, found in whole.items():
+        if isinstance(layer, QuantizedNorm):
+            _clear(layer)
+        else:
+            for name in ("weight", "bias"):
+                layer._parameters.pop(name, None)
+        layer._modules.pop(WEIGHT_STEP, None)
+        axis = found.axis
+        buffers: dict[str, Tensor | None] = {"weight_int8": found.weight, "weight_scale": found.scale}
+        if found.zero_point is not None:
+            zero = widened(found.zero_point, found.weight, axis, layer._wiring.block)
+            stored = (found.weight + zero).to(torch.uint8)
+            buffers = {"weight_uint8": stored, "weight_scale": found.scale, "weight_zero_point": found.zero_point}
+        if not isinstance(layer, QuantizedEmbedding):
+            layer._wiring.axis = axis
+            if found.bias is not None:
+                buffers.update(bias_int32=found.bias, bias_scale=found.bias_scale)
+            elif found.float_bias is not None:
+                buffers.update(float_bias=found.float_bias)
+        for name, value in buffers.items():
+            layer.register_buffer(name, value)
+        if isinstance(layer, WatchedLayer):
+            cast(Any, layer).__class__ = watched(cast(Any, layer._wiring.original), cast(Any, DeployedWatchedLayer))
+        elif isinstance(layer, WatchedNorm):
+            cast(Any, layer).__class__ = watched(cast(Any, layer._wiring.original), cast(Any, DeployedWatchedNorm))
+        else:
+            cast(Any, layer).__class__ = _DEPLOYED[type(layer)]
+    for module in deployed.modules():
+        if isinstance(module, FakeQuantize):
+            for name in ("step", "offset"):
+                module._parameters.pop(name, None)
+            module._buffers.pop("least", None)
+            module.__class__ = DeployedQuantize
+            if module.gate is not None:
+                module.register_buffer("gate_scale", torch.tensor(GATES[module.gate], device=module.scale.device))
+                module.register_buffer("gate_zero_point", torch.zeros_like(module.zero_point))
+        elif isinstance(module, QuantizedMultiheadAttention):
+            # Its layers have them as integers.
+            module._parameters.update(dict.fromkeys(module._parameters))
+        elif type(module) in NORMS.values() and cast(Any, module)._wiring.layer is not None:
+            _clear(module)
+    return deployed
+
+
+def _clear(norm: nn.Module) -> None:
+    """A BatchNorm keeps the names, which forwards of users read, and holds nothing."""
+    for values in (norm._parameters, norm._buffers):
+        values.update(dict.fromkeys(values))
+
+
+def _weight(buffers: Any, axis: int | None, block: int = 0) -> Tensor:
+    zero = buffers.get("weight_zero_point")
+    stored = buffers["weight_int8"] if zero is None else buffers["weight_uint8"]
+    return dequantize(stored, buffers["weight_scale"], axis, block, zero)
+
+
+def _embedding(layer: QuantizedEmbedding) -> Integers:
+    with torch.no_grad():
+        q, scale, zero = on_own_grid(layer)
+        axis = None if scale.dim() == 0 else 0
+        scale = scale.reshape(() if axis is None else -1)
+        if zero is not None:
+            zero = zero.reshape(scale.shape).to(torch.uint8)
+        return Integers(q.to(torch.int8 if zero is None else torch.int16), scale, axis, None, scale, None, zero)
+
+
+def opsets(model: nn.Module) -> tuple[int, int]:
+    """(the ONNX opset that the integers of `model` need at least, the one with which they take the least room).
+
+    Scales of blocks need 21; weights alone of four bits and fewer fill half a byte from there on.
+    """
+    least = best = 0
+    for module in model.modules():
+        if isinstance(module, (QuantizedLayer, QuantizedEmbedding)) and module._wiring.largest:
+            if module._wiring.block:
+                least = best = 21
+            elif module._wiring.largest <= 7 and module._wiring.source is None:
+                best = 21
+    return least, best

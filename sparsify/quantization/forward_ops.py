@@ -1,0 +1,325 @@
+"""Operations in a user's own forward: adds, products, concatenations, activations, pools, quantized where they stand.
+
+The module whose forward they stand in is retyped to a class that watches the functions it calls. They are known by
+their kind and their order within one call of that module, which is the order of the trace; where the counts disagree,
+what stands there stays in float.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterable, Sequence
+from functools import cache, wraps
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn, overrides
+from torch.nn import functional as F
+
+from sparsify.errors import SparsifyWarning
+from sparsify.model.targets import named_modules
+from sparsify.model.trace import is_idle, is_image_mean
+from sparsify.quantization import attention_products
+from sparsify.quantization.attention_products import MATMUL
+from sparsify.quantization.fake_quantize import FakeQuantize
+from sparsify.quantization.layers import (
+    QuantizedLayer,
+    QuantizedNorm,
+    Retyped,
+    Wiring,
+    is_norm_and_more,
+    is_weighted,
+    retype,
+)
+
+__all__: list[str] = []
+
+KINDS: tuple[str, ...] = ("add", "multiply", "concat", "relu", "gate", "average_pool")
+"""The kinds of operations whose results are quantized, by their names in a trace."""
+COUNTED = (*KINDS, MATMUL)
+"""Those that are watched: of a matmul the operands are quantized."""
+NORM = "batch_norm"
+"""Counted in a BatchNorm that computes more than that (see `WatchedNorm`)."""
+LAYER = "layer"
+"""Counted in a layer of a user's class: the operation on its weight (see `WatchedLayer`)."""
+
+_ADDS = (torch.add, Tensor.add, Tensor.add_, Tensor.__add__, Tensor.__radd__, Tensor.__iadd__)
+_PRODUCTS = (
+    *(torch.mul, torch.multiply, Tensor.mul, Tensor.multiply, Tensor.mul_, Tensor.multiply_),
+    *(Tensor.__mul__, Tensor.__rmul__, Tensor.__imul__),
+)
+_RELUS = (F.relu, torch.relu, torch.relu_, Tensor.relu, Tensor.relu_, F.relu6)
+_SIGMOIDS = (torch.sigmoid, torch.sigmoid_, Tensor.sigmoid, Tensor.sigmoid_, torch.special.expit)
+_TANHS = (torch.tanh, torch.tanh_, Tensor.tanh, Tensor.tanh_)
+_GATES = (F.silu, F.hardswish, F.hardsigmoid)
+_MEANS = (torch.mean, Tensor.mean)
+_KIND_OF: dict[Any, str] = {
+    **dict.fromkeys(_ADDS, "add"),
+    **dict.fromkeys(_PRODUCTS, "multiply"),
+    **dict.fromkeys((torch.cat, torch.concat, torch.concatenate), "concat"),
+    **dict.fromkeys(attention_products.FUNCTIONS, MATMUL),
+    **dict.fromkeys(_RELUS, "relu"),
+    **dict.fromkeys((*_SIGMOIDS, *_TANHS, *_GATES), "gate"),
+    **dict.fromkeys(
+        (F.avg_pool1d, F.avg_pool2d, F.adaptive_avg_pool1d, F.adaptive_avg_pool2d, torch.adaptive_avg_pool1d, *_MEANS),
+        "average_pool",
+    ),
+    F.batch_norm: NORM,
+}
+_WRITES: frozenset[Any] = frozenset(
+    (
+        *(Tensor.add_, Tensor.__iadd__, torch.relu_, Tensor.relu_, torch.sigmoid_, Tensor.sigmoid_),
+        *(Tensor.mul_, Tensor.multiply_, Tensor.__imul__, torch.tanh_, Tensor.tanh_),
+    )
+)
+
+
+def child_name(kind: str, index: int) -> str:
+    """The name of the quantizer of the `index`-th operation of a kind in its module."""
+    return f"{kind}_{index}_quantizer"
+
+
+class Watched(Retyped):
+    """A module whose own operations are counted, and quantized where it holds a quantizer for them."""
+
+    _counts: dict[str, int]
+    """How many operations of each kind the trace has; empty: it only keeps its operations from those who call it."""
+    _form: type[Watched]
+    """What it is made of besides the user's class."""
+    _off: bool = False
+    """Whether the trace and the calls disagreed: everything in float since."""
+
+    def _watch(self, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """What the user's `forward` gives, its operations watched."""
+        watch = _Watch(self)
+        stack: Any = overrides._get_current_function_mode_stack
+        above = [mode for mode in stack() if isinstance(mode, _Watch)]
+        for mode in above:
+            mode.depth += 1
+        try:
+            with watch:
+                result = forward(self, *args, **kwargs)
+        finally:
+            for mode in above:
+                mode.depth -= 1
+        if not self._off and self._counts and watch.seen != self._counts:
+            self.disagree(watch.seen)
+        return result
+
+    def disagree(self, seen: dict[str, int]) -> None:
+        """Leaves its operations in float from now on, with one warning."""
+        switch_off(self)
+        others = [kind for kind in {**self._counts, **seen} if seen.get(kind, 0) != self._counts.get(kind, 0)]
+        came, traced = (_listing({kind: counts.get(kind, 0) for kind in others}) for counts in (seen, self._counts))
+        warnings.warn(
+            f"{self._wiring.original.__name__}.forward computed {came}, where its trace has {traced}. Its own "
+            "operations stay in float from now on. Give sample_inputs that take the same way through the model as "
+            "training does.",
+            SparsifyWarning,
+            stacklevel=3,
+        )
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        # The class is made at run time: a pickle names the class that it was made of.
+        made, (_, *rest), *state = cast(Any, super().__reduce_ex__(2))
+        del made, rest
+        return (_unpickled, (self._wiring.original, self._form), *state)
+
+
+class WatchedNorm(Watched, QuantizedNorm):
+    """A user's subclass of BatchNorm: of its forward, what F.batch_norm computes is treated as a BatchNorm's output.
+
+    timm's BatchNormAct2d (EfficientNet, RegNet, MobileNetV3) is one: BatchNorm, dropout and activation in one forward.
+    """
+
+
+class WatchedLayer(Watched, QuantizedLayer):
+    """A layer of a user's class: of its forward, the operation on its weight is that of a quantized layer.
+
+    A subclass of Linear or of a convolution (timm's Linear and Conv2dSame), or transformers' Conv1D.
+    """
+
+    def _operated(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+        """What `func` gives with quantized weight and input; None where it is not called with this layer's weight."""
+        names = _OPERATIONS[func]
+        given = {**dict(zip(names, args, strict=False)), **kwargs}
+        x, weight, bias = (names[i] for i in ((1, 2, 0) if func is torch.addmm else (0, 1, 2)))
+        if not self._is_own(given.get(weight)):
+            return None
+        given[x] = self._input(given[x])
+        given[weight], given[bias] = self._weights()
+        first = [given.pop(name) for name in names]
+        return self._output(func(*first, *args[len(names) :], **given))
+
+    def _is_own(self, weight: Any) -> bool:
+        return weight is self._parameters.get("weight")
+
+
+_OPERATIONS: dict[Any, tuple[str, str, str]] = {
+    **dict.fromkeys((F.linear, F.conv1d, F.conv2d, F.conv3d), ("input", "weight", "bias")),
+    **dict.fromkeys((F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d), ("input", "weight", "bias")),
+    torch.addmm: ("input", "mat1", "mat2"),
+}
+
+
+class _Watch(overrides.TorchFunctionMode):
+    """One call of a `Watched` module's forward.
+
+    `depth` counts the watched modules that are at work inside: their operations are not ours.
+    """
+
+    def __init__(self, module: Watched) -> None:
+        super().__init__()
+        self.module = module
+        self.depth = 0
+        self.seen: dict[str, int] = dict.fromkeys(module._counts, 0)
+
+    def __torch_function__(
+        self, func: Any, types: Sequence[Any], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        kind = _KIND_OF.get(func)
+        if func in _OPERATIONS and isinstance(self.module, WatchedLayer) and not (self.depth or self.module._off):
+            operated = self.module._operated(func, args, kwargs)
+            if operated is not None:
+                self.seen[LAYER] = self.seen.get(LAYER, 0) + 1
+                return operated
+        if func is F.hardtanh and (*args[1:3], *kwargs.values())[:2] == (0.0, 6.0):
+            kind = "relu"
+        if kind in ("add", "multiply") and is_idle("add" if kind == "add" else "mul", args):
+            kind = None
+        if kind is None or self.depth or self.module._off:
+            return func(*args, **kwargs)
+        if kind == NORM and isinstance(self.module, WatchedNorm):
+            first, *others = args or (kwargs.pop("input"),)
+            given = kwargs
+            if NORM in self.seen:
+                self.seen[NORM] += 1
+            return self.module._normed(first, lambda x: func(x, *others, **given))
+        if kind not in self.seen:
+            return func(*args, **kwargs)
+        if func in _MEANS:
+            pooled = func(*args, **kwargs)
+            if not is_image_mean((args[0] if args else kwargs["input"]).shape, pooled.shape):
+                return pooled
+        index = self.seen[kind]
+        if kind == MATMUL:
+            self.seen[kind] = index + 1
+            quantize = attention_products.quantize_of(self.module, index)
+            return (
+                func(*args, **kwargs) if quantize is None else attention_products.product(quantize, func, args, kwargs)
+            )
+        quantizer = cast(Any, self.module._modules.get(child_name(kind, index)))
+        if quantizer is None:
+            result = func(*args, **kwargs)
+            # An integer add (BatchNorm's counter) is nobody's.
+            if isinstance(result, Tensor) and result.is_floating_point():
+                self.seen[kind] = index + 1
+            return result
+        target = kwargs.get("out")
+        positional = (kind == "relu" and len(args) in (2, 4)) or (func in _GATES and len(args) == 2)
+        if func in _WRITES or kwargs.get("inplace") or (positional and args[-1]):
+            target = args[0]
+        if target is not None and not target.is_floating_point():
+            return func(*args, **kwargs)
+        if kind == "relu" or quantizer.gate is not None:
+            given = args[0] if args else kwargs["input"]
+            # The backward of a gate keeps what it reads, and where a target is given that is about to be written.
+            result = quantizer(given.clone() if target is not None and quantizer.gate is not None else given)
+        else:
+            # Out of place, whatever was written: the quantizer may keep what it gets, which must not change below.
+            kwargs = {name: value for name, value in kwargs.items() if name not in ("out", "inplace")}
+            if target is not None and func in _GATES:
+                # Their backward keeps what they read, and that is about to be written.
+                args, kwargs = (target.clone(),), {}
+            result = _computed(kind, func, args, kwargs)
+            if not result.is_floating_point():
+                return result if target is None else target.copy_(result)
+            result = quantizer(result)
+        self.seen[kind] = index + 1
+        # x.add_(y) as a statement: whoever ignores what it gives looks at x.
+        return result if target is None or result is target else target.copy_(result)
+
+
+def _computed(kind: str, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    """What an operation gives, out of place."""
+    if kind == "add":
+        return torch.add(*args, **kwargs)
+    if kind == "multiply":
+        return torch.mul(*args, **kwargs)
+    if func in _SIGMOIDS:
+        return torch.sigmoid(*args, **kwargs)
+    if func in _TANHS:
+        return torch.tanh(*args, **kwargs)
+    result: Tensor = func(*(args[:1] if func in _GATES else args), **kwargs)
+    return result
+
+
+def watch(module: nn.Module, counts: dict[str, int]) -> Wiring:
+    """Retypes a user's module, in place, to one that counts its operations."""
+    wiring = retype(module, watched(cast(Any, type(module)), cast(Any, _form(module))))
+    module.__dict__["_counts"] = dict(counts)
+    return wiring
+
+
+def switch_off(module: Watched) -> None:
+    """Leaves the operations of this module in float; layers that read them have float inputs from now on."""
+    module.__dict__["_off"] = True
+    wiring = module._wiring
+    if wiring.layer is not None:
+        # Nobody knows what its forward does with a BatchNorm that passes through.
+        cast(Any, wiring.layer)._wiring.norm = wiring.layer = None
+    if wiring.norm is not None:
+        wiring.norm._wiring.layer = wiring.norm = None
+    wiring.largest = 0
+    for child in module._modules.values():
+        if isinstance(child, FakeQuantize):
+            child.enabled = False
+
+
+def switched_off(model: nn.Module) -> list[str]:
+    """The clean names of the modules whose own operations were left in float."""
+    modules = {"": model, **named_modules(model)}
+    return [name for name, module in modules.items() if isinstance(module, Watched) and module._off]
+
+
+def switch_off_all(model: nn.Module, names: Iterable[str]) -> None:
+    """`switch_off` for the modules of these names."""
+    modules = {"": model, **named_modules(model)}
+    for name in names:
+        module = modules.get(name)
+        if isinstance(module, Watched):
+            switch_off(module)
+
+
+def _form(module: nn.Module) -> type[Watched]:
+    if is_norm_and_more(module):
+        return WatchedNorm
+    return WatchedLayer if is_weighted(module) else Watched
+
+
+@cache
+def watched(original: type[nn.Module], form: type[Watched]) -> type[Watched]:
+    """The watched form of a user's class: a subclass of it and of `form`, made once."""
+    inner = original.forward
+
+    # The signature is that of the user's: torch.export and trainers look at it.
+    @wraps(inner)
+    def forward(self: Watched, *args: Any, **kwargs: Any) -> Any:
+        return self._watch(inner, args, kwargs)
+
+    made: Callable[..., type[Watched]] = type
+    return made(
+        f"Quantized{original.__name__}",
+        (form, original),
+        {"__module__": __name__, "__doc__": original.__doc__, "forward": forward, "_form": form},
+    )
+
+
+def _unpickled(original: type[nn.Module], form: type[Watched]) -> nn.Module:
+    cls = watched(cast(Any, original), cast(Any, form))
+    return cls.__new__(cls)
+
+
+def _listing(counts: dict[str, int]) -> str:
+    return ", ".join(f"{count} {kind.replace('_', ' ')}{'' if count == 1 else 's'}" for kind, count in counts.items())

@@ -1,0 +1,107 @@
+"""The grid of a layer's weights: one scale, one a channel, or one for every block of inputs of each output channel.
+
+Integers are symmetric, -largest..largest, or affine, 0..2 largest + 1 with a zero point beside each scale. In memory
+both are counted from zero on: of affine ones that is q - z, so that zeros are 0 and a factor of -1 changes signs alone.
+
+A block is `block` weights of one output channel that lie side by side along the inputs of a Linear; the last one of a
+row may be shorter. In blocks a weight is a matrix with a block in each row, the last filled up with zeros, and its
+scales are those of an axis.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+from torch.nn import functional as F
+
+from sparsify.quantization.affine import affine_grid, affine_integers, fake_affine
+from sparsify.quantization.fake_quantize import fake_weight, weight_integers, weight_scale
+from sparsify.quantization.learned_step import LearnedStep
+
+if TYPE_CHECKING:
+    from sparsify.quantization.layers import Wiring
+
+__all__: list[str] = []
+
+WEIGHT_STEP = "weight_quantizer"
+"""The child of a layer that holds the learned step of its weights."""
+
+
+def in_blocks(weight: Tensor, block: int, axis: int) -> Tensor:
+    """`weight` (two dimensions, inputs along `axis`) with a block in each row."""
+    rows = weight if axis == 1 else weight.t()
+    missing = -rows.shape[1] % block
+    return (F.pad(rows, (0, missing)) if missing else rows).reshape(-1, block)
+
+
+def out_of_blocks(values: Tensor, like: Tensor, axis: int) -> Tensor:
+    """What `in_blocks` undid: `values`, a block in each row, in the shape of `like`."""
+    rows = values.reshape(like.shape[1 - axis], -1)[:, : like.shape[axis]]
+    return rows if axis == 1 else rows.t()
+
+
+def learned_step(weight: Tensor, wiring: Wiring) -> LearnedStep:
+    """The parameters of this grid, from the weight as it stands."""
+    if wiring.block:
+        return LearnedStep(in_blocks(weight, wiring.block, _inputs(wiring)), axis=0, largest=wiring.largest)
+    return LearnedStep(weight, axis=wiring.axis, largest=wiring.largest)
+
+
+def fake(layer: Any) -> Tensor:
+    """The weight of `layer` on its grid, with the gradients of training."""
+    wiring, weight, step = layer._wiring, layer.weight, layer._modules.get(WEIGHT_STEP)
+    values = in_blocks(weight, wiring.block, _inputs(wiring)) if wiring.block else weight
+    values = step(values) if step is not None else rounded(values, 0 if wiring.block else wiring.axis, wiring)
+    return out_of_blocks(values, weight, _inputs(wiring)) if wiring.block else values
+
+
+def rounded(values: Tensor, axis: int | None, wiring: Wiring) -> Tensor:
+    """`values` on the grid of their own range, with the gradients of training."""
+    if wiring.affine:
+        return fake_affine(values, axis=axis, levels=2 * wiring.largest + 1)
+    return fake_weight(values, axis=axis, largest=wiring.largest)
+
+
+def on_own_grid(layer: Any) -> tuple[Tensor, Tensor, Tensor | None]:
+    """(integers from zero on, in float, scales, zero points or None) of a layer's weight as it stands.
+
+    The scales broadcast against the integers, or where there are blocks have the shape of the weight with as many
+    entries along the inputs as there are blocks; zero points likewise.
+    """
+    wiring: Wiring = layer._wiring
+    weight, step = layer.weight.detach().float(), layer._modules.get(WEIGHT_STEP)
+    values = in_blocks(weight, wiring.block, _inputs(wiring)) if wiring.block else weight
+    axis, zero = 0 if wiring.block else wiring.axis, None
+    if wiring.affine:
+        levels = 2 * wiring.largest + 1
+        scale, zero = affine_grid(values, axis=axis, levels=levels)
+        q = affine_integers(values, scale, zero, levels)
+    else:
+        scale = weight_scale(values, axis=axis, largest=wiring.largest) if step is None else step.scale()
+        # Clips where the step was learned only: the largest weight is the largest integer else.
+        q = weight_integers(values, scale).clamp_(-wiring.largest, wiring.largest)
+    if not wiring.block:
+        return q, scale, zero
+
+    def laid_out(each: Tensor) -> Tensor:
+        blocks = each.reshape(weight.shape[1 - _inputs(wiring)], -1)
+        return blocks if _inputs(wiring) == 1 else blocks.t()
+
+    return out_of_blocks(q, weight, _inputs(wiring)), laid_out(scale), None if zero is None else laid_out(zero)
+
+
+def widened(scale: Tensor, like: Tensor, axis: int | None, block: int) -> Tensor:
+    """`scale`, of rank 0, (C,) along `axis` or one for each block along it, to broadcast against `like`."""
+    if axis is None:
+        return scale
+    if block:
+        return scale.repeat_interleave(block, axis).narrow(axis, 0, like.shape[axis])
+    shape = [1] * like.dim()
+    shape[axis] = -1
+    return scale.reshape(shape)
+
+
+def _inputs(wiring: Wiring) -> int:
+    """The dimension along which blocks lie: the other one than that of the output channels."""
+    return 1 if wiring.axis is None else 1 - wiring.axis

@@ -1,0 +1,513 @@
+"""The life cycle of a recipe: attached to a model and an optimizer, stepped, saved, resumed, taken off again."""
+
+from __future__ import annotations
+
+import math
+import os
+import warnings
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, Literal
+
+from torch import Tensor, nn
+
+from sparsify.errors import ArgumentError, SparsifyWarning, StateError
+from sparsify.model.optimizer_hooks import steps, unwrapped
+from sparsify.modifiers.base import Modifier
+from sparsify.modifiers.schedule import Clock
+from sparsify.recipe import Recipe, read_recipe
+from sparsify.training.checkpoint import sealed, verify
+from sparsify.training.session import Session
+from sparsify.training.timer import Timer, starting_epoch, steps_in_epoch
+
+__all__ = ["Phase", "ScheduledModifierManager"]
+
+Phase = Literal["dense", "pruned", "pruned_quantized", "quantized_pruned", "dense_quantized"]
+Teacher = nn.Module | Literal["self"] | None
+
+
+class ScheduledModifierManager:
+    """Puts a recipe to work while a model trains.
+
+    ::
+
+        manager = ScheduledModifierManager.from_yaml("recipe.yaml")
+        optimizer = manager.modify(model, optimizer, steps_per_epoch=len(loader))
+        for epoch in range(manager.max_epochs):
+            for x, y in loader:
+                optimizer.zero_grad()
+                manager.update_loss(criterion(model(x), y)).backward()
+                optimizer.step()
+        manager.finalize(model)
+
+    Checkpoint: `state_dict` holds the number of real optimizer steps, the masks, and what modifiers cannot recompute.
+    To resume: `modify` a fresh model and optimizer, load the manager's state, then the model's and the optimizer's. A
+    copy of a manager (deepcopy, pickle) is a new one with the same recipe, at work on nothing.
+
+    Args:
+        recipe: a Recipe, or modifiers built in Python.
+
+    Raises:
+        RecipeError: the modifiers contradict each other.
+    """
+
+    def __init__(self, recipe: Recipe | Sequence[Modifier]) -> None:
+        self._recipe: Recipe = read_recipe(recipe)
+        self._session: Session | None = None
+        self._ended: tuple[Clock, dict[str, float]] | None = None
+
+    @classmethod
+    def from_yaml(
+        cls,
+        source: Any,
+        recipe_variables: Any = None,
+        add_modifiers: Any = None,
+        metadata: Mapping[str, Any] | None = None,
+    ) -> ScheduledModifierManager:
+        """A manager of the recipe in a file or text.
+
+        Args:
+            source: a path, YAML or Markdown text, a file object, or a Recipe.
+            recipe_variables: values for the recipe's variables: a dict, JSON, or "k=v,k2=v2".
+            add_modifiers: modifiers, or recipe text, that are added to it.
+            metadata: what is kept with the recipe and saved with it.
+
+        Raises:
+            RecipeError: the recipe says something that cannot be meant; with file and line.
+            ArgumentError: `metadata` is no mapping.
+        """
+        return cls(read_recipe(source, recipe_variables).extended(add_modifiers, metadata))
+
+    @classmethod
+    def compose_staged(cls, base: Any, additional: Any, keep_original_epochs: bool = False) -> ScheduledModifierManager:
+        """A manager of two recipes, one after the other.
+
+        Args:
+            base: a manager, a recipe, a path or text.
+            additional: the same, for what comes after.
+            keep_original_epochs: whether `additional` says its own epochs already; else they are shifted by the end of
+            `base`.
+
+        Raises:
+            RecipeError: the stages do not fit together.
+        """
+        return cls(Recipe.compose(base, additional, keep_original_epochs=keep_original_epochs))
+
+    # ------------------------------------------------------------------ what the recipe says
+
+    @property
+    def recipe(self) -> Recipe:
+        """The recipe."""
+        return self._recipe
+
+    @property
+    def modifiers(self) -> list[Modifier]:
+        """The recipe's modifiers in the order in which they are updated."""
+        return self._recipe.modifiers
+
+    @property
+    def max_epochs(self) -> int:
+        """The epoch at which the recipe is through: the latest start or end, rounded up."""
+        return self._recipe.max_epochs
+
+    @property
+    def min_epochs(self) -> int:
+        """The epoch of the earliest start, rounded down; 0 where none is given."""
+        return self._recipe.min_epochs
+
+    def qat_active(self, epoch: float) -> bool:
+        """Whether quantization has started by the end of the first step of `epoch`."""
+        per_epoch = None if self._session is None else self._session.timer.steps_per_epoch
+        clock = Clock(0, epoch if per_epoch is None else epoch + 1 / per_epoch, per_epoch)
+        return any(m.kind == "quantization" and clock.reached(m.window.start) for m in self._recipe.modifiers)
+
+    def phase(self, epoch: float) -> Phase | None:
+        """What the model is at `epoch`; None while that changes.
+
+        A pruning window changes it from its start to its end, both included; quantization at its very start. A modifier
+        that only holds zeros changes nothing after its start.
+        """
+        pruning = [m for m in self._recipe.modifiers if m.kind == "pruning"]
+        starts = [m.window.start for m in self._recipe.modifiers if m.kind == "quantization"]
+        for modifier in pruning:
+            window = modifier.window
+            # What holds zeros from "at once" on has no moment at which it changes something.
+            if modifier.holds:
+                if epoch == window.start and modifier.start_epoch != -1:
+                    return None
+            elif window.start <= epoch <= window.end:
+                return None
+        if epoch in starts:
+            return None
+        done = [m.window.start if m.holds else m.window.end for m in pruning]
+        pruned = [e for e in done if e <= epoch]
+        quantized = [start for start in starts if start < epoch]
+        if not pruned:
+            return "dense_quantized" if quantized else "dense"
+        if not quantized:
+            return "pruned"
+        return "quantized_pruned" if min(quantized) < max(pruned) else "pruned_quantized"
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes the recipe as YAML; the file is the old one or the new one, never half of either.
+
+        Raises:
+            DataFileError: the folder does not exist or cannot be written.
+        """
+        self._recipe.save(path)
+
+    def __str__(self) -> str:
+        return self._recipe.to_yaml()
+
+    def __reduce__(self) -> tuple[type[ScheduledModifierManager], tuple[Recipe]]:
+        return (type(self), (self._recipe,))
+
+    # ------------------------------------------------------------------ at work
+
+    def modify(
+        self,
+        model: nn.Module,
+        optimizer: Any,
+        steps_per_epoch: Any = None,
+        epoch: float = 0.0,
+        *,
+        distillation_teacher: Teacher = None,
+        grad_sampler: Any = None,
+        calibration_data: Iterable[Any] | None = None,
+        sample_inputs: Any = None,
+        writer: Any = None,
+    ) -> Any:
+        """Puts the recipe to work: what is due at `epoch` is in force at once, the rest follows the optimizer's steps.
+
+        Args:
+            model: the model that is trained; wrappers of DDP and torch.compile are looked through.
+            optimizer: its optimizer.
+            steps_per_epoch: optimizer steps in an epoch, a positive int or a sized container such as a loader; None:
+            train with `for epoch in manager.epochs():`.
+            epoch: where training starts, 0 or more.
+            distillation_teacher: a module, or "self" for a frozen copy of the model as it is now.
+            grad_sampler: a callable yielding losses to back-propagate, or (data loader, loss function).
+            calibration_data: an iterable of inputs, at least 16 samples. A generator is read at once, and held.
+            sample_inputs: inputs of one call of the model: a tensor, a tuple, a dict of names, or (args, kwargs); None:
+            those
+                of the first forward.
+            writer: a TensorBoard-like writer, with `add_scalar(tag, value, step)`.
+
+        Returns:
+            The same optimizer; one that is no torch Optimizer in a thin wrapper.
+
+        Raises:
+            ArgumentError, TargetError, DataError, StateError: something does not fit; nothing was changed.
+        """
+        # A wrong argument is found before names are looked up, and names before anything is changed.
+        timer = Timer(steps_in_epoch(steps_per_epoch), starting_epoch(epoch, finite=True))
+        steps(optimizer)
+        return self._attach(
+            model,
+            optimizer,
+            timer,
+            teacher=distillation_teacher,
+            grad_sampler=grad_sampler,
+            calibration_data=calibration_data,
+            sample_inputs=sample_inputs,
+            writer=writer,
+        )
+
+    def initialize(
+        self,
+        model: nn.Module,
+        epoch: float = 0.0,
+        *,
+        distillation_teacher: Teacher = None,
+        grad_sampler: Any = None,
+        calibration_data: Iterable[Any] | None = None,
+        sample_inputs: Any = None,
+        writer: Any = None,
+    ) -> None:
+        """Puts in force what is due at `epoch`, without an optimizer; `epochs()` moves on by whole epochs.
+
+        Arguments and errors are those of `modify`.
+        """
+        self._attach(
+            model,
+            None,
+            Timer(None, starting_epoch(epoch)),
+            teacher=distillation_teacher,
+            grad_sampler=grad_sampler,
+            calibration_data=calibration_data,
+            sample_inputs=sample_inputs,
+            writer=writer,
+        )
+
+    def apply(
+        self,
+        model: nn.Module,
+        epoch: float = math.inf,
+        *,
+        distillation_teacher: Teacher = None,
+        grad_sampler: Any = None,
+        calibration_data: Iterable[Any] | None = None,
+        sample_inputs: Any = None,
+        writer: Any = None,
+    ) -> nn.Module:
+        """Everything that the recipe does up to `epoch`, at once and without training, then `finalize`.
+
+        Arguments and errors are those of `modify`. Where the model has to be traced and there are no `sample_inputs`,
+        the first batch of `calibration_data` is used.
+
+        Returns:
+            The same model.
+        """
+        last = starting_epoch(epoch)
+        self._attach(
+            model,
+            None,
+            Timer(None),
+            teacher=distillation_teacher,
+            grad_sampler=grad_sampler,
+            calibration_data=calibration_data,
+            sample_inputs=sample_inputs,
+            writer=writer,
+            waits_for_inputs=False,
+        )
+        session = self._at_work()
+        try:
+            # One after the other, so that what prepares something comes before what needs it.
+            moments = {e for m in self.modifiers for e in (m.window.start, m.window.end, *m.cuts()) if e < last}
+            for moment in [*sorted(moments), last]:
+                session.timer.jump(moment)
+                session.update()
+        finally:
+            self.finalize()
+        return model
+
+    def apply_structure(
+        self,
+        model: nn.Module,
+        epoch: float = math.inf,
+        *,
+        state: Mapping[str, Any] | None = None,
+        sample_inputs: Any = None,
+    ) -> nn.Module:
+        """Gives a fresh model the structure that it had, so that a checkpoint loads; touches no value and stays at
+        nothing.
+
+        Args:
+            model: a model as it was before `modify`.
+            epoch: the epoch whose structure is meant, where `state` is None.
+            state: a manager's state: the structure at the time it was saved. Removed channels need it.
+            sample_inputs: as for `modify`; quantized layers need these or `state`.
+
+        Returns:
+            The same model.
+
+        Raises:
+            StateError: the recipe needs inputs or a state that were not given, or the state does not fit.
+        """
+        self._refuse_second("apply_structure")
+        _checked_model(model)
+        epoch = starting_epoch(epoch)
+        if state is not None:
+            self._verify(state)
+            epoch = float(state["epoch"])
+        session = Session(
+            self._recipe.written,
+            self.modifiers,
+            model,
+            None,
+            Timer(None),
+            sample_inputs=sample_inputs,
+            waits_for_inputs=False,
+        )
+        session.structure(epoch, state)
+        return model
+
+    def epochs(self) -> Iterator[int]:
+        """The epochs from where the run is to `max_epochs`; marks for the clock where each begins and ends.
+
+        With `steps_per_epoch` the clock is put on the whole epoch; without, it moves by whole epochs first, then by the
+        count of steps in the epoch before.
+
+        Raises:
+            StateError: `modify` was not called.
+        """
+        session = self._at_work()
+        for epoch in range(int(session.timer.clock().epoch), self.max_epochs):
+            if session.hooks is not None and session.timer.steps_per_epoch is None:
+                warnings.warn(
+                    "steps_per_epoch was not given: the first epoch has the resolution of a whole epoch, later ones "
+                    "use its number of steps. Pass steps_per_epoch to modify() for more.",
+                    SparsifyWarning,
+                    stacklevel=2,
+                )
+            session.timer.begin(epoch)
+            session.update()
+            yield epoch
+            if self._session is not session:
+                return
+            session.warn_if_detached()
+            if not session.timer.end(epoch) and session.hooks is not None:
+                warnings.warn(
+                    f"no step of the optimizer was seen in epoch {epoch}. A copy of the optimizer (deepcopy, pickle) "
+                    "has no hooks: use the one that modify() returned.",
+                    SparsifyWarning,
+                    stacklevel=2,
+                )
+            session.update()
+
+    def update_loss(self, loss: Tensor, *, outputs: Any = None, inputs: Any = None, labels: Any = None) -> Tensor:
+        """`loss` with distillation and regularizers added; `loss` itself where none is due.
+
+        Args:
+            loss: the loss of the task.
+            outputs: the model's outputs for this batch; None: those of the last forward, which a compiled model does
+            not show. inputs: the model's inputs, for the teacher; None: those of the last forward.
+            labels: the targets, for modifiers that ask for them.
+
+        Raises:
+            StateError: `modify` was not called, or outputs are needed and could not be captured.
+        """
+        if self._session is None:
+            if self._ended is not None:
+                return loss
+            raise self._not_at_work()
+        self._session.warn_if_detached()
+        return self._session.update_loss(loss, outputs, inputs, labels)
+
+    def finalize(self, model: nn.Module | None = None) -> None:
+        """Ends everything: hooks removed, masks baked in; quantized layers stay, ready for export, and removed channels
+        are gone.
+
+        May be called at any moment, and twice.
+
+        Args:
+            model: the model of `modify`, for the reader; None: the same.
+
+        Raises:
+            ArgumentError: `model` is another one.
+        """
+        if self._session is None:
+            return
+        if model is not None and unwrapped(_checked_model(model)) is not self._session.model:
+            raise ArgumentError(
+                "finalize(model): this is not the model that modify() was given. Leave it out, or use "
+                "apply_masks(model) for a copy."
+            )
+        session = self._session
+        try:
+            session.warn_if_detached()
+            self._ended = (session.timer.clock(), session.masker.sparsity())
+        finally:
+            session.finish()
+        self._session = None
+
+    # ------------------------------------------------------------------ how far it is
+
+    @property
+    def attached(self) -> bool:
+        """Whether the recipe is at work and sees the optimizer's steps.
+
+        False before `modify`, after `finalize`, on a copy of a manager, and where the optimizer has lost its hooks, as
+        a deepcopied or unpickled one has.
+        """
+        return self._session is not None and self._session.attached
+
+    @property
+    def step(self) -> int:
+        """The number of real optimizer steps: not those that mixed precision skipped."""
+        return self._now().step
+
+    @property
+    def epoch(self) -> float:
+        """The epoch: step / steps_per_epoch."""
+        return self._now().epoch
+
+    def sparsity(self) -> dict[str, float]:
+        """The fraction of zeros, 0 to 1, that masks hold, by parameter name."""
+        if self._session is None and self._ended is not None:
+            return dict(self._ended[1])
+        return self._at_work().masker.sparsity()
+
+    def apply_masks(self, model: nn.Module) -> None:
+        """Sets to zero in another model, such as an EMA copy, what is masked in this one.
+
+        Raises:
+            TargetError: a masked parameter is missing there or has another shape.
+        """
+        self._at_work().masker.apply_to(unwrapped(_checked_model(model)))
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that a resumed run needs besides the model's and the optimizer's state.
+
+        Plain types and tensors, so that `torch.load(weights_only=True)` reads it; with a version, the recipe and a
+        checksum.
+        """
+        session = self._at_work()
+        session.warn_if_detached()
+        return sealed(session.state_dict(), recipe=self._recipe.to_yaml(), fingerprint=self._recipe.fingerprint)
+
+    def load_state_dict(self, state: Mapping[str, Any], strict: bool = True) -> None:
+        """Goes on from `state`: puts the structure in place first, then masks, counts, and what was due.
+
+        Call it after `modify`, before the model and the optimizer load theirs.
+
+        Args:
+            state: what `state_dict` returned.
+            strict: False: takes over what fits of the state of another recipe or model, and warns.
+
+        Raises:
+            StateError: `modify` was not called, or the state does not fit; nothing was changed.
+        """
+        session = self._at_work()
+        self._verify(state, strict)
+        session.load_state_dict(state, strict)
+
+    # ------------------------------------------------------------------ checks
+
+    def _attach(self, model: nn.Module, optimizer: Any, timer: Timer, *, teacher: Teacher, **given: Any) -> Any:
+        self._refuse_second("modify" if optimizer is not None else "initialize")
+        _checked_model(model)
+        if teacher is not None and teacher != "self" and not isinstance(teacher, nn.Module):
+            raise ArgumentError(f'distillation_teacher: {teacher!r} is neither a module nor "self".')
+        with warnings.catch_warnings():
+            # What is no error is said once, by the modifier that is attached below.
+            warnings.simplefilter("ignore", SparsifyWarning)
+            self._recipe.check(unwrapped(model))
+        session = Session(self._recipe.written, self.modifiers, model, optimizer, timer, teacher=teacher, **given)
+        # From here on finalize() can undo it, also where Ctrl-C comes while it starts or while that is undone.
+        self._session, self._ended = session, None
+        try:
+            return session.start()
+        except BaseException:
+            session.finish()
+            self._session = None
+            raise
+
+    def _refuse_second(self, call: str) -> None:
+        if self._session is not None:
+            raise StateError(
+                f"{call}() was called on a manager that is at work already; call finalize() first or make a second "
+                "manager."
+            )
+
+    def _now(self) -> Clock:
+        if self._session is None and self._ended is not None:
+            return self._ended[0]
+        return self._at_work().timer.clock()
+
+    def _at_work(self) -> Session:
+        if self._session is None:
+            raise self._not_at_work()
+        return self._session
+
+    def _not_at_work(self) -> StateError:
+        fresh = "call modify() first; a copy of a manager starts anew."
+        return StateError(f"the manager is not at work: {fresh if self._ended is None else 'finalize() ended it.'}")
+
+    def _verify(self, state: Any, strict: bool = True) -> None:
+        verify(state, recipe=self._recipe.to_yaml(), fingerprint=self._recipe.fingerprint, strict=strict)
+
+
+def _checked_model(model: Any) -> nn.Module:
+    if not isinstance(model, nn.Module):
+        raise ArgumentError(f"model: {type(model).__name__} is no torch.nn.Module.")
+    return model
