@@ -14,8 +14,8 @@ same zeros on average over all others.
     data        profile measured on the training images, one layer at a time: how far the outputs move. The
                 network fits these images, so their cross entropy says little about a layer
 
-With --latency whole channels go: every family the same share, against the widths of a latency plan that takes as long,
-both measured in onnxruntime at batch 1 on one thread.
+With --latency whole channels go: every channel group the same share, against the widths of a latency plan that takes as
+long, both measured in onnxruntime at batch 1 on one thread.
 
 Results are kept in outputs/autorecipe, and a second call goes on where the first was stopped.
 """
@@ -54,7 +54,7 @@ from sparsify.optimize.stages import OriginalTraining
 FOLDER = Path(__file__).parents[1] / "outputs" / "autorecipe"
 LEVELS = (0.9, 0.95)
 CHANNELS = 0.5
-"""Of every family, in the uniform structured row."""
+"""Of every channel group, in the uniform structured row."""
 TRAINING = OriginalTraining(30, 0.1, 0.001)
 SETTINGS = PruningSettings(max_sparsity=0.99)
 NETWORKS = {
@@ -115,7 +115,7 @@ def evened(profile: PruningProfile, level: float) -> PruningProfile:
 def structured(
     folder: Path, row: str, model: nn.Module, data: task.Digits, common: dict[str, Any], name: str
 ) -> Recipe:
-    """Every family the same share of channels; or the least loss within the time that this takes."""
+    """Every channel group the same share of channels; or the least loss within the time that this takes."""
     sample = data.test_x[:1]
     if row == "uniform widths":
         profile = create_recipe(model, sample, sparsity=0.75, structured=True, **common)

@@ -174,7 +174,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--quick", action="store_true", help="a thin network, few epochs: shows that it runs")
-    parser.add_argument("--channels-removed", type=float, default=0.5, help="of every family, a fraction")
+    parser.add_argument("--channels-removed", type=float, default=0.5, help="of every channel group, a fraction")
     parser.add_argument("--outputs", type=Path, help="a folder that keeps the files")
     arguments = parser.parse_args()
     warnings.simplefilter("ignore")

@@ -50,7 +50,7 @@ def main() -> None:
         dense = int8_ms if arguments.int8 and int8_ms is not None else float_ms
         print(f"ResNet-18 at {size} pixels: {float_ms:.3f} ms" + (f", int8 {int8_ms:.3f} ms" if int8_ms else ""))
         times = ", ".join(f"{w:.3g}: {ms:.3f}" for w, ms in zip(profile.widths, profile.width_total_ms, strict=True))
-        print(f"  all families at one width, ms: {times}", flush=True)
+        print(f"  all channel groups at one width, ms: {times}", flush=True)
         for part in (2, 3):
             try:
                 plan = latency_plan(

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from sparsify.pruning.masker import Masker, prune
+from sparsify.pruning.masker import Masker, compute_masks
 
 TARGET_NS = 5.0
 
@@ -46,7 +46,7 @@ def clock(device: str) -> float:
 def ours(masker: Masker, sparsity: float, device: str) -> float:
     start = clock(device)
     weight = masker.model.get_parameter("w")
-    masks = prune({"w": weight}, sparsity, previous=masker.masks)
+    masks = compute_masks({"w": weight}, sparsity, previous=masker.masks)
     masker.set("w", masks["w"])
     return clock(device) - start
 
@@ -62,7 +62,7 @@ def kthvalue(weight: Tensor, sparsity: float, device: str) -> float:
 
 def row(kind: str, size: int, sparsity: float, repeats: int, device: str) -> bool:
     source = values(kind, size, device)
-    previous = prune({"w": source}, 0.8)["w"] if kind == "80 % zeros" else None
+    previous = compute_masks({"w": source}, 0.8)["w"] if kind == "80 % zeros" else None
     model = Weights(source.clone())
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     model.w.grad = torch.ones_like(model.w)

@@ -3,9 +3,9 @@
     python benchmarks/shrink_speed.py [--quick] [--only NAME] [--threads 1 2] [--widths half ...] [--no-int8]
 
 Every file comes from the same random weights: speed does not depend on them. "half": half of the channels of every
-family go (of heads and columns of the feed-forward networks in the encoder), rounded to widths that kernels like, as
-StructuredPruningModifier does by default; "0.60" and "0.55": so many channels stay, not rounded. int8 files come from a
-recipe with QuantizationModifier, calibrated on the shrunk model. Images of 224 pixels, 128 tokens, batch 1.
+channel group go (of heads and columns of the feed-forward networks in the encoder), rounded to widths that kernels
+like, as StructuredPruningModifier does by default; "0.60" and "0.55": so many channels stay, not rounded. int8 files
+come from a recipe with QuantizationModifier, calibrated on the shrunk model. Images of 224 pixels, 128 tokens, batch 1.
 Bars for half in float on one thread: 3 for ResNet-18 and ResNet-50, 2 for MobileNetV2, 1.7 for the encoder.
 """
 
@@ -28,7 +28,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from sparsify import ScheduledModifierManager, export_onnx
 from sparsify.pruning.group_scores import Bounds, lowest, multiple_of, norms
-from sparsify.pruning.groups import Families, find
+from sparsify.pruning.groups import ChannelGroups, find
 from sparsify.pruning.removal import plan_removal, remove
 from sparsify.pruning.shrinking import dry_run
 
@@ -40,17 +40,18 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], Callable[[int], dict[str, Tenso
 }
 """Name -> (constructor, inputs of so many items, bar)."""
 WIDTHS: dict[str, tuple[float, int | None]] = {"half": (0.5, None), "0.60": (0.6, 1), "0.55": (0.55, 1)}
-"""Name -> (fraction of the channels that stay, multiple; None for the default of each family)."""
+"""Name -> (fraction of the channels that stay, multiple; None for the default of each channel group)."""
 
 
-def shrunk(dense: nn.Module, families: Families, kept: float, multiple: int | None) -> nn.Module:
+def shrunk(dense: nn.Module, channel_groups: ChannelGroups, kept: float, multiple: int | None) -> nn.Module:
     """A copy without the channels of the lowest norms."""
     model = copy.deepcopy(dense)
     counts = {
-        name: family.size - Bounds.of(family.size, multiple_of(family, multiple)).nearest(round(family.size * kept))
-        for name, family in families.families.items()
+        name: channel_group.size
+        - Bounds.of(channel_group.size, multiple_of(channel_group, multiple)).nearest(round(channel_group.size * kept))
+        for name, channel_group in channel_groups.groups.items()
     }
-    remove(model, plan_removal(model, families, lowest(norms(model, families.families), counts, {})))
+    remove(model, plan_removal(model, channel_groups, lowest(norms(model, channel_groups.groups), counts, {})))
     return model
 
 
@@ -86,7 +87,7 @@ def main() -> None:
             continue
         torch.manual_seed(0)
         dense, sample = build().eval(), inputs(1)
-        families = dry_run(dense, find(dense, (), inputs(1)), (), inputs(1))
+        channel_groups = dry_run(dense, find(dense, (), inputs(1)), (), inputs(1))
         size = sum(p.numel() for p in dense.parameters())
         print(f"{name}: {macs(dense, sample) / 1e9:.3f} G MACs, {size / 1e6:.2f} M parameters", flush=True)
         feeds = {key: value.numpy() for key, value in sample.items()}
@@ -96,7 +97,7 @@ def main() -> None:
             if not arguments.no_int8:
                 int8(dense, inputs, folder / "int8.onnx")
             for width in arguments.widths:
-                model = shrunk(dense, families, *WIDTHS[width])
+                model = shrunk(dense, channel_groups, *WIDTHS[width])
                 left = sum(p.numel() for p in model.parameters())
                 work = macs(model, sample) / 1e9
                 print(f"  {width}: {work:.3f} G MACs, {left / 1e6:.2f} M parameters ({left / size:.2f})", flush=True)

@@ -16,7 +16,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from sparsify import Modifier
-from sparsify.modifiers.base import Kind
+from sparsify.modifiers.base import ModifierKind
 from sparsify.output.files import replacing
 from sparsify.output.tables import Column, Table
 
@@ -118,7 +118,7 @@ def reference() -> str:
     """The whole page."""
     parts = [HEAD]
     modifiers = [cls for cls in Modifier.registry.values() if cls.__module__.startswith("sparsify.")]
-    assert set(get_args(Kind)) == set(KINDS), "a kind of modifier has no title here"
+    assert set(get_args(ModifierKind)) == set(KINDS), "a kind of modifier has no title here"
     models: dict[str, type[BaseModel]] = {}
     for kind, title in KINDS.items():
         of_kind = sorted((cls for cls in modifiers if cls.kind == kind), key=lambda cls: cls.__name__)

@@ -24,8 +24,8 @@ class Architecture:
     Attributes:
         build: gives the model. Its `__name__` is no part of the test.
         inputs: gives what forward is called with: a tuple of arguments, or a dictionary of keyword arguments.
-        cut: the kinds of families that are found; none: nothing can be removed.
-        kept: the fraction of the parameters that stay when half of every family goes, +- 0.02.
+        cut: the kinds of channel groups that are found; none: nothing can be removed.
+        kept: the fraction of the parameters that stay when half of every channel group goes, +- 0.02.
         whole: {a weight that keeps its rows: part of the reason that is given}.
         library: what has to be importable.
         slow: real sizes, for `make test-all`.

@@ -10,8 +10,8 @@ from torch.nn import functional as F
 
 from sparsify.model.trace import trace
 from sparsify.quantization.placement import make_plan
-from sparsify.quantization.plan import Plan, apply_plan, settle
-from sparsify.quantization.scheme import Settings
+from sparsify.quantization.plan import QuantizationPlan, apply_plan, check_traced_ops
+from sparsify.quantization.scheme import QuantizationSettings
 
 
 class Block(nn.Module):
@@ -272,15 +272,17 @@ ZOO: dict[str, tuple[Any, Any]] = {
 """Name -> (constructor, one batch)."""
 
 
-def quantized(model: nn.Module, *inputs: Any, settings: Settings | None = None) -> Plan:
+def quantized(model: nn.Module, *inputs: Any, settings: QuantizationSettings | None = None) -> QuantizationPlan:
     """Quantizes `model` in place as its trace on `inputs` says; gives the plan."""
-    plan = make_plan(model, trace(model, inputs), settings or Settings())
+    plan = make_plan(model, trace(model, inputs), settings or QuantizationSettings())
     apply_plan(model, plan)
-    settle(model, inputs, {})
+    check_traced_ops(model, inputs, {})
     return plan
 
 
-def trained(name: str, steps: int = 4, settings: Settings | None = None, lr: float = 0.05) -> tuple[nn.Module, Tensor]:
+def trained(
+    name: str, steps: int = 4, settings: QuantizationSettings | None = None, lr: float = 0.05
+) -> tuple[nn.Module, Tensor]:
     """A quantized model of the zoo after a few steps, in training mode, and a batch."""
     build, batch = ZOO[name]
     torch.manual_seed(0)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 
 class Residual(nn.Module):
-    """Convolutions with a way around two of them: conv1 and conv3 give one family, conv2 another."""
+    """Convolutions with a way around two of them: conv1 and conv3 give one channel group, conv2 another."""
 
     def __init__(self, width: int = 12) -> None:
         super().__init__()
@@ -70,7 +70,7 @@ FAMILIES = {
     Residual: {"conv1.weight": 12, "conv2.weight": 10},
     Encoder: {"attention.query.weight": 4, "up.weight": 24},
 }
-"""The families that are there to be cut, and how many channels each has."""
+"""The channel groups that are there to be cut, and how many channels each has."""
 
 
 def made(kind: type[nn.Module], seed: int = 0, dtype: torch.dtype = torch.float32) -> Any:

@@ -190,8 +190,8 @@ def test_what_a_filter_leaves_dense_goes_to_the_others() -> None:
 
 
 def test_a_time_too_short_to_be_measured_is_no_standstill() -> None:
-    gone = replace(plain("gone", 100, (0.0, 1.0, 3.0)), times=(1.0, 0.5, 0.0))
-    profile = pruning_profile([gone], PruningSettings(sparsity=0.9, min_sparsity=0.0, min_speedup=2.0))
+    pruned = replace(plain("gone", 100, (0.0, 1.0, 3.0)), times=(1.0, 0.5, 0.0))
+    profile = pruning_profile([pruned], PruningSettings(sparsity=0.9, min_sparsity=0.0, min_speedup=2.0))
     assert profile.layers[0].sparsity == pytest.approx(0.9)
     assert profile.layers[0].speedup == profile.speedup == pytest.approx(1e9)
 

@@ -19,7 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from sparsify import quantize_model
 from sparsify.analysis import ModelAnalysis, analyze_model
-from sparsify.analysis.macs import Operand, count, einsum_macs
+from sparsify.analysis.macs import CountedOperand, einsum_macs, operation_cost
 from sparsify.errors import ArgumentError, DataError, TargetError
 
 # Those that build without a download in a second or two each.
@@ -155,8 +155,8 @@ def test_einsum_equals_the_counter_of_torch(equation: str, shapes: list[tuple[in
 @given(st.integers(1, 4), st.integers(1, 4), st.integers(1, 3), st.integers(1, 9))
 def test_groups_divide_once(per_group: int, groups: int, kernel: int, size: int) -> None:
     channels, side = per_group * groups, size + kernel - 1
-    x, weight = Operand((1, channels, side, side)), Operand((channels, per_group, kernel, kernel))
-    cost = count("conv2d", [x, weight], (1, channels, size, size))
+    x, weight = CountedOperand((1, channels, side, side)), CountedOperand((channels, per_group, kernel, kernel))
+    cost = operation_cost("conv2d", [x, weight], (1, channels, size, size))
     assert cost is not None
     assert cost.macs == groups * (per_group * per_group * kernel**2 * size**2)
     assert cost.groups == groups

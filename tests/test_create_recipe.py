@@ -170,7 +170,7 @@ def test_sparse_transfer_keeps_zeros(model: Net) -> None:
     assert not of(create_recipe(model, optim_level=0.1, experiment="sparse-transfer"), "ConstantPruningModifier")
 
 
-def test_whole_channels_go_by_families(model: Net) -> None:
+def test_whole_channels_go_by_channel_groups(model: Net) -> None:
     recipe = create_recipe(model, X, preset="structured", training=SGD, quantize=False)
     modifiers = of(recipe, "StructuredPruningModifier")
     assert modifiers and all(modifier.shrink for modifier in modifiers)
@@ -345,9 +345,9 @@ def test_channels_follow_the_losses_of_their_layers(model: Net) -> None:
     of_weights = given(create_recipe(model, X, sparsity=0.6, structured=True, loss=loss))
     assert of_weights["inner.weight"] > max(of_weights.get("stem.weight", 0), of_weights.get("down.weight", 0))
     levels = (0.0, 0.25, 0.5, 0.75)
-    families = {"stem": ("stem", "outer"), "inner": ("inner",), "down": ("down",)}
+    channel_groups = {"stem": ("stem", "outer"), "inner": ("inner",), "down": ("down",)}
     losses = {"stem": (1.0, 5.0, 9.0, 20.0), "inner": (1.0, 4.0, 8.0, 9.0), "down": (1.0, 1.1, 1.2, 1.3)}
-    of_channels = LossProfile("data", "pruning", levels, losses, 1.0, 64, families)
+    of_channels = LossProfile("data", "pruning", levels, losses, 1.0, 64, channel_groups)
     recipe = create_recipe(model, X, sparsity=0.5, structured=True, loss=of_channels)
     shares = given(recipe)
     assert shares["down.weight"] > shares.get("inner.weight", 0)

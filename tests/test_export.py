@@ -29,7 +29,7 @@ from sparsify.errors import ArgumentError, DataFileError, ExportError, SparsifyW
 from sparsify.onnx.export import ExportedModel, export_onnx
 from sparsify.onnx.runtime import open_session, optimized_operators, run_session
 from sparsify.onnx.verify import verify_onnx
-from sparsify.quantization.scheme import NAMED, Settings
+from sparsify.quantization.scheme import NAMED, QuantizationSettings
 
 
 class Net(nn.Module):
@@ -428,7 +428,7 @@ def test_gpt_2_is_trained_and_runs_with_all_its_layers_in_integers(path: Path) -
 
 def test_what_onnxruntime_computes_in_float_is_said(path: Path) -> None:
     model, x = Up(), images()
-    quantized(model, x, settings=Settings(scheme=NAMED["tensorrt"]))
+    quantized(model, x, settings=QuantizationSettings(scheme=NAMED["tensorrt"]))
     train(model, x, 2)
     exported = export_onnx(model, x, path)
     # Signed activations, which nothing on x86 reads in integers.

@@ -1,4 +1,5 @@
-"""Families of channels: written out by hand for small models, and proven by what deleted channels cannot change."""
+"""Channel groups of channels: written out by hand for small models, and proven by what deleted channels cannot
+change."""
 
 from __future__ import annotations
 
@@ -11,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sparsify.errors import ArgumentError
-from sparsify.pruning.groups import Families, Place, find
+from sparsify.pruning.groups import ChannelGroups, GroupMember, find
 
 IMAGE = torch.randn(2, 3, 8, 8, dtype=torch.float64)
 ROWS = torch.randn(2, 5, 12, dtype=torch.float64)
@@ -92,14 +93,14 @@ class Tied(nn.Module):
         return result
 
 
-def found(model: nn.Module, *args: Tensor) -> Families:
+def found(model: nn.Module, *args: Tensor) -> ChannelGroups:
     return find(model.double(), args)
 
 
-def shown(families: Families) -> dict[str, tuple[str, int, set[tuple[str, int, str]]]]:
+def shown(channel_groups: ChannelGroups) -> dict[str, tuple[str, int, set[tuple[str, int, str]]]]:
     return {
-        name: (family.kind, family.size, {(p.tensor, p.dim, p.role) for p in family.places})
-        for name, family in families.families.items()
+        name: (channel_group.kind, channel_group.size, {(p.tensor, p.dim, p.role) for p in channel_group.places})
+        for name, channel_group in channel_groups.groups.items()
     }
 
 
@@ -131,20 +132,20 @@ def test_a_residual_stream_under_batch_norm() -> None:
 
 
 def test_the_columns_of_a_channel_lie_where_it_was_put() -> None:
-    families = found(Concat(), IMAGE).families
-    places = {name: family.places[-1] for name, family in families.items()}
-    assert places["left.weight"] == Place("head.weight", 1, "column", (*[0] * 4, *[1] * 4, *[-1] * 12))
-    assert places["right.weight"] == Place("head.weight", 1, "column", (*[-1] * 8, *[0] * 4, *[1] * 4, *[2] * 4))
+    channel_groups = found(Concat(), IMAGE).groups
+    places = {name: channel_group.places[-1] for name, channel_group in channel_groups.items()}
+    assert places["left.weight"] == GroupMember("head.weight", 1, "column", (*[0] * 4, *[1] * 4, *[-1] * 12))
+    assert places["right.weight"] == GroupMember("head.weight", 1, "column", (*[-1] * 8, *[0] * 4, *[1] * 4, *[2] * 4))
 
 
 def test_heads_of_a_fused_projection() -> None:
-    families = found(nn.Sequential(Block(), nn.LayerNorm(12)), ROWS)
-    heads = families.families["0.qkv.weight"]
+    channel_groups = found(nn.Sequential(Block(), nn.LayerNorm(12)), ROWS)
+    heads = channel_groups.groups["0.qkv.weight"]
     assert (heads.kind, heads.size) == ("heads", 3)
     assert heads.places[0].channels == tuple(head for _ in range(3) for head in range(3) for _ in range(4))
     assert heads.columns == ("0.projection.weight",)
-    assert families.families["0.up.weight"].kind == "linear"
-    numbers = {(extent.module, len(extent.channels)) for extent in families.extents}
+    assert channel_groups.groups["0.up.weight"].kind == "linear"
+    numbers = {(extent.module, len(extent.channels)) for extent in channel_groups.extents}
     assert {("0", 3), ("0", 12)} <= numbers, "the code of the block has the number of heads, and their width"
 
 
@@ -201,20 +202,24 @@ def test_a_tied_weight_is_one_tensor_and_read_along_the_same_dimension() -> None
     ids=["returned", "layer norm", "lstm", "multi-head attention", "weight norm"],
 )
 def test_why_a_weight_stays_whole(model: nn.Module, inputs: Tensor, reasons: dict[str, str]) -> None:
-    families = found(model, inputs)
-    assert not set(reasons) & {row for family in families.families.values() for row in family.rows}
-    missing = {n: families.whole.get(n) for n, why in reasons.items() if not re.search(why, families.whole.get(n, ""))}
+    channel_groups = found(model, inputs)
+    assert not set(reasons) & {row for channel_group in channel_groups.groups.values() for row in channel_group.rows}
+    missing = {
+        n: channel_groups.whole.get(n)
+        for n, why in reasons.items()
+        if not re.search(why, channel_groups.whole.get(n, ""))
+    }
     assert not missing
 
 
 def test_every_weight_of_a_layer_is_cut_or_has_a_reason() -> None:
     for model, inputs in ((Residual(), IMAGE), (Concat(), IMAGE), (Block(), ROWS), (Tagger(), IDS), (Tied(), IDS)):
-        families = found(model, inputs)
-        cut = {row for family in families.families.values() for row in family.rows}
+        channel_groups = found(model, inputs)
+        cut = {row for channel_group in channel_groups.groups.values() for row in channel_group.rows}
         weights = {name for name, p in model.named_parameters() if p.dim() > 1}
-        assert weights == cut | set(families.whole)
-        assert not cut & set(families.whole)
-        assert all(families.whole.values())
+        assert weights == cut | set(channel_groups.whole)
+        assert not cut & set(channel_groups.whole)
+        assert all(channel_groups.whole.values())
 
 
 def test_a_layer_that_is_not_called_says_so() -> None:
@@ -224,14 +229,15 @@ def test_a_layer_that_is_not_called_says_so() -> None:
     assert "does not call" in found(model, ROWS).whole["unused.weight"]
 
 
-def leak(model: nn.Module, families: Families, *args: Tensor, columns: bool = True) -> float:
-    """How far the output moves when all that is deleted, half of every family, is drawn anew; the columns are zeros."""
+def leak(model: nn.Module, channel_groups: ChannelGroups, *args: Tensor, columns: bool = True) -> float:
+    """How far the output moves when all that is deleted, half of every channel group, is drawn anew; the columns are
+    zeros."""
     model = copy.deepcopy(model).eval()
     tensors: dict[str, Tensor] = {**dict(model.named_parameters()), **dict(model.named_buffers())}
 
     def fill(roles: tuple[str, ...], draw: bool) -> None:
-        for family in families.families.values():
-            for place in family.places:
+        for channel_group in channel_groups.groups.values():
+            for place in channel_group.places:
                 if place.role in roles:
                     channels = torch.tensor(place.channels)
                     index = ((channels >= 0) & (channels % 2 == 0)).nonzero().flatten()
@@ -259,10 +265,10 @@ def leak(model: nn.Module, families: Families, *args: Tensor, columns: bool = Tr
     ids=["residual", "concat", "attention"],
 )
 def test_what_is_deleted_cannot_be_seen_in_the_output(model: nn.Module, inputs: Tensor) -> None:
-    families = found(model, inputs)
-    assert leak(model, families, inputs) < 1e-12
+    channel_groups = found(model, inputs)
+    assert leak(model, channel_groups, inputs) < 1e-12
     # The check sees a column that is missing.
-    assert leak(model, families, inputs, columns=False) > 1e-6
+    assert leak(model, channel_groups, inputs, columns=False) > 1e-6
 
 
 @pytest.mark.parametrize(
@@ -277,11 +283,11 @@ def test_what_is_deleted_cannot_be_seen_in_the_output(model: nn.Module, inputs: 
 def test_a_model_without_them_computes_what_the_masked_one_does(
     model: nn.Module, inputs: Tensor, smaller: dict[str, tuple[int, ...]]
 ) -> None:
-    families = found(model.eval(), inputs)
+    channel_groups = found(model.eval(), inputs)
     small = copy.deepcopy(model)
     left: dict[tuple[str, int], Tensor] = {}
-    for family in families.families.values():
-        for place in family.places:
+    for channel_group in channel_groups.groups.values():
+        for place in channel_group.places:
             kept = torch.tensor([channel % 2 == 1 or channel < 0 for channel in place.channels])
             left[place.tensor, place.dim] = kept & left.get((place.tensor, place.dim), kept)
     for (tensor, dim), kept in left.items():
@@ -315,7 +321,7 @@ def test_the_model_stays_as_it_was() -> None:
 def test_names_are_clean_and_the_same_at_every_time() -> None:
     plain = found(Residual(), IMAGE)
     wrapped = find(nn.DataParallel(Residual().double()), (IMAGE,)) if not torch.cuda.is_available() else plain
-    assert wrapped.families == plain.families
+    assert wrapped.groups == plain.groups
     assert found(Residual(), IMAGE) == plain
 
 
@@ -328,8 +334,8 @@ def test_what_cannot_be_traced_is_refused() -> None:
         find(Branching(), (IMAGE,))
 
 
-def places(families: Families, name: str) -> set[tuple[str, int]]:
-    return {(place.tensor, place.dim) for place in families.families[name].places}
+def places(channel_groups: ChannelGroups, name: str) -> set[tuple[str, int]]:
+    return {(place.tensor, place.dim) for place in channel_groups.groups[name].places}
 
 
 @pytest.mark.parametrize(
@@ -342,20 +348,20 @@ def places(families: Families, name: str) -> set[tuple[str, int]]:
 )
 def test_what_scales_channels_goes_with_them(between: nn.Module, expected: set[tuple[str, int]]) -> None:
     model = nn.Sequential(nn.Conv2d(3, 8, 1), between, nn.Conv2d(8, 5, 1))
-    families = found(model, IMAGE)
-    family = families.families["0.weight"]
-    assert places(families, "0.weight") == {("0.weight", 0), ("0.bias", 0), ("2.weight", 1)} | expected
+    channel_groups = found(model, IMAGE)
+    channel_group = channel_groups.groups["0.weight"]
+    assert places(channel_groups, "0.weight") == {("0.weight", 0), ("0.bias", 0), ("2.weight", 1)} | expected
     size = {nn.GroupNorm: 4, nn.PReLU: 8, nn.Conv2d: 2}[type(between)]
-    assert family.size == size
+    assert channel_group.size == size
     # What goes together in one place goes together in all.
-    assert {place.channels for place in family.places} == {tuple(i // (8 // size) for i in range(8))}
+    assert {place.channels for place in channel_group.places} == {tuple(i // (8 // size) for i in range(8))}
 
 
 def test_the_halves_of_a_gate_lose_the_same_channels() -> None:
-    families = found(nn.Sequential(nn.Linear(12, 8), nn.GLU(), nn.Linear(4, 5)), ROWS)
-    family = families.families["0.weight"]
-    assert family.size == 4
-    rows = next(place for place in family.places if place.role == "row")
+    channel_groups = found(nn.Sequential(nn.Linear(12, 8), nn.GLU(), nn.Linear(4, 5)), ROWS)
+    channel_group = channel_groups.groups["0.weight"]
+    assert channel_group.size == 4
+    rows = next(place for place in channel_group.places if place.role == "row")
     assert rows.channels == (0, 1, 2, 3, 0, 1, 2, 3)
 
 
@@ -373,7 +379,7 @@ class Gated(nn.Module):
 
 
 def test_a_gate_over_one_layer_twice_is_free() -> None:
-    assert found(Gated(), ROWS).families["up.weight"].size == 4
+    assert found(Gated(), ROWS).groups["up.weight"].size == 4
 
 
 class Picked(nn.Module):
@@ -389,9 +395,9 @@ class Picked(nn.Module):
 
 
 def test_channels_that_code_picks_by_number_stay() -> None:
-    families = found(Picked(), ROWS)
-    assert set(families.families) == {"up.weight"}
-    assert "takes some by number" in families.whole["down.weight"]
+    channel_groups = found(Picked(), ROWS)
+    assert set(channel_groups.groups) == {"up.weight"}
+    assert "takes some by number" in channel_groups.whole["down.weight"]
 
 
 class Twice(nn.Module):
@@ -407,9 +413,9 @@ class Twice(nn.Module):
 
 
 def test_a_layer_that_is_called_twice_ties_what_it_reads() -> None:
-    families = found(Twice(), ROWS)
-    assert set(families.families) == {"left.weight"}
-    assert set(families.families["left.weight"].rows) == {"left.weight", "right.weight"}
+    channel_groups = found(Twice(), ROWS)
+    assert set(channel_groups.groups) == {"left.weight"}
+    assert set(channel_groups.groups["left.weight"].rows) == {"left.weight", "right.weight"}
 
 
 class Crossed(nn.Module):
@@ -427,9 +433,9 @@ class Crossed(nn.Module):
 
 
 def test_attention_of_torch_stays_whole_and_says_so() -> None:
-    families = found(Crossed(), ROWS)
-    assert set(families.families) == {"up.weight"}
-    fixed = {name: why for name, why in families.whole.items() if "fixes its width" in why}
+    channel_groups = found(Crossed(), ROWS)
+    assert set(channel_groups.groups) == {"up.weight"}
+    fixed = {name: why for name, why in channel_groups.whole.items() if "fixes its width" in why}
     assert {"attention.q_proj_weight", "attention.out_proj.weight"} <= set(fixed)
 
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from sparsify.model.trace import exported
 from sparsify.pruning.propagation import labelled
-from sparsify.pruning.union_find import NEVER, Atoms, core, never, reshaped, thin, varying
+from sparsify.pruning.union_find import NEVER, UnionFind, core, never, reshaped, thin, varying
 
 
 class Lambda(nn.Module):
@@ -174,7 +174,7 @@ def test_tied_weights_are_tied_channels() -> None:
 
 @given(st.lists(st.tuples(st.integers(0, 19), st.integers(0, 19)), max_size=30))
 def test_united_atoms_are_the_components_of_a_graph(pairs: list[tuple[int, int]]) -> None:
-    atoms = Atoms()
+    atoms = UnionFind()
     all_atoms = atoms.fresh([20])
     wanted = list(range(20))
     for first, second in pairs:
@@ -188,7 +188,7 @@ def test_united_atoms_are_the_components_of_a_graph(pairs: list[tuple[int, int]]
 
 
 def test_what_meets_never_is_kept_with_the_first_reason() -> None:
-    atoms = Atoms()
+    atoms = UnionFind()
     labels = atoms.fresh([3])
     atoms.unite(labels, torch.tensor([0, *labels[1:].tolist()]), "met an input")
     atoms.keep(labels[:1], "later")
@@ -197,7 +197,7 @@ def test_what_meets_never_is_kept_with_the_first_reason() -> None:
 
 
 def test_mixing_goes_along_its_dimensions_alone() -> None:
-    atoms = Atoms()
+    atoms = UnionFind()
     labels = atoms.fresh([2, 3])
     mixed = atoms.mix(labels, [1], "softmax")
     assert varying(mixed) == [0]

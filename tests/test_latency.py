@@ -21,7 +21,7 @@ from sparsify.modifiers import StructuredPruningModifier
 from sparsify.optimize import latency
 from sparsify.optimize.latency import LatencyPlan, latency_plan
 from sparsify.optimize.latency_tables import ModelTables
-from sparsify.optimize.widths import Choice, Curve, LayerTime, Part, Tables
+from sparsify.optimize.widths import Choice, LayerTime, SpeedPart, Tables, WidthCurve
 from sparsify.training.manager import ScheduledModifierManager
 
 SHARES = (1.0, 0.75, 0.5, 0.25)
@@ -33,7 +33,7 @@ def problem(seed: int, parts: int, *, int8: bool) -> Tables:
     given = []
     for i in range(parts):
         steps = [0.0, *(rng.random() ** 3 for _ in SHARES[1:])]
-        given.append(Part(f"p{i}", SHARES, tuple(itertools.accumulate(steps)), rng.choice([16.0, 32.0, 64.0])))
+        given.append(SpeedPart(f"p{i}", SHARES, tuple(itertools.accumulate(steps)), rng.choice([16.0, 32.0, 64.0])))
     layers = []
     left = (1.0, 0.5625, 0.25, 0.0625)
     for i in range(parts + 1):
@@ -42,9 +42,11 @@ def problem(seed: int, parts: int, *, int8: bool) -> Tables:
             dims.append({f"p{i}": rng.choice([0.5, 1.0])})
         ms = 3 * rng.random()
         times = [ms * (0.2 + 0.8 * share) + 0.05 * rng.random() for share in left]
-        fast = Curve.of(left, [time / 3 for time in times]) if int8 else None
-        layers.append(LayerTime(f"l{i}", tuple(dims), Curve.of(left, times), fast, 0.3 * rng.random() if int8 else 0.0))
-    rest = Curve.of((1.0, 0.25), (0.3, 0.1))
+        fast = WidthCurve.of(left, [time / 3 for time in times]) if int8 else None
+        layers.append(
+            LayerTime(f"l{i}", tuple(dims), WidthCurve.of(left, times), fast, 0.3 * rng.random() if int8 else 0.0)
+        )
+    rest = WidthCurve.of((1.0, 0.25), (0.3, 0.1))
     return Tables(tuple(given), tuple(layers), rest, rest if int8 else None)
 
 
@@ -98,11 +100,11 @@ def test_less_width_never_takes_longer(seed: int) -> None:
 
 
 def test_curves_pool_what_is_in_the_wrong_order() -> None:
-    curve = Curve.of((1.0, 0.75, 0.5, 0.25), (4.0, 5.0, 1.0, 2.0))
+    curve = WidthCurve.of((1.0, 0.75, 0.5, 0.25), (4.0, 5.0, 1.0, 2.0))
     assert curve.times == (1.5, 1.5, 4.5, 4.5)
     assert [curve(share) for share in (0.0, 0.25, 0.625, 1.0, 2.0)] == [1.5, 1.5, 3.0, 4.5, 4.5]
-    assert Curve.of((0.5, 0.5, 1.0), (1.0, 3.0, 4.0)).times == (2.0, 4.0)
-    assert Curve.of((1.0,), (2.0,))(0.3) == 2.0
+    assert WidthCurve.of((0.5, 0.5, 1.0), (1.0, 3.0, 4.0)).times == (2.0, 4.0)
+    assert WidthCurve.of((1.0,), (2.0,))(0.3) == 2.0
 
 
 # ------------------------------------------------------------------------------------------------------------ plans
@@ -153,8 +155,10 @@ def injected(model: nn.Module, **changed: Any) -> PerformanceProfile:
 
 
 def losses(**given: tuple[float, ...]) -> LossProfile:
-    families = {"stem": ("stem", "conv2"), "conv1": ("conv1",)}
-    return LossProfile("data", "pruning", (0.0, 0.5, 1.0), given, 1.0, 8, {name: families[name] for name in given})
+    channel_groups = {"stem": ("stem", "conv2"), "conv1": ("conv1",)}
+    return LossProfile(
+        "data", "pruning", (0.0, 0.5, 1.0), given, 1.0, 8, {name: channel_groups[name] for name in given}
+    )
 
 
 def planned(goal: float, **more: Any) -> LatencyPlan:
@@ -177,19 +181,19 @@ def test_the_time_of_a_whole_is_that_of_its_table_where_all_are_as_wide() -> Non
     model, profile = net(), injected(net())
     plan = planned(profile.width_total_ms[2], loss=losses(stem=(1.0, 1.0, 1.0), conv1=(1.0, 1.0, 1.0)))
     assert plan.dense_ms == profile.total_ms
-    work = ModelTables(model, IMAGES, profile, latency_families(model), False, None, None, {})
+    work = ModelTables(model, IMAGES, profile, latency_channel_groups(model), False, None, None, {})
     for k, width in enumerate(WIDTHS):
         shares = {part.name: min(part.shares, key=lambda share: abs(share - width)) for part in work.tables.parts}
         assert work.tables.time(shares, frozenset()) == pytest.approx(profile.width_total_ms[k])
 
 
-def latency_families(model: nn.Module) -> Any:
+def latency_channel_groups(model: nn.Module) -> Any:
     from sparsify.analysis.variants import cuttable
-    from sparsify.model.signature import Call
+    from sparsify.model.signature import SampleInputs
 
-    families, why = cuttable(model, Call.of(model, IMAGES))
-    assert families is not None and not why
-    return families
+    channel_groups, why = cuttable(model, SampleInputs.of(model, IMAGES))
+    assert channel_groups is not None and not why
+    return channel_groups
 
 
 def test_a_plan_says_what_structured_pruning_then_does() -> None:
@@ -226,7 +230,7 @@ def test_limits_are_kept() -> None:
         planned(dense * 0.5, limits={"conv1": 30})
 
 
-def test_families_without_a_loss_stay_whole() -> None:
+def test_channel_groups_without_a_loss_stay_whole() -> None:
     plan = planned(injected(net()).total_ms * 0.7, loss=losses(conv1=(1.0, 1.1, 5.0)))
     assert set(plan.sparsity) == {"conv1"}
     assert any("stem stays whole" in note for note in plan.notes) and "note: stem" in str(plan)

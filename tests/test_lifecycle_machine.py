@@ -53,9 +53,9 @@ class Book:
         x = Fraction(1) if point >= self.end else Fraction(point - self.start, self.end - self.start)
         sparsity = FIRST + (LAST - FIRST) * (1 - (1 - x) ** 3)
         for name, values in weights.items():
-            gone = self.zero.setdefault(name, set())
+            pruned = self.zero.setdefault(name, set())
             count = round(len(values) * float(sparsity))
-            ranked = sorted(range(len(values)), key=lambda i: (i not in gone, abs(values[i]), i))
+            ranked = sorted(range(len(values)), key=lambda i: (i not in pruned, abs(values[i]), i))
             self.zero[name] = set(ranked[:count])
 
     def rate(self) -> float:

@@ -255,7 +255,10 @@ def test_weights_come_back_when_putting_them_back_is_interrupted(monkeypatch: py
         return copy(self, other)
 
     monkeypatch.setattr(Tensor, "copy_", interrupted)
-    with pytest.raises(KeyboardInterrupt), trials.replaced(held, {"a": torch.full((2,), 5.0), "b": torch.ones(2) * 6}):
+    with (
+        pytest.raises(KeyboardInterrupt),
+        trials.replaced_weights(held, {"a": torch.full((2,), 5.0), "b": torch.ones(2) * 6}),
+    ):
         assert first.tolist() == [5.0, 5.0]
     assert first.tolist() == [0.0, 0.0] and second.tolist() == [1.0, 1.0]
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from sparsify.errors import DataError, StateError, TargetError
 from sparsify.model import distributed
 from sparsify.pruning import selection
-from sparsify.pruning.masker import Masker, MaskType, prune
+from sparsify.pruning.masker import Masker, MaskType, compute_masks
 
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 VALUES: dict[str, Callable[[Tensor], Tensor]] = {
@@ -45,9 +45,9 @@ def sorted_reference(scores: list[Tensor], kept: list[Tensor | None], count: int
         key = np.array([float(v) for v in score.reshape(-1)])
         key = (np.abs(key) if absolute else key) + 0.0
         keys.append(key if mask is None else np.where(mask.reshape(-1).numpy(), key, -np.inf))
-    gone = np.argsort(np.concatenate(keys), kind="stable")[:count]
+    pruned = np.argsort(np.concatenate(keys), kind="stable")[:count]
     flat = np.ones(sum(len(k) for k in keys), bool)
-    flat[gone] = False
+    flat[pruned] = False
     masks, at = [], 0
     for score, mask in zip(scores, kept, strict=True):
         own = torch.from_numpy(flat[at : at + score.numel()].copy()).view(score.shape)
@@ -61,7 +61,7 @@ def sorted_reference(scores: list[Tensor], kept: list[Tensor | None], count: int
     kinds=st.lists(st.sampled_from(sorted(VALUES)), min_size=1, max_size=3),
     dtype=st.sampled_from(DTYPES),
     fraction=st.floats(0, 1),
-    gone=st.floats(0, 1),
+    pruned=st.floats(0, 1),
     absolute=st.booleans(),
     chunk=st.sampled_from([7, 64, 1 << 16]),
     small=st.sampled_from([0, 50_000]),
@@ -71,7 +71,7 @@ def test_the_selection_equals_a_stable_sort(
     kinds: list[str],
     dtype: torch.dtype,
     fraction: float,
-    gone: float,
+    pruned: float,
     absolute: bool,
     chunk: int,
     small: int,
@@ -80,14 +80,14 @@ def test_the_selection_equals_a_stable_sort(
     shapes = [(5, 60), (17,), (2, 3, 4)]
     scores = {str(i): draw(kind, shapes[i], dtype, seed + i) for i, kind in enumerate(kinds)}
     total = sum(score.numel() for score in scores.values())
-    some = torch.rand(5, 60, generator=torch.Generator().manual_seed(seed)) >= gone
+    some = torch.rand(5, 60, generator=torch.Generator().manual_seed(seed)) >= pruned
     kept = {"0": some} if seed % 2 else {}
     count = round(fraction * total)
     expected = sorted_reference(list(scores.values()), [kept.get(n) for n in scores], count, absolute)
     with pytest.MonkeyPatch.context() as patch:  # small chunks and samples take every path at sizes that run fast
         patch.setattr(selection, "_CHUNK", chunk)
         patch.setattr(selection, "_SMALL", small)
-        got = selection.without_lowest(scores, count, kept=kept, absolute=absolute)
+        got = selection.mask_lowest(scores, count, kept=kept, absolute=absolute)
         elsewhere = selection._on_device(scores, count, kept, absolute)
     for name, want in zip(scores, expected, strict=True):
         assert torch.equal(got[name], want)
@@ -98,8 +98,8 @@ def test_the_selection_equals_a_stable_sort(
 @pytest.mark.parametrize("sparsity", [0.0, 1e-5, 0.5, 0.8123, 1.0])
 def test_large_tensors_have_exact_counts(kind: str, sparsity: float) -> None:
     weight = draw(kind, (300, 401), torch.float32, 3)
-    first = prune({"w": weight}, sparsity / 2)["w"]
-    mask = prune({"w": weight}, sparsity, previous={"w": first})["w"]
+    first = compute_masks({"w": weight}, sparsity / 2)["w"]
+    mask = compute_masks({"w": weight}, sparsity, previous={"w": first})["w"]
     assert int((~mask).sum()) == round(weight.numel() * sparsity)
     assert not (mask & ~first).any()
     assert torch.equal(mask, sorted_reference([weight], [first], round(weight.numel() * sparsity), True)[0])
@@ -112,7 +112,7 @@ def test_a_mask_has_exactly_the_rounded_count_and_only_grows(
     weight = draw(kind, (size,), dtype, size)
     previous: dict[str, Tensor] = {}
     for step in (0.25, 0.5, 1.0):
-        mask = prune({"w": weight}, sparsity * step, previous=previous)["w"]
+        mask = compute_masks({"w": weight}, sparsity * step, previous=previous)["w"]
         assert int((~mask).sum()) == round(size * sparsity * step)
         assert "w" not in previous or not (mask & ~previous["w"]).any()
         previous = {"w": mask}
@@ -120,8 +120,8 @@ def test_a_mask_has_exactly_the_rounded_count_and_only_grows(
 
 
 def test_counts_round_as_the_promise_says() -> None:
-    assert int((~prune({"w": torch.randn(100)}, 0.29)["w"]).sum()) == 29
-    assert int((~prune({"w": torch.randn(8192)}, 0.05)["w"]).sum()) == 410
+    assert int((~compute_masks({"w": torch.randn(100)}, 0.29)["w"]).sum()) == 29
+    assert int((~compute_masks({"w": torch.randn(8192)}, 0.05)["w"]).sum()) == 410
 
 
 @pytest.mark.parametrize("text", ["unstructured", "block4", [2, 2], [-1, 1], "2:4", "3:5"])
@@ -130,7 +130,8 @@ def test_the_memory_format_changes_nothing(text: str | list[int]) -> None:
     weight = draw("tied", (8, 20, 3, 3), torch.float32, 1)
     strided = torch.empty(8, 20, 3, 6)[..., ::2].copy_(weight)
     masks = [
-        prune({"w": w}, 0.4, kind)["w"] for w in (weight, weight.contiguous(memory_format=torch.channels_last), strided)
+        compute_masks({"w": w}, 0.4, kind)["w"]
+        for w in (weight, weight.contiguous(memory_format=torch.channels_last), strided)
     ]
     assert torch.equal(masks[0], masks[1])
     assert torch.equal(masks[0], masks[2])
@@ -143,7 +144,9 @@ def test_threads_change_nothing() -> None:
         masks = []
         for threads in (1, 2):
             torch.set_num_threads(threads)
-            masks.append([prune({"w": weight}, 0.4, MaskType.parse(t))["w"] for t in ("unstructured", "2:4", "block4")])
+            masks.append(
+                [compute_masks({"w": weight}, 0.4, MaskType.parse(t))["w"] for t in ("unstructured", "2:4", "block4")]
+            )
     finally:
         torch.set_num_threads(before)
     assert all(torch.equal(a, b) for a, b in zip(*masks, strict=True))
@@ -151,9 +154,9 @@ def test_threads_change_nothing() -> None:
 
 def test_one_ranking_over_all_takes_the_lowest_of_all() -> None:
     scores = {"low": torch.randn(50, 20) * 0.1, "high": torch.randn(500) * 10, "half": torch.randn(30).half()}
-    masks = prune(scores, 0.6, together=True)
-    gone = sum(int((~mask).sum()) for mask in masks.values())
-    assert gone == round(1530 * 0.6)
+    masks = compute_masks(scores, 0.6, together=True)
+    pruned = sum(int((~mask).sum()) for mask in masks.values())
+    assert pruned == round(1530 * 0.6)
     lowest_kept = min(scores[n].abs().float()[m].min() for n, m in masks.items() if m.any())
     assert all(scores[n].abs().float()[~m].max() <= lowest_kept for n, m in masks.items() if not m.all())
 
@@ -177,9 +180,9 @@ def by_hand_blocks(weight: Tensor, a: int, b: int, sparsity: float) -> Tensor:
 @pytest.mark.parametrize("sparsity", [0.0, 0.3, 0.75, 1.0])
 def test_blocks_go_as_a_whole(shape: tuple[int, ...], text: str | list[int], a: int, b: int, sparsity: float) -> None:
     weight = torch.randn(shape, generator=torch.Generator().manual_seed(5))
-    mask = prune({"w": weight}, sparsity, MaskType.parse(text))["w"]
+    mask = compute_masks({"w": weight}, sparsity, MaskType.parse(text))["w"]
     assert torch.equal(mask, by_hand_blocks(weight, a, b or shape[1], sparsity))
-    turned = prune({"w": weight.transpose(0, 1)}, sparsity, MaskType.parse(text), input_dims={"w": 0})["w"]
+    turned = compute_masks({"w": weight.transpose(0, 1)}, sparsity, MaskType.parse(text), input_dims={"w": 0})["w"]
     assert torch.equal(turned, mask.transpose(0, 1))
 
 
@@ -191,7 +194,7 @@ def test_n_of_m_ramps_exactly_and_never_empties_a_group(keep: int, of: int, kind
     previous: dict[str, Tensor] = {}
     last = 1 - keep / of
     for sparsity in (0.05 * last, 0.5 * last, 0.9 * last, last):
-        mask = prune({"w": weight}, sparsity, MaskType.parse(f"{keep}:{of}"), previous=previous)["w"]
+        mask = compute_masks({"w": weight}, sparsity, MaskType.parse(f"{keep}:{of}"), previous=previous)["w"]
         assert int((~mask).sum()) == round(weight.numel() * sparsity)
         groups = mask.movedim(1, -1).reshape(-1, of)
         assert int((~groups).sum(1).max()) <= of - keep
@@ -202,10 +205,10 @@ def test_n_of_m_ramps_exactly_and_never_empties_a_group(keep: int, of: int, kind
 
 
 def test_two_of_four_keeps_the_largest_two() -> None:
-    mask = prune({"w": torch.tensor([[1.0, -4.0, 3.0, 2.0]])}, 0.5, MaskType.parse("tensorrt"))["w"]
+    mask = compute_masks({"w": torch.tensor([[1.0, -4.0, 3.0, 2.0]])}, 0.5, MaskType.parse("tensorrt"))["w"]
     assert mask.tolist() == [[False, True, True, False]]
     weight = torch.randn(3, 8, 2, 2)
-    mask = prune({"w": weight}, 0.5, MaskType.parse("2:4"))["w"]
+    mask = compute_masks({"w": weight}, 0.5, MaskType.parse("2:4"))["w"]
     top = weight.abs().movedim(1, -1).reshape(-1, 4).topk(2).indices
     assert mask.movedim(1, -1).reshape(-1, 4).gather(1, top).all()
 
@@ -236,9 +239,9 @@ def test_nan_is_refused_by_name(text: str, size: int, dtype: torch.dtype) -> Non
     weight[1, 3] = float("nan")
     for sparsity in (0.0, 0.5):
         with pytest.raises(DataError, match="'w' holds NaN"):
-            prune({"w": weight}, sparsity, MaskType.parse(text))
+            compute_masks({"w": weight}, sparsity, MaskType.parse(text))
     with pytest.raises(DataError, match="'w' holds NaN"):
-        selection.without_lowest({"w": -weight}, size)
+        selection.mask_lowest({"w": -weight}, size)
 
 
 @pytest.mark.parametrize(("kind", "dims"), [("filter", {"a": 0, "b": 0}), ("channel", {"a": 1, "b": 1})])
@@ -248,22 +251,22 @@ def test_whole_channels_go_by_the_root_of_their_mean_square(kind: str, dims: dic
     weights = {"a": torch.randn(6, 4, 3, 3), "b": 3 * torch.randn(10, 8)}
     masks: dict[str, Tensor] = {}
     for sparsity in (0.0, 0.3, 0.5, 1.0):
-        worth = {
+        importance = {
             name: torch.stack([part.square().mean().sqrt() for part in weight.unbind(dims[name])])
             for name, weight in weights.items()
         }
-        masks = prune(weights, sparsity, MaskType.parse(kind), previous=masks, together=together)
+        masks = compute_masks(weights, sparsity, MaskType.parse(kind), previous=masks, together=together)
         for group in [["a", "b"]] if together else [["a"], ["b"]]:
-            ranked = sorted((float(w), name, i) for name in group for i, w in enumerate(worth[name]))
-            gone = {(name, i) for _, name, i in ranked[: round(len(ranked) * sparsity)]}
+            ranked = sorted((float(w), name, i) for name in group for i, w in enumerate(importance[name]))
+            pruned = {(name, i) for _, name, i in ranked[: round(len(ranked) * sparsity)]}
             for name in group:
                 for i, part in enumerate(masks[name].unbind(dims[name])):
-                    assert bool(part.any()) == bool(part.all()) == ((name, i) not in gone)
+                    assert bool(part.any()) == bool(part.all()) == ((name, i) not in pruned)
 
 
 def test_channels_of_transposed_weights_lie_the_other_way() -> None:
     weight = torch.tensor([[1.0, 5.0, 1.0], [1.0, 5.0, 1.0]])
-    mask = prune({"w": weight}, 2 / 3, MaskType.parse("filter"), input_dims={"w": 0})["w"]
+    mask = compute_masks({"w": weight}, 2 / 3, MaskType.parse("filter"), input_dims={"w": 0})["w"]
     assert mask.tolist() == [[False, True, False]] * 2
 
 
@@ -281,7 +284,7 @@ class Small(nn.Module):
 def masked(model: nn.Module, optimizer: Any = None, sparsity: float = 0.6) -> Masker:
     masker = Masker(model, optimizer)
     for name in ("conv.weight", "fc.weight"):
-        masker.set(name, prune({name: model.get_parameter(name)}, sparsity)[name])
+        masker.set(name, compute_masks({name: model.get_parameter(name)}, sparsity)[name])
     return masker
 
 
@@ -472,7 +475,7 @@ def test_a_tied_weight_is_masked_once_under_either_name() -> None:
     model.head = nn.Linear(4, 10, bias=False)
     model.head.weight = model.embedding.weight
     masker = Masker(model)
-    masker.set("embedding.weight", prune({"w": model.embedding.weight}, 0.5)["w"])
+    masker.set("embedding.weight", compute_masks({"w": model.embedding.weight}, 0.5)["w"])
     assert masker.sparsity() == {"embedding.weight": 0.5}
     assert int((model.head.weight == 0).sum()) == 20
 
@@ -541,7 +544,7 @@ def test_check_names_what_went_wrong() -> None:
 
 
 def test_one_process_has_nothing_to_compare() -> None:
-    assert distributed.count() == 1
+    assert distributed.world_size() == 1
     distributed.check_same({"w": torch.ones(2, dtype=torch.bool)})
     low, high = torch.tensor(-1.0), torch.tensor(2.0)
     distributed.reduce_range(low, high)
@@ -566,8 +569,8 @@ def test_cuda_gives_the_cpu_s_masks_and_applies_them_without_a_synchronization(k
     model.cuda()
     masker = Masker(model)
     for sparsity in (0.3, 0.7):
-        want = prune({"weight": weight}, sparsity, previous={k: m.cpu() for k, m in masker.masks.items()})
-        masker.set("weight", prune({"weight": model.weight}, sparsity, previous=masker.masks)["weight"])
+        want = compute_masks({"weight": weight}, sparsity, previous={k: m.cpu() for k, m in masker.masks.items()})
+        masker.set("weight", compute_masks({"weight": model.weight}, sparsity, previous=masker.masks)["weight"])
         assert torch.equal(masker.masks["weight"].cpu(), want["weight"])
     masker.apply()
     with warnings.catch_warnings():
@@ -581,5 +584,5 @@ def test_cuda_gives_the_cpu_s_masks_and_applies_them_without_a_synchronization(k
 
 @pytest.mark.parametrize("of", [4, 20])
 def test_in_a_group_of_equal_weights_the_first_go(of: int) -> None:
-    mask = prune({"w": torch.full((2, of), 0.5)}, 0.5, MaskType.parse(f"{of // 2}:{of}"))["w"]
+    mask = compute_masks({"w": torch.full((2, of), 0.5)}, 0.5, MaskType.parse(f"{of // 2}:{of}"))["w"]
     assert mask.tolist() == [[False] * (of // 2) + [True] * (of // 2)] * 2

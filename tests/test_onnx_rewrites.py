@@ -22,7 +22,7 @@ from sparsify.onnx.export import export_onnx
 from sparsify.onnx.graph import remove_unused
 from sparsify.onnx.runtime import open_session, optimized_operators, run_session
 from sparsify.onnx.verify import verify_onnx
-from sparsify.quantization.scheme import NAMED, Settings
+from sparsify.quantization.scheme import NAMED, QuantizationSettings
 
 
 def kinds(model: ModelProto | Path) -> Counter[str]:
@@ -358,7 +358,7 @@ def test_tanh_runs_in_integers_on_the_grid_that_it_was_trained_on(tmp_path: Path
 
 def test_signed_tanh_keeps_a_range_of_its_own() -> None:
     model = Vocoder()
-    plan = quantized(model, torch.randn(4, 2, 9), settings=Settings(scheme=NAMED["tensorrt"]))
+    plan = quantized(model, torch.randn(4, 2, 9), settings=QuantizationSettings(scheme=NAMED["tensorrt"]))
     assert not any(site.fixed for site in plan.sites)
 
 

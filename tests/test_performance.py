@@ -444,9 +444,15 @@ def test_rounding_of_widths_is_that_of_structured_pruning() -> None:
     from sparsify.pruning.groups import find
 
     model = nn.Sequential(nn.Conv2d(3, 48, 3), nn.ReLU(), nn.Conv2d(48, 8, 1)).eval()
-    families = find(model, (IMAGES,))
-    assert [variants.kept_channels(families, "0.weight", w) for w in (1.0, 0.9, 0.75, 0.5, 0.1)] == [48, 48, 32, 32, 16]
-    assert variants.narrowed(model, families, 0.75).get_parameter("0.weight").shape[0] == 32
+    channel_groups = find(model, (IMAGES,))
+    assert [variants.kept_channels(channel_groups, "0.weight", w) for w in (1.0, 0.9, 0.75, 0.5, 0.1)] == [
+        48,
+        48,
+        32,
+        32,
+        16,
+    ]
+    assert variants.narrowed(model, channel_groups, 0.75).get_parameter("0.weight").shape[0] == 32
     assert model.get_parameter("0.weight").shape[0] == 48
 
 

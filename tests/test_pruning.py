@@ -198,8 +198,8 @@ def test_without_leave_enabled_the_final_sparsity_is_reached_and_then_weights_gr
     assert 0 < zeros(model.a.weight) < 109
     train(model, optimizer, 1)
     assert zeros(model.a.weight) == 109  # at the end: final sparsity, and nothing that would revive them
-    gone = model.a.weight == 0
-    assert (optimizer.state[model.a.weight]["momentum_buffer"][gone] == 0).all()
+    pruned = model.a.weight == 0
+    assert (optimizer.state[model.a.weight]["momentum_buffer"][pruned] == 0).all()
     assert manager.sparsity() == {}
     train(model, optimizer, 1)
     assert zeros(model.a.weight) < 109

@@ -21,13 +21,13 @@ from sparsify import QuantizationModifier, ScheduledModifierManager, export_onnx
 from sparsify.errors import ArgumentError
 from sparsify.quantization.affine import affine_grid, affine_integers, fake_affine
 from sparsify.quantization.deployment import deployment_copy
-from sparsify.quantization.plan import Plan
-from sparsify.quantization.scheme import Scheme, Settings, WeightScheme
+from sparsify.quantization.plan import QuantizationPlan
+from sparsify.quantization.scheme import QuantizationSettings, Scheme, WeightScheme
 
 
-def affine(bits: int = 4, block: Any = None, strategy: Any = "channel") -> Settings:
+def affine(bits: int = 4, block: Any = None, strategy: Any = "channel") -> QuantizationSettings:
     strategy = "block" if block else strategy
-    return Settings(
+    return QuantizationSettings(
         scheme=Scheme(
             input_activations=None,
             weights=WeightScheme(num_bits=bits, strategy=strategy, block_size=block, symmetric=False),
@@ -235,10 +235,10 @@ def test_a_checkpoint_brings_the_grid_back_and_old_states_are_symmetric() -> Non
     model = shifted(Gpt())
     plan = quantized(model, x, settings=affine(4, 32))
     state = plan.to_state()
-    assert Plan.from_state(state) == plan and all(layer.affine for layer in plan.layers)
+    assert QuantizationPlan.from_state(state) == plan and all(layer.affine for layer in plan.layers)
     for layer in state["layers"]:
         del layer["affine"]
-    old = Plan.from_state(state)
+    old = QuantizationPlan.from_state(state)
     assert old.layers == tuple(dataclasses.replace(layer, affine=False) for layer in plan.layers)
 
     def made() -> tuple[ScheduledModifierManager, nn.Module, Any]:

@@ -21,10 +21,10 @@ from sparsify.onnx.verify import verify_onnx
 from sparsify.quantization.attention import FORMS, Projection, QuantizedMultiheadAttention
 from sparsify.quantization.deployment import deployment_copy
 from sparsify.quantization.fake_quantize import FakeQuantize
-from sparsify.quantization.layers import quantizers, restore
+from sparsify.quantization.layers import quantizers, restore_layers
 from sparsify.quantization.placement import make_plan
-from sparsify.quantization.plan import Plan, apply_plan
-from sparsify.quantization.scheme import Scheme, Settings
+from sparsify.quantization.plan import QuantizationPlan, apply_plan
+from sparsify.quantization.scheme import QuantizationSettings, Scheme
 
 
 class Mixed(nn.Module):
@@ -188,10 +188,10 @@ def test_a_plan_makes_a_fresh_model_the_same_and_restore_takes_all_back(form: st
     model, inputs = built(form), inputs_of(form)
     keys = list(model.state_dict())
     plan = quantized(model, *inputs)
-    assert Plan.from_state(plan.to_state()) == plan
+    assert QuantizationPlan.from_state(plan.to_state()) == plan
     train_outputs(model, inputs)
     fresh = built(form)
-    apply_plan(fresh, Plan.from_state(plan.to_state()))
+    apply_plan(fresh, QuantizationPlan.from_state(plan.to_state()))
     fresh.load_state_dict(model.state_dict())
     model.eval()
     with torch.no_grad():
@@ -202,7 +202,7 @@ def test_a_plan_makes_a_fresh_model_the_same_and_restore_takes_all_back(form: st
             name = "q_proj_weight" if form == "other widths" else "in_proj_weight"
             getattr(other.attention, name).zero_()
             assert not other.attention.q_proj.weight.any() and getattr(model.attention, name).any()
-    restore(model)
+    restore_layers(model)
     assert list(model.state_dict()) == keys and type(model.attention) is nn.MultiheadAttention
     assert not any(isinstance(module, (FakeQuantize, Projection)) for module in model.modules())
     model(*inputs)
@@ -274,7 +274,7 @@ SCHEMES: dict[str, dict[str, Any]] = {
 def test_every_scheme_reaches_the_rows_of_a_packed_weight(scheme: str) -> None:
     model, inputs = built("a memory"), inputs_of("a memory")
     keys = list(model.state_dict())
-    plan = quantized(model, *inputs, settings=Settings(scheme=Scheme.model_validate(SCHEMES[scheme])))
+    plan = quantized(model, *inputs, settings=QuantizationSettings(scheme=Scheme.model_validate(SCHEMES[scheme])))
     assert {layer.name.rpartition(".")[2] for layer in plan.layers} == {"q_proj", "kv_proj", "out_proj"}
     train_outputs(model, inputs)
     model.eval()
@@ -282,7 +282,7 @@ def test_every_scheme_reaches_the_rows_of_a_packed_weight(scheme: str) -> None:
         deployed = deployment_copy(model)
         assert torch.equal(deployed(*inputs)[0], model(*inputs)[0])
         assert deployed.attention.kv_proj.weight_int8.shape == (32, 16)
-    restore(model)
+    restore_layers(model)
     assert list(model.state_dict()) == keys
 
 
@@ -381,14 +381,14 @@ def test_its_plan_makes_a_fresh_model_the_same_and_restore_takes_it_back() -> No
     assert dict(model.named_parameters()).items() >= parameters.items()
     train(model, x, 2)
     fresh = encoder()
-    apply_plan(fresh, Plan.from_state(plan.to_state()))
+    apply_plan(fresh, QuantizationPlan.from_state(plan.to_state()))
     fresh.load_state_dict(model.state_dict())
     with torch.no_grad():
         assert torch.equal(fresh.eval()(x), model.eval()(x))
     copied = copy.deepcopy(model)
     assert copied.layers[0].self_attn.in_proj.weight is copied.layers[0].self_attn.in_proj_weight
     assert not any(key.endswith("in_proj.weight") for key in model.state_dict())
-    restore(model)
+    restore_layers(model)
     assert list(model.state_dict()) == keys
     assert all(type(module) is not QuantizedMultiheadAttention for module in model.modules())
     assert not any(isinstance(module, FakeQuantize) for module in model.modules())
@@ -416,7 +416,7 @@ def test_padding_makes_no_nested_tensors_of_what_quantized_layers_read() -> None
         model.enable_nested_tensor = False
         expected = torch.cat([model(x[i : i + 1, : (~PADDING[i]).sum()]) for i in range(3)], 1)
     torch.testing.assert_close(found[~PADDING], expected[0], rtol=0.02, atol=0.02)
-    restore(model)
+    restore_layers(model)
     assert model.use_nested_tensor is True and type(model) is nn.TransformerEncoder
 
 
@@ -479,7 +479,7 @@ def test_what_stays_in_float_is_named_with_its_reason() -> None:
 @pytest.mark.parametrize("name", ["layers.0.self_attn", "MultiheadAttention", "layers.0"])
 def test_attention_is_left_out_where_the_recipe_says_so(name: str) -> None:
     model, x = encoder(), torch.randn(3, 5, 16)
-    plan = quantized(model, x, settings=Settings(ignore=(name,)))
+    plan = quantized(model, x, settings=QuantizationSettings(ignore=(name,)))
     assert not any(layer.name.startswith("layers.0.self_attn") for layer in plan.layers)
     assert any(left.what == "layers.0.self_attn" and left.why == "left out by the recipe" for left in plan.left)
     assert model.layers[0].self_attn.in_proj_weight is not None
@@ -491,7 +491,7 @@ def test_its_scheme_can_be_overridden() -> None:
 
     model, x = encoder(), torch.randn(3, 5, 16)
     four = Scheme.model_validate({"weights": {"num_bits": 4}})
-    plan = make_plan(model, trace(model, (x,)), Settings(overrides={"layers.1.self_attn": four}))
+    plan = make_plan(model, trace(model, (x,)), QuantizationSettings(overrides={"layers.1.self_attn": four}))
     largest = {layer.name: layer.largest for layer in plan.layers}
     assert largest["layers.1.self_attn.in_proj"] == largest["layers.1.self_attn.out_proj"] == 7
     assert largest["layers.0.self_attn.in_proj"] == 127

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from sparsify import QuantizationModifier, ScheduledModifierManager, export_onnx, floating_layers
 from sparsify.errors import ArgumentError, DataError, ExportError, RecipeError, SparsifyWarning, StateError, TargetError
-from sparsify.quantization.layers import quantizers, restore
+from sparsify.quantization.layers import quantizers, restore_layers
 from sparsify.quantization.plan import is_quantized
 
 STEPS = 2
@@ -233,7 +233,7 @@ def test_a_resumed_model_has_the_same_list_and_a_restored_one_none() -> None:
     fresh = Net()
     again = recipe(ignore=["fc"]).apply_structure(fresh, state=manager.state_dict())
     assert again is fresh and floating_layers(fresh) == floating_layers(model) == {"fc": "left out by the recipe"}
-    restore(fresh)
+    restore_layers(fresh)
     assert floating_layers(fresh) == {} and vars(fresh).keys() == vars(Net()).keys()
 
 

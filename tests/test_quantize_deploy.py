@@ -12,16 +12,18 @@ from torch import Tensor, nn
 
 from sparsify.errors import DataError, StateError
 from sparsify.quantization.deployment import deployment_copy
-from sparsify.quantization.layers import WEIGHTED, QuantizedLayer, integers, quantizers, restore
-from sparsify.quantization.scheme import NAMED, ActivationScheme, Scheme, Settings, WeightScheme
+from sparsify.quantization.layers import WEIGHTED, QuantizedLayer, deployed_integers, quantizers, restore_layers
+from sparsify.quantization.scheme import NAMED, ActivationScheme, QuantizationSettings, Scheme, WeightScheme
 
 SETTINGS = {
-    "default": Settings(),
-    "tensorrt": Settings(scheme=NAMED["tensorrt"]),
-    "one scale": Settings(scheme=Scheme(weights=WeightScheme(strategy="tensor"))),
-    "4 bits": Settings(scheme=Scheme(input_activations=ActivationScheme(num_bits=4), weights=WeightScheme(num_bits=4))),
-    "weights alone": Settings(scheme=Scheme(input_activations=None)),
-    "7 bits": Settings(reduce_range=True),
+    "default": QuantizationSettings(),
+    "tensorrt": QuantizationSettings(scheme=NAMED["tensorrt"]),
+    "one scale": QuantizationSettings(scheme=Scheme(weights=WeightScheme(strategy="tensor"))),
+    "4 bits": QuantizationSettings(
+        scheme=Scheme(input_activations=ActivationScheme(num_bits=4), weights=WeightScheme(num_bits=4))
+    ),
+    "weights alone": QuantizationSettings(scheme=Scheme(input_activations=None)),
+    "7 bits": QuantizationSettings(reduce_range=True),
 }
 
 
@@ -64,7 +66,7 @@ def test_batch_norm_is_folded_exactly() -> None:
     with torch.no_grad():
         norm.weight.copy_(torch.tensor([1.0, -0.5, 0.0, 2.0, -3.0, 1e-12]))
         norm.bias.copy_(torch.randn(6))
-    whole = integers(model[0])
+    whole = deployed_integers(model[0])
     c = norm.weight.double() / (norm.running_var.double() + norm.eps).sqrt()
     weight = model[0].weight.double()
     scale = weight.abs().amax((1, 2, 3)) / 127
@@ -85,7 +87,7 @@ def test_a_norm_alone_is_exact_but_for_the_grid_of_its_bias() -> None:
     with torch.no_grad():
         norm.weight.copy_(torch.tensor([1.0, -0.5, 0.0, 1e-12, -1e-12, 1e-30, 3.0, 1.0, 1.0, 1.0]))
         norm.bias.copy_(torch.linspace(-2, 2, 10))
-    whole = integers(norm)
+    whole = deployed_integers(norm)
     factor = norm.weight.double() / (norm.running_var.double() + norm.eps).sqrt()
     offset = norm.bias.double() - norm.running_mean.double() * factor
     usual = norm.weight.abs() > 1e-9
@@ -143,7 +145,7 @@ def test_a_norm_alone_learns_in_training_and_in_eval_mode_and_is_given_back() ->
         for quantizer in quantizers(model):
             quantizer.enabled = False
         assert not norm.is_layer()
-    restore(model)
+    restore_layers(model)
     assert type(norm) is nn.BatchNorm2d and not [name for name, _ in norm.named_children()]
     with torch.no_grad():
         assert 0 < (model(x) - rounded).abs().max() < 0.1 * rounded.abs().max()
@@ -154,9 +156,9 @@ def test_the_float_model_is_near() -> None:
     model.eval()
     with torch.no_grad():
         got = model(inputs)
-        from sparsify.quantization.layers import restore
+        from sparsify.quantization.layers import restore_layers
 
-        restore(model)
+        restore_layers(model)
         expected = model(inputs)
     assert ((got - expected).norm() / expected.norm()).item() < 0.1
 

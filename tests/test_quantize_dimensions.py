@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from sparsify import export_onnx, verify_onnx
 from sparsify.quantization.deployment import deployment_copy
-from sparsify.quantization.plan import Plan
-from sparsify.quantization.scheme import NAMED, Scheme, Settings
+from sparsify.quantization.plan import QuantizationPlan
+from sparsify.quantization.scheme import NAMED, QuantizationSettings, Scheme
 
 
 class Volume(nn.Module):
@@ -39,7 +39,7 @@ def audio() -> nn.Module:
     )
 
 
-def trained(model: nn.Module, x: Tensor, settings: Settings) -> Plan:
+def trained(model: nn.Module, x: Tensor, settings: QuantizationSettings) -> QuantizationPlan:
     plan = quantized(model, x, settings=settings)
     losses = train(model, x, 6, lr=0.02)
     assert losses[-1] < losses[0]
@@ -51,7 +51,7 @@ def trained(model: nn.Module, x: Tensor, settings: Settings) -> Plan:
 def test_other_dimensions_go_all_the_way(kind: str, preset: str, tmp_path: Path) -> None:
     torch.manual_seed(0)
     model, x = (Volume(), torch.randn(4, 3, 5, 8, 8)) if kind == "volume" else (audio(), torch.randn(6, 2, 40))
-    plan = trained(model, x, Settings(scheme=NAMED[preset]))
+    plan = trained(model, x, QuantizationSettings(scheme=NAMED[preset]))
     assert len(plan.layers) == 3 and len(plan.folds) == 1
     deployed = deployment_copy(model)
     model.eval()
@@ -87,7 +87,7 @@ def test_tensorrt_files_have_signed_activations_of_zero_point_0_and_scales_of_ch
     torch.manual_seed(0)
     model, x = nn.Sequential(nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6), nn.ReLU(), nn.Conv2d(6, 4, 1)), images()
     assert NAMED["tensorrt"] != Scheme()
-    trained(model, x, Settings(scheme=NAMED["tensorrt"]))
+    trained(model, x, QuantizationSettings(scheme=NAMED["tensorrt"]))
     proto = onnx.load(export_onnx(model, x, tmp_path / "net.onnx").path)
     stored = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in proto.graph.initializer}
     activations = [node for node in proto.graph.node if node.op_type == "QuantizeLinear"]

@@ -25,7 +25,7 @@ from sparsify.quantization.layers import (
     QuantizedLinear,
     freeze_norms,
     quantizers,
-    restore,
+    restore_layers,
 )
 from sparsify.quantization.plan import is_quantized
 
@@ -54,7 +54,7 @@ def test_undo_gives_back_classes_keys_and_values(name: str) -> None:
     expected = model(inputs)
     quantized(model, inputs)
     assert is_quantized(model)
-    restore(model)
+    restore_layers(model)
     assert not is_quantized(model)
     assert {n: type(module) for n, module in model.named_modules()} == types
     assert {n: set(vars(module)) for n, module in model.named_modules()} == attributes
@@ -288,7 +288,7 @@ def test_a_norm_that_computes_more_trains_as_before_and_keeps_frozen_statistics(
     assert torch.equal(model.bn1.running_mean, before) and model.bn1.weight.grad is not None
     again = pickle.loads(pickle.dumps(model))
     assert type(again.bn1) is type(model.bn1) and again.bn1._wiring.layer is again.expand
-    restore(model)
+    restore_layers(model)
     assert type(model.bn1) is type(twin.bn1) and list(model.state_dict()) == list(twin.state_dict())
 
 
@@ -429,7 +429,7 @@ def test_the_fast_path_of_a_transformer_layer_is_off_where_a_layer_changed() -> 
             expected = model(x)
     assert torch.equal(slow, expected)
     assert not plan.left
-    restore(model)
+    restore_layers(model)
     assert model.layers[0].activation_relu_or_gelu == 1
 
 

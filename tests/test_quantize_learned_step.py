@@ -14,7 +14,7 @@ from sparsify import QuantizationModifier, ScheduledModifierManager, export_onnx
 from sparsify.errors import DataError, StateError
 from sparsify.quantization.deployment import deployment_copy
 from sparsify.quantization.learned_step import LearnedQuantize, LearnedStep, learned_parameters
-from sparsify.quantization.scheme import ActivationScheme, Scheme, Settings, WeightScheme
+from sparsify.quantization.scheme import ActivationScheme, QuantizationSettings, Scheme, WeightScheme
 
 STEPS = 4
 
@@ -170,7 +170,7 @@ def test_a_resumed_run_is_the_uninterrupted_one_to_the_bit(stop: int) -> None:
 def test_eval_mode_deployment_and_file_are_what_was_learned(strategy: str, tmp_path: Any) -> None:
     torch.manual_seed(0)
     model, x = Net(), images()
-    quantized(model, x, settings=Settings(scheme=scheme(8, strategy=strategy)))
+    quantized(model, x, settings=QuantizationSettings(scheme=scheme(8, strategy=strategy)))
     train(model, x, 6)
     deployed = deployment_copy(model)
     model.eval()
@@ -186,7 +186,7 @@ def test_eval_mode_deployment_and_file_are_what_was_learned(strategy: str, tmp_p
 def test_copies_pickles_and_casts_keep_the_steps() -> None:
     torch.manual_seed(0)
     model, x = mlp(), torch.randn(16, 6)
-    quantized(model, x, settings=Settings(scheme=scheme()))
+    quantized(model, x, settings=QuantizationSettings(scheme=scheme()))
     train(model, x, 3)
     keys = {name: value.clone() for name, value in learned_parameters(model).items()}
     other = copy.deepcopy(model).half().float()

@@ -15,7 +15,7 @@ from sparsify.modifiers.quantization import QuantizationModifier
 from sparsify.quantization import observers
 from sparsify.quantization.calibration import calibrate
 from sparsify.quantization.fake_quantize import FakeQuantize, on_grid
-from sparsify.quantization.scheme import ActivationScheme, Scheme, Settings
+from sparsify.quantization.scheme import ActivationScheme, QuantizationSettings, Scheme
 
 
 def values(seed: int = 0, count: int = 20000) -> Tensor:
@@ -99,7 +99,7 @@ def test_behind_a_relu_the_range_begins_at_zero(observer: str) -> None:
 @pytest.mark.parametrize("observer", ["min_max", *sorted(observers.HISTOGRAMS)])
 def test_training_resumes_to_the_bit_with_every_observer(observer: str) -> None:
     scheme = Scheme(input_activations=ActivationScheme(observer=observer, num_bits=4))
-    model, inputs = trained("residual", 2, Settings(scheme=scheme))
+    model, inputs = trained("residual", 2, QuantizationSettings(scheme=scheme))
     other = copy.deepcopy(model)
     state = copy.deepcopy(model.state_dict())
     with torch.no_grad():
@@ -122,7 +122,7 @@ def test_calibration_with_mse_is_better_than_with_min_max_at_four_bits() -> None
     for observer in ("min_max", "mse"):
         model = copy.deepcopy(plain)
         args = ActivationScheme(observer=observer, num_bits=4)
-        quantized(model, data[0], settings=Settings(scheme=Scheme(input_activations=args)))
+        quantized(model, data[0], settings=QuantizationSettings(scheme=Scheme(input_activations=args)))
         calibrate(model, data)
         errors[observer] = (model.eval()(unseen) - plain(unseen)).square().mean().item()
     assert errors["mse"] < 0.5 * errors["min_max"]

@@ -29,12 +29,12 @@ from sparsify.model.trace import trace
 from sparsify.quantization.forward_ops import switched_off
 from sparsify.quantization.layers import quantizers
 from sparsify.quantization.placement import make_plan
-from sparsify.quantization.plan import Plan, apply_plan
-from sparsify.quantization.scheme import NAMED, ActivationScheme, Scheme, Settings, WeightScheme
+from sparsify.quantization.plan import QuantizationPlan, apply_plan
+from sparsify.quantization.scheme import NAMED, ActivationScheme, QuantizationSettings, Scheme, WeightScheme
 
 
-def plan_of(model: nn.Module, *inputs: Tensor, **settings: object) -> Plan:
-    return make_plan(model, trace(model, inputs), Settings(**settings))  # type: ignore[arg-type]
+def plan_of(model: nn.Module, *inputs: Tensor, **settings: object) -> QuantizationPlan:
+    return make_plan(model, trace(model, inputs), QuantizationSettings(**settings))  # type: ignore[arg-type]
 
 
 def test_sites_of_a_residual_network_are_those_that_onnxruntime_fuses() -> None:
@@ -161,7 +161,7 @@ def test_what_a_layer_reads_in_several_calls_lies_on_one_grid() -> None:
     # No tensor is quantized twice, and what a head gives leaves it as integers.
     assert not any(site.child == "input_quantizer" and site.module != "stem.0" for site in plan.sites)
     assert {"boxes.2.output_quantizer", "kinds.2.output_quantizer"} <= set(sites)
-    assert Plan.from_state(plan.to_state()) == plan
+    assert QuantizationPlan.from_state(plan.to_state()) == plan
 
 
 def test_a_layer_that_reads_the_input_too_brings_its_own_quantizer() -> None:
@@ -230,23 +230,23 @@ def test_a_norm_before_its_convolution_is_a_layer_between_integers() -> None:
         (name, source, 4, 127) for name, source in zip(names, sources, strict=True)
     ]
     assert plan.left == () and {name for name in plan.watched if name.endswith("norm")} == {"block.two.norm"}
-    assert Plan.from_state(plan.to_state()) == plan
+    assert QuantizationPlan.from_state(plan.to_state()) == plan
 
 
 @pytest.mark.parametrize(
     ("settings", "alone"),
     [
-        (Settings(reduce_range=True), 3),
-        (Settings(ignore=("norm",)), 2),
-        (Settings(overrides={"norm": None}), 2),
-        (Settings(overrides={"norm": Scheme(weights=None)}), 2),
-        (Settings(ignore=("BatchNorm2d",)), 0),
-        (Settings(ignore=("block.two",)), 1),
-        (Settings(scheme=Scheme(weights=None)), 0),
-        (Settings(scheme=Scheme(input_activations=None)), 0),
+        (QuantizationSettings(reduce_range=True), 3),
+        (QuantizationSettings(ignore=("norm",)), 2),
+        (QuantizationSettings(overrides={"norm": None}), 2),
+        (QuantizationSettings(overrides={"norm": Scheme(weights=None)}), 2),
+        (QuantizationSettings(ignore=("BatchNorm2d",)), 0),
+        (QuantizationSettings(ignore=("block.two",)), 1),
+        (QuantizationSettings(scheme=Scheme(weights=None)), 0),
+        (QuantizationSettings(scheme=Scheme(input_activations=None)), 0),
     ],
 )
-def test_a_norm_stays_in_float_where_the_recipe_says_so(settings: Settings, alone: int) -> None:
+def test_a_norm_stays_in_float_where_the_recipe_says_so(settings: QuantizationSettings, alone: int) -> None:
     model = Dense()
     plan = make_plan(model, trace(model, (images(),)), settings)
     assert len(plan.alone) == alone
@@ -313,7 +313,7 @@ def test_within_quantizes_only_there() -> None:
 
 
 def test_overrides_by_name_beat_those_by_type_and_fill_in_the_rest() -> None:
-    settings = Settings(
+    settings = QuantizationSettings(
         overrides={
             "Conv2d": Scheme(weights=WeightScheme(num_bits=4)),
             "stem": Scheme(input_activations=None),
@@ -367,7 +367,7 @@ def test_a_plan_survives_as_plain_data_and_rebuilds_a_fresh_model(name: str) -> 
     build, batch = ZOO[name]
     model, inputs = build(), batch()
     plan = quantized(model, inputs)
-    again = Plan.from_state(json.loads(json.dumps(plan.to_state())))
+    again = QuantizationPlan.from_state(json.loads(json.dumps(plan.to_state())))
     assert again == plan
     model(inputs)
     fresh = build()
@@ -394,7 +394,7 @@ def test_a_plan_of_another_model_is_refused_before_anything_changes() -> None:
 @pytest.mark.parametrize("state", [{}, {"format": 99}, {"format": 1, "layers": [{}]}, {"format": 1, "layers": 3}])
 def test_a_state_that_holds_no_plan_is_refused(state: dict[str, object]) -> None:
     with pytest.raises(StateError, match=r"plan"):
-        Plan.from_state(state)
+        QuantizationPlan.from_state(state)
 
 
 def test_a_convolution_read_by_others_is_not_folded_but_works() -> None:

@@ -19,10 +19,10 @@ from sparsify import export_onnx, verify_onnx
 from sparsify.model.trace import trace
 from sparsify.quantization import attention_products
 from sparsify.quantization.deployment import deployment_copy
-from sparsify.quantization.layers import quantizers, restore
+from sparsify.quantization.layers import quantizers, restore_layers
 from sparsify.quantization.placement import make_plan
-from sparsify.quantization.plan import Plan
-from sparsify.quantization.scheme import ActivationScheme, Scheme, Settings
+from sparsify.quantization.plan import QuantizationPlan
+from sparsify.quantization.scheme import ActivationScheme, QuantizationSettings, Scheme
 
 SCHEME = Scheme(matmul_activations=ActivationScheme())
 MASKS: dict[str, Callable[[], dict[str, Any]]] = {
@@ -62,11 +62,11 @@ WAYS: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
 }
 
 
-def plan_of(model: nn.Module, *inputs: Tensor, **settings: Any) -> Plan:
-    return make_plan(model, trace(model, inputs), Settings(**settings))
+def plan_of(model: nn.Module, *inputs: Tensor, **settings: Any) -> QuantizationPlan:
+    return make_plan(model, trace(model, inputs), QuantizationSettings(**settings))
 
 
-def products_of(plan: Plan) -> list[str]:
+def products_of(plan: QuantizationPlan) -> list[str]:
     return [site.name for site in plan.sites if "matmul" in site.child]
 
 
@@ -105,7 +105,7 @@ def test_however_it_is_written_operands_are_quantized_and_the_file_is_exact(way:
     torch.manual_seed(0)
     model, x = Bare(WAYS[way]), torch.randn(4, 6, 8)
     before = copy.deepcopy(model)
-    plan = quantized(model, x, settings=Settings(scheme=SCHEME))
+    plan = quantized(model, x, settings=QuantizationSettings(scheme=SCHEME))
     if way == "sdpa":
         names = [f"matmul_{name}_0_quantizer" for name in attention_products.ATTENTION]
     else:
@@ -123,7 +123,7 @@ def test_however_it_is_written_operands_are_quantized_and_the_file_is_exact(way:
     kernels = [tensor.kernel for tensor in found.tensors]
     assert sum("MatMul" in kernel for kernel in kernels) >= 1, kernels
     assert all(tensor.optimized.count == 0 for tensor in found.tensors if tensor.exact and tensor.optimized)
-    restore(model)
+    restore_layers(model)
     with torch.no_grad():
         before.load_state_dict(model.state_dict())
         assert torch.equal(model(x), before(x))
@@ -143,7 +143,7 @@ def test_multihead_attention(weights: bool, tmp_path: Path) -> None:
 
     torch.manual_seed(0)
     model, x = Net(), torch.randn(4, 6, 8)
-    plan = quantized(model, x, settings=Settings(scheme=SCHEME))
+    plan = quantized(model, x, settings=QuantizationSettings(scheme=SCHEME))
     assert products_of(plan) == [f"attention.matmul_{name}_0_quantizer" for name in attention_products.ATTENTION]
     train(model, x, 3)
     assert all(quantizer.batches == 3 for quantizer in quantizers(model))
@@ -173,7 +173,7 @@ def test_what_the_recipe_says_of_each_attention() -> None:
     signed = Scheme(input_activations=None, matmul_activations=ActivationScheme(symmetric=True, num_bits=6))
     plan = plan_of(model, x, scheme=signed)
     assert len(plan.sites) == 8 and all(site.symmetric and site.bits == 6 for site in plan.sites)
-    assert Plan.from_state(plan.to_state()) == plan
+    assert QuantizationPlan.from_state(plan.to_state()) == plan
 
 
 def test_an_attention_that_is_called_twice_has_each_quantizer_once(tmp_path: Path) -> None:
@@ -187,7 +187,7 @@ def test_an_attention_that_is_called_twice_has_each_quantizer_once(tmp_path: Pat
 
     torch.manual_seed(0)
     model, x, path = Again(), torch.randn(2, 5, 8), tmp_path / "model.onnx"
-    plan = quantized(model, x, settings=Settings(scheme=SCHEME))
+    plan = quantized(model, x, settings=QuantizationSettings(scheme=SCHEME))
     assert products_of(plan) == [f"inner.matmul_{name}_0_quantizer" for name in attention_products.ATTENTION]
     train(model, x, 2)
     export_onnx(model.eval(), (x,), path)
@@ -207,7 +207,7 @@ def test_products_that_come_otherwise_in_training_stay_in_float() -> None:
             return y @ y.mT @ y if x.shape[0] > 2 else y
 
     model = Sometimes(WAYS["sdpa"])
-    quantized(model, torch.randn(2, 5, 8), settings=Settings(scheme=SCHEME))
+    quantized(model, torch.randn(2, 5, 8), settings=QuantizationSettings(scheme=SCHEME))
     with pytest.warns(UserWarning, match="computed 3 matmuls, where its trace has 1 matmul"):
         model(torch.randn(3, 5, 8))
     with warnings.catch_warnings():
@@ -219,7 +219,7 @@ def test_products_that_come_otherwise_in_training_stay_in_float() -> None:
 def test_it_learns() -> None:
     torch.manual_seed(0)
     model, ids = Attention(), torch.randint(0, 20, (8, 7))
-    plan = quantized(model, ids, settings=Settings(scheme=SCHEME))
+    plan = quantized(model, ids, settings=QuantizationSettings(scheme=SCHEME))
     assert products_of(plan)
     losses = train(model, ids, 40, lr=0.05)
     assert losses[-1] < 0.3 * losses[0]
@@ -234,7 +234,7 @@ def test_heads_are_quantized_before_they_are_moved(tmp_path: Path) -> None:
 
     torch.manual_seed(0)
     model, x = nn.Sequential(Bare(in_heads), nn.Linear(8, 3)), torch.randn(4, 6, 8)
-    quantized(model, x, settings=Settings(scheme=SCHEME))
+    quantized(model, x, settings=QuantizationSettings(scheme=SCHEME))
     train(model, x, 3)
     path = tmp_path / "model.onnx"
     export_onnx(model.eval(), (x,), path)

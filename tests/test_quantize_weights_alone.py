@@ -17,12 +17,12 @@ from torch import Tensor, nn
 from sparsify import QuantizationModifier, ScheduledModifierManager, export_onnx, quantize_model, verify_onnx
 from sparsify.errors import ExportError, RecipeError
 from sparsify.quantization.deployment import deployment_copy
-from sparsify.quantization.scheme import ActivationScheme, Scheme, Settings, WeightScheme
+from sparsify.quantization.scheme import ActivationScheme, QuantizationSettings, Scheme, WeightScheme
 
 
-def weights(bits: int, block: Any = None, **more: Any) -> Settings:
+def weights(bits: int, block: Any = None, **more: Any) -> QuantizationSettings:
     strategy: Any = "block" if block else "channel"
-    return Settings(
+    return QuantizationSettings(
         scheme=Scheme(
             input_activations=None,
             weights=WeightScheme(num_bits=bits, strategy=strategy, block_size=block, **more),
@@ -123,7 +123,7 @@ def test_convolutions_of_four_bits_are_stored_so_and_activations_in_integers_kee
     torch.manual_seed(0)
     for settings, kind in (
         (weights(4), "int4"),
-        (Settings(scheme=Scheme(weights=WeightScheme(num_bits=4))), "int8"),
+        (QuantizationSettings(scheme=Scheme(weights=WeightScheme(num_bits=4))), "int8"),
     ):
         model, x = nn.Sequential(nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6), nn.ReLU(), nn.Conv2d(6, 4, 1)), images()
         quantized(model, x, settings=settings)

@@ -19,7 +19,7 @@ from sparsify.errors import ArgumentError, ExportError
 from sparsify.onnx import integer_kernels
 from sparsify.onnx.float_kernels import compute
 from sparsify.onnx.fusion import Fusion
-from sparsify.onnx.integer_kernels import Grid, Quantized, quantize
+from sparsify.onnx.integer_kernels import QuantizationGrid, Quantized, quantize
 from sparsify.onnx.reference import Reference
 from sparsify.onnx.runtime import session_options
 
@@ -246,7 +246,7 @@ def test_the_order_within_an_add_would_be_seen(monkeypatch: pytest.MonkeyPatch, 
 
 
 def test_quantize_rounds_ties_to_even_and_clips_and_takes_what_is_not_finite() -> None:
-    grid = Grid(np.asarray(0.5, np.float32), np.asarray(10, np.uint8))
+    grid = QuantizationGrid(np.asarray(0.5, np.float32), np.asarray(10, np.uint8))
     x = np.asarray([0.25, 0.75, -0.25, -0.75, 1e9, -1e9, np.inf, -np.inf], np.float32)
     assert quantize(x, grid).tolist() == [10, 12, 10, 8, 255, 0, 255, 0]
     model = helper.make_model(
@@ -286,9 +286,11 @@ def test_elements_are_gathered_as_onnxruntime_does(shape: tuple[int, ...], picke
 
 
 def test_accumulators_wrap_at_32_bits() -> None:
-    grid = Grid(np.asarray(1.0, np.float32), np.asarray(0, np.uint8))
+    grid = QuantizationGrid(np.asarray(1.0, np.float32), np.asarray(0, np.uint8))
     x = Quantized(np.full((1, 70_000), 255, np.uint8), grid)
-    weight = Quantized(np.full((70_000, 1), 127, np.int8), Grid(np.asarray(1.0, np.float32), np.asarray(0, np.int8)))
+    weight = Quantized(
+        np.full((70_000, 1), 127, np.int8), QuantizationGrid(np.asarray(1.0, np.float32), np.asarray(0, np.int8))
+    )
     assert float(integer_kernels.matmul(x, weight, None, None)[0, 0]) == np.float32(70_000 * 255 * 127 - 2**32)
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from sparsify.errors import ArgumentError, StateError
 from sparsify.pruning import removal as removals
-from sparsify.pruning.groups import Families, Family, Place, find
+from sparsify.pruning.groups import ChannelGroup, ChannelGroups, GroupMember, find
 from sparsify.pruning.masker import Masker
 from sparsify.pruning.removal import Removal, plan_removal, remove, tensors
 from sparsify.pruning.shrinking import deletion_masks
@@ -30,8 +30,8 @@ def network(kind: type[nn.Module] = Residual) -> tuple[nn.Module, Tensor]:
     return kind().double(), IMAGES if kind is Residual else WORDS
 
 
-def half(families: Families) -> dict[str, list[int]]:
-    return {name: list(range(0, family.size, 2)) for name, family in families.families.items()}
+def half(channel_groups: ChannelGroups) -> dict[str, list[int]]:
+    return {name: list(range(0, channel_group.size, 2)) for name, channel_group in channel_groups.groups.items()}
 
 
 def loss_of(model: nn.Module, x: Tensor) -> Tensor:
@@ -75,14 +75,14 @@ def test_training_goes_on_as_the_masked_model_would(form: Form, kind: type[nn.Mo
     for _ in range(3):
         step(masked, optimizer, x)
         scheduler.step()
-    families = find(masked, (x,))
-    gone = half(families)
-    assert gone
+    channel_groups = find(masked, (x,))
+    pruned = half(channel_groups)
+    assert pruned
     masker = Masker(masked, optimizer)
-    for name, mask in deletion_masks(masked, families, gone).items():
+    for name, mask in deletion_masks(masked, channel_groups, pruned).items():
         masker.set(name, mask)
     shrunk, its_optimizer, its_scheduler = copy.deepcopy((masked, optimizer, scheduler))
-    plan = plan_removal(shrunk, families, gone)
+    plan = plan_removal(shrunk, channel_groups, pruned)
     remove(shrunk, plan, its_optimizer)
     for _ in range(3):
         step(masked, optimizer, x)
@@ -109,8 +109,8 @@ def test_lbfgs_begins_its_history_anew_and_goes_on() -> None:
         return loss
 
     optimizer.step(closure)
-    families = find(model, (x,))
-    remove(model, plan_removal(model, families, half(families)), optimizer)
+    channel_groups = find(model, (x,))
+    remove(model, plan_removal(model, channel_groups, half(channel_groups)), optimizer)
     before = closure().item()
     optimizer.step(closure)
     assert closure().item() < before
@@ -125,8 +125,8 @@ def test_parameters_stay_the_objects_that_they_are() -> None:
     parameters["conv1.weight"].register_hook(lambda grad: seen.append(grad.shape))
     held = loss_of(model, x)  # a user's own variable, alive across the removal
     held.backward(retain_graph=True)
-    families = find(model, (x,))
-    remove(model, plan_removal(model, families, half(families)))
+    channel_groups = find(model, (x,))
+    remove(model, plan_removal(model, channel_groups, half(channel_groups)))
     assert {name: id(p) for name, p in model.named_parameters()} == ids
     assert all(refs[name]() is p for name, p in model.named_parameters())
     assert all(p.grad is not None and p.grad.shape == p.shape for p in model.parameters())
@@ -139,8 +139,8 @@ def test_compiled_code_sees_the_smaller_model() -> None:
     model, x = network()
     compiled = torch.compile(model, backend="aot_eager")
     compiled(x).sum().backward()
-    families = find(model, (x,))
-    remove(model, plan_removal(model, families, half(families)))
+    channel_groups = find(model, (x,))
+    remove(model, plan_removal(model, channel_groups, half(channel_groups)))
     assert torch.allclose(compiled(x), model(x))
     compiled(x).sum().backward()
 
@@ -148,8 +148,8 @@ def test_compiled_code_sees_the_smaller_model() -> None:
 def test_gradients_are_cut_and_memory_is_given_back() -> None:
     model, x = network()
     loss_of(model, x).backward()
-    families = find(model, (x,))
-    plan = plan_removal(model, families, half(families))
+    channel_groups = find(model, (x,))
+    plan = plan_removal(model, channel_groups, half(channel_groups))
     grads = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
     remove(model, plan)
     index = plan.keep["conv1.weight"][0]
@@ -173,13 +173,13 @@ def test_layers_numbers_follow_their_weights(
     one = {4: nn.Conv2d, 3: nn.Conv1d, 5: nn.Conv3d}[len(shape)]
     model = nn.Sequential(one(4, 4, 1), layer, nn.ReLU(), one(8, 3, 1)).double()
     x = torch.randn(shape, dtype=torch.float64)
-    families = find(model, (x,))
-    gone = half(families)
-    for name, mask in deletion_masks(model, families, gone).items():
+    channel_groups = find(model, (x,))
+    pruned = half(channel_groups)
+    for name, mask in deletion_masks(model, channel_groups, pruned).items():
         with torch.no_grad():
             dict(model.named_parameters())[name].mul_(mask)
     before = model(x)
-    remove(model, plan_removal(model, families, gone))
+    remove(model, plan_removal(model, channel_groups, pruned))
     assert torch.allclose(model(x), before, rtol=1e-10, atol=1e-12)
     assert {key: getattr(layer, key) for key in expected} == expected
     assert str(layer.weight.shape[0]) in repr(layer)
@@ -187,8 +187,8 @@ def test_layers_numbers_follow_their_weights(
 
 def test_groups_of_a_depthwise_convolution_become_fewer() -> None:
     model = nn.Sequential(nn.Conv2d(3, 8, 1), nn.Conv2d(8, 8, 3, groups=8), nn.Conv2d(8, 2, 1))
-    families = find(model, (torch.randn(1, 3, 6, 6),))
-    remove(model, plan_removal(model, families, half(families)))
+    channel_groups = find(model, (torch.randn(1, 3, 6, 6),))
+    remove(model, plan_removal(model, channel_groups, half(channel_groups)))
     depthwise = model[1]
     assert (depthwise.groups, depthwise.in_channels, depthwise.out_channels) == (4, 4, 4)
 
@@ -196,8 +196,8 @@ def test_groups_of_a_depthwise_convolution_become_fewer() -> None:
 def test_channels_last_stays() -> None:
     model, x = network()
     model.to(memory_format=torch.channels_last)
-    families = find(model, (x,))
-    remove(model, plan_removal(model, families, half(families)))
+    channel_groups = find(model, (x,))
+    remove(model, plan_removal(model, channel_groups, half(channel_groups)))
     weight = dict(model.named_parameters())["conv2.weight"]
     assert weight.is_contiguous(memory_format=torch.channels_last)
     assert not weight.is_contiguous()
@@ -218,9 +218,9 @@ class Tied(nn.Module):
 def test_tied_weights_stay_tied() -> None:
     model = Tied().double()
     x = torch.randn(4, 3, dtype=torch.float64)
-    families = find(model, (x,))
-    gone = half(families)
-    remove(model, plan_removal(model, families, gone))
+    channel_groups = find(model, (x,))
+    pruned = half(channel_groups)
+    remove(model, plan_removal(model, channel_groups, pruned))
     assert model.first.weight is model.second.weight
     assert model.first.in_features == model.second.out_features == model.first.weight.shape[0] < 6
     model(x).sum().backward()
@@ -228,8 +228,8 @@ def test_tied_weights_stay_tied() -> None:
 
 def test_a_removal_is_saved_and_applied_to_a_fresh_model() -> None:
     model, x = network(Encoder)
-    families = find(model, (x,))
-    plan = plan_removal(model, families, half(families))
+    channel_groups = find(model, (x,))
+    plan = plan_removal(model, channel_groups, half(channel_groups))
     file = io.BytesIO()
     torch.save(plan.state_dict(), file)
     file.seek(0)
@@ -250,9 +250,11 @@ def test_a_config_is_changed_in_a_copy() -> None:
     )
     model = transformers.BertModel(config)
     inputs = (torch.randint(0, 20, (2, 5)),)
-    families = find(model, inputs)
-    columns = {name: range(8) for name, family in families.families.items() if family.kind == "linear"}
-    plan = plan_removal(model, families, columns)
+    channel_groups = find(model, inputs)
+    columns = {
+        name: range(8) for name, channel_group in channel_groups.groups.items() if channel_group.kind == "linear"
+    }
+    plan = plan_removal(model, channel_groups, columns)
     remove(model, plan)
     assert config.intermediate_size == 24
     assert model.config.intermediate_size == model.encoder.layer[1].intermediate.dense.out_features == 16
@@ -272,8 +274,8 @@ def test_what_fails_half_way_is_undone(monkeypatch: pytest.MonkeyPatch) -> None:
     optimizer = torch.optim.AdamW(model.parameters())
     step(model, optimizer, x)
     before, remembered = copy.deepcopy(model.state_dict()), copy.deepcopy(optimizer.state_dict())
-    families = find(model, (x,))
-    plan = plan_removal(model, families, half(families))
+    channel_groups = find(model, (x,))
+    plan = plan_removal(model, channel_groups, half(channel_groups))
     put, calls = removals._put, []
 
     def fails(*args: Any) -> None:
@@ -296,21 +298,21 @@ def test_what_fails_half_way_is_undone(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("gone", "error", "message"),
     [
-        ({"nothing": [0]}, ArgumentError, "'nothing' is no family of channels"),
+        ({"nothing": [0]}, ArgumentError, "'nothing' is no channel group of channels"),
         ({"conv2.weight": [10]}, ArgumentError, "channels 0 to 9, not 10"),
         ({"conv2.weight": range(10)}, ArgumentError, "all 10 channels of 'conv2.weight'"),
     ],
 )
-def test_what_cannot_be_removed_is_refused(gone: dict[str, Any], error: type[Exception], message: str) -> None:
+def test_what_cannot_be_removed_is_refused(pruned: dict[str, Any], error: type[Exception], message: str) -> None:
     model, x = network()
     with pytest.raises(error, match=message):
-        plan_removal(model, find(model, (x,)), gone)
+        plan_removal(model, find(model, (x,)), pruned)
 
 
 def test_another_model_is_refused_before_anything_changes() -> None:
     model, x = network()
-    families = find(model, (x,))
-    plan = plan_removal(model, families, half(families))
+    channel_groups = find(model, (x,))
+    plan = plan_removal(model, channel_groups, half(channel_groups))
     other = Residual(width=14).double()
     before = copy.deepcopy(other.state_dict())
     with pytest.raises(StateError, match=r"'conv1.weight' has shape \(14, 2, 3, 3\).*\(12, 2, 3, 3\)"):
@@ -320,12 +322,12 @@ def test_another_model_is_refused_before_anything_changes() -> None:
         remove(nn.Linear(2, 2), plan)
 
 
-def test_families_of_a_model_that_changed_since_are_refused() -> None:
+def test_channel_groups_of_a_model_that_changed_since_are_refused() -> None:
     model, x = network()
-    families = find(model, (x,))
-    remove(model, plan_removal(model, families, half(families)))
+    channel_groups = find(model, (x,))
+    remove(model, plan_removal(model, channel_groups, half(channel_groups)))
     with pytest.raises(StateError, match="the model was changed since"):
-        plan_removal(model, families, half(families))
+        plan_removal(model, channel_groups, half(channel_groups))
 
 
 def test_a_number_in_code_that_means_two_sizes_is_left_alone() -> None:
@@ -342,14 +344,14 @@ def test_a_number_in_code_that_means_two_sizes_is_left_alone() -> None:
             return out
 
     model = Two()
-    families = find(model, (torch.randn(3, 2),))
-    assert plan_removal(model, families, {"a.weight": [0], "b.weight": [1]}).attributes[""] == {"width": 3}
-    assert "" not in plan_removal(model, families, {"a.weight": [0]}).attributes
-    assert "" not in plan_removal(model, families, {"a.weight": [0], "b.weight": [0, 1]}).attributes
+    channel_groups = find(model, (torch.randn(3, 2),))
+    assert plan_removal(model, channel_groups, {"a.weight": [0], "b.weight": [1]}).attributes[""] == {"width": 3}
+    assert "" not in plan_removal(model, channel_groups, {"a.weight": [0]}).attributes
+    assert "" not in plan_removal(model, channel_groups, {"a.weight": [0], "b.weight": [0, 1]}).attributes
 
 
-def test_places_of_two_families_in_one_tensor_are_both_cut() -> None:
-    weight = Place("weight", 0, "row", (0, 1, -1, -1)), Place("weight", 0, "row", (-1, -1, 0, 1))
-    families = Families({n: Family(n, "linear", 2, (p,)) for n, p in zip("ab", weight, strict=True)})
-    plan = plan_removal(nn.Linear(3, 4, bias=False), families, {"a": [0], "b": [1]})
+def test_places_of_two_channel_groups_in_one_tensor_are_both_cut() -> None:
+    weight = GroupMember("weight", 0, "row", (0, 1, -1, -1)), GroupMember("weight", 0, "row", (-1, -1, 0, 1))
+    channel_groups = ChannelGroups({n: ChannelGroup(n, "linear", 2, (p,)) for n, p in zip("ab", weight, strict=True)})
+    plan = plan_removal(nn.Linear(3, 4, bias=False), channel_groups, {"a": [0], "b": [1]})
     assert plan.keep["weight"][0].tolist() == [1, 2]

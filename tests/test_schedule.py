@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sparsify.modifiers.schedule import Clock, Curve, Grid, Window, between, curve
+from sparsify.modifiers.schedule import Clock, Curve, UpdateGrid, Window, between, curve
 
 CURVES = ("linear", "cubic", "inverse_cubic", "cosine", "polynomial")
 FORMULA = {
@@ -64,7 +64,7 @@ def test_the_latest_point_is_the_last_one_that_is_due(
     start: float, length: float, frequency: float, steps_per_epoch: int, step: int
 ) -> None:
     end = start + length
-    grid = Grid(Window(start, end), frequency)
+    grid = UpdateGrid(Window(start, end), frequency)
     got = grid.latest(Clock(step, step / steps_per_epoch, steps_per_epoch))
 
     # By walking all points in exact arithmetic, with the tolerance of a millionth of a step.
@@ -88,9 +88,9 @@ def test_the_end_is_reached_at_its_step_whatever_the_frequency(
     frequency: float, end: float, steps_per_epoch: int
 ) -> None:
     step = math.ceil(end * steps_per_epoch - 1e-6)
-    assert Grid(Window(0.0, end), frequency).latest(Clock(step, step / steps_per_epoch, steps_per_epoch)) == end
+    assert UpdateGrid(Window(0.0, end), frequency).latest(Clock(step, step / steps_per_epoch, steps_per_epoch)) == end
     if step:
-        before = Grid(Window(0.0, end), frequency).latest(
+        before = UpdateGrid(Window(0.0, end), frequency).latest(
             Clock(step - 1, (step - 1) / steps_per_epoch, steps_per_epoch)
         )
         assert before is not None and before < end
@@ -98,20 +98,20 @@ def test_the_end_is_reached_at_its_step_whatever_the_frequency(
 
 @given(st.integers(1, 400), st.sampled_from([0.1, 0.3, 0.5, 1.0]))
 def test_points_do_not_depend_on_where_a_run_resumes(steps_per_epoch: int, frequency: float) -> None:
-    grid = Grid(Window(0.5, 2.5), frequency)
+    grid = UpdateGrid(Window(0.5, 2.5), frequency)
     seen = {grid.latest(Clock(s, s / steps_per_epoch, steps_per_epoch)) for s in range(3 * steps_per_epoch + 1)}
     allowed = {min(0.5 + k * frequency, 2.5) for k in range(100)} | {2.5, None}
     assert seen <= allowed
 
 
 def test_every_step_is_a_point_at_frequency_minus_one() -> None:
-    grid = Grid(Window(1.0, 2.0), -1)
+    grid = UpdateGrid(Window(1.0, 2.0), -1)
     points = [grid.latest(Clock(step, step / 4, 4)) for step in range(11)]
     assert points == [None] * 4 + [1.0, 1.25, 1.5, 1.75, 2.0, 2.0, 2.0]
 
 
 def test_without_steps_per_epoch_points_come_at_whole_epochs() -> None:
-    grid = Grid(Window(0.5, 2.0), 0.5)
+    grid = UpdateGrid(Window(0.5, 2.0), 0.5)
     assert [grid.latest(Clock(step=9, epoch=float(epoch))) for epoch in (0, 1, 2, 3)] == [None, 1.0, 2.0, 2.0]
 
 
@@ -123,5 +123,5 @@ def test_windows_that_touch_do_not_overlap() -> None:
 
 def test_an_empty_window_has_passed() -> None:
     assert Window(3.0, 3.0).progress(3.0) == 1.0
-    assert Grid(Window(3.0, 3.0), 1.0).latest(Clock(3, 3.0, 1)) == 3.0
-    assert Grid(Window(3.0, 3.0), 1.0).latest(Clock(2, 2.0, 1)) is None
+    assert UpdateGrid(Window(3.0, 3.0), 1.0).latest(Clock(3, 3.0, 1)) == 3.0
+    assert UpdateGrid(Window(3.0, 3.0), 1.0).latest(Clock(2, 2.0, 1)) is None

@@ -185,7 +185,7 @@ def test_memory_bounds_hold_and_are_near() -> None:
     parameters = [torch.zeros(1000, 300), torch.zeros(7)]
     need = second_order.fisher_bytes(parameters, 50)
     held = sum(4 * second_order.fisher_sums(p, 50).numel() for p in parameters)
-    assert held < need < held + 4 * (second_order.ROWS + 2) * 300_100 + 6 * 8 * second_order.PAGE + 1000
+    assert held < need < held + 4 * (second_order.FISHER_ROWS + 2) * 300_100 + 6 * 8 * second_order.PAGE + 1000
     kept, work = second_order.mfac_bytes(parameters, 64)
     assert kept == 4 * 65 * 300_007 and work == 12 * 8 * second_order.PAGE + 8 * 300_007
 

@@ -57,7 +57,7 @@ def gradients_at(model: nn.Module, steps: range) -> list[dict[str, Tensor]]:
 
 
 def pruned_densely(
-    before: dict[str, Tensor], gradients: list[dict[str, Tensor]], gone: int, size: int = 16, damp: float = 1e-4
+    before: dict[str, Tensor], gradients: list[dict[str, Tensor]], pruned: int, size: int = 16, damp: float = 1e-4
 ) -> dict[str, Tensor]:
     """One ranking over all weights by a dense inverse, what is zero being gone already; the rest minimised block by
     block."""
@@ -71,7 +71,7 @@ def pruned_densely(
         scores[name] = torch.where(flat != 0, flat**2 / inverses[name].diagonal() / 2, 0.0)
     order = torch.cat(list(scores.values())).argsort(stable=True)
     goes = torch.zeros(len(order), dtype=torch.bool)
-    goes[order[:gone]] = True
+    goes[order[:pruned]] = True
     after = {}
     for (name, weight), q in zip(before.items(), goes.split([w.numel() for w in before.values()]), strict=True):
         flat, inverse = weight.double().reshape(-1), inverses[name]
@@ -95,7 +95,7 @@ def assert_close(model: nn.Module, wanted: dict[str, Tensor], what: str) -> None
 def test_a_sampler_prunes_as_the_dense_inverse_says(method: str) -> None:
     model = network()
     before = copy.deepcopy(weights(model))
-    wanted = pruned_densely(before, gradients_at(model, range(16)), gone=70)
+    wanted = pruned_densely(before, gradients_at(model, range(16)), pruned=70)
     modifier = BOTH[method](init_sparsity=0.7, final_sparsity=0.7)
     manager = ScheduledModifierManager([modifier])
     manager.modify(model, torch.optim.SGD(model.parameters(), lr=0.1), steps_per_epoch=2, grad_sampler=sampler(model))
@@ -111,12 +111,12 @@ def test_a_later_update_keeps_what_is_gone_and_moves_only_what_stays(method: str
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
     manager.modify(model, optimizer, steps_per_epoch=2, grad_sampler=sampler(model))
     first = {name: weight == 0 for name, weight in weights(model).items()}
-    for gone in (45, 60):
+    for pruned in (45, 60):
         before = copy.deepcopy(weights(model))
-        wanted = pruned_densely(before, gradients_at(model, range(16)), gone)
+        wanted = pruned_densely(before, gradients_at(model, range(16)), pruned)
         train(model, optimizer, range(2))
-        assert_close(model, wanted, f"{method} at {gone}")
-    assert all(bool((weights(model)[name][gone] == 0).all()) for name, gone in first.items())
+        assert_close(model, wanted, f"{method} at {pruned}")
+    assert all(bool((weights(model)[name][pruned] == 0).all()) for name, pruned in first.items())
 
 
 @both
@@ -124,7 +124,7 @@ def test_without_a_sampler_the_last_steps_before_an_update_count(method: str) ->
     """Two updates 4 steps apart; of the steps before each, the last 3 are in the Fisher matrix."""
     changed = {"num_grads": 3, "update_frequency": 2.0, "end_epoch": 4.0, "inter_func": "linear"}
     model, optimizer, _ = at_work(BOTH[method](**changed), "sgd")
-    for start, gone in ((0, 40), (4, 80)):
+    for start, pruned in ((0, 40), (4, 80)):
         seen = []
         for step in range(start, start + 4):
             seen += gradients_at(model, range(step, step + 1))
@@ -134,7 +134,7 @@ def test_without_a_sampler_the_last_steps_before_an_update_count(method: str) ->
         # What the update found: a step of plain SGD, and what was gone not yet zero again.
         found = {name: weight.masked_fill(masked[name], 0.0) for name, weight in stepped.items()}
         assert sum(int(mask.sum()) for mask in masked.values()) == start * 10
-        assert_close(model, pruned_densely(found, seen[-3:], gone), f"{method} at {gone}")
+        assert_close(model, pruned_densely(found, seen[-3:], pruned), f"{method} at {pruned}")
 
 
 def test_where_updates_lie_closer_than_gradients_reach_a_mean_runs_on() -> None:
@@ -260,12 +260,12 @@ def test_counts_are_exact_and_masks_only_grow(method: str, sampled: bool, togeth
     manager = ScheduledModifierManager([BOTH[method](**changed)])
     given = {"grad_sampler": sampler(model)} if sampled else {}
     manager.modify(model, optimizer, steps_per_epoch=2, **given)
-    gone = {name: weight == 0 for name, weight in weights(model).items()}
+    pruned = {name: weight == 0 for name, weight in weights(model).items()}
     for step in range(STEPS):
         train(model, optimizer, [step])
         now = {name: weight == 0 for name, weight in weights(model).items()}
-        assert all(bool(now[name][gone[name]].all()) for name in now)
-        gone = now
+        assert all(bool(now[name][pruned[name]].all()) for name in now)
+        pruned = now
     total = sum(zeros(model).values())
     assert total == {"2.weight": 16}.get(params, 40)
     if mask_type == "2:4":

@@ -10,25 +10,25 @@ from torch import Tensor, nn
 
 import sparsify
 from sparsify.errors import ArgumentError, DataError, StateError
-from sparsify.pruning.groups import Families, find
+from sparsify.pruning.groups import ChannelGroups, find
 from sparsify.pruning.shrinking import dead, deletion_masks, dry_run
 from tests.structured_models import Encoder, Residual
 from tests.test_removal import half, network, unchanged
 
 
-def masked(model: nn.Module, families: Families, gone: dict[str, list[int]]) -> None:
+def masked(model: nn.Module, channel_groups: ChannelGroups, pruned: dict[str, list[int]]) -> None:
     with torch.no_grad():
-        for name, mask in deletion_masks(model, families, gone).items():
+        for name, mask in deletion_masks(model, channel_groups, pruned).items():
             dict(model.named_parameters())[name].mul_(mask)
 
 
 @pytest.mark.parametrize("kind", [Residual, Encoder])
 def test_what_was_masked_is_found_and_removed(kind: type[nn.Module]) -> None:
     model, x = network(kind)
-    families = find(model, (x,))
-    gone = half(families)
-    masked(model, families, gone)
-    assert {name: list(channels) for name, channels in dead(model, families).items()} == gone
+    channel_groups = find(model, (x,))
+    pruned = half(channel_groups)
+    masked(model, channel_groups, pruned)
+    assert {name: list(channels) for name, channels in dead(model, channel_groups).items()} == pruned
     modes = {name: module.training for name, module in model.named_modules()}
     state = torch.get_rng_state()
     model.eval()
@@ -38,15 +38,15 @@ def test_what_was_masked_is_found_and_removed(kind: type[nn.Module]) -> None:
     assert torch.equal(torch.get_rng_state(), state)
     assert {name: module.training for name, module in model.named_modules()} == modes
     assert torch.allclose(model.eval()(x), before, rtol=1e-10, atol=1e-12)
-    assert done.widths == {n: (f.size, f.size - len(gone[n])) for n, f in families.families.items()}
+    assert done.widths == {n: (f.size, f.size - len(pruned[n])) for n, f in channel_groups.groups.items()}
     assert done.parameters_after == sum(p.numel() for p in model.parameters()) < done.parameters_before
     assert all(name in str(done) for name in done.widths)
 
 
 def test_a_second_time_nothing_is_left_to_remove() -> None:
     model, x = network()
-    families = find(model, (x,))
-    masked(model, families, half(families))
+    channel_groups = find(model, (x,))
+    masked(model, channel_groups, half(channel_groups))
     sparsify.shrink(model, x)
     again = sparsify.shrink(model, x)
     assert again.widths == {}
@@ -94,8 +94,8 @@ def test_a_copy_is_shrunk_alike_and_an_optimizer_goes_on() -> None:
     model(x).sum().backward()
     optimizer.step()
     average = copy.deepcopy(model)
-    families = find(model, (x,))
-    masked(model, families, half(families))
+    channel_groups = find(model, (x,))
+    masked(model, channel_groups, half(channel_groups))
     done = sparsify.shrink(model, x, optimizer)
     done.apply_to(average)
     assert {n: p.shape for n, p in average.named_parameters()} == {n: p.shape for n, p in model.named_parameters()}
@@ -123,9 +123,9 @@ def test_what_code_has_as_a_fixed_size_stays_whole_with_the_reason() -> None:
     model, x = FixedShape(), torch.randn(3, 4)
     before = copy.deepcopy(model.state_dict())
     found = find(model, (x,))
-    assert set(found.families) == {"up.weight", "down.weight", "free.weight"}
+    assert set(found.groups) == {"up.weight", "down.weight", "free.weight"}
     checked = dry_run(model, found, (x,))
-    assert set(checked.families) == {"down.weight", "free.weight"}
+    assert set(checked.groups) == {"down.weight", "free.weight"}
     assert "the smaller model fails: RuntimeError" in checked.whole["up.weight"]
     assert unchanged(model, before)
 
@@ -148,7 +148,7 @@ def test_what_computes_something_else_when_smaller_stays_whole() -> None:
     # As residual branches begin: as long as it is zero, all that comes before looks right.
     nn.init.zeros_(model.down.weight)
     checked = dry_run(model, find(model, (x,)), (x,))
-    assert not checked.families
+    assert not checked.groups
     assert "computes something else" in checked.whole["up.weight"]
 
 
@@ -172,7 +172,7 @@ def test_what_gives_nan_when_smaller_stays_whole() -> None:
 def test_a_model_in_training_is_compared_without_its_dropout() -> None:
     model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Dropout(), nn.Linear(8, 2)).train()
     x = torch.randn(3, 4)
-    assert set(dry_run(model, find(model, (x,)), (x,)).families) == {"0.weight"}
+    assert set(dry_run(model, find(model, (x,)), (x,)).groups) == {"0.weight"}
     assert all(module.training for module in model.modules())
 
 
@@ -202,9 +202,9 @@ class Counted(nn.Module):
 @pytest.mark.parametrize(("least", "expected"), [(1, {2}), (5, {2, 9})])
 def test_two_samples_are_compared_unless_code_wants_more(least: int, expected: set[int]) -> None:
     model, x = Counted(least), torch.randn(9, 4)
-    families = find(model, (x,))
+    channel_groups = find(model, (x,))
     model.seen.clear()
-    assert set(dry_run(model, families, (x,)).families) == {"up.weight"}
+    assert set(dry_run(model, channel_groups, (x,)).groups) == {"up.weight"}
     assert set(model.seen) == expected
 
 
@@ -222,7 +222,7 @@ class Single(nn.Module):
 
 def test_a_model_that_takes_float32_only_is_compared_in_it() -> None:
     model, x = Single(), torch.randn(3, 4)
-    assert set(dry_run(model, find(model, (x,)), (x,)).families) == {"up.weight"}
+    assert set(dry_run(model, find(model, (x,)), (x,)).groups) == {"up.weight"}
 
 
 class Buckets(nn.Module):

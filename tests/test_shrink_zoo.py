@@ -1,4 +1,5 @@
-"""Half of every family is removed from every architecture: the smaller model computes what the masked one does."""
+"""Half of every channel group is removed from every architecture: the smaller model computes what the masked one
+does."""
 
 from __future__ import annotations
 
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from sparsify import export_onnx
-from sparsify.pruning.groups import Families, find
+from sparsify.pruning.groups import ChannelGroups, find
 from sparsify.pruning.removal import Removal, plan_removal, remove
 from sparsify.pruning.shrinking import deletion_masks, dry_run
 
@@ -62,21 +63,21 @@ def difference(one: nn.Module, other: nn.Module, inputs: Inputs) -> float:
     return worst
 
 
-def half(families: Families, kinds: frozenset[str] | None = None) -> dict[str, list[int]]:
-    """Half of the channels of every family (of these kinds), by chance."""
+def half(channel_groups: ChannelGroups, kinds: frozenset[str] | None = None) -> dict[str, list[int]]:
+    """Half of the channels of every channel group (of these kinds), by chance."""
     return {
-        name: sorted(torch.randperm(family.size)[: family.size // 2].tolist())
-        for name, family in families.families.items()
-        if kinds is None or family.kind in kinds
+        name: sorted(torch.randperm(channel_group.size)[: channel_group.size // 2].tolist())
+        for name, channel_group in channel_groups.groups.items()
+        if kinds is None or channel_group.kind in kinds
     }
 
 
-def masked(model: nn.Module, families: Families, gone: dict[str, list[int]]) -> nn.Module:
+def masked(model: nn.Module, channel_groups: ChannelGroups, pruned: dict[str, list[int]]) -> nn.Module:
     """A copy whose deleted channels are zeros, in all that belongs to them."""
     result = copy.deepcopy(model)
     parameters = dict(result.named_parameters(remove_duplicate=False))
     with torch.no_grad():
-        for name, kept in deletion_masks(result, families, gone).items():
+        for name, kept in deletion_masks(result, channel_groups, pruned).items():
             parameters[name].mul_(kept)
     return result
 
@@ -101,8 +102,8 @@ class Case:
     expected: Architecture
     inputs: Inputs
     dense: nn.Module
-    families: Families
-    gone: dict[str, list[int]]
+    channel_groups: ChannelGroups
+    pruned: dict[str, list[int]]
     masked: nn.Module
     shrunk: nn.Module
     removal: Removal
@@ -118,13 +119,13 @@ class Case:
 def case(request: pytest.FixtureRequest) -> Iterator[Case]:
     name = request.param
     dense, inputs = built(name)
-    families = dry_run(dense, find(dense, *inputs), *inputs)
-    gone = half(families)
-    with_zeros = masked(dense, families, gone)
+    channel_groups = dry_run(dense, find(dense, *inputs), *inputs)
+    pruned = half(channel_groups)
+    with_zeros = masked(dense, channel_groups, pruned)
     shrunk = copy.deepcopy(with_zeros)
-    removal = plan_removal(shrunk, families, gone)
+    removal = plan_removal(shrunk, channel_groups, pruned)
     remove(shrunk, removal)
-    yield Case(name, ARCHITECTURES[name], inputs, dense, families, gone, with_zeros, shrunk, removal)
+    yield Case(name, ARCHITECTURES[name], inputs, dense, channel_groups, pruned, with_zeros, shrunk, removal)
 
 
 def size(model: nn.Module) -> int:
@@ -135,23 +136,23 @@ def test_the_shrunk_model_computes_what_the_masked_one_does(case: Case) -> None:
     assert difference(case.masked, case.shrunk, case.inputs) < 1e-10
     single = to(case.inputs, torch.float32)
     assert difference(copy.deepcopy(case.masked).float(), copy.deepcopy(case.shrunk).float(), single) < 1e-4
-    if case.gone:
+    if case.pruned:
         # The claim is not empty: what was cut had been at work.
         assert difference(case.dense, case.masked, case.inputs) > 1e-6
 
 
 def test_as_much_is_cut_as_is_known_to_be_possible(case: Case) -> None:
-    assert {family.kind for family in case.families.families.values()} == set(case.expected.cut)
+    assert {channel_group.kind for channel_group in case.groups.groups.values()} == set(case.expected.cut)
     assert size(case.shrunk) / size(case.dense) == pytest.approx(case.expected.kept, abs=0.02)
-    # Every layer is a row of a family, or there is a reason.
-    rows = {row for family in case.families.families.values() for row in family.rows}
+    # Every layer is a row of a channel group, or there is a reason.
+    rows = {row for channel_group in case.groups.groups.values() for row in channel_group.rows}
     layers = {f"{name}.weight" for name, m in case.dense.named_modules() if isinstance(m, (nn.Linear, nn.Conv2d))}
     names = {id(parameter): name for name, parameter in case.dense.named_parameters()}
     first = {names[id(case.dense.get_parameter(layer))] for layer in layers}
-    assert first <= rows | set(case.families.whole)
-    assert not rows & set(case.families.whole)
+    assert first <= rows | set(case.groups.whole)
+    assert not rows & set(case.groups.whole)
     for weight, reason in case.expected.whole:
-        assert reason in case.families.whole[weight]
+        assert reason in case.groups.whole[weight]
 
 
 def test_sizes_of_layers_are_those_of_their_weights(case: Case) -> None:
@@ -244,10 +245,10 @@ CONFIGURED = {
 @pytest.mark.parametrize("name", CONFIGURED)
 def test_a_model_of_the_new_config_holds_the_shrunk_weights(name: str) -> None:
     model, inputs = built(name)
-    families = dry_run(model, find(model, *inputs), *inputs)
-    gone = half(families, CONFIGURED[name])
-    assert gone
-    remove(model, plan_removal(model, families, gone))
+    channel_groups = dry_run(model, find(model, *inputs), *inputs)
+    pruned = half(channel_groups, CONFIGURED[name])
+    assert pruned
+    remove(model, plan_removal(model, channel_groups, pruned))
     again = type(model)(model.config).double()
     again.load_state_dict(model.state_dict())
     assert difference(model, again, inputs) < 1e-10
@@ -259,17 +260,17 @@ def test_a_model_of_the_new_config_holds_the_shrunk_weights(name: str) -> None:
 @pytest.mark.parametrize("name", ["squeeze and excite", "norms of all kinds"])
 def test_without_the_columns_of_its_readers_a_mask_is_not_exact(name: str) -> None:
     dense, inputs = built(name)
-    families = dry_run(dense, find(dense, *inputs), *inputs)
-    gone = half(families)
-    shrunk = masked(dense, families, gone)
-    remove(shrunk, plan_removal(shrunk, families, gone))
+    channel_groups = dry_run(dense, find(dense, *inputs), *inputs)
+    pruned = half(channel_groups)
+    shrunk = masked(dense, channel_groups, pruned)
+    remove(shrunk, plan_removal(shrunk, channel_groups, pruned))
     rows = copy.deepcopy(dense)
     parameters = dict(rows.named_parameters(remove_duplicate=False))
     with torch.no_grad():
-        for family_name, family in families.families.items():
-            for place in family.places:
+        for group_name, channel_group in channel_groups.groups.items():
+            for place in channel_group.places:
                 if place.role != "column" and place.tensor in parameters:
-                    dead = [index for index, channel in enumerate(place.channels) if channel in gone[family_name]]
+                    dead = [index for index, channel in enumerate(place.channels) if channel in pruned[group_name]]
                     parameters[place.tensor].index_fill_(place.dim, torch.tensor(dead), 0.0)
     assert difference(rows, shrunk, inputs) > 1e-3
 
@@ -277,11 +278,11 @@ def test_without_the_columns_of_its_readers_a_mask_is_not_exact(name: str) -> No
 @pytest.mark.parametrize("name", ["attention by hand", "ViT", "GPT-2", "OPT"])
 def test_without_the_integers_of_its_modules_a_shrunk_model_is_wrong(name: str) -> None:
     dense, inputs = built(name)
-    families = dry_run(dense, find(dense, *inputs), *inputs)
-    gone = half(families)
-    shrunk = masked(dense, families, gone)
+    channel_groups = dry_run(dense, find(dense, *inputs), *inputs)
+    pruned = half(channel_groups)
+    shrunk = masked(dense, channel_groups, pruned)
     before = {path: dict(vars(module)) for path, module in shrunk.named_modules()}
-    removal = plan_removal(shrunk, families, gone)
+    removal = plan_removal(shrunk, channel_groups, pruned)
     remove(shrunk, removal)
     user = {
         p: a for p, a in removal.attributes.items() if not type(shrunk.get_submodule(p)).__module__.startswith("torch.")
@@ -291,7 +292,7 @@ def test_without_the_integers_of_its_modules_a_shrunk_model_is_wrong(name: str) 
         for attribute in attributes:
             setattr(shrunk.get_submodule(path), attribute, before[path][attribute])
     try:
-        wrong = difference(masked(dense, families, gone), shrunk, inputs) > 1e-3
+        wrong = difference(masked(dense, channel_groups, pruned), shrunk, inputs) > 1e-3
     except (RuntimeError, ValueError, AssertionError):
         wrong = True
     assert wrong

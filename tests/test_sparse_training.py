@@ -164,14 +164,14 @@ def test_what_is_masked_is_zero_after_every_step(method: str, form: str) -> None
 
     def check(step: int) -> None:
         found = masks(manager)
-        gone = {name: int((~mask).sum()) for name, mask in found.items()}
+        pruned = {name: int((~mask).sum()) for name, mask in found.items()}
         assert not any(weights(model)[name][~mask].any() for name, mask in found.items()), step
-        assert gone == {name: round(s * sizes[name]) for name, s in manager.sparsity().items()}
-        if method != "movement" and gone:
-            assert sum(gone.values()) == total[method]
+        assert pruned == {name: round(s * sizes[name]) for name, s in manager.sparsity().items()}
+        if method != "movement" and pruned:
+            assert sum(pruned.values()) == total[method]
         # What has just been grown is zero for this one moment, and a unit that is dead stays so when dense.
-        if step % 2 and gone:
-            assert all(count == gone.get(name, 0) for name, count in zeros(model).items()), step
+        if step % 2 and pruned:
+            assert all(count == pruned.get(name, 0) for name, count in zeros(model).items()), step
 
     train(model, optimizer, range(STEPS), check)
     if method == "movement":
@@ -254,17 +254,17 @@ def test_movement_prunes_by_the_sum_of_gradient_times_weight(form: str) -> None:
     reference = network()
     other = FORMS[form](reference)
     scores = {name: torch.zeros_like(w) for name, w in weights(reference).items()}
-    gone = {name: torch.zeros_like(w, dtype=torch.bool) for name, w in weights(reference).items()}
+    pruned = {name: torch.zeros_like(w, dtype=torch.bool) for name, w in weights(reference).items()}
 
     def prune(sparsity: float) -> None:
         for name, w in weights(reference).items():
             values = scores[name] if scores[name].any() else w.abs()
-            order = sorted(range(w.numel()), key=lambda i: (not gone[name].view(-1)[i], values.view(-1)[i], i))
-            gone[name].view(-1)[order[: round(sparsity * w.numel())]] = True
-            w[gone[name]] = 0
+            order = sorted(range(w.numel()), key=lambda i: (not pruned[name].view(-1)[i], values.view(-1)[i], i))
+            pruned[name].view(-1)[order[: round(sparsity * w.numel())]] = True
+            w[pruned[name]] = 0
             for value in other.state.get(dict(reference.named_parameters())[name], {}).values():
                 if isinstance(value, Tensor) and value.shape == w.shape:
-                    value[gone[name]] = 0
+                    value[pruned[name]] = 0
 
     prune(0.1)
     for step in range(STEPS):
@@ -276,7 +276,7 @@ def test_movement_prunes_by_the_sum_of_gradient_times_weight(form: str) -> None:
                 scores[name] += -0.01 * p.grad * p.detach()
         other.step()
         for name, w in weights(reference).items():
-            w[gone[name]] = 0
+            w[pruned[name]] = 0
         epoch = (step + 1) / STEPS_PER_EPOCH
         if epoch == int(epoch) and epoch <= 5:
             prune(0.1 + 0.7 * epoch / 5)
@@ -764,9 +764,9 @@ def test_whole_channels_of_a_weight_are_compressed_together(kind: str) -> None:
     model = network()
     ScheduledModifierManager([acdc(mask_type=kind, global_sparsity=False, params=["0.weight"])]).apply(model)
     weight = model[0].weight.detach() if kind == "filter" else model[0].weight.detach().T
-    gone = (weight == 0).all(1)
-    assert int(gone.sum()) == round(len(weight) * 0.75)
-    assert bool((weight[~gone] != 0).all())
+    pruned = (weight == 0).all(1)
+    assert int(pruned.sum()) == round(len(weight) * 0.75)
+    assert bool((weight[~pruned] != 0).all())
 
 
 def test_movement_reads_the_score_type_of_older_files() -> None:

@@ -71,29 +71,29 @@ ENCODER: dict[str, list[tuple[str, int, int]]] = {
 PARTS: dict[type[nn.Module], dict[str, list[tuple[str, int, int]]]] = {Residual: RESIDUAL, Encoder: ENCODER}
 
 
-def slices_of(model: nn.Module, family: str, channel: int) -> list[Tensor]:
+def slices_of(model: nn.Module, channel_group: str, channel: int) -> list[Tensor]:
     """All that is one channel."""
     parts = []
-    for name, dim, width in PARTS[type(model)][family]:
+    for name, dim, width in PARTS[type(model)][channel_group]:
         parts.append(model.get_parameter(name).detach().narrow(dim, channel * width, width))
     return parts
 
 
-def gone(model: nn.Module, family: str, size: int) -> set[int]:
+def pruned(model: nn.Module, channel_group: str, size: int) -> set[int]:
     """Channels of which nothing is left; one of which something is zero but not all is a mistake."""
     found = set()
     for channel in range(size):
-        zero = [not bool(part.any()) for part in slices_of(model, family, channel)]
+        zero = [not bool(part.any()) for part in slices_of(model, channel_group, channel)]
         # A bias may be zero by itself.
         if all(zero):
             found.add(channel)
     return found
 
 
-def worth(model: nn.Module, family: str, size: int) -> list[float]:
+def importance(model: nn.Module, channel_group: str, size: int) -> list[float]:
     """The norm of all that is one channel of weights, without biases and norms."""
     total = [0.0] * size
-    for name, dim, width in PARTS[type(model)][family]:
+    for name, dim, width in PARTS[type(model)][channel_group]:
         weight = model.get_parameter(name).detach().double()
         for channel in range(size if weight.dim() > 1 else 0):
             total[channel] += float(weight.narrow(dim, channel * width, width).square().sum())
@@ -119,29 +119,31 @@ def ramp(step: int, init: float, final: float, size: int, start: float = 1.0, en
 @optimizers
 def test_exactly_so_many_channels_are_gone_at_every_step_and_they_only_grow(kind: Any, name: str) -> None:
     model, optimizer, _ = at_work(kind, name=name)
-    before: dict[str, set[int]] = {family: set() for family in small.FAMILIES[kind]}
+    before: dict[str, set[int]] = {channel_group: set() for channel_group in small.FAMILIES[kind]}
     for number in range(15):
-        for family, size in small.FAMILIES[kind].items():
-            now = gone(model, family, size)
-            assert len(now) == ramp(number, 0.1, 0.5, size), (number, family)
-            assert before[family] <= now
-            before[family] = now
+        for channel_group, size in small.FAMILIES[kind].items():
+            now = pruned(model, channel_group, size)
+            assert len(now) == ramp(number, 0.1, 0.5, size), (number, channel_group)
+            assert before[channel_group] <= now
+            before[channel_group] = now
         small.step(model, optimizer, number)
-    assert all(len(now) == small.FAMILIES[kind][family] // 2 for family, now in before.items())
+    assert all(len(now) == small.FAMILIES[kind][channel_group] // 2 for channel_group, now in before.items())
 
 
 def reference(kind: Any, name: str, steps: int) -> Any:
     """The same training without sparsify: the lowest channels are chosen and zeroed by hand."""
     model = small.made(kind)
     optimizer = small.optimizer_of(name, model)
-    dead: dict[str, list[int]] = {family: [] for family in small.FAMILIES[kind]}
+    dead: dict[str, list[int]] = {channel_group: [] for channel_group in small.FAMILIES[kind]}
     for number in range(steps + 1):
-        orders = {f: sorted(range(n), key=worth(model, f, n).__getitem__) for f, n in small.FAMILIES[kind].items()}
-        for family, size in small.FAMILIES[kind].items():
-            ranked = dead[family] + [channel for channel in orders[family] if channel not in dead[family]]
-            dead[family] = ranked[: ramp(number, 0.1, 0.5, size)]
-            for channel in dead[family]:
-                for part in slices_of(model, family, channel):
+        orders = {f: sorted(range(n), key=importance(model, f, n).__getitem__) for f, n in small.FAMILIES[kind].items()}
+        for channel_group, size in small.FAMILIES[kind].items():
+            ranked = dead[channel_group] + [
+                channel for channel in orders[channel_group] if channel not in dead[channel_group]
+            ]
+            dead[channel_group] = ranked[: ramp(number, 0.1, 0.5, size)]
+            for channel in dead[channel_group]:
+                for part in slices_of(model, channel_group, channel):
                     part.zero_()
         if number < steps:
             small.step(model, optimizer, number)
@@ -182,11 +184,11 @@ def test_a_sparsity_of_zero_changes_no_loss(kind: Any) -> None:
 
 
 @both
-def test_without_inputs_the_first_forward_shows_the_families(kind: Any) -> None:
+def test_without_inputs_the_first_forward_shows_the_channel_groups(kind: Any) -> None:
     modifier = structured(start_epoch=0.0, shrink=True)
     given, optimizer, _ = at_work(kind, modifier)
     waits, other, _ = at_work(kind, modifier, sample_inputs=None)
-    assert not any(gone(waits, family, size) for family, size in small.FAMILIES[kind].items())
+    assert not any(pruned(waits, channel_group, size) for channel_group, size in small.FAMILIES[kind].items())
     for number in range(14):
         assert small.step(given, optimizer, number) == small.step(waits, other, number)
     assert same(given.state_dict(), waits.state_dict())
@@ -214,11 +216,14 @@ def same(one: Any, two: Any) -> bool:
 
 
 def kept_of(kind: Any, *modifiers: Modifier) -> dict[str, int]:
-    """How many channels stay of each family when all is done."""
+    """How many channels stay of each channel group when all is done."""
     model, optimizer, _ = at_work(kind, *modifiers)
     for number in range(13):
         small.step(model, optimizer, number)
-    return {family: size - len(gone(model, family, size)) for family, size in small.FAMILIES[kind].items()}
+    return {
+        channel_group: size - len(pruned(model, channel_group, size))
+        for channel_group, size in small.FAMILIES[kind].items()
+    }
 
 
 @pytest.mark.parametrize(
@@ -253,7 +258,7 @@ def test_products_of_matrices_are_not_rounded_unless_told() -> None:
 def test_limits_hold(together: bool) -> None:
     modifier = structured(final_sparsity=0.8, limits={"conv3": 0.25, "re:fc": 0.5}, global_sparsity=together)
     kept = kept_of(Residual, modifier)
-    # conv3 gives the channels of the first family and reads those of the second; fc reads those of the first.
+    # conv3 gives the channels of the first channel group and reads those of the second; fc reads those of the first.
     assert kept == {"conv1.weight": 9, "conv2.weight": 8}
 
 
@@ -277,17 +282,17 @@ def test_one_ranking_is_in_units_of_a_familys_mean() -> None:
     with torch.no_grad():
         model.conv2.weight.mul_(100.0)
     sizes = small.FAMILIES[Residual]
-    values = {family: worth(model, family, size) for family, size in sizes.items()}
+    values = {channel_group: importance(model, channel_group, size) for channel_group, size in sizes.items()}
     ranked = sorted(
-        (value * len(own) / sum(own), family, channel)
-        for family, own in values.items()
+        (value * len(own) / sum(own), channel_group, channel)
+        for channel_group, own in values.items()
         for channel, value in enumerate(own)
     )
     ScheduledModifierManager([structured(global_sparsity=True, init_sparsity=0.5, start_epoch=0.0)]).modify(
         model, small.optimizer_of("sgd", model), steps_per_epoch=3, sample_inputs=small.batch(Residual, 0)[0]
     )
-    expected = {(family, channel) for _, family, channel in ranked[:11]}
-    assert {(f, channel) for f, size in sizes.items() for channel in gone(model, f, size)} == expected
+    expected = {(channel_group, channel) for _, channel_group, channel in ranked[:11]}
+    assert {(f, channel) for f, size in sizes.items() for channel in pruned(model, f, size)} == expected
 
 
 def test_bounds() -> None:
@@ -310,14 +315,14 @@ def test_the_start_can_be_what_is_there() -> None:
     manager = ScheduledModifierManager([structured(init_sparsity="__FROM_PARAM__", start_epoch=0.0)])
     optimizer = small.optimizer_of("sgd", model)
     manager.modify(model, optimizer, steps_per_epoch=3, sample_inputs=small.batch(Residual, 0)[0])
-    assert gone(model, "conv1.weight", 12) == {1, 4, 7} and not gone(model, "conv2.weight", 10)
+    assert pruned(model, "conv1.weight", 12) == {1, 4, 7} and not pruned(model, "conv2.weight", 10)
     for number in range(13):
         small.step(model, optimizer, number)
-    assert len(gone(model, "conv1.weight", 12)) == 6 and len(gone(model, "conv2.weight", 10)) == 5
+    assert len(pruned(model, "conv1.weight", 12)) == 6 and len(pruned(model, "conv2.weight", 10)) == 5
 
 
 def test_channels_can_be_named_by_those_who_read_them() -> None:
-    # fc reads the first family, and gives no channel that can go.
+    # fc reads the first channel group, and gives no channel that can go.
     assert kept_of(Residual, structured(params=["fc"], mask_type="channel")) == {"conv1.weight": 6, "conv2.weight": 10}
     assert kept_of(Residual, structured(params=["conv3"], mask_type="channel")) == {
         "conv1.weight": 12,
@@ -337,7 +342,7 @@ def test_at_the_end_channels_can_grow_back() -> None:
         small.step(model, optimizer, number)
     assert manager.sparsity() == {}
     small.step(model, optimizer, 12)
-    assert not gone(model, "conv2.weight", 10)
+    assert not pruned(model, "conv2.weight", 10)
 
 
 # ------------------------------------------------------------------------------------- removed for good
@@ -361,8 +366,8 @@ def test_a_shrunk_model_computes_what_the_masked_one_does_and_trains_the_same(ki
         if number == 11:
             assert_equal_outputs(one, two)
     assert [id(parameter) for parameter in two.parameters()] == kept
-    for family, size in small.FAMILIES[kind].items():
-        for tensor, dim, width in PARTS[kind][family]:
+    for channel_group, size in small.FAMILIES[kind].items():
+        for tensor, dim, width in PARTS[kind][channel_group]:
             assert two.get_parameter(tensor).shape[dim] == width * (size - size // 2)
     for parameter in two.parameters():
         for value in second.state[parameter].values():
@@ -401,8 +406,8 @@ def test_apply_and_initialize_need_no_optimizer(kind: Any) -> None:
     x = small.batch(kind, 0)[0]
     ScheduledModifierManager([structured(shrink=True)]).apply(model, sample_inputs=x)
     dense = small.made(kind)
-    for family, size in small.FAMILIES[kind].items():
-        tensor, dim, width = PARTS[kind][family][0]
+    for channel_group, size in small.FAMILIES[kind].items():
+        tensor, dim, width = PARTS[kind][channel_group][0]
         assert model.get_parameter(tensor).shape[dim] == width * (size - size // 2)
     model(x)
     manager = ScheduledModifierManager([structured(shrink=True)])
@@ -419,7 +424,7 @@ def test_copies_are_masked_and_get_the_structure() -> None:
     for number in range(9):
         small.step(model, optimizer, number)
     manager.apply_masks(average)
-    assert all(gone(average, f, n) == gone(model, f, n) != set() for f, n in small.FAMILIES[Residual].items())
+    assert all(pruned(average, f, n) == pruned(model, f, n) != set() for f, n in small.FAMILIES[Residual].items())
     for number in range(9, 12):
         small.step(model, optimizer, number)
     manager_two = ScheduledModifierManager([structured(shrink=True)])
@@ -581,7 +586,7 @@ def test_what_does_not_fit_the_model_is_refused_before_anything_changes(changed:
     assert same(model.state_dict(), before) and not manager.attached
 
 
-def test_groups_that_are_families_are_taken() -> None:
+def test_groups_that_are_channel_groups_are_taken() -> None:
     assert kept_of(Residual, structured(param_groups=[["conv3", "conv1"], ["conv2"]]))["conv1.weight"] == 6
 
 
@@ -599,7 +604,7 @@ def test_a_family_with_a_frozen_weight_is_left_alone() -> None:
         manager.modify(
             model, small.optimizer_of("sgd", model), steps_per_epoch=3, sample_inputs=small.batch(Residual, 0)[0]
         )
-    assert len(gone(model, "conv1.weight", 12)) == 6 and not gone(model, "conv2.weight", 10)
+    assert len(pruned(model, "conv1.weight", 12)) == 6 and not pruned(model, "conv2.weight", 10)
 
 
 def test_weights_that_are_not_finite_are_refused() -> None:
@@ -661,16 +666,16 @@ def test_one_that_prunes_what_reads_the_channels_is_refused() -> None:
     at_work(Residual, structured(params=["conv2"]), single)
 
 
-def test_two_on_families_that_share_a_weight_mask_it_together() -> None:
+def test_two_on_channel_groups_that_share_a_weight_mask_it_together() -> None:
     # The columns of conv3 read sigmoid(0), so only their own mask holds them, whoever masks its rows afterwards.
     model, optimizer, _ = at_work(Residual, structured(params=["conv2"]), structured(params=["conv1"]))
     for number in range(13):
-        assert len(gone(model, "conv1.weight", 12)) == ramp(number, 0.1, 0.5, 12)
-        assert len(gone(model, "conv2.weight", 10)) == ramp(number, 0.1, 0.5, 10)
+        assert len(pruned(model, "conv1.weight", 12)) == ramp(number, 0.1, 0.5, 12)
+        assert len(pruned(model, "conv2.weight", 10)) == ramp(number, 0.1, 0.5, 10)
         small.step(model, optimizer, number)
 
 
-def test_two_on_families_that_share_a_weight_end_apart() -> None:
+def test_two_on_channel_groups_that_share_a_weight_end_apart() -> None:
     """conv2's rows are of one, its columns of the other; one shrinks in the middle of the other's ramp."""
     one = structured(params=["conv1"], end_epoch=2.0, shrink=True)
     model, optimizer, _ = at_work(Residual, one, structured(params=["conv2"], shrink=True))

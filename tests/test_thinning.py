@@ -51,7 +51,7 @@ def widths(model: Any) -> tuple[int, int]:
 
 
 def with_dead(*channels: int) -> Any:
-    """A model that comes with channels of its first family that are zero."""
+    """A model that comes with channels of its first channel group that are zero."""
     model = small.made(Residual)
     with torch.no_grad():
         for channel in channels:
@@ -68,21 +68,21 @@ def test_what_is_masked_is_removed_at_its_epochs_and_the_ramp_goes_on_from_there
     seen = []
     for number in range(12):
         small.step(model, optimizer, number)
-        gone = tuple(int((bn.weight == 0).sum()) for bn in (model.bn1, model.bn2))
-        seen.append((manager.epoch, widths(model), gone))
+        pruned = tuple(int((bn.weight == 0).sum()) for bn in (model.bn1, model.bn2))
+        seen.append((manager.epoch, widths(model), pruned))
     # Of 12 and 10: 2 and 2 at first, then by the cubic ramp 4 and 4, 5 and 5, 6 and 5.
     counts = {0.0: (2, 2)}
     for point in (1.0, 2.0, 3.0, 4.0):
         share = 0.2 + 0.3 * (1 - (1 - point / 4) ** 3)
         counts[point] = (round(12 * share), round(10 * share))
-    for epoch, width, gone in seen:
+    for epoch, width, pruned in seen:
         total = counts[min(float(int(epoch)), 4.0)]
         removed = (0, 0)
         for moment in (0.0, 1.0, 2.0, 5.0):
             if epoch >= moment:
                 removed = counts[min(moment, 4.0)]
         assert width == (12 - removed[0], 10 - removed[1]), epoch
-        assert gone == (total[0] - removed[0], total[1] - removed[1]), epoch
+        assert pruned == (total[0] - removed[0], total[1] - removed[1]), epoch
     assert widths(model) == (6, 5)
 
 

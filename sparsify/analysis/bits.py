@@ -18,9 +18,9 @@ from sparsify.output.tables import Column, Table
 
 __all__ = ["ChosenBits", "choose_bits"]
 
-FLOAT = 32
+FLOAT_BITS = 32
 """The bits of what stays in float."""
-WHERE = "choose_bits"
+CHOOSE_BITS = "choose_bits"
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ class ChosenBits:
     def scheme_overrides(self) -> dict[str, dict[str, dict[str, int]] | None]:
         """For the field of that name of QuantizationModifier, and for `quantize_model`."""
         return {
-            module: None if layer.bits == FLOAT else {"weights": {"num_bits": layer.bits}}
+            module: None if layer.bits == FLOAT_BITS else {"weights": {"num_bits": layer.bits}}
             for layer in self.layers
             for module in layer.modules
         }
@@ -151,7 +151,7 @@ def choose_bits(
     rest = 4 * (parameters - sum(weights.values()))
     fixed = 0.0
     if latency_ms is not None:
-        options, fixed = _times(performance, adds)
+        options, fixed = _layer_times(performance, adds)
         budget, what = latency_ms, f"at most {latency_ms:g} ms"
     else:
         options = {name: [Option(n, weights[name] * n / 8, adds[name][n]) for n in sorted(allowed)] for name in weights}
@@ -179,10 +179,10 @@ def least_loss(options: Mapping[str, list[Option]], budget: float) -> dict[str, 
     {'a': 4, 'b': 2}
     """
     budget += 1e-9 * abs(budget)
-    starts = [{name: min(ways, key=_cost) for name, ways in options.items()}]
+    starts = [{name: min(ways, key=_layer_cost) for name, ways in options.items()}]
     for bits in sorted({option.bits for ways in options.values() for option in ways}):
         alike = {name: next((o for o in ways if o.bits == bits), starts[0][name]) for name, ways in options.items()}
-        if sum(map(_cost, alike.values())) <= budget:
+        if sum(map(_layer_cost, alike.values())) <= budget:
             starts.append(alike)
     found = [_improved(start, options, budget) for start in starts]
     return min(found, key=lambda one: sum(option.adds for option in one.values()))
@@ -195,7 +195,7 @@ def _improved(found: dict[str, Option], options: Mapping[str, list[Option]], bud
     more bits comes last.
     """
     found = dict(found)
-    left = budget - sum(map(_cost, found.values()))
+    left = budget - sum(map(_layer_cost, found.values()))
     while True:
         better = [
             (found[name].adds - way.adds, way.cost - found[name].cost, name, way)
@@ -211,23 +211,23 @@ def _improved(found: dict[str, Option], options: Mapping[str, list[Option]], bud
         left -= cost
 
 
-def _cost(option: Option) -> float:
+def _layer_cost(option: Option) -> float:
     return option.cost
 
 
-def _times(
+def _layer_times(
     performance: PerformanceProfile | None, adds: Mapping[str, Mapping[float, float]]
 ) -> tuple[dict[str, list[Option]], float]:
     """What each layer takes in float and in int8, with its share of the nodes between layers; and what is fixed."""
     if performance is None:
-        raise ArgumentError(f"{WHERE}: latency_ms needs performance, the performance_profile of the model.")
+        raise ArgumentError(f"{CHOOSE_BITS}: latency_ms needs performance, the performance_profile of the model.")
     if performance.total_int8_ms is None:
         why = performance.notes.get("int8", "make it with int8")
-        raise ArgumentError(f"{WHERE}: this performance profile has no times in int8: {why}.")
+        raise ArgumentError(f"{CHOOSE_BITS}: this performance profile has no times in int8: {why}.")
     layers = {layer.name: layer for layer in performance.layers}
     able = {n: layer for n, layer in layers.items() if layer.int8_ms is not None and n in adds}
     if not able:
-        raise ArgumentError(f"{WHERE}: no layer of the loss profile was measured in int8.")
+        raise ArgumentError(f"{CHOOSE_BITS}: no layer of the loss profile was measured in int8.")
     # The profiler costs time itself: each time as a share of the whole without it.
     in_float = performance.total_ms / (performance.profiled_ms or sum(layer.ms for layer in layers.values()))
     int8 = [layer.int8_ms for layer in layers.values() if layer.int8_ms is not None]
@@ -235,12 +235,12 @@ def _times(
     between = in_float * sum(performance.others.values())
     between_int8 = in_int8 * sum(ms for name, ms in performance.others_int8.items() if not name.endswith(", in float"))
     whole = sum(layer.ms for layer in able.values())
-    options = {name: [Option(FLOAT, 0.0, 0.0)] for name in adds}
+    options = {name: [Option(FLOAT_BITS, 0.0, 0.0)] for name in adds}
     for name, layer in able.items():
         assert layer.int8_ms is not None
         share = layer.ms / whole
         options[name] = [
-            Option(FLOAT, in_float * layer.ms + share * between, 0.0),
+            Option(FLOAT_BITS, in_float * layer.ms + share * between, 0.0),
             Option(8, in_int8 * layer.int8_ms + share * between_int8, adds[name][8]),
         ]
     return options, in_float * sum(layer.ms for name, layer in layers.items() if name not in able)
@@ -275,10 +275,14 @@ def _held(model: nn.Module | ModelAnalysis, profile: LossProfile) -> tuple[dict[
             if parameter.dim() > 1:
                 found.setdefault(path, (parameter.numel(), modules))
     else:
-        raise ArgumentError(f"{WHERE}: model is a {type(model).__name__}: give a torch.nn.Module, or its analysis.")
+        raise ArgumentError(
+            f"{CHOOSE_BITS}: model is a {type(model).__name__}: give a torch.nn.Module, or its analysis."
+        )
     for name in profile.losses:
         if name not in found:
-            raise TargetError(f"{WHERE}: the profile's layer {name!r} is not in {title}.{did_you_mean(name, found)}")
+            raise TargetError(
+                f"{CHOOSE_BITS}: the profile's layer {name!r} is not in {title}.{did_you_mean(name, found)}"
+            )
     return {name: found[name] for name in profile.losses}, parameters
 
 
@@ -288,30 +292,30 @@ def _held(model: nn.Module | ModelAnalysis, profile: LossProfile) -> tuple[dict[
 def _one_goal(goals: Mapping[str, float | None]) -> str:
     given = [name for name, value in goals.items() if value is not None]
     if len(given) != 1:
-        raise ArgumentError(f"{WHERE}: {' and '.join(given) or 'no goal'}: give one of {', '.join(goals)}.")
+        raise ArgumentError(f"{CHOOSE_BITS}: {' and '.join(given) or 'no goal'}: give one of {', '.join(goals)}.")
     value = goals[given[0]]
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < float("inf"):
-        raise ArgumentError(f"{WHERE}: {given[0]}={value!r}: give a number above 0.")
+        raise ArgumentError(f"{CHOOSE_BITS}: {given[0]}={value!r}: give a number above 0.")
     return given[0]
 
 
 def _allowed(profile: LossProfile, bits: Iterable[int] | None) -> set[int]:
     if profile.of != "quantization":
         raise ArgumentError(
-            f"{WHERE}: the profile is of {profile.of}; make one with loss_profile(..., of='quantization')."
+            f"{CHOOSE_BITS}: the profile is of {profile.of}; make one with loss_profile(..., of='quantization')."
         )
     if not profile.losses:
-        raise ArgumentError(f"{WHERE}: the profile has no layers.")
+        raise ArgumentError(f"{CHOOSE_BITS}: the profile has no layers.")
     known = {int(level) for level in profile.levels}
     wanted = known if bits is None else set(bits)
     if not wanted or not wanted <= known:
         unknown = sorted(wanted - known) or "none"
-        raise ArgumentError(f"{WHERE}: bits: {unknown}: the profile has {sorted(known)}.")
+        raise ArgumentError(f"{CHOOSE_BITS}: bits: {unknown}: the profile has {sorted(known)}.")
     return wanted
 
 
 def _check_reach(goal: str, options: Mapping[str, list[Option]], budget: float, fixed: float, weights: int) -> None:
-    least = sum(min(map(_cost, ways)) for ways in options.values())
+    least = sum(min(map(_layer_cost, ways)) for ways in options.values())
     if least <= budget * (1 + 1e-9):
         return
     reach = {
@@ -319,4 +323,4 @@ def _check_reach(goal: str, options: Mapping[str, list[Option]], budget: float, 
         "size_bytes": f"{least + fixed:,.0f} bytes, of which {fixed:,.0f} stay in float",
         "latency_ms": f"{least + fixed:.4g} ms",
     }[goal]
-    raise ArgumentError(f"{WHERE}: {goal} cannot be met: the least is {reach}.")
+    raise ArgumentError(f"{CHOOSE_BITS}: {goal} cannot be met: the least is {reach}.")

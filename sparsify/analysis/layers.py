@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 __all__ = ["LayerInfo", "ModelAnalysis", "UnknownOperator", "analyze_model"]
 
 Shape = tuple[int, ...]
-FORMAT = 1
+ANALYSIS_FORMAT = 1
 """The version of an analysis as text."""
 
 
@@ -152,7 +152,7 @@ class ModelAnalysis:
 
     def to_json(self) -> str:
         """As text that `from_json` reads back into an equal analysis."""
-        return json.dumps({"format": FORMAT, **dataclasses.asdict(self)}, indent=2)
+        return json.dumps({"format": ANALYSIS_FORMAT, **dataclasses.asdict(self)}, indent=2)
 
     @classmethod
     def from_json(cls, text: str) -> ModelAnalysis:
@@ -163,8 +163,8 @@ class ModelAnalysis:
         """
         try:
             state = json.loads(text)
-            if state.pop("format") != FORMAT:
-                raise ValueError(f"its format is not {FORMAT}")
+            if state.pop("format") != ANALYSIS_FORMAT:
+                raise ValueError(f"its format is not {ANALYSIS_FORMAT}")
             layers = tuple(
                 LayerInfo(
                     **{

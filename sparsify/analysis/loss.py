@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from sparsify.analysis.layers import ModelAnalysis
 from sparsify.analysis.torch_layers import analyze_module
-from sparsify.analysis.trials import Batch, Loss, Trials, taken
-from sparsify.analysis.units import Layers, Of, Unit, channel_families, layer_weights
+from sparsify.analysis.trials import Batch, Loss, Trials, collected_batches
+from sparsify.analysis.units import Layers, Of, Unit, layer_weights, weights_of_channel_groups
 from sparsify.errors import ArgumentError, DataError, StateError, did_you_mean
 from sparsify.model.signature import unwrapped
 from sparsify.output.files import read_text, replacing
@@ -39,11 +39,11 @@ LEVELS = tuple(level / 100 for level in range(100))
 """Of a profile without data: 0.00, 0.01, ... 0.99."""
 DATA_LEVELS = (0.0, 0.2, 0.4, 0.6, 0.7, 0.8, 0.85, 0.9, 0.95, 0.99)
 BITS = (8, 6, 4, 3, 2)
-FORMAT = 1
+LOSS_FORMAT = 1
 """The version of a saved profile."""
-WHERE = "loss_profile"
+LOSS_PROFILE = "loss_profile"
 
-Item = TypeVar("Item")
+Listed = TypeVar("Listed")
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,7 @@ class LossProfile:
         Raises:
             DataFileError: it cannot be written.
         """
-        state = {"format": "sparsify loss profile", "version": FORMAT, **_state(self)}
+        state = {"format": "sparsify loss profile", "version": LOSS_FORMAT, **_state(self)}
         with replacing(path) as temporary:
             temporary.write_text(json.dumps(state, indent=1, allow_nan=False) + "\n", encoding="utf-8")
 
@@ -110,8 +110,10 @@ class LossProfile:
             version = state["version"]
         except (ValueError, KeyError, TypeError) as error:
             raise DataError(f"{path} is no loss profile ({error}). Give a file that LossProfile.save wrote.") from error
-        if version != FORMAT:
-            raise DataError(f"{path} has version {version!r}; this sparsify reads {FORMAT}. Make the profile again.")
+        if version != LOSS_FORMAT:
+            raise DataError(
+                f"{path} has version {version!r}; this sparsify reads {LOSS_FORMAT}. Make the profile again."
+            )
         try:
             return _from_state(state)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -148,17 +150,17 @@ def _state(profile: LossProfile) -> dict[str, Any]:
 def _from_state(state: Mapping[str, Any]) -> LossProfile:
     if state["method"] not in get_args(Method) or state["of"] not in get_args(Of):
         raise ValueError(f"method {state['method']!r}, of {state['of']!r}")
-    levels = tuple(map(_number, state["levels"]))
-    losses = {str(name): tuple(map(_number, values)) for name, values in state["losses"].items()}
+    levels = tuple(map(_read_number, state["levels"]))
+    losses = {str(name): tuple(map(_read_number, values)) for name, values in state["losses"].items()}
     for name, values in losses.items():
         if len(values) != len(levels):
             raise ValueError(f"{name!r} has {len(values)} losses at {len(levels)} levels")
     families = {str(name): tuple(map(str, layers)) for name, layers in state["families"].items()}
-    base, samples = _number(state["base"]), int(state["samples"])
+    base, samples = _read_number(state["base"]), int(state["samples"])
     return LossProfile(state["method"], state["of"], levels, losses, base, samples, families)
 
 
-def _number(value: Any) -> float:
+def _read_number(value: Any) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
         raise ValueError(f"{value!r} where a number should be")
     return value
@@ -219,48 +221,56 @@ def loss_profile(
     """
     method = _checked_method(of, method, data, loss, structured)
     if not isinstance(model, nn.Module):
-        raise ArgumentError(f"{WHERE}: model is a {type(model).__name__}: give a torch.nn.Module.")
+        raise ArgumentError(f"{LOSS_PROFILE}: model is a {type(model).__name__}: give a torch.nn.Module.")
     steps = _checked_levels(of, levels, method)
     model = unwrapped(model)
     if of == "quantization" and is_quantized(model):
-        raise StateError(f"{WHERE}: {type(model).__name__} holds quantized layers already; give the float model.")
-    units = [] if structured else layer_weights(model, layers, of, where=WHERE)
+        raise StateError(
+            f"{LOSS_PROFILE}: {type(model).__name__} holds quantized layers already; give the float model."
+        )
+    units = [] if structured else layer_weights(model, layers, of, where=LOSS_PROFILE)
     given: list[Batch] = []
     if data is not None and (method in ("data", "fisher") or sample_inputs is None):
-        given = taken(model, data, with_target=loss is not None, most=batches, where=WHERE)
-    sample = taken(model, [sample_inputs], with_target=False, most=1, where=WHERE) if sample_inputs is not None else []
+        given = collected_batches(model, data, with_target=loss is not None, most=batches, where=LOSS_PROFILE)
+    sample = (
+        collected_batches(model, [sample_inputs], with_target=False, most=1, where=LOSS_PROFILE)
+        if sample_inputs is not None
+        else []
+    )
     families: dict[str, tuple[str, ...]] = {}
     if structured:
-        units, families = channel_families(model, (sample or given)[0], layers, where=WHERE)
+        units, families = weights_of_channel_groups(model, (sample or given)[0], layers, where=LOSS_PROFILE)
     if method == "magnitude":
-        losses = {unit.name: _magnitude(unit, of, steps) for unit in _shown(units, "magnitudes", progress)}
+        losses = {unit.name: _magnitude(unit, of, steps) for unit in _with_progress(units, "magnitudes", progress)}
         return LossProfile(method, of, steps, losses, 0.0, 0)
     if method == "shape":
         analysis = layers
         if not isinstance(analysis, ModelAnalysis):
             first = next(iter([*sample, *given]), None)
             if first is None:
-                raise ArgumentError(f"{WHERE}: method='shape' needs sample_inputs, or the layers of an analysis.")
+                raise ArgumentError(
+                    f"{LOSS_PROFILE}: method='shape' needs sample_inputs, or the layers of an analysis."
+                )
             analysis = analyze_module(model, first.args, first.kwargs)
         return LossProfile(method, of, steps, _shapes(analysis, units, of, steps), 0.0, 0)
-    trials = Trials(model, given, loss, where=WHERE)
+    trials = Trials(model, given, loss, where=LOSS_PROFILE)
     if method == "fisher":
         losses = _fisher(trials, units, steps, progress)
         return LossProfile(method, of, steps, losses, 0.0, trials.samples, families)
     return LossProfile(
-        method, of, steps, _measured(trials, units, steps, progress), trials.base, trials.samples, families
+        method, of, steps, _measured_losses(trials, units, steps, progress), trials.base, trials.samples, families
     )
 
 
 # ---------------------------------------------------------------------------------------------- methods
 
 
-def _measured(
+def _measured_losses(
     trials: Trials, units: list[Unit], levels: tuple[float, ...], progress: bool | None
 ) -> dict[str, tuple[float, ...]]:
     found: dict[str, list[float]] = {unit.name: [] for unit in units}
     seen: dict[str, Tensor] = {}
-    for unit, level in _shown([(unit, level) for unit in units for level in levels], "losses", progress):
+    for unit, level in _with_progress([(unit, level) for unit in units for level in levels], "losses", progress):
         values = unit.compressed(level)
         losses = found[unit.name]
         before = seen if losses else {name: parameter.detach() for name, parameter in unit.parameters.items()}
@@ -285,7 +295,7 @@ def _fisher(
             total += float((curvature[name] * moved.square_()).sum(dtype=torch.float64)) / 2
         return total
 
-    return {unit.name: tuple(at(unit, level) for level in levels) for unit in _shown(units, "losses", progress)}
+    return {unit.name: tuple(at(unit, level) for level in levels) for unit in _with_progress(units, "losses", progress)}
 
 
 def _magnitude(unit: Unit, of: Of, levels: tuple[float, ...]) -> tuple[float, ...]:
@@ -313,7 +323,9 @@ def _shapes(
     for unit in units:
         info = layers.get(unit.name)
         if info is None or not info.calls:
-            raise DataError(f"{WHERE}: {unit.name!r} is not computed on the sample inputs; leave it out of `layers`.")
+            raise DataError(
+                f"{LOSS_PROFILE}: {unit.name!r} is not computed on the sample inputs; leave it out of `layers`."
+            )
         into = sum(map(math.prod, info.input_shapes)) / analysis.batch_size
         out = math.prod(info.output_shape) / analysis.batch_size
         slope = (into + out) / info.parameters * max(into / out, out / into)
@@ -326,20 +338,24 @@ def _shapes(
 
 def _checked_method(of: Any, method: Any, data: Any, loss: Any, structured: bool) -> Method:
     if of not in get_args(Of):
-        raise ArgumentError(f"{WHERE}: of={of!r} is none of {', '.join(get_args(Of))}.")
+        raise ArgumentError(f"{LOSS_PROFILE}: of={of!r} is none of {', '.join(get_args(Of))}.")
     chosen: Method = ("magnitude" if data is None else "data") if method is None else method
     if chosen not in get_args(Method):
         hint = did_you_mean(str(chosen), get_args(Method))
-        raise ArgumentError(f"{WHERE}: method={chosen!r} is none of {', '.join(get_args(Method))}.{hint}")
+        raise ArgumentError(f"{LOSS_PROFILE}: method={chosen!r} is none of {', '.join(get_args(Method))}.{hint}")
     if chosen in ("data", "fisher") and data is None:
-        raise ArgumentError(f"{WHERE}: method={chosen!r} needs data; without it there are 'magnitude' and 'shape'.")
+        raise ArgumentError(
+            f"{LOSS_PROFILE}: method={chosen!r} needs data; without it there are 'magnitude' and 'shape'."
+        )
     if loss is not None and not callable(loss):
-        raise ArgumentError(f"{WHERE}: loss is a {type(loss).__name__}; give a function of (outputs, target), or None.")
+        raise ArgumentError(
+            f"{LOSS_PROFILE}: loss is a {type(loss).__name__}; give a function of (outputs, target), or None."
+        )
     if loss is not None and data is None:
-        raise ArgumentError(f"{WHERE}: a loss needs data to be computed on; give data, or leave the loss out.")
+        raise ArgumentError(f"{LOSS_PROFILE}: a loss needs data to be computed on; give data, or leave the loss out.")
     if structured and (of != "pruning" or chosen not in ("data", "fisher")):
         raise ArgumentError(
-            f"{WHERE}: structured=True needs data, and of='pruning'; channels are worth what data says."
+            f"{LOSS_PROFILE}: structured=True needs data, and of='pruning'; channels are worth what data says."
         )
     return chosen
 
@@ -350,21 +366,21 @@ def _checked_levels(of: Of, levels: Iterable[float] | None, method: Method) -> t
     try:
         found = list(levels)
     except TypeError:
-        raise ArgumentError(f"{WHERE}: levels={levels!r}: give several numbers.") from None
+        raise ArgumentError(f"{LOSS_PROFILE}: levels={levels!r}: give several numbers.") from None
     if not found:
-        raise ArgumentError(f"{WHERE}: levels is empty; leave it out for those that are usual.")
+        raise ArgumentError(f"{LOSS_PROFILE}: levels is empty; leave it out for those that are usual.")
     for level in found:
         number = isinstance(level, int | float) and not isinstance(level, bool)
         if of == "pruning" and not (number and 0 <= level < 1):
             percent = f" Did you mean {level / 100:g}?" if number and 1 < level < 100 else ""
-            raise ArgumentError(f"{WHERE}: level {level!r} is no sparsity from 0 to below 1.{percent}")
+            raise ArgumentError(f"{LOSS_PROFILE}: level {level!r} is no sparsity from 0 to below 1.{percent}")
         if of == "quantization" and not (number and level == int(level) and 2 <= level <= 8):
-            raise ArgumentError(f"{WHERE}: level {level!r} is no number of bits from 2 to 8.")
+            raise ArgumentError(f"{LOSS_PROFILE}: level {level!r} is no number of bits from 2 to 8.")
     if of == "quantization":
         return tuple(sorted({int(level) for level in found}, reverse=True))
     return tuple(sorted({0.0, *map(float, found)}))
 
 
-def _shown(work: list[Item], what: str, progress: bool | None) -> Iterator[Item]:
+def _with_progress(work: list[Listed], what: str, progress: bool | None) -> Iterator[Listed]:
     shown = sys.stderr.isatty() if progress is None else progress
     return track(work, what) if shown else iter(work)

@@ -15,18 +15,18 @@ from typing import Any
 
 __all__: list[str] = []
 
-Shape = tuple[int, ...]
+TensorShape = tuple[int, ...]
 
 
 @dataclass(frozen=True)
-class Operand:
+class CountedOperand:
     """A tensor that an operator reads.
 
     Attributes:
         parameter: the clean name of the parameter that it is, perhaps moved; None for any other tensor.
     """
 
-    shape: Shape
+    shape: TensorShape
     parameter: str | None = None
 
     @property
@@ -46,17 +46,17 @@ class Cost:
     """
 
     macs: int
-    factors: tuple[Operand, ...]
+    factors: tuple[CountedOperand, ...]
     groups: int = 1
     recurrent: bool = False
 
 
-def count(operator: str, args: Sequence[Any], output: Shape) -> Cost | None:
+def operation_cost(operator: str, args: Sequence[Any], output: TensorShape) -> Cost | None:
     """The cost of a call; None for an operator that multiplies nothing that is known here.
 
     Args:
         operator: its name without the namespace "aten", overload and the "_" of in-place ones.
-        args: positional arguments, with an `Operand` in the place of each tensor.
+        args: positional arguments, with an `CountedOperand` in the place of each tensor.
         output: the shape of the first tensor that it gives.
 
     A depthwise convolution of 8 channels and a full one, both 3x3 to 30x30:
@@ -70,77 +70,77 @@ def count(operator: str, args: Sequence[Any], output: Shape) -> Cost | None:
     return None if rule is None else rule(args, output)
 
 
-def _convolution(args: Sequence[Any], output: Shape) -> Cost:
+def _convolution_cost(args: Sequence[Any], output: TensorShape) -> Cost:
     x, weight = args[0], args[1]
     # weight: (out, in / groups, ...). Every output is a sum over one of its rows.
     channels = x.shape[-(len(weight.shape) - 1)]
     return Cost(math.prod(output) * math.prod(weight.shape[1:]), (x, weight), max(1, channels // weight.shape[1]))
 
 
-def _either_convolution(args: Sequence[Any], output: Shape) -> Cost:
+def _either_convolution(args: Sequence[Any], output: TensorShape) -> Cost:
     # What all convolutions come down to has an argument for it.
-    return (_transposed if args[6] else _convolution)(args, output)
+    return (_transposed if args[6] else _convolution_cost)(args, output)
 
 
-def _transposed(args: Sequence[Any], output: Shape) -> Cost:
+def _transposed(args: Sequence[Any], output: TensorShape) -> Cost:
     x, weight = args[0], args[1]
     # weight: (in, out / groups, ...). Every input is spread by one of its rows.
     channels = output[-(len(weight.shape) - 1)]
     return Cost(x.size * math.prod(weight.shape[1:]), (x, weight), max(1, channels // weight.shape[1]))
 
 
-def _linear(args: Sequence[Any], output: Shape) -> Cost:
+def _linear(args: Sequence[Any], output: TensorShape) -> Cost:
     return Cost(math.prod(output) * args[1].shape[-1], (args[0], args[1]))
 
 
-def _product(first: int = 0) -> Callable[[Sequence[Any], Shape], Cost]:
-    def rule(args: Sequence[Any], output: Shape) -> Cost:
+def _product_cost(first: int = 0) -> Callable[[Sequence[Any], TensorShape], Cost]:
+    def rule(args: Sequence[Any], output: TensorShape) -> Cost:
         a, b = args[first], args[first + 1]
         return Cost(math.prod(output) * a.shape[-1], (a, b))
 
     return rule
 
 
-def _batches_summed(args: Sequence[Any], output: Shape) -> Cost:
+def _batches_summed(args: Sequence[Any], output: TensorShape) -> Cost:
     # addbmm: the products of a batch are added to one another.
     a, b = args[1], args[2]
     return Cost(a.size * b.shape[-1], (a, b))
 
 
-def _grouped(args: Sequence[Any], output: Shape) -> Cost:
+def _grouped_cost(args: Sequence[Any], output: TensorShape) -> Cost:
     # Groups are parts of an axis of what is 2-d, and the batch of what is 3-d: no product spans two of them.
     a, b = args[0], args[1]
     rows = a.shape[-2] if len(b.shape) == 2 and len(a.shape) == 3 else a.size // a.shape[-1]
     return Cost(rows * a.shape[-1] * b.shape[-1], (a, b))
 
 
-def _dot(args: Sequence[Any], output: Shape) -> Cost:
+def _dot(args: Sequence[Any], output: TensorShape) -> Cost:
     return Cost(args[0].size, (args[0], args[1]))
 
 
-def _tensordot(args: Sequence[Any], output: Shape) -> Cost:
+def _tensordot(args: Sequence[Any], output: TensorShape) -> Cost:
     a, b, dims = args[0], args[1], args[2]
     return Cost(math.prod(output) * math.prod(a.shape[dim] for dim in dims), (a, b))
 
 
-def _attention(args: Sequence[Any], output: Shape) -> Cost:
+def _attention_cost(args: Sequence[Any], output: TensorShape) -> Cost:
     q, k, v = args[:3]
     # Masked or causal positions are multiplied all the same.
     return Cost(math.prod(q.shape[:-1]) * k.shape[-2] * (q.shape[-1] + v.shape[-1]), (q, k, v))
 
 
-def _bilinear(args: Sequence[Any], output: Shape) -> Cost:
+def _bilinear(args: Sequence[Any], output: TensorShape) -> Cost:
     a, weight, b = (args[0], args[1], args[2]) if len(args[1].shape) == 3 else (args[0], args[2], args[1])
     rows = math.prod(output[:-1])
     return Cost(rows * (weight.size + weight.shape[0] * weight.shape[2]), (a, weight, b))
 
 
-def _einsum(args: Sequence[Any], output: Shape) -> Cost:
-    operands: Sequence[Operand] = args[1]
+def _einsum(args: Sequence[Any], output: TensorShape) -> Cost:
+    operands: Sequence[CountedOperand] = args[1]
     return Cost(einsum_macs(args[0], [operand.shape for operand in operands]), tuple(operands))
 
 
-def einsum_macs(equation: str, shapes: Sequence[Shape]) -> int:
+def einsum_macs(equation: str, shapes: Sequence[TensorShape]) -> int:
     """Taken pairwise from the left; a pair whose product sums nothing is pointwise and free.
 
     >>> einsum_macs("bij,bjk->bik", [(2, 3, 4), (2, 4, 5)]), einsum_macs("i,j->ij", [(3,), (4,)])
@@ -174,17 +174,17 @@ def einsum_macs(equation: str, shapes: Sequence[Shape]) -> int:
     return macs
 
 
-def _recurrent(weights: Callable[[Sequence[Any]], Sequence[Any]]) -> Callable[[Sequence[Any], Shape], Cost]:
-    def rule(args: Sequence[Any], output: Shape) -> Cost:
+def _recurrent(weights: Callable[[Sequence[Any]], Sequence[Any]]) -> Callable[[Sequence[Any], TensorShape], Cost]:
+    def rule(args: Sequence[Any], output: TensorShape) -> Cost:
         # Every weight is multiplied once by each step of each sequence; what is 1-d are biases.
-        found = [weight for weight in weights(args) if isinstance(weight, Operand) and len(weight.shape) == 2]
+        found = [weight for weight in weights(args) if isinstance(weight, CountedOperand) and len(weight.shape) == 2]
         steps = math.prod(args[0].shape[:-1])
         return Cost(steps * sum(weight.size for weight in found), (args[0], *found), recurrent=True)
 
     return rule
 
 
-def _lookup(table: int) -> Callable[[Sequence[Any], Shape], Cost]:
+def _lookup(table: int) -> Callable[[Sequence[Any], TensorShape], Cost]:
     return lambda args, output: Cost(0, (args[1 - table], args[table]))
 
 
@@ -195,7 +195,7 @@ def _layer_of_cells(args: Sequence[Any]) -> Sequence[Any]:
 
 
 _CELLS = _recurrent(lambda args: args[2:4])
-_RULES: dict[str, Callable[[Sequence[Any], Shape], Cost]] = {
+_RULES: dict[str, Callable[[Sequence[Any], TensorShape], Cost]] = {
     **dict.fromkeys(
         (
             *(
@@ -211,7 +211,7 @@ _RULES: dict[str, Callable[[Sequence[Any], Shape], Cost]] = {
             *("_conv_depthwise2d", "conv_depthwise3d", "miopen_depthwise_convolution"),
             "torchvision::deform_conv2d",
         ),
-        _convolution,
+        _convolution_cost,
     ),
     **dict.fromkeys(("convolution", "_convolution", "convolution_overrideable"), _either_convolution),
     **dict.fromkeys(
@@ -222,10 +222,10 @@ _RULES: dict[str, Callable[[Sequence[Any], Shape], Cost]] = {
         _transposed,
     ),
     **dict.fromkeys(("linear", "mkldnn_linear", "inner"), _linear),
-    **dict.fromkeys(("mm", "bmm", "matmul", "mv", "_scaled_mm", "_int_mm", "linalg_matmul"), _product()),
-    **dict.fromkeys(("addmm", "baddbmm", "addmv", "_addmm_activation"), _product(1)),
+    **dict.fromkeys(("mm", "bmm", "matmul", "mv", "_scaled_mm", "_int_mm", "linalg_matmul"), _product_cost()),
+    **dict.fromkeys(("addmm", "baddbmm", "addmv", "_addmm_activation"), _product_cost(1)),
     "addbmm": _batches_summed,
-    "_grouped_mm": _grouped,
+    "_grouped_mm": _grouped_cost,
     **dict.fromkeys(("dot", "vdot", "linalg_vecdot"), _dot),
     "tensordot": _tensordot,
     "einsum": _einsum,
@@ -240,7 +240,7 @@ _RULES: dict[str, Callable[[Sequence[Any], Shape], Cost]] = {
             "_scaled_dot_product_fused_attention_overrideable",
             "_scaled_dot_product_attention_math",
         ),
-        _attention,
+        _attention_cost,
     ),
     **dict.fromkeys(("lstm", "gru", "rnn_tanh", "rnn_relu"), _recurrent(_layer_of_cells)),
     **dict.fromkeys(("lstm_cell", "gru_cell", "rnn_tanh_cell", "rnn_relu_cell"), _CELLS),
@@ -250,7 +250,7 @@ _RULES: dict[str, Callable[[Sequence[Any], Shape], Cost]] = {
     **dict.fromkeys(("embedding_bag", "_embedding_bag", "_embedding_bag_forward_only"), _lookup(0)),
 }
 
-_WORDS = """
+_OPERATION_WORDS = """
 __and__ __iand__ __ilshift__ __ior__ __irshift__ __ixor__ __lshift__ __or__ __rshift__ __xor__ _adaptive_avg_pool2d
 _adaptive_avg_pool3d _add_relu _aminmax _assert_async _assert_scalar _assert_tensor_metadata _backward
 _batch_norm_impl_index _batch_norm_no_update _batch_norm_with_update _cast_Double _cast_Float _cast_Half _cast_Int
@@ -303,5 +303,5 @@ unsafe_split unsafe_split_with_sizes unsqueeze upsample_bicubic2d upsample_bilin
 upsample_nearest1d upsample_nearest2d upsample_nearest3d upsample_trilinear3d vander var var_mean view_copy vstack
 where xlogy zero zeros zeros_like
 """
-FREE = frozenset(_WORDS.split())
+FREE_OPERATIONS = frozenset(_OPERATION_WORDS.split())
 """Moves, reductions, norms, pools, comparisons, constants: of those that torch does not tag as pointwise or views."""

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from sparsify.analysis.layers import LayerInfo, ModelAnalysis, UnknownOperator
-from sparsify.analysis.macs import Shape, einsum_macs
+from sparsify.analysis.macs import TensorShape, einsum_macs
 from sparsify.analysis.onnx_weights import Stored, StoredWeights
 from sparsify.errors import ArgumentError
 from sparsify.onnx.runtime import open_session, read_model, run_session
@@ -26,10 +26,10 @@ if TYPE_CHECKING:
 
 __all__: list[str] = []
 
-NO_WEIGHT = "it has no weight of its own"
-STEPS = "it computes its steps in one operator, in which nothing can be quantized"
+NO_STORED_WEIGHT = "it has no weight of its own"
+SCAN_STEPS = "it computes its steps in one operator, in which nothing can be quantized"
 
-_WORDS = """
+_OPERATOR_WORDS = """
 Abs Acos Acosh Add AffineGrid And ArgMax ArgMin Asin Asinh Atan Atanh AveragePool BatchNormalization Bernoulli BitShift
 BitCast BitwiseAnd BitwiseNot BitwiseOr BitwiseXor BlackmanWindow Cast CastLike Ceil Celu CenterCropPad Clip Col2Im
 Compress Concat ConcatFromSequence Constant ConstantOfShape Cos Cosh CumProd CumSum DepthToSpace DequantizeLinear Div
@@ -45,7 +45,7 @@ SequenceAt SequenceConstruct SequenceEmpty SequenceErase SequenceInsert Sequence
 Sinh Size Slice Softmax SoftmaxCrossEntropyLoss Softplus Softsign SpaceToDepth Split SplitToSequence Sqrt Squeeze Sub
 Sum Swish Tan Tanh TensorScatter ThresholdedRelu Tile TopK Transpose Trilu Unique Unsqueeze Upsample Where Xor
 """
-FREE = frozenset(_WORDS.split())
+FREE_OPERATORS = frozenset(_OPERATOR_WORDS.split())
 """Moves, reductions, norms, pools, comparisons, constants: standard operators that multiply nothing to sum it up."""
 CONTRACTING = {
     **dict.fromkeys(("Conv", "ConvTranspose", "DeformConv", "ConvInteger"), (0, 1)),
@@ -88,7 +88,7 @@ def _inlined(model: ModelProto) -> ModelProto:
     return inliner.inline_local_functions(model)
 
 
-def _sizes(path: Path, model: ModelProto, given: Any, batch: int) -> dict[str, Shape]:
+def _sizes(path: Path, model: ModelProto, given: Any, batch: int) -> dict[str, TensorShape]:
     """The shape of every input: of the samples, or as the file has it, with the first free axis 0 as the batch."""
     stored = {tensor.name for tensor in model.graph.initializer}
     inputs = {value.name: value.type.tensor_type.shape.dim for value in model.graph.input if value.name not in stored}
@@ -97,7 +97,7 @@ def _sizes(path: Path, model: ModelProto, given: Any, batch: int) -> dict[str, S
     free = next(
         (dims[0].dim_param for dims in inputs.values() if len(dims) and not dims[0].HasField("dim_value")), None
     )
-    found: dict[str, Shape] = {}
+    found: dict[str, TensorShape] = {}
     for name, dims in inputs.items():
         shape: list[int] = []
         for axis, dim in enumerate(dims):
@@ -114,7 +114,7 @@ def _sizes(path: Path, model: ModelProto, given: Any, batch: int) -> dict[str, S
     return found
 
 
-def _of_samples(path: Path, names: list[str], given: Any) -> dict[str, Shape]:
+def _of_samples(path: Path, names: list[str], given: Any) -> dict[str, TensorShape]:
     if not isinstance(given, Mapping):
         arrays = given if isinstance(given, (tuple, list)) else [given]
         if len(arrays) != len(names):
@@ -128,7 +128,7 @@ def _of_samples(path: Path, names: list[str], given: Any) -> dict[str, Shape]:
 class _Shapes:
     """Shapes of all values for one batch."""
 
-    def __init__(self, path: str | os.PathLike[str], model: ModelProto, inputs: dict[str, Shape]) -> None:
+    def __init__(self, path: str | os.PathLike[str], model: ModelProto, inputs: dict[str, TensorShape]) -> None:
         from onnx import shape_inference
 
         self.inputs = inputs
@@ -144,7 +144,7 @@ class _Shapes:
         del self._fixed.graph.value_info[:]
         for output in self._fixed.graph.output:
             output.type.tensor_type.ClearField("shape")
-        self.known: dict[str, Shape] = {tensor.name: tuple(tensor.dims) for tensor in model.graph.initializer}
+        self.known: dict[str, TensorShape] = {tensor.name: tuple(tensor.dims) for tensor in model.graph.initializer}
         try:
             graph = shape_inference.infer_shapes(self._fixed, data_prop=True).graph
         except Exception:  # what it cannot infer is run
@@ -179,13 +179,13 @@ class _Shapes:
 
 
 @dataclass
-class _Layer:
+class _OnnxLayer:
     """What is gathered of one layer."""
 
     kind: str
     weight: Stored | None
-    inputs: tuple[Shape, ...]
-    output: Shape
+    inputs: tuple[TensorShape, ...]
+    output: TensorShape
     groups: int
     bias: int
     macs: int = 0
@@ -197,22 +197,22 @@ class _File:
     model: ModelProto
     shapes: _Shapes
     weights: StoredWeights
-    _found: dict[str, _Layer] = field(default_factory=dict)
+    _found: dict[str, _OnnxLayer] = field(default_factory=dict)
     _unknown: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
 
     def __post_init__(self) -> None:
         costly: list[NodeProto] = []
         for node in self.model.graph.node:
-            kind = _operator(node)
+            kind = _operator_name(node)
             if kind in CONTRACTING or kind == "Einsum" or self.weights.table(node) is not None:
                 costly.append(node)
             elif kind in ("If", "Loop", "Scan"):
-                if any(_operator(inner) not in FREE for inner in _inner(node)):
+                if any(_operator_name(inner) not in FREE_OPERATORS for inner in _inner(node)):
                     self._unknown[kind].append(node.name)
-            elif kind not in FREE:
+            elif kind not in FREE_OPERATORS:
                 self._unknown[kind].append(node.name)
         self.shapes.need(
-            [name for node in costly for name in [*(node.input[i] for i in _factors(node)), _first(node.output)]]
+            [name for node in costly for name in [*(node.input[i] for i in _factors(node)), _first_tensor(node.output)]]
         )
         names = [self._name(node) for node in costly]
         numbers: Counter[str] = Counter()
@@ -233,16 +233,16 @@ class _File:
         layer = weight.parameter.removesuffix(".weight").removesuffix("_weight")
         if self.model.producer_name == "sparsify" and slash:
             return layer if not path or layer == path or weight.parameter.startswith(f"{path}.") else path
-        return layer if weight.parameter.endswith("weight") and layer else node.name or _first(node.output)
+        return layer if weight.parameter.endswith("weight") and layer else node.name or _first_tensor(node.output)
 
     def _weight(self, node: NodeProto) -> Stored | None:
-        if _operator(node) in ("LSTM", "GRU", "RNN"):
+        if _operator_name(node) in ("LSTM", "GRU", "RNN"):
             return None
         found = [self.weights.behind(node.input[index]) for index in _factors(node)]
         return next((one for one in reversed(found) if one is not None and len(one.shape) > 1), None)
 
     def _add(self, node: NodeProto, name: str | None, numbers: Counter[str]) -> None:
-        kind, output = _operator(node), self.shapes.known[_first(node.output)]
+        kind, output = _operator_name(node), self.shapes.known[_first_tensor(node.output)]
         operands = [self.shapes.known[node.input[index]] for index in _factors(node)]
         path = node.name.rpartition("/")[0]
         if kind in ("LSTM", "GRU", "RNN"):
@@ -253,7 +253,7 @@ class _File:
                 self._note(full, kind, stored, (operands[0],), output, steps * math.prod(operands[index]), 1, 0)
             return
         weight = self._weight(node)
-        macs, groups = _macs(node, operands, output)
+        macs, groups = _node_macs(node, operands, output)
         if weight is None or name is None:
             short = kind.lower()
             full = f"{path}.{short}" if path else short
@@ -263,7 +263,7 @@ class _File:
             return
         taken = self._found.get(name)
         if taken is not None and (taken.weight is None or taken.weight.parameter != weight.parameter):
-            name = node.name or _first(node.output)
+            name = node.name or _first_tensor(node.output)
         inputs = tuple(
             self.shapes.known[node.input[index]]
             for index in _factors(node)
@@ -276,13 +276,13 @@ class _File:
         name: str,
         kind: str,
         weight: Stored | None,
-        inputs: tuple[Shape, ...],
-        output: Shape,
+        inputs: tuple[TensorShape, ...],
+        output: TensorShape,
         macs: int,
         groups: int,
         bias: int,
     ) -> None:
-        layer = self._found.setdefault(name, _Layer(kind, weight, inputs, output, groups, bias))
+        layer = self._found.setdefault(name, _OnnxLayer(kind, weight, inputs, output, groups, bias))
         layer.macs += macs
         layer.calls += 1
 
@@ -293,7 +293,7 @@ class _File:
             weight = layer.weight
             shared = first.setdefault(weight.parameter, name) if weight is not None else name
             own = weight.elements if weight is not None and shared == name else 0
-            why = "" if weight is not None else NO_WEIGHT
+            why = "" if weight is not None else NO_STORED_WEIGHT
             found.append(
                 LayerInfo(
                     name=name,
@@ -310,17 +310,17 @@ class _File:
                     sparsity=weight.sparsity if weight is not None else 0.0,
                     bits=weight.bits if weight is not None else 32,
                     why_not_prunable=why,
-                    why_not_quantizable=STEPS if layer.kind in ("LSTM", "GRU", "RNN") else why,
+                    why_not_quantizable=SCAN_STEPS if layer.kind in ("LSTM", "GRU", "RNN") else why,
                 )
             )
         return tuple(found)
 
 
-def _operator(node: NodeProto) -> str:
+def _operator_name(node: NodeProto) -> str:
     return node.op_type if node.domain in ("", "ai.onnx") else f"{node.domain}::{node.op_type}"
 
 
-def _first(names: Sequence[str]) -> str:
+def _first_tensor(names: Sequence[str]) -> str:
     return next(name for name in names if name)
 
 
@@ -333,15 +333,15 @@ def _inner(node: NodeProto) -> Iterable[NodeProto]:
 
 
 def _factors(node: NodeProto) -> tuple[int, ...]:
-    kind = _operator(node)
+    kind = _operator_name(node)
     if kind == "Einsum":
         return tuple(range(len(node.input)))
     return (1, 0) if kind == "Gather" else CONTRACTING[kind]
 
 
-def _macs(node: NodeProto, operands: list[Shape], output: Shape) -> tuple[int, int]:
+def _node_macs(node: NodeProto, operands: list[TensorShape], output: TensorShape) -> tuple[int, int]:
     """(multiply-accumulates, groups)."""
-    kind = _operator(node)
+    kind = _operator_name(node)
     from onnx import helper
 
     attributes = {attribute.name: helper.get_attribute_value(attribute) for attribute in node.attribute}
@@ -358,11 +358,11 @@ def _macs(node: NodeProto, operands: list[Shape], output: Shape) -> tuple[int, i
     if kind == "Einsum":
         return einsum_macs(attributes["equation"].decode(), operands), 1
     if kind == "Attention":
-        return _attention(attributes, operands), 1
+        return _attention_macs(attributes, operands), 1
     return math.prod(output) * a[-1], 1
 
 
-def _attention(attributes: Mapping[str, Any], operands: list[Shape]) -> int:
+def _attention_macs(attributes: Mapping[str, Any], operands: list[TensorShape]) -> int:
     q, k, v = operands
     if len(q) == 3:
         # (batch, length, heads * size)

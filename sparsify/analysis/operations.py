@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from sparsify.analysis.macs import FREE, Cost, Operand, Shape, count
+from sparsify.analysis.macs import FREE_OPERATIONS, Cost, CountedOperand, TensorShape, operation_cost
 from sparsify.errors import ArgumentError
 from sparsify.model.targets import clean_name
-from sparsify.model.trace import Call, Names
+from sparsify.model.trace import ModuleCall, ModuleNames
 from sparsify.onnx.runtime import first_line
 
 __all__: list[str] = []
@@ -34,14 +34,14 @@ class Operation:
     """
 
     operator: str
-    owner: Call
+    owner: ModuleCall
     cost: Cost | None
-    output: Shape
+    output: TensorShape
 
 
 def from_program(model: nn.Module, program: Any) -> list[Operation] | None:
     """Of an ExportedProgram; None where it holds programs within, whose operators it does not show."""
-    names = Names(model)
+    names = ModuleNames(model)
     parameters = {
         name: names.parameters.get(target, clean_name(target))
         for name, target in program.graph_signature.inputs_to_parameters.items()
@@ -58,10 +58,10 @@ def from_program(model: nn.Module, program: Any) -> list[Operation] | None:
             continue
         stack = list(names.calls(node.meta.get("nn_module_stack") or {}))
         args = pytree.tree_map(lambda value: _operand_of_node(value, parameters), list(node.args))
-        operation = _operation(node.target, args, stack[-1] if stack else Call("", 0), node.meta.get("val"))
+        operation = _operation(node.target, args, stack[-1] if stack else ModuleCall("", 0), node.meta.get("val"))
         if operation is not None:
             found.append(operation)
-        elif _moves(node.target):
+        elif _moves_values(node.target):
             _follow(node, parameters)
     return found
 
@@ -77,16 +77,20 @@ def _operand_of_node(value: Any, parameters: dict[str, str]) -> Any:
     if not isinstance(value, torch.fx.Node):
         return value
     tensor = value.meta.get("val")
-    return Operand(tuple(map(int, tensor.shape)), parameters.get(value.name)) if isinstance(tensor, Tensor) else tensor
+    return (
+        CountedOperand(tuple(map(int, tensor.shape)), parameters.get(value.name))
+        if isinstance(tensor, Tensor)
+        else tensor
+    )
 
 
-def watched(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Operation]:
+def recorded_operations(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Operation]:
     """Of one forward in eval mode, without gradients. Modes, random states, buffers and hooks are afterwards as before.
 
     Raises:
         ArgumentError: the model fails on these inputs; the message says in which module.
     """
-    watch = _Watch(model)
+    watch = _OperationRecorder(model)
     handles: list[Any] = []
     try:
         with untouched(model), torch.compiler.set_stance("force_eager"):
@@ -118,13 +122,13 @@ def _failed_in(model: nn.Module, error: BaseException) -> str:
     )
 
 
-class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class _OperationRecorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Notes operators, and the calls of modules that they stand in."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.found: list[Operation] = []
-        self.stack: list[Call] = []
+        self.stack: list[ModuleCall] = []
         self.numbers: Counter[str] = Counter()
         # By storage: what is multiplied is mostly a view of the parameter.
         self.parameters: dict[int, str] = {}
@@ -132,7 +136,7 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self.parameters[parameter.untyped_storage()._cdata] = clean_name(name)
 
     def enter(self, path: str) -> None:
-        self.stack.append(Call(path, self.numbers[path]))
+        self.stack.append(ModuleCall(path, self.numbers[path]))
         self.numbers[path] += 1
 
     def leave(self) -> None:
@@ -141,7 +145,7 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         plain = pytree.tree_map(self._operand, list(args))
-        operation = _operation(func, plain, self.stack[-1] if self.stack else Call("", 0), result)
+        operation = _operation(func, plain, self.stack[-1] if self.stack else ModuleCall("", 0), result)
         if operation is not None:
             self.found.append(operation)
         return result
@@ -151,9 +155,9 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return value
         shape = tuple(map(int, value.shape))
         if not _has_storage(value):
-            return Operand(shape)
+            return CountedOperand(shape)
         name = self.parameters.get(value.untyped_storage()._cdata)
-        return Operand(shape, name)
+        return CountedOperand(shape, name)
 
 
 def _has_storage(value: Tensor) -> bool:
@@ -186,14 +190,14 @@ def untouched(model: nn.Module) -> Iterator[None]:
                         buffer.copy_(value)
 
 
-def _operation(target: Any, args: list[Any], owner: Call, result: Any) -> Operation | None:
+def _operation(target: Any, args: list[Any], owner: ModuleCall, result: Any) -> Operation | None:
     """None for an operator that multiplies nothing."""
     namespace, _, name = target._schema.name.partition("::")
     name = name if name.startswith("__") else name.rstrip("_")
     operator = name if namespace in ("aten", "prims") else f"{namespace}::{name}"
     first = next((value for value in pytree.tree_leaves(result) if isinstance(value, Tensor)), None)
     output = tuple(map(int, first.shape)) if first is not None else ()
-    cost = count(operator, args, output)
+    cost = operation_cost(operator, args, output)
     if cost is not None:
         return Operation(_plain_name(operator), owner, cost, output)
     return None if _is_free(target, operator) else Operation(operator, owner, None, output)
@@ -208,10 +212,16 @@ def _is_free(target: Any, operator: str) -> bool:
     tags = {torch.Tag.pointwise, torch.Tag.reduction, torch.Tag.view_copy} & set(target.tags)
     reads = any("Tensor" in str(argument.type) for argument in target._schema.arguments)
     # Our own operators quantize, dequantize and mask.
-    return bool(tags) or not reads or _moves(target) or operator in FREE or operator.startswith("sparsify::")
+    return (
+        bool(tags)
+        or not reads
+        or _moves_values(target)
+        or operator in FREE_OPERATIONS
+        or operator.startswith("sparsify::")
+    )
 
 
-def _moves(target: Any) -> bool:
+def _moves_values(target: Any) -> bool:
     """Whether it gives a view of what it reads, or such a view's copy."""
     aliases = [argument.alias_info for argument in target._schema.arguments]
     return any(alias is not None and not alias.is_write for alias in aliases)

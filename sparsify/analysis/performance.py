@@ -25,7 +25,7 @@ SPARSITIES = (0.0, 0.4, 0.6, 0.7, 0.8, 0.85, 0.9, 0.95, 0.975, 0.99)
 WIDTHS = (1.0, 0.875, 0.75, 0.625, 0.5, 0.375, 0.25)
 SKIPPING_FLOOR = 0.1
 """Of the dense time, that a runtime which skips zeros still needs: activations are read and written all the same."""
-FORMAT = 1
+PERFORMANCE_FORMAT = 1
 """Of saved profiles; raised whenever fields or the way of measuring change, so that none is taken for another."""
 
 
@@ -143,7 +143,7 @@ class PerformanceProfile:
             entry[1] += layer.ms
             entry[2] += layer.int8_ms or 0.0
         for label in dict.fromkeys([*self.others, *self.others_int8]):
-            entry = times[_operator(label)]
+            entry = times[_layer_operator(label)]
             entry[0] += 1
             entry[1] += self.others.get(label, 0.0)
             entry[2] += self.others_int8.get(label, 0.0)
@@ -209,7 +209,7 @@ class PerformanceProfile:
         return "\n\n".join(said)
 
     def to_json(self) -> str:
-        return json.dumps({"format": FORMAT, **dataclasses.asdict(self)}, indent=1)
+        return json.dumps({"format": PERFORMANCE_FORMAT, **dataclasses.asdict(self)}, indent=1)
 
     @classmethod
     def from_json(cls, text: str) -> PerformanceProfile:
@@ -221,9 +221,10 @@ class PerformanceProfile:
         try:
             plain = json.loads(text)
             written = plain.pop("format")
-            if written != FORMAT:
+            if written != PERFORMANCE_FORMAT:
                 raise DataError(
-                    f"a performance profile of format {written}; this version reads {FORMAT}. Measure again."
+                    f"a performance profile of format {written}; this version reads {PERFORMANCE_FORMAT}. "
+                    "Measure again."
                 )
             plain["layers"] = tuple(LayerPerformance(**_checked(layer, LayerPerformance)) for layer in plain["layers"])
             return cls(**_checked(plain, cls))
@@ -270,10 +271,10 @@ def performance_profile(
 ) -> PerformanceProfile:
     """Measures a model and each of its layers in onnxruntime: in float, in int8, and with fewer channels.
 
-    The model is exported as it is, quantized, and shrunk to each of `widths` in all families of channels at once, with
-    the rounding of StructuredPruningModifier; each file runs under onnxruntime's profiler, and the time of each node
-    counts to the layer it came from, with what was fused into it and the conversions made for it. What belongs to no
-    layer is reported as `others`. The model itself is not touched; weights play no part in the times.
+    The model is exported as it is, quantized, and shrunk to each of `widths` in all channel groups of channels at once,
+    with the rounding of StructuredPruningModifier; each file runs under onnxruntime's profiler, and the time of each
+    node counts to the layer it came from, with what was fused into it and the conversions made for it. What belongs to
+    no layer is reported as `others`. The model itself is not touched; weights play no part in the times.
 
     Zeros: with a fraction s of zeros, `sparse_ms` is time * max(1 - s, 0.1), which a runtime that skips zeros would
     reach. onnxruntime gains 0 from zeros: there only removed channels and int8 save time.
@@ -296,9 +297,9 @@ def performance_profile(
         StateError: the model is quantized already; profile its file.
         ArgumentError: a wrong argument. DataFileError, DataError: a file that is missing or broken.
     """
-    from sparsify.analysis.profiling import Settings, profile_of_file, profile_of_model
+    from sparsify.analysis.profiling import ProfileSettings, profile_of_file, profile_of_model
 
-    settings = Settings(
+    settings = ProfileSettings(
         batch_sizes=_wholes("batch_sizes", batch_sizes, 1),
         threads=_wholes("threads", threads, 1),
         quantized=quantized,
@@ -345,7 +346,7 @@ def _cache_folder(cache: bool | str | os.PathLike[str]) -> Path | None:
     return Path(cache)
 
 
-def _operator(label: str) -> str:
+def _layer_operator(label: str) -> str:
     """The operator in the label of what is in no layer.
 
     >>> _operator("block.0/Add_2"), _operator("nowhere in the file/ReorderOutput"), _operator("head, in float")

@@ -21,12 +21,18 @@ from torch import nn
 
 from sparsify.analysis.layers import LayerInfo, ModelAnalysis, analyze_model
 from sparsify.analysis.node_times import NodeTimes, node_times
-from sparsify.analysis.performance import FORMAT, SKIPPING_FLOOR, SPARSITIES, LayerPerformance, PerformanceProfile
+from sparsify.analysis.performance import (
+    PERFORMANCE_FORMAT,
+    SKIPPING_FLOOR,
+    SPARSITIES,
+    LayerPerformance,
+    PerformanceProfile,
+)
 from sparsify.analysis.variants import Form, cuttable, export, exported_forms, tracked
 from sparsify.errors import ArgumentError, DataError, StateError
-from sparsify.model.signature import Call, unwrapped
+from sparsify.model.signature import SampleInputs, unwrapped
 from sparsify.onnx.runtime import open_session, read_model, run_session
-from sparsify.pruning.groups import Families
+from sparsify.pruning.groups import ChannelGroups
 from sparsify.quantization.plan import is_quantized
 
 if TYPE_CHECKING:
@@ -37,7 +43,7 @@ __all__: list[str] = []
 
 
 @dataclass(frozen=True)
-class Settings:
+class ProfileSettings:
     """What is measured; see `performance_profile`."""
 
     batch_sizes: tuple[int, ...]
@@ -61,7 +67,7 @@ class Measured:
 
 
 def profile_of_model(
-    model: nn.Module, sample_inputs: Any, settings: Settings, cache: Path | None, progress: bool | None
+    model: nn.Module, sample_inputs: Any, settings: ProfileSettings, cache: Path | None, progress: bool | None
 ) -> PerformanceProfile:
     if not isinstance(model, nn.Module):
         raise ArgumentError(f"model is a {type(model).__name__}: give a torch.nn.Module or the path of an ONNX file.")
@@ -73,43 +79,47 @@ def profile_of_model(
             f"{type(model).__name__} is quantized already. Give the float model, whose int8 times are measured with "
             "it, or the file that was exported."
         )
-    call = Call.of(model, sample_inputs)
+    call = SampleInputs.of(model, sample_inputs)
     with tempfile.TemporaryDirectory(prefix="sparsify-") as text:
         path = Path(text) / "model.onnx"
         export(model, sample_inputs, path)
         proto = read_model(path)
         feeds = {size: feed_of(proto, call, size) for size in settings.batch_sizes}
         content, versions = _content(proto, feeds, settings)
-        if (kept := _kept(cache, content)) is not None:
+        if (kept := _cached(cache, content)) is not None:
             return kept
         analysis = analyze_model(model, sample_inputs)
         notes: dict[str, str] = {}
-        families: Families | None = None
+        channel_groups: ChannelGroups | None = None
         if settings.widths:
-            families, why = cuttable(model, call)
+            channel_groups, why = cuttable(model, call)
             if why:
                 notes["widths"] = why
         folder = Path(text)
         forms = exported_forms(
-            model, sample_inputs, families, settings.quantized, settings.widths, folder, path, notes, progress
+            model, sample_inputs, channel_groups, settings.quantized, settings.widths, folder, path, notes, progress
         )
         found = Bench(analysis, feeds, settings).measure_all(forms, progress)
     touched = (
-        set() if families is None else {place.tensor for one in families.families.values() for place in one.places}
+        set()
+        if channel_groups is None
+        else {place.tensor for one in channel_groups.groups.values() for place in one.places}
     )
     profile = _assembled(type(model).__name__, analysis, found, touched, settings, content, versions, notes)
-    _keep(cache, profile)
+    _cache(cache, profile)
     return profile
 
 
-def profile_of_file(path: Path, settings: Settings, cache: Path | None, progress: bool | None) -> PerformanceProfile:
+def profile_of_file(
+    path: Path, settings: ProfileSettings, cache: Path | None, progress: bool | None
+) -> PerformanceProfile:
     from sparsify.onnx.benchmark import random_inputs
 
     proto = read_model(path)
     session = open_session(path, model=proto)
     feeds = {size: random_inputs(proto, session, size)[0] for size in settings.batch_sizes}
     content, versions = _content(proto, feeds, settings)
-    if (kept := _kept(cache, content)) is not None:
+    if (kept := _cached(cache, content)) is not None:
         return kept
     analysis = analyze_model(path)
     found = Bench(analysis, feeds, settings).measure_all({("float", 1.0): Form(path)}, progress)
@@ -117,7 +127,7 @@ def profile_of_file(path: Path, settings: Settings, cache: Path | None, progress
     notes = {"int8": why} if settings.quantized else {}
     notes |= {"widths": why} if settings.widths else {}
     profile = _assembled(path.name, analysis, found, set(), settings, content, versions, notes)
-    _keep(cache, profile)
+    _cache(cache, profile)
     return profile
 
 
@@ -128,7 +138,7 @@ class Bench:
     """Measures files of one model, in its several forms, on the same inputs."""
 
     def __init__(
-        self, analysis: ModelAnalysis, feeds: Mapping[int, Mapping[str, np.ndarray]], settings: Settings
+        self, analysis: ModelAnalysis, feeds: Mapping[int, Mapping[str, np.ndarray]], settings: ProfileSettings
     ) -> None:
         self.analysis, self.feeds, self.settings = analysis, feeds, settings
 
@@ -268,7 +278,7 @@ def _assembled(
     analysis: ModelAnalysis,
     found: Mapping[tuple[str, float], Measured],
     touched: set[str],
-    settings: Settings,
+    settings: ProfileSettings,
     content: str,
     versions: Mapping[str, str],
     notes: Mapping[str, str],
@@ -339,7 +349,7 @@ def _assembled(
 # ---------------------------------------------------------------------- inputs and the cache
 
 
-def feed_of(proto: ModelProto, call: Call, size: int) -> dict[str, np.ndarray]:
+def feed_of(proto: ModelProto, call: SampleInputs, size: int) -> dict[str, np.ndarray]:
     """The sample inputs as a batch of `size`: its items, again and again."""
     feed = {}
     for value in proto.graph.input:
@@ -361,7 +371,7 @@ def feed_of(proto: ModelProto, call: Call, size: int) -> dict[str, np.ndarray]:
 
 
 def _content(
-    proto: ModelProto, feeds: Mapping[int, Mapping[str, np.ndarray]], settings: Settings
+    proto: ModelProto, feeds: Mapping[int, Mapping[str, np.ndarray]], settings: ProfileSettings
 ) -> tuple[str, dict[str, str]]:
     """(the hash of graph, shapes, settings, versions and processor; the versions)."""
     import onnx
@@ -381,7 +391,7 @@ def _content(
         if tensor.data_type == onnx.TensorProto.INT64:  # shapes and axes, which are part of the graph
             hashed.update(tensor.SerializeToString(deterministic=True))
     inputs = [[name, str(a.dtype), list(a.shape)] for feed in feeds.values() for name, a in feed.items()]
-    hashed.update(json.dumps([FORMAT, inputs, asdict(settings), versions], sort_keys=True).encode())
+    hashed.update(json.dumps([PERFORMANCE_FORMAT, inputs, asdict(settings), versions], sort_keys=True).encode())
     return hashed.hexdigest(), versions
 
 
@@ -396,7 +406,7 @@ def processor() -> str:
     return platform.processor() or platform.machine()
 
 
-def _kept(cache: Path | None, content: str) -> PerformanceProfile | None:
+def _cached(cache: Path | None, content: str) -> PerformanceProfile | None:
     """What was kept for this content; None also where it is damaged: it is measured again then, and replaced."""
     if cache is None:
         return None
@@ -407,7 +417,7 @@ def _kept(cache: Path | None, content: str) -> PerformanceProfile | None:
     return profile if profile.content == content else None
 
 
-def _keep(cache: Path | None, profile: PerformanceProfile) -> None:
+def _cache(cache: Path | None, profile: PerformanceProfile) -> None:
     if cache is not None:
         try:
             cache.mkdir(parents=True, exist_ok=True)

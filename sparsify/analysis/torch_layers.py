@@ -11,19 +11,19 @@ import torch
 from torch import Tensor, nn
 
 from sparsify.analysis.layers import LayerInfo, ModelAnalysis, UnknownOperator
-from sparsify.analysis.macs import Operand, Shape
-from sparsify.analysis.operations import Operation, from_program, watched
+from sparsify.analysis.macs import CountedOperand, TensorShape
+from sparsify.analysis.operations import Operation, from_program, recorded_operations
 from sparsify.errors import ArgumentError, DataError, SparsifyError, TargetError
-from sparsify.model.signature import Call as Arguments
+from sparsify.model.signature import SampleInputs as Arguments
 from sparsify.model.signature import unwrapped
 from sparsify.model.targets import is_prunable_layer, named_modules, named_parameters, refuse_unusable
-from sparsify.model.trace import Call, Names, exported, plain_trace
+from sparsify.model.trace import ModuleCall, ModuleNames, exported, plain_trace
 from sparsify.onnx.runtime import first_line
 from sparsify.quantization.attention import Projection
-from sparsify.quantization.layers import QuantizedEmbedding, QuantizedLayer, Retyped
+from sparsify.quantization.layers import Converted, QuantizedEmbedding, QuantizedLayer
 from sparsify.quantization.placement import make_plan
 from sparsify.quantization.plan import is_quantized
-from sparsify.quantization.scheme import Settings
+from sparsify.quantization.scheme import QuantizationSettings
 
 __all__: list[str] = []
 
@@ -43,12 +43,12 @@ def analyze_module(model: nn.Module, sample_inputs: Any, sample_kwargs: Mapping[
         program = exported(model, args, kwargs)
     except ArgumentError as error:
         cause = error.__cause__ or error
-        operations = watched(model, args, kwargs)
+        operations = recorded_operations(model, args, kwargs)
         reasons.untraceable = f"the model cannot be traced: {type(cause).__name__}: {first_line(cause)}"
     else:
         operations = from_program(model, program)
         if operations is None:
-            operations = watched(model, args, kwargs)
+            operations = recorded_operations(model, args, kwargs)
         reasons.plan(model, program)
     layers = _Layers(model, operations, reasons)
     batch = next((tensor.shape[0] for tensor in call.inputs.values() if tensor.dim()), 1)
@@ -72,17 +72,17 @@ def _unknown(operations: list[Operation]) -> tuple[UnknownOperator, ...]:
 
 
 @dataclass
-class _Layer:
+class _TorchLayer:
     """What is gathered of one layer while operations are read."""
 
     weight: str | None
     operator: str
     path: str
-    input_shapes: tuple[Shape, ...] = ()
-    output: Shape = ()
+    input_shapes: tuple[TensorShape, ...] = ()
+    output: TensorShape = ()
     macs: int = 0
     groups: int = 1
-    calls: set[Call] = field(default_factory=set)
+    calls: set[ModuleCall] = field(default_factory=set)
 
 
 class _Layers:
@@ -113,12 +113,12 @@ class _Layers:
         for operation in costly:
             for weight, _ in self._weights(operation):
                 self.weights_of[self._holder(operation, weight)[0]].add(weight)
-        self.found: dict[str, _Layer] = {}
-        numbers: Counter[tuple[Call, str]] = Counter()
+        self.found: dict[str, _TorchLayer] = {}
+        numbers: Counter[tuple[ModuleCall, str]] = Counter()
         for operation in costly:
             self._add(operation, numbers)
 
-    def _weights(self, operation: Operation) -> list[tuple[str, Operand]]:
+    def _weights(self, operation: Operation) -> list[tuple[str, CountedOperand]]:
         """The parameters among what it multiplies, vectors left out."""
         assert operation.cost is not None
         factors = operation.cost.factors
@@ -130,7 +130,7 @@ class _Layers:
         holders = self.holders[weight]
         return next((holder for holder in holders if holder[0] == operation.owner.path), holders[0])
 
-    def _add(self, operation: Operation, numbers: Counter[tuple[Call, str]]) -> None:
+    def _add(self, operation: Operation, numbers: Counter[tuple[ModuleCall, str]]) -> None:
         cost = operation.cost
         assert cost is not None
         owner = operation.owner
@@ -165,7 +165,7 @@ class _Layers:
             shapes = tuple(factor.shape for factor in cost.factors)
             self._note(self._function(operation, numbers), None, owner.path, operation, cost.macs, shapes)
 
-    def _function(self, operation: Operation, numbers: Counter[tuple[Call, str]]) -> str:
+    def _function(self, operation: Operation, numbers: Counter[tuple[ModuleCall, str]]) -> str:
         """The name of an operation that belongs to no layer; the second of a forward is "matmul_1"."""
         key = (operation.owner, operation.operator)
         number = numbers[key]
@@ -174,12 +174,14 @@ class _Layers:
         return _joined(operation.owner.path, f"{short}_{number}" if number else short)
 
     def _note(
-        self, name: str, weight: str | None, path: str, operation: Operation, macs: int, inputs: tuple[Shape, ...]
+        self, name: str, weight: str | None, path: str, operation: Operation, macs: int, inputs: tuple[TensorShape, ...]
     ) -> None:
         assert operation.cost is not None
         layer = self.found.get(name)
         if layer is None:
-            layer = _Layer(weight, operation.operator, path, inputs, operation.output, groups=operation.cost.groups)
+            layer = _TorchLayer(
+                weight, operation.operator, path, inputs, operation.output, groups=operation.cost.groups
+            )
             self.found[name] = layer
         layer.macs += macs
         layer.calls.add(operation.owner)
@@ -195,9 +197,9 @@ class _Layers:
             weight = module._parameters.get("weight") if is_prunable_layer(module) else None
             if weight is not None and path not in seen:
                 named = next(name for name, parameter in self.parameters.items() if parameter is weight)
-                yield self._info(path, _Layer(named, "", path), first, counted)
+                yield self._info(path, _TorchLayer(named, "", path), first, counted)
 
-    def _info(self, name: str, layer: _Layer, first: dict[str, str], counted: set[int]) -> LayerInfo:
+    def _info(self, name: str, layer: _TorchLayer, first: dict[str, str], counted: set[int]) -> LayerInfo:
         module = self.modules.get(layer.path)
         parameter = self.parameters.get(layer.weight) if layer.weight is not None else None
         is_function = name != layer.path and name not in {
@@ -249,7 +251,7 @@ class _Layers:
             why_not_quantizable=quantizable,
         )
 
-    def _own(self, layer: _Layer, module: nn.Module, name: str) -> Iterator[nn.Parameter]:
+    def _own(self, layer: _TorchLayer, module: nn.Module, name: str) -> Iterator[nn.Parameter]:
         """The parameters that are the layer's: its weight and bias, or all that a module with one weight holds."""
         if name == layer.path and len(self.weights_of[layer.path]) <= 1:
             yield from (p for p in module._parameters.values() if p is not None)
@@ -271,7 +273,7 @@ def _joined(path: str, name: str) -> str:
 
 def _class(module: nn.Module) -> str:
     """What the module's class is called; of a quantized one, what it was before."""
-    return module._wiring.original.__name__ if isinstance(module, Retyped) else type(module).__name__
+    return module._wiring.original.__name__ if isinstance(module, Converted) else type(module).__name__
 
 
 def sparsity_of(weight: Tensor) -> float:
@@ -304,7 +306,7 @@ class _Reasons:
         if self.quantized:
             return
         try:
-            plan = make_plan(model, plain_trace(program, Names(model)), Settings())
+            plan = make_plan(model, plain_trace(program, ModuleNames(model)), QuantizationSettings())
         except SparsifyError as error:
             self.untraceable = str(error)
             return
@@ -314,7 +316,7 @@ class _Reasons:
 
     def why_not(self, name: str, path: str, module: nn.Module | None) -> str:
         if self.quantized:
-            return "" if isinstance(module, Retyped) else "it was left in float when the model was quantized"
+            return "" if isinstance(module, Converted) else "it was left in float when the model was quantized"
         if self.untraceable:
             return self.untraceable
         if name in self.layers:

@@ -34,7 +34,9 @@ class Batch:
     samples: int
 
 
-def taken(model: nn.Module, data: Iterable[Any], *, with_target: bool, most: int | None, where: str) -> list[Batch]:
+def collected_batches(
+    model: nn.Module, data: Iterable[Any], *, with_target: bool, most: int | None, where: str
+) -> list[Batch]:
     """The batches of `data`, at most `most`, gone through once so that every trial sees the same.
 
     Args:
@@ -104,7 +106,7 @@ class Trials:
 
     def with_weights(self, parameters: Mapping[str, nn.Parameter], values: Mapping[str, Tensor], what: str) -> float:
         """The loss with `values` in the place of those parameters; `what` names them in errors."""
-        with replaced(parameters, values):
+        with replaced_weights(parameters, values):
             return self._measured(what)
 
     def curvature(self, parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
@@ -126,7 +128,7 @@ class Trials:
             for parameter, _ in wanted:
                 parameter.requires_grad_(True)
             for at, batch in enumerate(self.batches):
-                with _undisturbed(self.model), torch.enable_grad():
+                with _restored(self.model), torch.enable_grad():
                     self._add_squares(found, parameters, at, batch)
         finally:
             for parameter, required in wanted:
@@ -157,7 +159,7 @@ class Trials:
         first = not hasattr(self, "base")
         total = 0.0
         for at, batch in enumerate(self.batches):
-            with _undisturbed(self.model), torch.no_grad():
+            with _restored(self.model), torch.no_grad():
                 outputs = self.model(*batch.args, **batch.kwargs)
                 if first and self._loss is None and _own_loss(outputs) is None:
                     self._keep(outputs, batch)
@@ -247,7 +249,7 @@ def _class_dim(name: str, output: Tensor, target: Any) -> int:
 
 
 @contextmanager
-def replaced(parameters: Mapping[str, nn.Parameter], values: Mapping[str, Tensor]) -> Iterator[None]:
+def replaced_weights(parameters: Mapping[str, nn.Parameter], values: Mapping[str, Tensor]) -> Iterator[None]:
     """Other values in the place of some parameters; at the end, also of an interrupted block, theirs, bit for bit."""
     kept = {name: parameters[name].detach().clone() for name in values}
 
@@ -271,7 +273,7 @@ def replaced(parameters: Mapping[str, nn.Parameter], values: Mapping[str, Tensor
 
 
 @contextmanager
-def _undisturbed(model: nn.Module) -> Iterator[None]:
+def _restored(model: nn.Module) -> Iterator[None]:
     """In eval mode; at the end modes, buffers and random state are what they were."""
     modes = [(module, module.training) for module in model.modules()]
     buffers = [

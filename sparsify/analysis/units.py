@@ -16,7 +16,7 @@ from sparsify.model.targets import is_prunable_layer, owners, refuse_unusable, r
 from sparsify.oneshot import rounding
 from sparsify.pruning import group_scores
 from sparsify.pruning.groups import find
-from sparsify.pruning.masker import prune
+from sparsify.pruning.masker import compute_masks
 from sparsify.pruning.shrinking import deletion_masks, dry_run
 from sparsify.quantization.layers import channel_axis
 
@@ -88,15 +88,15 @@ def _is_weight(module: nn.Module, own: str) -> bool:
 def _layer(title: str, name: str, module: nn.Module, parameter: nn.Parameter, of: Of) -> Unit:
     def pruned(level: float) -> dict[str, Tensor]:
         weight = parameter.detach()
-        return {name: weight.masked_fill(~prune({name: weight}, level)[name], 0.0)}
+        return {name: weight.masked_fill(~compute_masks({name: weight}, level)[name], 0.0)}
 
     def rounded(bits: float) -> dict[str, Tensor]:
-        return {name: on_grid(parameter.detach(), channel_axis(module), int(bits))}
+        return {name: rounded_weight(parameter.detach(), channel_axis(module), int(bits))}
 
     return Unit(title, {name: parameter}, pruned if of == "pruning" else rounded)
 
 
-def on_grid(weight: Tensor, axis: int, bits: int) -> Tensor:
+def rounded_weight(weight: Tensor, axis: int, bits: int) -> Tensor:
     """Rounded to symmetric integers of so many bits, with the scale of least squared error for each index of `axis`.
 
     >>> on_grid(torch.tensor([[1.0, -0.3, 0.4, 0.1]]), axis=0, bits=3)
@@ -119,10 +119,10 @@ def layer_name(parameter: str, own: str) -> str:
     return parameter.removesuffix(own).removesuffix(".") if own == "weight" else parameter.removesuffix("_weight")
 
 
-def channel_families(
+def weights_of_channel_groups(
     model: nn.Module, sample: Batch, layers: Layers, *, where: str
 ) -> tuple[list[Unit], dict[str, tuple[str, ...]]]:
-    """Families whose channels can go, and the layers of each; with `layers` those that have a row among them."""
+    """Channel groups whose channels can go, and the layers of each; with `layers` those that have a row among them."""
     found = dry_run(model, find(model, sample.args, sample.kwargs), sample.args, sample.kwargs)
     chosen = (
         None
@@ -131,16 +131,16 @@ def channel_families(
     )
     names = {name: layer_name(name, own) for name, _, own in owners(model)}
     parameters = {name: module._parameters[own] for name, module, own in owners(model)}
-    kept = {n: f for n, f in found.families.items() if f.rows and (chosen is None or chosen & set(f.rows))}
+    kept = {n: f for n, f in found.groups.items() if f.rows and (chosen is None or chosen & set(f.rows))}
     if not kept:
         raise TargetError(f"{where}: {type(model).__name__} has no channels that can go; see `shrink` for the reasons.")
     scores = group_scores.norms(model, kept)
     units = []
-    for name, family in kept.items():
-        held = {p.tensor: value for p in family.places if (value := parameters.get(p.tensor)) is not None}
+    for name, channel_group in kept.items():
+        held = {p.tensor: value for p in channel_group.places if (value := parameters.get(p.tensor)) is not None}
 
         def masked(
-            level: float, name: str = name, size: int = family.size, held: dict[str, nn.Parameter] = held
+            level: float, name: str = name, size: int = channel_group.size, held: dict[str, nn.Parameter] = held
         ) -> dict[str, Tensor]:
             gone = group_scores.lowest({name: scores[name]}, {name: min(round(size * level), size - 1)}, {})
             masks = deletion_masks(model, found, gone)

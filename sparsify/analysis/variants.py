@@ -13,12 +13,12 @@ from typing import Any
 from torch import nn
 
 from sparsify.errors import ExportError, SparsifyError, SparsifyWarning
-from sparsify.model.signature import Call
+from sparsify.model.signature import SampleInputs
 from sparsify.oneshot import quantize_model
 from sparsify.onnx.export import export_onnx
 from sparsify.output.tables import track
 from sparsify.pruning.group_scores import Bounds, multiple_of
-from sparsify.pruning.groups import Families, find
+from sparsify.pruning.groups import ChannelGroups, find
 from sparsify.pruning.removal import plan_removal, remove
 from sparsify.pruning.shrinking import dry_run
 
@@ -36,7 +36,7 @@ class Form:
 def exported_forms(
     model: nn.Module,
     sample_inputs: Any,
-    families: Families | None,
+    channel_groups: ChannelGroups | None,
     quantized: bool,
     widths: Sequence[float],
     folder: Path,
@@ -50,15 +50,15 @@ def exported_forms(
     """
     forms = {("float", 1.0): Form(dense)}
     kinds = ("float", "int8") if quantized else ("float",)
-    narrow = widths[1:] if families is not None else ()
+    narrow = widths[1:] if channel_groups is not None else ()
     smaller = model
     for kind, width in tracked([(k, w) for w in (1.0, *narrow) for k in kinds], "exporting", progress):
         if (kind, width) in forms or ("widths" in notes and width < 1) or ("int8" in notes and kind == "int8"):
             continue
         path = folder / f"{kind}-{width}.onnx"
         try:
-            if kind == "float" and families is not None:
-                smaller = narrowed(model, families, width)
+            if kind == "float" and channel_groups is not None:
+                smaller = narrowed(model, channel_groups, width)
             if kind == "float":
                 export(smaller, sample_inputs, path)
                 forms[kind, width] = Form(path)
@@ -100,39 +100,39 @@ def as_int8(model: nn.Module, sample_inputs: Any, ignore: Sequence[str] = ()) ->
         ).model
 
 
-def cuttable(model: nn.Module, call: Call) -> tuple[Families | None, str]:
-    """The families of channels that can be removed; or None and why there are none."""
+def cuttable(model: nn.Module, call: SampleInputs) -> tuple[ChannelGroups | None, str]:
+    """The channel groups of channels that can be removed; or None and why there are none."""
     args, kwargs = call.arguments(list(call.inputs.values()))
     try:
-        families = dry_run(model, find(model, args, kwargs), args, kwargs)
+        channel_groups = dry_run(model, find(model, args, kwargs), args, kwargs)
     except SparsifyError as error:
         return None, str(error)
-    if not any(family.size > 1 for family in families.families.values()):
-        reasons = "; ".join(dict.fromkeys(families.whole.values())) or "it has no layers with channels"
+    if not any(channel_group.size > 1 for channel_group in channel_groups.groups.values()):
+        reasons = "; ".join(dict.fromkeys(channel_groups.whole.values())) or "it has no layers with channels"
         return None, f"no channels can be removed: {reasons}"
-    return families, ""
+    return channel_groups, ""
 
 
-def narrowed(model: nn.Module, families: Families, width: float | Mapping[str, float]) -> nn.Module:
-    """A copy in which `width` of the channels of every family, or of those that are named, are left.
+def narrowed(model: nn.Module, channel_groups: ChannelGroups, width: float | Mapping[str, float]) -> nn.Module:
+    """A copy in which `width` of the channels of every channel group, or of those that are named, are left.
 
     Speed does not depend on which channels go: the last ones do.
     """
     smaller = copy.deepcopy(model)
-    gone = {}
-    for name, family in families.families.items():
+    pruned = {}
+    for name, channel_group in channel_groups.groups.items():
         share = width if isinstance(width, int | float) else width.get(name, 1.0)
-        gone[name] = tuple(range(kept_channels(families, name, share), family.size))
-    remove(smaller, plan_removal(smaller, families, {name: lost for name, lost in gone.items() if lost}))
+        pruned[name] = tuple(range(kept_channels(channel_groups, name, share), channel_group.size))
+    remove(smaller, plan_removal(smaller, channel_groups, {name: lost for name, lost in pruned.items() if lost}))
     return smaller
 
 
-def kept_channels(families: Families, name: str, share: float) -> int:
-    """How many channels of a family stay, rounded as StructuredPruningModifier does."""
-    family = families.families[name]
+def kept_channels(channel_groups: ChannelGroups, name: str, share: float) -> int:
+    """How many channels of a channel group stay, rounded as StructuredPruningModifier does."""
+    channel_group = channel_groups.groups[name]
     # Exactly what it masks before it rounds: round(n * sparsity) of n.
-    wanted = family.size - round(family.size * (1 - share))
-    return Bounds.of(family.size, multiple_of(family, None)).nearest(wanted)
+    wanted = channel_group.size - round(channel_group.size * (1 - share))
+    return Bounds.of(channel_group.size, multiple_of(channel_group, None)).nearest(wanted)
 
 
 def _as_tuple(sample_inputs: Any) -> Any:

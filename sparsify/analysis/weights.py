@@ -122,7 +122,7 @@ def _of_module(model: nn.Module, threshold: int) -> dict[str, WeightMetadata]:
     from sparsify.model.signature import unwrapped
     from sparsify.model.targets import named_modules, named_parameters
     from sparsify.quantization.attention import QuantizedProjection
-    from sparsify.quantization.layers import QuantizedEmbedding, QuantizedLayer, Retyped
+    from sparsify.quantization.layers import Converted, QuantizedEmbedding, QuantizedLayer
 
     model = unwrapped(model)
     parameters = named_parameters(model)
@@ -133,7 +133,7 @@ def _of_module(model: nn.Module, threshold: int) -> dict[str, WeightMetadata]:
     for path, module in modules.items():
         if isinstance(module, QuantizedProjection) and module._wiring.largest:
             bits[name_of[id(module.parameter)]] = (module._wiring.largest + 1).bit_length()
-        kind = (module._wiring.original if isinstance(module, Retyped) else type(module)).__name__
+        kind = (module._wiring.original if isinstance(module, Converted) else type(module)).__name__
         for own, parameter in module._parameters.items():
             if parameter is None or id(parameter) not in name_of:
                 continue

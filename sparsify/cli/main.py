@@ -76,7 +76,7 @@ def _optimize(arguments: Arguments) -> int:
         if arguments.goal_ms is not None:
             raise ArgumentError("--goal-ms says how much goes; leave --sparsity, --balance and --override out.")
         given = {"sparsity": arguments.sparsity, "balance": arguments.balance}
-        overrides = dict(_share(text) for text in arguments.override or ())
+        overrides = dict(_parsed_share(text) for text in arguments.override or ())
         settings = PruningSettings(**{n: v for n, v in given.items() if v is not None}, overrides=overrides)
     rates = (arguments.initial_lr, arguments.final_lr)
     training = None
@@ -160,7 +160,7 @@ def _optimize(arguments: Arguments) -> int:
     return FINE
 
 
-def _share(text: str) -> tuple[str, float]:
+def _parsed_share(text: str) -> tuple[str, float]:
     name, _, value = text.rpartition("=")
     try:
         share = float(value)
@@ -171,7 +171,7 @@ def _share(text: str) -> tuple[str, float]:
     return name, share
 
 
-def _plan(arguments: Arguments) -> int:
+def _run_plan(arguments: Arguments) -> int:
     from sparsify.cli.references import inputs_of, torch_model
     from sparsify.optimize.planning import plan
 
@@ -189,7 +189,7 @@ def _plan(arguments: Arguments) -> int:
     return SHORT if arguments.strict and made.warnings else FINE
 
 
-def _check(arguments: Arguments) -> int:
+def _run_check(arguments: Arguments) -> int:
     from sparsify.cli.references import torch_model
 
     recipe = _recipe(arguments)
@@ -237,7 +237,7 @@ def _compose(arguments: Arguments) -> int:
     return FINE
 
 
-def _benchmark(arguments: Arguments) -> int:
+def _run_benchmark(arguments: Arguments) -> int:
     from sparsify.onnx.benchmark import benchmark_onnx, compare_onnx
 
     options = {"batch_size": arguments.batch_size, "threads": arguments.threads, "iterations": arguments.iterations}
@@ -405,7 +405,7 @@ def _parser() -> argparse.ArgumentParser:
     made.add_argument("--optimizer", default="SGD", help="of the original training")
     as_json(made)
 
-    made = command("plan", _plan, "What a recipe will do over the epochs, without training.")
+    made = command("plan", _run_plan, "What a recipe will do over the epochs, without training.")
     recipe(made)
     model(made, optional=True)
     made.add_argument("--steps-per-epoch", type=int, help="optimizer steps in an epoch")
@@ -414,7 +414,7 @@ def _parser() -> argparse.ArgumentParser:
     made.add_argument("--strict", action="store_true", help="exit code 1 where there are warnings")
     as_json(made)
 
-    made = command("check", _check, "Whether a recipe can be read, and its names are in a model.")
+    made = command("check", _run_check, "Whether a recipe can be read, and its names are in a model.")
     recipe(made)
     made.add_argument("--model", help="package.module:function")
     as_json(made)
@@ -433,7 +433,7 @@ def _parser() -> argparse.ArgumentParser:
     made.add_argument("--keep-original-epochs", action="store_true", help="do not shift the epochs of the second")
     made.add_argument("--output", metavar="FILE")
 
-    made = command("benchmark", _benchmark, "Latency and throughput of an ONNX file in onnxruntime.")
+    made = command("benchmark", _run_benchmark, "Latency and throughput of an ONNX file in onnxruntime.")
     made.add_argument("file", help="an ONNX file")
     made.add_argument("--batch-size", type=int, default=1)
     made.add_argument("--threads", type=int)

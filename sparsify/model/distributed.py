@@ -15,7 +15,7 @@ from sparsify.errors import StateError
 __all__: list[str] = []
 
 
-def count() -> int:
+def world_size() -> int:
     """How many processes train together; 1 where torch.distributed is not set up."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
@@ -32,10 +32,10 @@ def check_same(masks: Mapping[str, Tensor]) -> None:
     Raises:
         StateError: on every process, where they differ; the message names the first parameter.
     """
-    if count() == 1:
+    if world_size() == 1:
         return
     own = {name: fingerprint(mask) for name, mask in masks.items()}
-    all_of_them: list[dict[str, str] | None] = [None] * count()
+    all_of_them: list[dict[str, str] | None] = [None] * world_size()
     dist.all_gather_object(all_of_them, own)
     for rank, other in enumerate(all_of_them):
         for name in sorted({*own, *(other or {})} if other != all_of_them[0] else ()):
@@ -49,7 +49,7 @@ def check_same(masks: Mapping[str, Tensor]) -> None:
 
 def reduce_range(minimum: Tensor, maximum: Tensor) -> None:
     """Turns a range that was seen here into the range seen by all processes, in place."""
-    if count() == 1:
+    if world_size() == 1:
         return
     # One message for both: the highest of -minimum is minus the lowest.
     both = torch.stack([-minimum.detach(), maximum.detach()])
@@ -60,11 +60,11 @@ def reduce_range(minimum: Tensor, maximum: Tensor) -> None:
 
 def average(tensors: Mapping[str, Tensor]) -> None:
     """Turns what was computed here into the mean over all processes, in place; the same names on every process."""
-    if count() == 1:
+    if world_size() == 1:
         return
     for name in sorted(tensors):
         dist.all_reduce(tensors[name], op=dist.ReduceOp.SUM)
-        tensors[name].div_(count())
+        tensors[name].div_(world_size())
 
 
 def _salt(shape: tuple[int, ...]) -> bytes:

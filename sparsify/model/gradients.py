@@ -140,11 +140,11 @@ def sampled(
         DataError: it yields nothing, or no loss.
     """
     losses: Iterator[Any] | None = None
-    with _undisturbed(model):
+    with _without_traces(model):
         for _ in range(count):
             loss = None if losses is None else next(losses, None)
             if loss is None:
-                losses = _losses(model, sampler, options or {})
+                losses = _sampled_losses(model, sampler, options or {})
                 loss = next(losses, None)
             if not isinstance(loss, Tensor) or loss.numel() != 1 or not loss.requires_grad:
                 what = "nothing" if loss is None else f"a {type(loss).__name__} that cannot be back-propagated"
@@ -157,7 +157,7 @@ def sampled(
             yield found
 
 
-def _losses(model: nn.Module, sampler: Any, options: Mapping[str, Any]) -> Iterator[Any]:
+def _sampled_losses(model: nn.Module, sampler: Any, options: Mapping[str, Any]) -> Iterator[Any]:
     if callable(sampler):
         yield from sampler(**options)
         return
@@ -183,7 +183,7 @@ def _loss(model: nn.Module, batch: Any, loss_function: Callable[..., Any]) -> An
 
 
 @contextmanager
-def _undisturbed(model: nn.Module) -> Iterator[None]:
+def _without_traces(model: nn.Module) -> Iterator[None]:
     """Gradients, buffers and the RNG are at the end what they were at the beginning."""
     gradients = [(parameter, parameter.grad) for parameter in model.parameters()]
     buffers = [(b, b.detach().clone()) for b in model.buffers()]

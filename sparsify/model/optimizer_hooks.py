@@ -81,7 +81,7 @@ class StepHooks:
         after: Callable[[], None],
         loaded: Callable[[], None],
     ) -> None:
-        self.optimizer = steps(optimizer)
+        self.optimizer = innermost_optimizer(optimizer)
         self.given = optimizer
         self._handles: list[RemovableHandle] = []
         self._hook: Callback | None = None
@@ -159,7 +159,7 @@ class SteppedOptimizer:
         return (SteppedOptimizer, (self.__dict__["_optimizer"],))
 
 
-def steps(optimizer: Any) -> Any:
+def innermost_optimizer(optimizer: Any) -> Any:
     """The object inside `optimizer` that really steps: the torch Optimizer that a wrapper holds, or `optimizer` itself.
 
     Some wrappers subclass Optimizer without initializing it (accelerate's), and registering a hook on them fails; they
@@ -206,7 +206,7 @@ def _named(value: Any) -> str:
     return f"the class {value.__name__}" if isinstance(value, type) else f"an object of type {type(value).__name__}"
 
 
-def skipped(optimizer: Any) -> bool:
+def skips_step(optimizer: Any) -> bool:
     """Whether the step at hand changes nothing because gradients overflowed.
 
     A fused optimizer under GradScaler runs its hooks on such steps too; the flag is then on the optimizer. Reading it
@@ -218,20 +218,20 @@ def skipped(optimizer: Any) -> bool:
 
 def unwrapped(model: nn.Module) -> nn.Module:
     """The user's module inside DistributedDataParallel, DataParallel, torch.compile and FSDP, in any order."""
-    return _layers(model)[-1]
+    return _unwrapping(model)[-1]
 
 
-def distributed(model: nn.Module) -> bool:
+def is_distributed(model: nn.Module) -> bool:
     """Whether DistributedDataParallel holds buffers for the gradients of `model`."""
-    return any(isinstance(layer, nn.parallel.DistributedDataParallel) for layer in _layers(model))
+    return any(isinstance(layer, nn.parallel.DistributedDataParallel) for layer in _unwrapping(model))
 
 
-def compiled(model: nn.Module) -> bool:
+def is_compiled(model: nn.Module) -> bool:
     """Whether calls of `model` run compiled code, in which hooks are not called."""
-    return any("_orig_mod" in layer._modules or layer._compiled_call_impl is not None for layer in _layers(model))
+    return any("_orig_mod" in layer._modules or layer._compiled_call_impl is not None for layer in _unwrapping(model))
 
 
-def _layers(model: nn.Module) -> list[nn.Module]:
+def _unwrapping(model: nn.Module) -> list[nn.Module]:
     """`model`, what it wraps, and so on inward."""
     found = [model]
     while True:

@@ -40,17 +40,17 @@ def forget(optimizer: Any, parameter: Tensor, where: Tensor | None = None) -> No
     with torch.no_grad():
         for key, value in state.items():
             if isinstance(value, Tensor):
-                first = parameter if key == "ax" and value.shape == parameter.shape else _first(key, group)
+                first = parameter if key == "ax" and value.shape == parameter.shape else _initial_value(key, group)
                 if where is None:
                     value.copy_(torch.as_tensor(first, device=value.device))
                 elif value.shape == parameter.shape and key != "step":
                     here = where.to(value.device)
                     value.copy_(torch.where(here, torch.as_tensor(first).to(value), value))
             elif where is None and isinstance(value, int | float) and not isinstance(value, bool):
-                state[key] = type(value)(_first(key, group))
+                state[key] = type(value)(_initial_value(key, group))
 
 
-def _first(key: str, group: Mapping[str, Any]) -> Any:
+def _initial_value(key: str, group: Mapping[str, Any]) -> Any:
     if key == "step_size":
         return group["lr"]
     if key in ("mu_product", "mu"):

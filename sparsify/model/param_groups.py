@@ -153,10 +153,10 @@ class AddedParameters:
         before = len(groups)
         self._optimizer.add_param_group(group)
         for scheduler in _schedulers(self._optimizer):
-            _for_each_list(scheduler, before, lambda values: values.append(_copied(values[0])))
+            _for_each_list(scheduler, before, lambda values: values.append(_copied_group(values[0])))
 
 
-def _copied(value: Any) -> Any:
+def _copied_group(value: Any) -> Any:
     return value.clone() if isinstance(value, Tensor) else value
 
 
@@ -178,7 +178,7 @@ def _schedulers(optimizer: Any) -> list[LRScheduler]:
 
 
 def _averaged(gradient: Tensor) -> Tensor:
-    if distributed.count() == 1:
+    if distributed.world_size() == 1:
         return gradient
     mean = gradient.clone()
     distributed.average({"gradient": mean})

@@ -22,7 +22,7 @@ __all__: list[str] = []
 
 
 @dataclass(frozen=True)
-class Call:
+class SampleInputs:
     """One call of a model: its tensors by name, and how to put others in their places."""
 
     inputs: dict[str, Tensor]
@@ -32,7 +32,7 @@ class Call:
     structure: pytree.TreeSpec
 
     @classmethod
-    def of(cls, model: nn.Module, sample_inputs: Any, more: Mapping[str, Any] | None = None) -> Call:
+    def of(cls, model: nn.Module, sample_inputs: Any, more: Mapping[str, Any] | None = None) -> SampleInputs:
         """`sample_inputs`: a tensor; a tuple or list of arguments; or a mapping of keyword arguments. `more` of these.
 
         Names are those of the parameters of `model.forward`; what stands inside a tuple or dictionary argument is
@@ -54,8 +54,8 @@ class Call:
                 continue
             # path[0] tells args from kwargs, path[1] which argument it is.
             first = path[1]
-            parts = [names[first.idx] if isinstance(first, pytree.SequenceKey) else _key(first)]
-            inputs[_unique(_identifier("_".join(parts + [_key(key) for key in path[2:]])), inputs)] = value
+            parts = [names[first.idx] if isinstance(first, pytree.SequenceKey) else _key_text(first)]
+            inputs[_unique(_identifier("_".join(parts + [_key_text(key) for key in path[2:]])), inputs)] = value
             values.append(None)
             tensor_at.append(i)
         if not inputs:
@@ -130,7 +130,7 @@ def _parameter_names(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[st
     return names
 
 
-def _key(key: Any) -> str:
+def _key_text(key: Any) -> str:
     return next((str(getattr(key, kind)) for kind in ("key", "idx", "name") if hasattr(key, kind)), str(key))
 
 

@@ -22,7 +22,7 @@ from sparsify.model.targets import clean_name
 
 __all__: list[str] = []
 
-Kind = Literal[
+OperationKind = Literal[
     "input",
     "conv",
     "linear",
@@ -42,7 +42,7 @@ Kind = Literal[
     "other",
 ]
 
-_KINDS: dict[str, Kind] = {
+_KINDS: dict[str, OperationKind] = {
     **dict.fromkeys(("conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d"), "conv"),
     "convolution": "conv",
     "linear": "linear",
@@ -92,7 +92,7 @@ _KINDS: dict[str, Kind] = {
 
 
 @dataclass(frozen=True)
-class Call:
+class ModuleCall:
     """One call of one module: the `number`-th, from 0, of the module at `path` ("" is the model itself)."""
 
     path: str
@@ -100,7 +100,7 @@ class Call:
 
 
 @dataclass(frozen=True)
-class Node:
+class TracedNode:
     """One operation, and the tensor that it gives.
 
     Attributes:
@@ -114,8 +114,8 @@ class Node:
 
     name: str
     op: str
-    kind: Kind
-    stack: tuple[Call, ...]
+    kind: OperationKind
+    stack: tuple[ModuleCall, ...]
     inputs: tuple[str, ...]
     parameters: tuple[str, ...]
     shape: tuple[int, ...] | None
@@ -148,19 +148,19 @@ class Trace:
     Names of modules and parameters are clean: without the prefixes that wrappers add.
     """
 
-    nodes: tuple[Node, ...]
+    nodes: tuple[TracedNode, ...]
     outputs: tuple[str, ...]
     """The names of the nodes that the model returns."""
 
     @cached_property
-    def by_name(self) -> dict[str, Node]:
+    def by_name(self) -> dict[str, TracedNode]:
         """The nodes by name."""
         return {node.name: node for node in self.nodes}
 
     @cached_property
-    def readers(self) -> dict[str, tuple[Node, ...]]:
+    def readers(self) -> dict[str, tuple[TracedNode, ...]]:
         """Who reads the tensor of a node, by its name; a reader that takes it twice stands there once."""
-        found: dict[str, dict[str, Node]] = defaultdict(dict)
+        found: dict[str, dict[str, TracedNode]] = defaultdict(dict)
         for node in self.nodes:
             for name in node.inputs:
                 found[name][node.name] = node
@@ -175,13 +175,13 @@ class Trace:
                 numbers[call.path].add(call.number)
         return {path: len(found) for path, found in numbers.items()}
 
-    def of_module(self, path: str) -> tuple[Node, ...]:
+    def of_module(self, path: str) -> tuple[TracedNode, ...]:
         """The nodes that stand directly in the forward of the module at `path`."""
         return self._of_module.get(path, ())
 
     @cached_property
-    def _of_module(self) -> dict[str, tuple[Node, ...]]:
-        found: dict[str, list[Node]] = defaultdict(list)
+    def _of_module(self) -> dict[str, tuple[TracedNode, ...]]:
+        found: dict[str, list[TracedNode]] = defaultdict(list)
         for node in self.nodes:
             found[node.owner].append(node)
         return {path: tuple(nodes) for path, nodes in found.items()}
@@ -193,9 +193,9 @@ class Trace:
             node = self.by_name[node.inputs[0]]
         return node.name
 
-    def users(self, name: str) -> tuple[Node, ...]:
+    def users(self, name: str) -> tuple[TracedNode, ...]:
         """Who computes with the values of node `name`: its readers, data movement and max pooling followed downward."""
-        found: dict[str, Node] = {}
+        found: dict[str, TracedNode] = {}
         waiting = [name]
         while waiting:
             for reader in self.readers[waiting.pop()]:
@@ -239,7 +239,7 @@ def trace(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None
     Raises:
         ArgumentError: as `exported` does.
     """
-    return plain_trace(exported(model, args, kwargs), Names(model))
+    return plain_trace(exported(model, args, kwargs), ModuleNames(model))
 
 
 def exported(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> Any:
@@ -266,7 +266,7 @@ def exported(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | N
                 config.use_cache = False  # type: ignore[union-attr]
             for module in modes:
                 module.training = False
-            with torch.no_grad(), _quiet():
+            with torch.no_grad(), _quiet_export():
                 return torch.export.export(model, args, kwargs or {}, strict=False)
         except Exception as error:
             raise ArgumentError(
@@ -287,7 +287,7 @@ def exported(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | N
                         buffer.copy_(value)
 
 
-class Names:
+class ModuleNames:
     """The one clean name of what has several (shared modules, tied parameters), and calls counted by it."""
 
     def __init__(self, model: nn.Module) -> None:
@@ -299,17 +299,17 @@ class Names:
         self.buffers = {name: buffers[id(b)] for name, b in model.named_buffers(remove_duplicate=False)}
         self._numbers: dict[str, dict[tuple[str, ...], int]] = defaultdict(dict)
 
-    def calls(self, stack: dict[str, Any]) -> Iterator[Call]:
+    def calls(self, stack: dict[str, Any]) -> Iterator[ModuleCall]:
         """The calls of modules that a node stands in; a call is known by the exporter's keys down to it."""
         keys: tuple[str, ...] = ()
         for key, (path, _) in stack.items():
             keys = (*keys, key)
             name = self.modules.get(path, clean_name(path))
             numbers = self._numbers[name]
-            yield Call(name, numbers.setdefault(keys, len(numbers)))
+            yield ModuleCall(name, numbers.setdefault(keys, len(numbers)))
 
 
-def plain_trace(program: Any, names: Names) -> Trace:
+def plain_trace(program: Any, names: ModuleNames) -> Trace:
     """The traced view in what `exported` gives."""
     signature = program.graph_signature
     parameters = {
@@ -318,7 +318,7 @@ def plain_trace(program: Any, names: Names) -> Trace:
     }
     hidden = {*signature.inputs_to_buffers, *signature.inputs_to_lifted_tensor_constants}
     hidden |= set(getattr(signature, "inputs_to_lifted_custom_objs", {}))
-    nodes: list[Node] = []
+    nodes: list[TracedNode] = []
     outputs: list[str] = []
     for node in program.graph.nodes:
         if node.op == "placeholder":
@@ -342,7 +342,7 @@ def plain_trace(program: Any, names: Names) -> Trace:
             kind = "average_pool"
         shape = tuple(int(n) if isinstance(n, int) else -1 for n in one.shape) if one is not None else None
         nodes.append(
-            Node(
+            TracedNode(
                 name=node.name,
                 op=op,
                 kind=kind,  # type: ignore[arg-type]
@@ -416,7 +416,7 @@ def _first_lines(error: Exception) -> str:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def _quiet_export() -> Iterator[None]:
     """Without the warnings of torch.export, which are about a program that nobody keeps."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

@@ -25,13 +25,13 @@ if TYPE_CHECKING:
     from sparsify.model.trace import Trace
     from sparsify.modifiers.learning_rate_ledger import Entry, LearningRateLedger
     from sparsify.modifiers.run_log import RunLog
-    from sparsify.pruning.groups import Families
+    from sparsify.pruning.groups import ChannelGroups
     from sparsify.pruning.masker import Masker
     from sparsify.pruning.removal import Removal
 
 __all__ = ["Active", "Modifier"]
 
-Kind = Literal[
+ModifierKind = Literal[
     "range",
     "learning_rate",
     "pruning",
@@ -44,7 +44,7 @@ Kind = Literal[
 ]
 
 Epoch = Annotated[float, Field(allow_inf_nan=False)]
-Names = str | list[str]
+ParamNames = str | list[str]
 
 
 class Modifier(BaseModel, ABC):
@@ -63,7 +63,7 @@ class Modifier(BaseModel, ABC):
 
     registry: ClassVar[dict[str, type[Modifier]]] = {}
     """Every concrete modifier by its name in recipes."""
-    kind: ClassVar[Kind]
+    kind: ClassVar[ModifierKind]
     holds: ClassVar[bool] = False
     """True for one that changes nothing between its start and its end, but keeps what is there."""
     traces: ClassVar[bool] = False
@@ -229,10 +229,11 @@ class Run:
     on_inputs: Callable[[Callable[[tuple[Any, ...], dict[str, Any]], None]], None]
     trace: Callable[[tuple[Any, ...], dict[str, Any]], Trace]
     """The traced view on these inputs, taken once and shared."""
-    families: Callable[[tuple[Any, ...], dict[str, Any]], Families]
-    """The families of channels that a dry run on these inputs found to be exact; found once and shared."""
+    channel_groups: Callable[[tuple[Any, ...], dict[str, Any]], ChannelGroups]
+    """The channel groups of channels that a dry run on these inputs found to be exact; found once and shared."""
     claim: Callable[[Modifier, Mapping[str, Iterable[str]]], None]
-    """Says which families a modifier masks, {name: tensors}; a RecipeError where another one is at work on them."""
+    """Says which channel groups a modifier masks, {name: tensors}; a RecipeError where another one is at work on
+    them."""
     shrink: Callable[[Removal], None]
     """Removes channels from the model, the optimizer's state and the masks, and tells every modifier. Between steps."""
     rerouted: Callable[[], None]

@@ -10,9 +10,9 @@ from torch import Tensor
 from torch.nn import functional
 
 from sparsify.errors import StateError
-from sparsify.modifiers.base import Active, Kind, Modifier, Run
+from sparsify.modifiers.base import Active, Modifier, ModifierKind, Run
 from sparsify.modifiers.schedule import Clock
-from sparsify.modifiers.teacher import Teacher
+from sparsify.modifiers.teacher import DistillationTeacher
 
 __all__ = ["DistillationModifier"]
 
@@ -26,7 +26,7 @@ class DistillationModifier(Modifier):
     "self".
     """
 
-    kind: ClassVar[Kind] = "distillation"
+    kind: ClassVar[ModifierKind] = "distillation"
     without_effect: ClassVar[frozenset[str]] = frozenset({"log_types", "update_frequency"})
     hardness: Annotated[float, Field(ge=0.0, le=1.0)] = Field(
         default=0.5, description="The teacher's share of the loss: 0 none, 1 all of it."
@@ -57,7 +57,7 @@ class _Distilling(Active):
 
     def __init__(self, modifier: DistillationModifier, run: Run) -> None:
         self._modifier = modifier
-        self._teacher = Teacher(run, type(modifier).__name__, modifier.teacher_input_keys)
+        self._teacher = DistillationTeacher(run, type(modifier).__name__, modifier.teacher_input_keys)
         self._on = False
 
     def update(self, clock: Clock) -> None:

@@ -6,7 +6,7 @@ from typing import ClassVar
 
 from pydantic import Field
 
-from sparsify.modifiers.base import Active, Epoch, Kind, Modifier, Run
+from sparsify.modifiers.base import Active, Epoch, Modifier, ModifierKind, Run
 
 __all__ = ["EpochRangeModifier"]
 
@@ -14,7 +14,7 @@ __all__ = ["EpochRangeModifier"]
 class EpochRangeModifier(Modifier):
     """How long training lasts: `max_epochs` is the latest end or start among this and all other modifiers."""
 
-    kind: ClassVar[Kind] = "range"
+    kind: ClassVar[ModifierKind] = "range"
     start_epoch: Epoch = Field(default=0.0, description="The epoch at which training starts.")
     end_epoch: Epoch = Field(description="The epoch at which training ends.")
 

@@ -15,9 +15,9 @@ from sparsify.errors import StateError, TargetError
 from sparsify.model import gradients, targets
 from sparsify.model.optimizer_hooks import Callback, ModelCallback
 from sparsify.model.param_groups import AddedParameters
-from sparsify.modifiers.base import Active, Kind, Modifier, Names, Run
+from sparsify.modifiers.base import Active, Modifier, ModifierKind, ParamNames, Run
 from sparsify.modifiers.schedule import Clock
-from sparsify.modifiers.teacher import Teacher
+from sparsify.modifiers.teacher import DistillationTeacher
 
 __all__ = ["PerLayerDistillationModifier"]
 
@@ -45,16 +45,16 @@ class PerLayerDistillationModifier(Modifier):
     """
 
     resizable: ClassVar[bool] = False
-    kind: ClassVar[Kind] = "distillation"
+    kind: ClassVar[ModifierKind] = "distillation"
     without_effect: ClassVar[frozenset[str]] = frozenset({"log_types", "update_frequency"})
     gain: Annotated[float, Field(ge=0.0)] = Field(default=1.5, description="What the features' loss is multiplied by.")
     normalize: bool = Field(default=True, description="Whether it is divided by the teacher's mean square.")
-    student_layer_names: Names | None = Field(
+    student_layer_names: ParamNames | None = Field(
         default=None,
         description="Layers of the student, by names, patterns or types; null: those of the teacher, or, where both "
         "are null, all Linear and convolutions that have a partner of the same name.",
     )
-    teacher_layer_names: Names | None = Field(
+    teacher_layer_names: ParamNames | None = Field(
         default=None, description="Layers of the teacher, in the student's order; null: those of the student."
     )
     project_features: bool = Field(
@@ -65,7 +65,7 @@ class PerLayerDistillationModifier(Modifier):
 
     def names(self) -> list[str]:
         """What `student_layer_names` says, as a list."""
-        return _listed(self.student_layer_names if self.student_layer_names is not None else self.teacher_layer_names)
+        return _as_names(self.student_layer_names if self.student_layer_names is not None else self.teacher_layer_names)
 
     def targets(self, model: nn.Module) -> Mapping[str, nn.Parameter | nn.Module]:
         """The layers that it means in `model`, the student."""
@@ -83,11 +83,11 @@ class _Features(Active):
 
     def __init__(self, modifier: PerLayerDistillationModifier, run: Run) -> None:
         self._modifier, self._run, self._who = modifier, run, type(modifier).__name__
-        self._teacher = Teacher(run, self._who)
+        self._teacher = DistillationTeacher(run, self._who)
         self._pairs = self._paired()
         self._added = AddedParameters(run.optimizer, self._who)
         self._handles: list[RemovableHandle] = []
-        self._watches: dict[str, _Watch] = {}
+        self._watches: dict[str, _LayerOutputs] = {}
         self._on = False
 
     def _paired(self) -> list[tuple[str, str]]:
@@ -107,7 +107,7 @@ class _Features(Active):
                 )
             return pairs
         names = modifier.teacher_layer_names
-        given = _listed(names if names is not None else modifier.student_layer_names)
+        given = _as_names(names if names is not None else modifier.student_layer_names)
         of_teacher = list(_resolved(teacher, given, f"{self._who}.teacher_layer_names"))
         if len(of_student) != len(of_teacher):
             raise TargetError(
@@ -126,7 +126,7 @@ class _Features(Active):
             begins = self._run.model.register_forward_pre_hook(ModelCallback(self._begins))
             self._handles.append(begins)
             for name in dict.fromkeys(student for student, _ in self._pairs):
-                watch = self._watches[name] = _Watch()
+                watch = self._watches[name] = _LayerOutputs()
                 self._handles.append(modules[name].register_forward_hook(ModelCallback(watch.see)))
         elif not self._on:
             self._unhook()
@@ -195,7 +195,7 @@ class _Features(Active):
         new: dict[str, Tensor] = {}
         for number, (pair, calls) in enumerate(zip(self._pairs, found, strict=True)):
             mine, theirs = calls[0]
-            key = _key(pair)
+            key = _projection_key(pair)
             if mine.shape == theirs.shape or key in self._added.parameters:
                 continue
             dim = self._dim(pair, mine, theirs)
@@ -224,7 +224,7 @@ class _Features(Active):
         with torch.autocast(mine.device.type, enabled=False):
             if mine.shape != theirs.shape:
                 dim = self._dim(pair, mine, theirs)
-                weight = self._added.parameters[_key(pair)]
+                weight = self._added.parameters[_projection_key(pair)]
                 if weight.shape != (theirs.shape[dim], mine.shape[dim]):
                     raise StateError(
                         f"{self._who}: the projection of {pair[0]!r} is {tuple(weight.shape)}, but its features now "
@@ -253,7 +253,7 @@ class _Features(Active):
         return {**self._teacher.state_dict(), "projections": self._added.state_dict()}
 
     def check_state(self, state: Mapping[str, Any]) -> None:
-        pairs = [_key(pair) for pair in self._pairs]
+        pairs = [_projection_key(pair) for pair in self._pairs]
         other = [key for key in state["projections"] if key not in pairs]
         if other:
             raise StateError(
@@ -267,7 +267,7 @@ class _Features(Active):
         self._added.load_state_dict(state["projections"], device)
 
 
-class _Watch:
+class _LayerOutputs:
     """What one layer gave since the forward began."""
 
     def __init__(self) -> None:
@@ -299,11 +299,11 @@ def _comparable(mine: Tensor, theirs: Tensor) -> tuple[Tensor, Tensor]:
     return mine.to(dtype), theirs.to(device=mine.device, dtype=dtype)
 
 
-def _key(pair: tuple[str, str]) -> str:
+def _projection_key(pair: tuple[str, str]) -> str:
     return f"{pair[0]} -> {pair[1]}"
 
 
-def _listed(names: Names | None) -> list[str]:
+def _as_names(names: ParamNames | None) -> list[str]:
     return [] if names is None else [names] if isinstance(names, str) else list(names)
 
 

@@ -11,7 +11,7 @@ from torch import nn
 
 from sparsify.errors import StateError
 from sparsify.model import targets
-from sparsify.modifiers.base import Active, Kind, Modifier, Names, Run
+from sparsify.modifiers.base import Active, Modifier, ModifierKind, ParamNames, Run
 from sparsify.modifiers.schedule import Clock
 from sparsify.pruning import skipped_layers
 
@@ -31,11 +31,11 @@ class LayerPruningModifier(Modifier):
     that are quantized already are refused.
     """
 
-    kind: ClassVar[Kind] = "structure"
+    kind: ClassVar[ModifierKind] = "structure"
     traces: ClassVar[bool] = True
     reroutes: ClassVar[bool] = True
     without_effect: ClassVar[frozenset[str]] = frozenset({"log_types", "update_frequency"})
-    layers: Names = Field(description="Names or patterns of the layers that are replaced, or types of layers.")
+    layers: ParamNames = Field(description="Names or patterns of the layers that are replaced, or types of layers.")
 
     def names(self) -> list[str]:
         """What `layers` says, as a list."""
@@ -87,7 +87,7 @@ class _LayerPruning(Active):
                     skipped_layers.skip(layer, name, self._entries.get(name))
             elif name in self._skipped:
                 self._remember(name, layer)
-                skipped_layers.restore(layer)
+                skipped_layers.restore_forward(layer)
                 self._skipped.discard(name)
 
     def _remember(self, name: str, layer: nn.Module) -> None:

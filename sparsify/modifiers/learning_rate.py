@@ -8,21 +8,21 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import Field, model_validator
 
 from sparsify.errors import did_you_mean
-from sparsify.modifiers.base import Active, Epoch, FieldProblem, Kind, Modifier, Run
+from sparsify.modifiers.base import Active, Epoch, FieldProblem, Modifier, ModifierKind, Run
 from sparsify.modifiers.learning_rate_ledger import Entry
-from sparsify.modifiers.schedule import TOLERANCE, Clock, Window, between
+from sparsify.modifiers.schedule import EPOCH_TOLERANCE, Clock, Window, between
 
 __all__ = ["LearningRateFunctionModifier", "LearningRateModifier", "SetLearningRateModifier"]
 
 Rate = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
 Groups = list[Annotated[int, Field(ge=0)]]
-Positive = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
+PositiveEpochs = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
 
 
 class SetLearningRateModifier(Modifier):
     """A fixed learning rate from its start until another learning-rate modifier starts."""
 
-    kind: ClassVar[Kind] = "learning_rate"
+    kind: ClassVar[ModifierKind] = "learning_rate"
     without_effect: ClassVar[frozenset[str]] = frozenset({"log_types", "update_frequency"})
     learning_rate: Rate = Field(description="The learning rate, 0 or more.")
     param_groups: Groups | None = Field(
@@ -47,7 +47,7 @@ class SetLearningRateModifier(Modifier):
 class LearningRateFunctionModifier(Modifier):
     """A learning rate that moves at every step from `init_lr` to `final_lr`, clamped to its window."""
 
-    kind: ClassVar[Kind] = "learning_rate"
+    kind: ClassVar[ModifierKind] = "learning_rate"
     without_effect: ClassVar[frozenset[str]] = frozenset({"log_types", "update_frequency", "constant_logging"})
     start_epoch: Epoch = Field(description="The epoch at which the learning rate is `init_lr`; -1: at once.")
     end_epoch: Epoch = Field(description="The epoch at which the learning rate is `final_lr`, and stays.")
@@ -56,7 +56,7 @@ class LearningRateFunctionModifier(Modifier):
     )
     init_lr: Rate = Field(description="The learning rate at the start.")
     final_lr: Rate = Field(description="The learning rate at the end.")
-    cycle_epochs: Positive = Field(default=1.0, description="The length of a cycle of cyclic_linear, in epochs.")
+    cycle_epochs: PositiveEpochs = Field(default=1.0, description="The length of a cycle of cyclic_linear, in epochs.")
     param_groups: Groups | None = Field(
         default=None, description="Indices of the optimizer's parameter groups that it governs; null: all."
     )
@@ -91,7 +91,7 @@ class LearningRateFunctionModifier(Modifier):
 class LearningRateModifier(Modifier):
     """The learning rate of one of torch's schedulers, as a function of the epoch: a resumed run has the same values."""
 
-    kind: ClassVar[Kind] = "learning_rate"
+    kind: ClassVar[ModifierKind] = "learning_rate"
     without_effect: ClassVar[frozenset[str]] = frozenset({"log_types", "update_frequency"})
     lr_class: Literal["StepLR", "MultiStepLR", "ExponentialLR", "CosineAnnealingWarmRestarts"] = Field(
         description="StepLR, MultiStepLR and ExponentialLR move at whole epochs from the start, "
@@ -179,7 +179,7 @@ def _is_number(value: Any) -> bool:
 
 def _tolerance(clock: Clock) -> float:
     """How far before its moment a change may come, in epochs."""
-    return TOLERANCE / (clock.steps_per_epoch or 1)
+    return EPOCH_TOLERANCE / (clock.steps_per_epoch or 1)
 
 
 def _into_cycle(clock: Clock, window: Window, length: float) -> float:

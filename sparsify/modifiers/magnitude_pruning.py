@@ -14,9 +14,18 @@ from torch import nn
 
 from sparsify.errors import SparsifyWarning, TargetError
 from sparsify.model import distributed, targets
-from sparsify.modifiers.base import Active, Epoch, FieldProblem, Kind, Modifier, Names, Run, check_frequency
-from sparsify.modifiers.schedule import Clock, Curve, Grid, between
-from sparsify.pruning.masker import MaskType, prune
+from sparsify.modifiers.base import (
+    Active,
+    Epoch,
+    FieldProblem,
+    Modifier,
+    ModifierKind,
+    ParamNames,
+    Run,
+    check_frequency,
+)
+from sparsify.modifiers.schedule import Clock, Curve, UpdateGrid, between
+from sparsify.pruning.masker import MaskType, compute_masks
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -36,7 +45,7 @@ _WHOSE = {"movement": "MovementPruningModifier", "obs": "OBSPruningModifier", "m
 _MASK_NAME = re.compile(r"unstructured|block\d*|tensorrt|filter|channel|[1-9]\d*:[1-9]\d*")
 
 
-def _fraction(name: str, value: float) -> float:
+def _in_unit_interval(name: str, value: float) -> float:
     if 0.0 <= value <= 1.0:
         return value
     hint = f"; did you mean {value / 100:g}?" if 1.0 < value <= 100.0 else "; 0.8 means that 80 % are zero"
@@ -49,7 +58,7 @@ class GradualPruning(Modifier, ABC):
     A subclass changes defaults, adds its own fields, or sets `runs` to False while it cannot run yet.
     """
 
-    kind: ClassVar[Kind] = "pruning"
+    kind: ClassVar[ModifierKind] = "pruning"
     without_effect: ClassVar[frozenset[str]] = frozenset({"log_types", "phased"})
 
     start_epoch: Epoch = Field(description="The epoch at which it starts, with `init_sparsity`; -1: epoch 0.")
@@ -60,10 +69,10 @@ class GradualPruning(Modifier, ABC):
     init_sparsity: float | Literal["__FROM_PARAM__"] = Field(
         description="The fraction of zeros, 0 to 1, at start_epoch; __FROM_PARAM__: what is there when it starts."
     )
-    final_sparsity: float | dict[float, Names] = Field(
+    final_sparsity: float | dict[float, ParamNames] = Field(
         description="The fraction of zeros, 0 to 1, at end_epoch; or {fraction: [names]} with `params: []`."
     )
-    params: Names = Field(
+    params: ParamNames = Field(
         default=[],
         description="What to prune: names of parameters or layers, re:patterns, types, __ALL__, __ALL_PRUNABLE__.",
     )
@@ -102,7 +111,7 @@ class GradualPruning(Modifier, ABC):
     def _init(cls, value: Any) -> Any:
         if isinstance(value, bool) or not (isinstance(value, int | float) or value == FROM_PARAM):
             raise FieldProblem("init_sparsity", f"{value!r} is neither a fraction in [0, 1] nor {FROM_PARAM}")
-        return value if isinstance(value, str) else _fraction("init_sparsity", value)
+        return value if isinstance(value, str) else _in_unit_interval("init_sparsity", value)
 
     @field_validator("final_sparsity", mode="before")
     @classmethod
@@ -116,9 +125,9 @@ class GradualPruning(Modifier, ABC):
 
     @field_validator("final_sparsity")
     @classmethod
-    def _final(cls, value: float | dict[float, Names]) -> float | dict[float, Names]:
+    def _final(cls, value: float | dict[float, ParamNames]) -> float | dict[float, ParamNames]:
         for sparsity in value if isinstance(value, dict) else (value,):
-            _fraction("final_sparsity", sparsity)
+            _in_unit_interval("final_sparsity", sparsity)
         if isinstance(value, dict) and not value:
             raise FieldProblem("final_sparsity", "{} names nothing to prune; give {0.8: [names of parameters]}")
         return value
@@ -191,7 +200,7 @@ class GradualPruning(Modifier, ABC):
 
     def foreseen_zeros(self, clock: Clock, model: nn.Module) -> dict[str, float | None]:
         """The ramp, at the last point of the grid; with `global_sparsity` the share of all parameters together."""
-        point = Grid(self.window, self.update_frequency).latest(clock)
+        point = UpdateGrid(self.window, self.update_frequency).latest(clock)
         if point is None:
             return {}
         parameters = {name: p for name, p in self.targets(model).items() if isinstance(p, nn.Parameter)}
@@ -214,7 +223,7 @@ class GradualPruning(Modifier, ABC):
 
     def activity(self, clock: Clock) -> str:
         """Pruning, and from the end on holding what it pruned."""
-        point = Grid(self.window, self.update_frequency).latest(clock)
+        point = UpdateGrid(self.window, self.update_frequency).latest(clock)
         if point is None:
             return ""
         if point < self.window.end:
@@ -253,11 +262,11 @@ class GlobalMagnitudePruningModifier(GradualPruning):
 class ConstantPruningModifier(Modifier):
     """Holds the zeros that are there when it starts."""
 
-    kind: ClassVar[Kind] = "pruning"
+    kind: ClassVar[ModifierKind] = "pruning"
     holds: ClassVar[bool] = True
     without_effect: ClassVar[frozenset[str]] = frozenset({"log_types", "phased"})
 
-    params: Names = Field(
+    params: ParamNames = Field(
         description="What to hold: names of parameters or layers, re:patterns, layer types, __ALL__, __ALL_PRUNABLE__."
     )
     update_frequency: Any = Field(default=-1.0, description="Without effect: the zeros are held after every step.")
@@ -294,7 +303,7 @@ class Gradual(Active):
     def __init__(self, modifier: GradualPruning, run: Run) -> None:
         self.modifier = modifier
         self.run = run
-        self.grid = Grid(modifier.window, modifier.update_frequency)
+        self.grid = UpdateGrid(modifier.window, modifier.update_frequency)
         self.mask_type = MaskType.parse(modifier.mask_type)
         self.finals, self.input_dims = self._targets()
         self.point: float | None = None
@@ -391,7 +400,7 @@ class Gradual(Active):
         masks: dict[str, Tensor] = {}
         for group in [list(parameters)] if together and parameters else [[name] for name in parameters]:
             sparsity = between(self.modifier.inter_func, self.initials[group[0]], self.finals[group[0]], progress)
-            masks |= prune(
+            masks |= compute_masks(
                 {name: scores[name] for name in group},
                 sparsity,
                 self.mask_type,

@@ -10,10 +10,19 @@ from pydantic import AfterValidator, Field, field_validator, model_validator
 from torch import Tensor, nn
 
 from sparsify.model import distributed, targets
-from sparsify.modifiers.base import Active, Epoch, FieldProblem, Kind, Modifier, Names, Run, check_frequency
+from sparsify.modifiers.base import (
+    Active,
+    Epoch,
+    FieldProblem,
+    Modifier,
+    ModifierKind,
+    ParamNames,
+    Run,
+    check_frequency,
+)
 from sparsify.modifiers.magnitude_pruning import fitting, trainable
-from sparsify.modifiers.schedule import Clock, Grid
-from sparsify.pruning.masker import MaskType, prune
+from sparsify.modifiers.schedule import Clock, UpdateGrid
+from sparsify.pruning.masker import MaskType, compute_masks
 
 __all__: list[str] = []
 
@@ -35,7 +44,7 @@ MaskName = Annotated[str | list[int], AfterValidator(_mask_type)]
 class SparseTraining(Modifier, ABC):
     """The fields of every modifier that trains at a constant sparsity with masks that move."""
 
-    kind: ClassVar[Kind] = "pruning"
+    kind: ClassVar[ModifierKind] = "pruning"
     without_effect: ClassVar[frozenset[str]] = frozenset({"log_types", "phased"})
 
     start_epoch: Epoch = Field(description="The epoch at which it starts; -1: epoch 0.")
@@ -43,7 +52,7 @@ class SparseTraining(Modifier, ABC):
     update_frequency: Annotated[float, Field(allow_inf_nan=False)] = Field(
         description="Epochs between two updates of the masks; -1: every optimizer step."
     )
-    params: Names = Field(
+    params: ParamNames = Field(
         description="What to prune: names of parameters or layers, re:patterns, layer types, __ALL__, __ALL_PRUNABLE__."
     )
     leave_enabled: bool = Field(
@@ -79,7 +88,7 @@ class SparseTraining(Modifier, ABC):
 
     def foreseen_zeros(self, clock: Clock, model: nn.Module) -> dict[str, float | None]:
         """What `sparsities` says at the last point of the grid; nobody knows once the masks are released."""
-        point = Grid(self.window, self.update_frequency).latest(clock)
+        point = UpdateGrid(self.window, self.update_frequency).latest(clock)
         if point is None:
             return {}
         shapes = {name: tuple(p.shape) for name, p in self.targets(model).items() if isinstance(p, nn.Parameter)}
@@ -120,7 +129,7 @@ class Moving(Active, ABC):
         )
         self.names = list(self.finals)
         self.held = targets.Held(run.model, self.names)
-        self.grid = Grid(modifier.window, modifier.update_frequency)
+        self.grid = UpdateGrid(modifier.window, modifier.update_frequency)
         self.point: float | None = None
         self.released = False
 
@@ -156,7 +165,7 @@ class Moving(Active, ABC):
 
     def largest(self, weights: Mapping[str, Tensor], sparsity: float, together: bool) -> dict[str, Tensor]:
         """Masks that keep the largest weights, whatever the masks so far."""
-        masks = prune(weights, sparsity, self.mask_type, input_dims=self.input_dims, together=together)
+        masks = compute_masks(weights, sparsity, self.mask_type, input_dims=self.input_dims, together=together)
         distributed.check_same(masks)
         return masks
 

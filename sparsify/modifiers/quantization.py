@@ -13,22 +13,22 @@ from sparsify.errors import DataError, SparsifyWarning, StateError, TargetError
 from sparsify.model import distributed
 from sparsify.model.param_groups import AddedParameters
 from sparsify.model.targets import named_modules
-from sparsify.modifiers.base import Active, Epoch, FieldProblem, Kind, Modifier, Names, Run
+from sparsify.modifiers.base import Active, Epoch, FieldProblem, Modifier, ModifierKind, ParamNames, Run
 from sparsify.modifiers.schedule import Clock
-from sparsify.quantization.calibration import SAMPLES, calibrate, held
+from sparsify.quantization.calibration import SAMPLES, calibrate, materialized
 from sparsify.quantization.forward_ops import switch_off_all, switched_off
-from sparsify.quantization.layers import WEIGHTED, freeze_norms, is_weighted, quantizers, restore
+from sparsify.quantization.layers import WEIGHTED, freeze_norms, is_weighted, quantizers, restore_layers
 from sparsify.quantization.learned_step import freeze_steps, learned_parameters
 from sparsify.quantization.placement import make_plan
-from sparsify.quantization.plan import Plan, apply_plan, check_plan, is_quantized, settle
-from sparsify.quantization.scheme import NAMED, Bits, Named, Scheme, Settings
+from sparsify.quantization.plan import QuantizationPlan, apply_plan, check_plan, check_traced_ops, is_quantized
+from sparsify.quantization.scheme import NAMED, Bits, Named, QuantizationSettings, Scheme
 
 if TYPE_CHECKING:
     from sparsify.pruning.removal import Removal
 
 __all__ = ["QuantizationModifier"]
 
-KINDS = (*(cls.__name__ for cls in WEIGHTED), "MultiheadAttention")
+LAYER_KINDS = (*(cls.__name__ for cls in WEIGHTED), "MultiheadAttention")
 """What can be quantized, by type."""
 SHOWN = 10
 """Layers in float that a warning names."""
@@ -46,7 +46,7 @@ class QuantizationModifier(Modifier):
     `floating_layers(model)` gives the list. At its end quantized layers stay, ready for export.
     """
 
-    kind: ClassVar[Kind] = "quantization"
+    kind: ClassVar[ModifierKind] = "quantization"
     traces: ClassVar[bool] = True
     without_effect: ClassVar[frozenset[str]] = frozenset({"log_types", "phased", "available_devices", "available_gpus"})
 
@@ -61,7 +61,7 @@ class QuantizationModifier(Modifier):
         description="Name or type of a layer -> its scheme; what it does not say is as in `scheme`. null: the layer "
         "stays in float.",
     )
-    ignore: Names = Field(
+    ignore: ParamNames = Field(
         default_factory=list, description="Names or types of layers that stay in float, with all that is below them."
     )
     disable_quantization_observer_epoch: Epoch | None = Field(
@@ -137,7 +137,7 @@ class QuantizationModifier(Modifier):
             raise FieldProblem("tensorrt", "true contradicts the scheme that is given; leave one of the two out.")
         return self
 
-    def settings(self) -> Settings:
+    def settings(self) -> QuantizationSettings:
         """What it says, legacy fields included, in the terms of the planner."""
         scheme = _scheme("tensorrt" if self.tensorrt else self.scheme)
         scheme = scheme.model_copy(update=self._legacy(scheme))
@@ -150,7 +150,7 @@ class QuantizationModifier(Modifier):
                 overrides.update(dict.fromkeys(types, Scheme(input_activations=None, weights=scheme.weights)))
         overrides.update({name: None if one is None else _scheme(one) for name, one in self.scheme_overrides.items()})
         ignore = [self.ignore] if isinstance(self.ignore, str) else list(self.ignore)
-        return Settings(
+        return QuantizationSettings(
             scheme=scheme,
             overrides=overrides,
             ignore=tuple(ignore),
@@ -218,7 +218,7 @@ class QuantizationModifier(Modifier):
             if scheme is not None and (scheme.weights is not None or scheme.input_activations is not None):
                 found[name] = layers[name]
         if not found and not is_quantized(model):
-            why = "all its layers are left out by the recipe" if layers else f"it has none of {', '.join(KINDS)}"
+            why = "all its layers are left out by the recipe" if layers else f"it has none of {', '.join(LAYER_KINDS)}"
             raise TargetError(f"{type(self).__name__}: nothing in {type(model).__name__} can be quantized: {why}.")
         return {name: module for name, module in found.items() if is_weighted(module)}
 
@@ -260,7 +260,7 @@ class QuantizationModifier(Modifier):
             run.log.text("quantization", f"{type(self).__name__}: {note}")
         if run.calibration_data is not None:
             # Here, and not epochs later, when it is needed.
-            run.calibration_data = held(run.calibration_data, self.num_calibration_steps)
+            run.calibration_data = materialized(run.calibration_data, self.num_calibration_steps)
         return Quantization(self, run)
 
 
@@ -275,7 +275,7 @@ class Quantization(Active):
     def __init__(self, modifier: QuantizationModifier, run: Run) -> None:
         self._modifier = modifier
         self._run = run
-        self._plan: Plan | None = None
+        self._plan: QuantizationPlan | None = None
         self._asked = False
         self._clock: Clock | None = None
         self._in_force: tuple[bool, bool] | None = None
@@ -306,7 +306,7 @@ class Quantization(Active):
         try:
             apply_plan(model, plan)
             # Here, not in training: scripted functions are seen by the trace and not when the model runs.
-            settle(model, args, kwargs)
+            check_traced_ops(model, args, kwargs)
             self._calibrate()
             self._added.adopt(learned_parameters(model), weight_decay=0.0)
         except BaseException:
@@ -317,7 +317,7 @@ class Quantization(Active):
         self._freeze()
         self._warn_of(plan)
 
-    def _warn_of(self, plan: Plan) -> None:
+    def _warn_of(self, plan: QuantizationPlan) -> None:
         found = [f"\n  {left.what}: {left.why}" for left in plan.left if left.unasked]
         if not found:
             return
@@ -340,7 +340,7 @@ class Quantization(Active):
             return
         batches, samples = calibrate(self._run.model, data, most)
         few = []
-        if samples * distributed.count() < SAMPLES:
+        if samples * distributed.world_size() < SAMPLES:
             few.append(f"{samples} samples, and ranges from fewer than {SAMPLES} are chance: give more")
         if most is not None and batches < most:
             few.append(f"{batches} batches, of the {most} that num_calibration_steps asks for")
@@ -393,7 +393,7 @@ class Quantization(Active):
     def check_state(self, state: Mapping[str, Any]) -> None:
         """Refuses the plan of another model."""
         if "plan" in state:
-            check_plan(self._run.model, Plan.from_state(state["plan"]), again=self._plan is not None)
+            check_plan(self._run.model, QuantizationPlan.from_state(state["plan"]), again=self._plan is not None)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Puts the model into the structure that it had: quantized by the saved plan, or not yet."""
@@ -410,7 +410,7 @@ class Quantization(Active):
             self._plan, self._asked, self._in_force = None, False, None
 
     def _rebuild(self, state: Mapping[str, Any]) -> None:
-        plan = Plan.from_state(state["plan"])
+        plan = QuantizationPlan.from_state(state["plan"])
         if plan != self._plan:
             if self._plan is not None:
                 self._restore()
@@ -423,7 +423,7 @@ class Quantization(Active):
 
     def _restore(self) -> None:
         self._added.remove()
-        restore(self._run.model)
+        restore_layers(self._run.model)
 
     def detach(self) -> None:
         """Leaves quantized layers in place, ready for export; the optimizer has its own groups again."""
@@ -434,7 +434,7 @@ def _scheme(given: Scheme | str | None) -> Scheme:
     return given if isinstance(given, Scheme) else NAMED[given or "default"]
 
 
-def _refuse_infinite(model: nn.Module, plan: Plan) -> None:
+def _refuse_infinite(model: nn.Module, plan: QuantizationPlan) -> None:
     modules: dict[str, Any] = named_modules(model)
     for name in (layer.name for layer in plan.layers if layer.name in modules):
         for key, value in modules[name]._parameters.items():

@@ -15,7 +15,7 @@ from sparsify.errors import StateError, TargetError
 from sparsify.model import gradients, targets
 from sparsify.model.optimizer_hooks import ModelCallback
 from sparsify.model.optimizer_state import forget
-from sparsify.modifiers.base import Active, Kind, Modifier, Names, Run
+from sparsify.modifiers.base import Active, Modifier, ModifierKind, ParamNames, Run
 from sparsify.modifiers.schedule import Clock
 
 __all__ = ["ASRegModifier", "PowerpropagationModifier"]
@@ -34,9 +34,9 @@ class PowerpropagationModifier(Modifier):
     inside of their step (LBFGS, closures) are refused.
     """
 
-    kind: ClassVar[Kind] = "regularization"
+    kind: ClassVar[ModifierKind] = "regularization"
     without_effect: ClassVar[frozenset[str]] = frozenset({"log_types", "update_frequency"})
-    params: Names = Field(description="Names or patterns of the parameters, or of layers or their types.")
+    params: ParamNames = Field(description="Names or patterns of the parameters, or of layers or their types.")
     alpha: Annotated[float, Field(ge=1.0)] = Field(
         default=1.0, description="The exponent, 1 or more; 1 changes nothing, 2 and above are usual."
     )
@@ -64,9 +64,11 @@ class ASRegModifier(Modifier):
     of elements as the others are, so that it lies between 0 and 1 whatever the size.
     """
 
-    kind: ClassVar[Kind] = "regularization"
+    kind: ClassVar[ModifierKind] = "regularization"
     without_effect: ClassVar[frozenset[str]] = frozenset({"log_types", "update_frequency"})
-    layers: Names = Field(description="Names or patterns of the layers whose activations count, or types of layers.")
+    layers: ParamNames = Field(
+        description="Names or patterns of the layers whose activations count, or types of layers."
+    )
     alpha: float | list[float] = Field(
         description="The weight of the penalty in the loss; a list: one for each layer, in the order of `layers`."
     )
@@ -172,7 +174,7 @@ class _Powerpropagation(Active):
         if known is None or known.shape != weight.shape or known.dtype != weight.dtype:
             return computed
         known = known.to(weight.device)
-        return torch.where(_power(known, self.modifier.alpha) == weight, known, computed)
+        return torch.where(_powered(known, self.modifier.alpha) == weight, known, computed)
 
     def after_step(self) -> None:
         if not self.at_work:
@@ -190,7 +192,7 @@ class _Powerpropagation(Active):
             for name in list(self.within):
                 parameter = parameters[name]
                 self.roots[name] = parameter.detach().clone()
-                parameter.copy_(_power(self.roots[name], self.modifier.alpha))
+                parameter.copy_(_powered(self.roots[name], self.modifier.alpha))
                 gradient, own = self.within.pop(name)
                 if parameter.grad is own:
                     parameter.grad = gradient
@@ -214,7 +216,7 @@ class _Powerpropagation(Active):
         self.roots = {n: v.to(known[n].device, copy=True) for n, v in state["roots"].items() if n in known}
 
 
-def _power(root: Tensor, alpha: float) -> Tensor:
+def _powered(root: Tensor, alpha: float) -> Tensor:
     """v * abs(v)^(alpha - 1)."""
     return root * root.abs().pow_(alpha - 1.0)
 
@@ -234,7 +236,7 @@ class _ActivationPenalty(Active):
             )
         self.alphas = dict(zip(self.layers, alphas, strict=True))
         self.handles: list[RemovableHandle] = []
-        self.watches: dict[str, _Watch] = {}
+        self.watches: dict[str, _ActivationWatch] = {}
 
     def _in_order(self) -> list[str]:
         """The names of the layers in the order in which the recipe names them."""
@@ -250,7 +252,7 @@ class _ActivationPenalty(Active):
             modules = targets.named_modules(self.run.model)
             for name, alpha in self.alphas.items():
                 if alpha:
-                    watch = self.watches[name] = _Watch(self.modifier.reg_func, self.modifier.reg_tens)
+                    watch = self.watches[name] = _ActivationWatch(self.modifier.reg_func, self.modifier.reg_tens)
                     self.handles.append(modules[name].register_forward_hook(ModelCallback(watch.see), with_kwargs=True))
         elif not due:
             self.detach()
@@ -284,7 +286,7 @@ class _ActivationPenalty(Active):
         self.watches.clear()
 
 
-class _Watch:
+class _ActivationWatch:
     """The penalties of what one layer read or gave since they were last taken."""
 
     def __init__(self, function: Penalty, side: Literal["inp", "out"]) -> None:
@@ -296,7 +298,7 @@ class _Watch:
         """A forward hook."""
         if not torch.is_grad_enabled() or gradients.sampling():
             return
-        found = _floats((args, kwargs) if self.side == "inp" else output)
+        found = _float_tensors((args, kwargs) if self.side == "inp" else output)
         if not found:
             return
         value = torch.stack([penalty(tensor, self.function) for tensor in found]).mean()
@@ -336,9 +338,9 @@ def penalty(values: Tensor, function: Penalty) -> Tensor:
     return x.abs().sum().square() / x.square().sum().clamp_min(torch.finfo(x.dtype).tiny) / x.numel()
 
 
-def _floats(value: Any) -> list[Tensor]:
+def _float_tensors(value: Any) -> list[Tensor]:
     """The floating-point tensors in tuples, lists and dicts that hold anything."""
     if isinstance(value, Tensor):
         return [value] if value.is_floating_point() and value.numel() else []
     items = value.values() if isinstance(value, Mapping) else value if isinstance(value, tuple | list) else ()
-    return [tensor for item in items for tensor in _floats(item)]
+    return [tensor for item in items for tensor in _float_tensors(item)]

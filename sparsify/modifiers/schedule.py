@@ -14,7 +14,7 @@ __all__: list[str] = []
 
 Curve = Literal["linear", "cubic", "inverse_cubic", "cosine", "polynomial"]
 
-TOLERANCE = 1e-6
+EPOCH_TOLERANCE = 1e-6
 """In optimizer steps: how far before its moment an update may come. Covers the rounding of epochs to floats."""
 
 
@@ -90,11 +90,11 @@ class Clock:
 
     def reached(self, epoch: float) -> bool:
         """Whether what is due at `epoch` is due now: at the first step >= epoch * steps_per_epoch - 1e-6."""
-        return self.epoch * (self.steps_per_epoch or 1) >= epoch * (self.steps_per_epoch or 1) - TOLERANCE
+        return self.epoch * (self.steps_per_epoch or 1) >= epoch * (self.steps_per_epoch or 1) - EPOCH_TOLERANCE
 
 
 @dataclass(frozen=True)
-class Grid:
+class UpdateGrid:
     """The moments of a gradual modifier: start, start + f, start + 2 f, ..., end.
 
     `frequency` is in epochs; -1 means every step. The last point is the end, whatever the frequency.

@@ -16,15 +16,15 @@ from sparsify.errors import ArgumentError, DataError, StateError
 from sparsify.model import distributed, gradients, targets
 from sparsify.modifiers.base import Active, FieldProblem, Run
 from sparsify.modifiers.magnitude_pruning import Gradual, GradualPruning, ScoreType
-from sparsify.modifiers.schedule import TOLERANCE, Clock, between
+from sparsify.modifiers.schedule import EPOCH_TOLERANCE, Clock, between
 from sparsify.pruning import second_order
-from sparsify.pruning.masker import prune
+from sparsify.pruning.masker import compute_masks
 
 __all__ = ["MFACPruningModifier", "OBSPruningModifier"]
 
-log = logging.getLogger("sparsify")
+logger_ = logging.getLogger("sparsify")
 
-Positive = Annotated[float, Field(gt=0.0)]
+PositiveCount = Annotated[float, Field(gt=0.0)]
 Count = Annotated[int, Field(ge=1)]
 
 
@@ -60,7 +60,7 @@ class OBSPruningModifier(GradualPruning):
         default=True, description="Whether all parameters are ranked together, or each by itself."
     )
     num_grads: Count = Field(default=1024, description="How many gradients the Fisher matrix is estimated from.")
-    damp: Positive = Field(default=1e-7, description="What is added to the diagonal of the Fisher matrix.")
+    damp: PositiveCount = Field(default=1e-7, description="What is added to the diagonal of the Fisher matrix.")
     fisher_block_size: Count = Field(default=50, description="Weights in a block of the Fisher matrix.")
     grad_sampler_kwargs: dict[str, Any] = Field(
         default_factory=dict, description="Arguments for the gradient sampler that is given to modify()."
@@ -106,7 +106,7 @@ class MFACPruningModifier(GradualPruning):
         default=64,
         description="How many gradients are kept; or {fraction of zeros: count}, each from that sparsity on.",
     )
-    damp: Positive = Field(default=1e-5, description="What is added to the diagonal of the Fisher matrix.")
+    damp: PositiveCount = Field(default=1e-5, description="What is added to the diagonal of the Fisher matrix.")
     fisher_block_size: Count | None = Field(
         default=2000, description="Weights in a block of the Fisher matrix; null: one block a parameter."
     )
@@ -183,7 +183,7 @@ class _SecondOrder(Gradual, ABC):
         """Frees what is kept."""
 
     @abstractmethod
-    def worth(self, name: str, parameter: Tensor, kept: Tensor | None) -> Tensor:
+    def importance(self, name: str, parameter: Tensor, kept: Tensor | None) -> Tensor:
         """By how much the loss grows without each weight."""
 
     @abstractmethod
@@ -213,11 +213,11 @@ class _SecondOrder(Gradual, ABC):
             return
         upcoming = window.start
         if self.point is not None:
-            k = math.floor((self.point - window.start) / frequency + TOLERANCE) + 1
+            k = math.floor((self.point - window.start) / frequency + EPOCH_TOLERANCE) + 1
             upcoming = min(window.start + k * frequency, window.end)
         left = (upcoming - clock.epoch) * clock.steps_per_epoch
-        self.collecting = left <= self.wanted + TOLERANCE
-        if not self.collecting or (updated and left >= self.wanted - TOLERANCE):
+        self.collecting = left <= self.wanted + EPOCH_TOLERANCE
+        if not self.collecting or (updated and left >= self.wanted - EPOCH_TOLERANCE):
             self.forget()
 
     def before_step(self) -> None:
@@ -273,7 +273,7 @@ class _SecondOrder(Gradual, ABC):
                     f"{self.who}: final_sparsity is due before any gradient was seen. Pass a grad_sampler to modify(), "
                     "or give a later end_epoch."
                 )
-            log.warning("%s: no gradient was seen yet, so the first masks go by magnitude.", self.who)
+            logger_.warning("%s: no gradient was seen yet, so the first masks go by magnitude.", self.who)
             super()._prune(parameters, progress, clock)
             return
         for part in range(1, self.rounds + 1):
@@ -283,7 +283,7 @@ class _SecondOrder(Gradual, ABC):
             scores = {name: self._worth(name, p, before.get(name)) for name, p in parameters.items()}
             masks: dict[str, Tensor] = {}
             for group, goal, start in zip(groups, goals, now, strict=True):
-                masks |= prune(
+                masks |= compute_masks(
                     {name: scores[name] for name in group},
                     goal if part == self.rounds else start + (goal - start) * part / self.rounds,
                     self.mask_type,
@@ -304,11 +304,11 @@ class _SecondOrder(Gradual, ABC):
     def _masked(self, group: Sequence[str], parameters: Mapping[str, nn.Parameter]) -> float:
         """The fraction of a group that is masked."""
         masks = self.run.masker.sparsity()
-        gone = sum(round(masks.get(name, 0.0) * parameters[name].numel()) for name in group)
-        return gone / max(sum(parameters[name].numel() for name in group), 1)
+        pruned = sum(round(masks.get(name, 0.0) * parameters[name].numel()) for name in group)
+        return pruned / max(sum(parameters[name].numel() for name in group), 1)
 
     def _worth(self, name: str, parameter: nn.Parameter, kept: Tensor | None) -> Tensor:
-        found = self.worth(name, parameter, kept)
+        found = self.importance(name, parameter, kept)
         if bool(found.isfinite().all()):
             return found
         raise DataError(
@@ -333,7 +333,7 @@ class _OBS(_SecondOrder):
     """The blocks of the Fisher matrix, summed up."""
 
     modifier: OBSPruningModifier
-    at_once = second_order.ROWS
+    at_once = second_order.FISHER_ROWS
 
     def __init__(self, modifier: OBSPruningModifier, run: Run) -> None:
         self.sums: dict[str, Tensor] = {}
@@ -374,7 +374,7 @@ class _OBS(_SecondOrder):
         found = self.sums.get(name)
         return second_order.fisher_sums(parameter, self.modifier.fisher_block_size) if found is None else found
 
-    def worth(self, name: str, parameter: Tensor, kept: Tensor | None) -> Tensor:
+    def importance(self, name: str, parameter: Tensor, kept: Tensor | None) -> Tensor:
         return second_order.fisher_scores(parameter, self._sums(name, parameter), self.count, self.modifier.damp, kept)
 
     def made_up(self, name: str, parameter: Tensor, mask: Tensor) -> Tensor:
@@ -412,7 +412,7 @@ class _MFAC(_SecondOrder):
             return counts
         parameters = self.held.now()
         done = self._masked(list(self.initials), parameters)
-        reached = [sparsity for sparsity in counts if sparsity <= done + TOLERANCE]
+        reached = [sparsity for sparsity in counts if sparsity <= done + EPOCH_TOLERANCE]
         return counts[max(reached, default=min(counts))]
 
     def check_memory(self, parameters: Sequence[nn.Parameter]) -> None:
@@ -447,7 +447,7 @@ class _MFAC(_SecondOrder):
         none = torch.zeros((), dtype=second_order.wide(parameter.dtype), device=self.device)
         return self.rows.get(name) or [none.expand(parameter.numel())]
 
-    def worth(self, name: str, parameter: Tensor, kept: Tensor | None) -> Tensor:
+    def importance(self, name: str, parameter: Tensor, kept: Tensor | None) -> Tensor:
         modifier, rows = self.modifier, self._rows(name, parameter)
         size, pages = modifier.fisher_block_size, modifier.num_pages
         return second_order.mfac_scores(parameter, rows, self.count, size, modifier.damp, kept, pages)

@@ -15,9 +15,9 @@ from sparsify.model.optimizer_state import forget
 from sparsify.modifiers.base import Active, FieldProblem, Run
 from sparsify.modifiers.magnitude_pruning import Gradual, GradualPruning, ScoreType
 from sparsify.modifiers.moving_masks import Fraction, MaskName, Moving, SparseTraining, taken_over
-from sparsify.modifiers.schedule import TOLERANCE, Clock
+from sparsify.modifiers.schedule import EPOCH_TOLERANCE, Clock
 from sparsify.pruning import layer_sparsity
-from sparsify.pruning.selection import without_lowest
+from sparsify.pruning.selection import mask_lowest
 
 __all__ = [
     "ACDCPruningModifier",
@@ -83,8 +83,8 @@ class ACDCPruningModifier(SparseTraining):
     def dense(self, point: float) -> bool:
         """Whether the phase that begins at `point` is a dense one."""
         window, length = self.window, self.update_frequency
-        phase = math.floor((point - window.start) / length + TOLERANCE)
-        return point < window.end and phase % 2 == 0 and window.end - point >= length * (1.0 - TOLERANCE)
+        phase = math.floor((point - window.start) / length + EPOCH_TOLERANCE)
+        return point < window.end and phase % 2 == 0 and window.end - point >= length * (1.0 - EPOCH_TOLERANCE)
 
     def sparsities(self, point: float, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, float]:
         """Nothing in a dense phase."""
@@ -261,11 +261,11 @@ class _RigL(Moving):
         if self.last_alone:
             self.collecting = True
             return
-        k = math.floor((self.point - window.start) / frequency + TOLERANCE) + 1
+        k = math.floor((self.point - window.start) / frequency + EPOCH_TOLERANCE) + 1
         upcoming = window.start + k * frequency
         left = (upcoming - clock.epoch) * (clock.steps_per_epoch or 1)
         # The last point is the end, and there nothing moves.
-        self.collecting = upcoming < window.end and left <= self.modifier.num_grads + TOLERANCE
+        self.collecting = upcoming < window.end and left <= self.modifier.num_grads + EPOCH_TOLERANCE
 
     def before_step(self) -> None:
         if self.collecting:
@@ -354,8 +354,8 @@ def moved(name: str, weight: Tensor, mask: Tensor, gradient: Tensor, fraction: f
     change = round(fraction * kept)
     if not change:
         return mask
-    stays = without_lowest({name: weight}, mask.numel() - kept + change, kept={name: mask}, absolute=True)[name]
-    comes = without_lowest(
+    stays = mask_lowest({name: weight}, mask.numel() - kept + change, kept={name: mask}, absolute=True)[name]
+    comes = mask_lowest(
         {f"{name}.grad": gradient}, mask.numel() - change, kept={f"{name}.grad": ~stays}, absolute=True
     )[f"{name}.grad"]
     return stays | comes

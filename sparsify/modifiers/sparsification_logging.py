@@ -9,9 +9,9 @@ import torch
 from pydantic import Field, model_validator
 
 from sparsify.model.targets import named_modules, resolve_parameters
-from sparsify.modifiers.base import Active, Epoch, Kind, Modifier, Run, check_frequency
-from sparsify.modifiers.schedule import Clock, Grid
-from sparsify.quantization.layers import Retyped
+from sparsify.modifiers.base import Active, Epoch, Modifier, ModifierKind, Run, check_frequency
+from sparsify.modifiers.schedule import Clock, UpdateGrid
+from sparsify.quantization.layers import Converted
 
 __all__ = ["SparsificationLoggingModifier"]
 
@@ -19,7 +19,7 @@ __all__ = ["SparsificationLoggingModifier"]
 class SparsificationLoggingModifier(Modifier):
     """Logs the sparsity of every prunable parameter and of the model, and the bits of quantized weights."""
 
-    kind: ClassVar[Kind] = "logging"
+    kind: ClassVar[ModifierKind] = "logging"
     without_effect: ClassVar[frozenset[str]] = frozenset({"log_types", "constant_logging"})
     start_epoch: Epoch = Field(default=0.0, description="The epoch of the first entry; -1: at once.")
     update_frequency: Epoch = Field(default=1.0, description="Epochs between two entries; -1: every step.")
@@ -41,7 +41,7 @@ class _Logging(Active):
     """
 
     def __init__(self, modifier: SparsificationLoggingModifier, run: Run) -> None:
-        self._grid = Grid(modifier.window, modifier.update_frequency)
+        self._grid = UpdateGrid(modifier.window, modifier.update_frequency)
         self._model, self._log = run.model, run.log
         self._last: float | None = None
 
@@ -59,7 +59,7 @@ class _Logging(Active):
             self._log.scalar(f"zeros/{name}", count / max(1, parameter.numel()), clock.step)
         self._log.scalar("zeros/model", zeros / max(1, weights), clock.step)
         for name, module in named_modules(self._model).items():
-            if isinstance(module, Retyped) and module._wiring.largest:
+            if isinstance(module, Converted) and module._wiring.largest:
                 # The largest integer of 8 bits is 127.
                 self._log.scalar(f"bits/{name}", module._wiring.largest.bit_length() + 1, clock.step)
 

@@ -12,13 +12,13 @@ from sparsify.errors import SparsifyWarning, StateError, TargetError
 from sparsify.model import distributed, targets
 from sparsify.modifiers.base import Active, FieldProblem, Run
 from sparsify.modifiers.magnitude_pruning import GradualPruning
-from sparsify.modifiers.schedule import Clock, Grid, between
+from sparsify.modifiers.schedule import Clock, UpdateGrid, between
 from sparsify.pruning import group_scores
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from sparsify.pruning.groups import Families, Family
+    from sparsify.pruning.groups import ChannelGroup, ChannelGroups
     from sparsify.pruning.removal import Removal
 
 __all__ = ["StructuredPruningModifier"]
@@ -27,16 +27,17 @@ __all__ = ["StructuredPruningModifier"]
 class StructuredPruningModifier(GradualPruning):
     """Gradual pruning of whole channels, with all that hangs together with them, so that they can be removed.
 
-    Channels that must go together are one family, found in the traced model: the rows of all layers that give them,
-    their biases, norms and tables, and the columns of all layers that read them. All of that is masked, so removing it
-    changes nothing. A head of attention is one channel. A sparsity is a fraction of a family's channels: exactly
-    round(n * sparsity) of n are masked at every update, those worth least first. A channel is worth the L2 norm of its
-    rows and columns in all weights of the family; with `global_sparsity` in units of the family's mean, in one ranking.
+    Channels that must go together are one channel group, found in the traced model: the rows of all layers that give
+    them, their biases, norms and tables, and the columns of all layers that read them. All of that is masked, so
+    removing it changes nothing. A head of attention is one channel. A sparsity is a fraction of a channel group's
+    channels: exactly round(n * sparsity) of n are masked at every update, those worth least first. A channel is worth
+    the L2 norm of its rows and columns in all weights of the channel group; with `global_sparsity` in units of the
+    channel group's mean, in one ranking.
 
     How many channels stay at the end is rounded to `multiple`, and the ramp leads there; with `global_sparsity` every
-    update is rounded. Only families that a dry run found to be exact are masked. What else `params` names is reported
-    with the reason. Inputs of the model are needed: `sample_inputs` of modify(), or the first forward, which then sets
-    the masks that are due at the very start before it computes. The rest is as GMPruningModifier.
+    update is rounded. Only channel groups that a dry run found to be exact are masked. What else `params` names is
+    reported with the reason. Inputs of the model are needed: `sample_inputs` of modify(), or the first forward, which
+    then sets the masks that are due at the very start before it computes. The rest is as GMPruningModifier.
     """
 
     traces: ClassVar[bool] = True
@@ -49,13 +50,13 @@ class StructuredPruningModifier(GradualPruning):
     )
     param_groups: list[list[str]] | None = Field(
         default=None,
-        description="Legacy: names of parameters whose channels must go together. Checked against the families that "
-        "are found, which go together in any case; null: nothing to check.",
+        description="Legacy: names of parameters whose channels must go together. Checked against the channel groups "
+        "that are found, which go together in any case; null: nothing to check.",
     )
     multiple: Annotated[int, Field(ge=1)] | None = Field(
         default=None,
         description="The number of channels that stay is rounded to the nearest multiple of this. null: what is fast "
-        "to compute, for families with convolutions 16, 8 from 16 to 31 channels, 4 below; 1: exact.",
+        "to compute, for channel groups with convolutions 16, 8 from 16 to 31 channels, 4 below; 1: exact.",
     )
     limits: dict[str, float] = Field(
         default_factory=dict,
@@ -85,7 +86,7 @@ class StructuredPruningModifier(GradualPruning):
         return (self.window.end,) if self.shrink else ()
 
     def attach(self, run: Run) -> Active:
-        """Checks names, and families too where inputs are known.
+        """Checks names, and channel groups too where inputs are known.
 
         Raises:
             TargetError: nothing that is named can be cut, or not as it says.
@@ -97,32 +98,34 @@ class StructuredPruningModifier(GradualPruning):
 class _Structured(Active):
     """Channels on their way out.
 
-    Checkpoint: the point of the grid in force, whether masks were released, and by family the channels that are masked,
-    how many there were and are removed, and the sparsity at the start. What was removed is in the session's state.
+    Checkpoint: the point of the grid in force, whether masks were released, and by channel group the channels that are
+    masked, how many there were and are removed, and the sparsity at the start. What was removed is in the session's
+    state.
     """
 
     def __init__(self, modifier: StructuredPruningModifier, run: Run) -> None:
         self.modifier, self.run = modifier, run
         self.who = type(modifier).__name__
-        self.grid = Grid(modifier.window, modifier.update_frequency)
+        self.grid = UpdateGrid(modifier.window, modifier.update_frequency)
         self.named = self._named()
         self.limits = self._limits()
         self.point: float | None = None
         self.released = False
-        self.gone: dict[str, tuple[int, ...]] = {}
+        self.pruned: dict[str, tuple[int, ...]] = {}
         self.sizes: dict[str, int] = {}
         self.taken: dict[str, int] = {}
         self.initials: dict[str, float] = {}
         self.clock: Clock | None = None
         self.asked = False
-        self.traced: Families | None = None
-        self.families: dict[str, Family] = {}
+        self.traced: ChannelGroups | None = None
+        self.channel_groups: dict[str, ChannelGroup] = {}
         self.finals: dict[str, float] = {}
         self.frozen: dict[str, str] = {}
         if run.sample_inputs is not None:
-            # What cannot be is found before anything is changed; the families are asked for again when they are needed.
-            self._take(run.families(*run.sample_inputs))
-            self.traced, self.families = None, {}
+            # What cannot be is found before anything is changed; the channel groups are asked for again when they are
+            # needed.
+            self._take(run.channel_groups(*run.sample_inputs))
+            self.traced, self.channel_groups = None, {}
 
     def _named(self) -> dict[str, float]:
         """The final sparsity by weight."""
@@ -152,66 +155,69 @@ class _Structured(Active):
     def _begin(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """On the inputs of one call of the model."""
         if self.traced is None and not self._over():
-            self._take(self.run.families(args, kwargs))
+            self._take(self.run.channel_groups(args, kwargs))
             self._report()
         self._advance()
 
-    def _take(self, traced: Families) -> None:
-        """Takes the families that are meant."""
+    def _take(self, traced: ChannelGroups) -> None:
+        """Takes the channel groups that are meant."""
         self._check_groups(traced)
         parameters = targets.named_parameters(self.run.model)
-        meant: dict[str, Family] = {}
-        for name, family in traced.families.items():
-            finals = {self.named[weight] for weight in self._side(family) if weight in self.named}
+        meant: dict[str, ChannelGroup] = {}
+        for name, channel_group in traced.groups.items():
+            finals = {self.named[weight] for weight in self._side(channel_group) if weight in self.named}
             if len(finals) > 1:
                 raise TargetError(
-                    f"{self.who}.final_sparsity: channels of {', '.join(map(repr, self._side(family)))} go together, "
-                    f"but have {len(finals)} sparsities, {', '.join(map(str, sorted(finals)))}. Give them one."
+                    f"{self.who}.final_sparsity: channels of {', '.join(map(repr, self._side(channel_group)))} "
+                    f"go together, but have {len(finals)} sparsities, {', '.join(map(str, sorted(finals)))}. "
+                    "Give them one."
                 )
-            if finals and family.size > 1:
-                meant[name], self.finals[name] = family, finals.pop()
+            if finals and channel_group.size > 1:
+                meant[name], self.finals[name] = channel_group, finals.pop()
         if not meant:
             raise TargetError(
                 f"{self.who}.params: nothing that is named can be cut in {type(self.run.model).__name__}: "
                 f"{self._reasons(traced, meant)}. It can cut the channels of "
-                f"{', '.join(map(repr, list(traced.families)[:8])) or 'no layer'}."
+                f"{', '.join(map(repr, list(traced.groups)[:8])) or 'no layer'}."
             )
         frozen = {
             name: place.tensor
-            for name, family in meant.items()
-            for place in family.places
+            for name, channel_group in meant.items()
+            for place in channel_group.places
             if place.tensor in parameters and not parameters[place.tensor].requires_grad
         }
-        self.frozen = {name: tensor for name, tensor in frozen.items() if name not in self.gone}
-        meant = {name: family for name, family in meant.items() if name not in self.frozen}
+        self.frozen = {name: tensor for name, tensor in frozen.items() if name not in self.pruned}
+        meant = {name: channel_group for name, channel_group in meant.items() if name not in self.frozen}
         for name, size in self.sizes.items():
             now = meant[name].size + self.taken.get(name, 0) if name in meant else None
-            if now != size and self.gone.get(name):
+            if now != size and self.pruned.get(name):
                 raise StateError(
                     f"{self.who}: the state has {size} channels for {name!r}, and this model {now or 'none to cut'}. "
                     "Load the state of this model."
                 )
-        self.run.claim(self.modifier, {name: [p.tensor for p in family.places] for name, family in meant.items()})
-        self.traced, self.families = traced, meant
+        self.run.claim(
+            self.modifier, {name: [p.tensor for p in channel_group.places] for name, channel_group in meant.items()}
+        )
+        self.traced, self.channel_groups = traced, meant
 
-    def _side(self, family: Family) -> tuple[str, ...]:
-        """The weights of a family by which it is named."""
-        return family.rows if self.modifier.mask_type == "filter" else family.columns
+    def _side(self, channel_group: ChannelGroup) -> tuple[str, ...]:
+        """The weights of a channel group by which it is named."""
+        return channel_group.rows if self.modifier.mask_type == "filter" else channel_group.columns
 
-    def _check_groups(self, traced: Families) -> None:
+    def _check_groups(self, traced: ChannelGroups) -> None:
         for group in self.modifier.param_groups or ():
             where = f"{self.who}.param_groups"
             names = set(targets.resolve_parameters(self.run.model, group, where=where, strict=self.modifier.strict))
             roles = ("row" if self.modifier.mask_type == "filter" else "column", "other")
-            if not any(names <= {p.tensor for p in f.places if p.role in roles} for f in traced.families.values()):
-                found = sorted({self._side(f) for f in traced.families.values() if names & set(self._side(f))})
+            if not any(names <= {p.tensor for p in f.places if p.role in roles} for f in traced.groups.values()):
+                found = sorted({self._side(f) for f in traced.groups.values() if names & set(self._side(f))})
                 raise TargetError(
-                    f"{where}: {', '.join(sorted(names))} are not one family in the traced model. Found were "
+                    f"{where}: {', '.join(sorted(names))} are not one channel group in the traced model. Found were "
                     f"{'; '.join(', '.join(one) for one in found) or 'none of them'}. Write those, or leave it out."
                 )
 
-    def _reasons(self, traced: Families, meant: Mapping[str, Family]) -> str:
-        sides = {weight for family in meant.values() for weight in self._side(family)}
+    def _reasons(self, traced: ChannelGroups, meant: Mapping[str, ChannelGroup]) -> str:
+        sides = {weight for channel_group in meant.values() for weight in self._side(channel_group)}
         whole = {name: traced.whole.get(name, "its channels cannot go") for name in self.named if name not in sides}
         kept = [f"{name!r}: {reason}" for name, reason in whole.items()]
         return "; ".join(kept[:5]) + (f"; and {len(kept) - 5} more" if len(kept) > 5 else "")
@@ -221,12 +227,12 @@ class _Structured(Active):
         assert self.traced is not None
         if self.point is not None:
             return
-        for name, family in self.families.items():
-            self.run.log.text("structure", f"{name}: {family.size} channels of {', '.join(family.rows)}")
-        reasons = self._reasons(self.traced, self.families)
+        for name, channel_group in self.channel_groups.items():
+            self.run.log.text("structure", f"{name}: {channel_group.size} channels of {', '.join(channel_group.rows)}")
+        reasons = self._reasons(self.traced, self.channel_groups)
         written = {n for n in self.modifier.names() if not n.startswith(("re:", "__"))}
         exact = {name for name in self.named if name in written or name.removesuffix(".weight") in written}
-        sides = {weight for family in self.families.values() for weight in self._side(family)}
+        sides = {weight for channel_group in self.channel_groups.values() for weight in self._side(channel_group)}
         if reasons:
             self.run.log.text("structure", f"{self.who} leaves whole: {reasons}")
         if self.frozen:
@@ -260,27 +266,27 @@ class _Structured(Active):
         self.run.masker.refresh()
         if self.point is None:
             self._start(self.traced)
-        self.gone = self._choose(point)
-        own = deletion_masks(self.run.model, self.traced, self.gone)
+        self.pruned = self._choose(point)
+        own = deletion_masks(self.run.model, self.traced, self.pruned)
         held = self.run.masker.masks
         masks = {name: mask & held[name].to(mask.device) if name in held else mask for name, mask in own.items()}
         distributed.check_same(masks)
         for name, mask in masks.items():
             self.run.masker.set(name, mask)
         for name, size in self.sizes.items():
-            done = (len(self.gone.get(name, ())) + self.taken[name]) / size
+            done = (len(self.pruned.get(name, ())) + self.taken[name]) / size
             self.run.log.scalar(f"sparsity/{name}", done, self.clock.step)
         self.point = point
         if self._over():
             self._end(self.traced, own)
 
-    def _end(self, traced: Families, own: Mapping[str, Tensor]) -> None:
+    def _end(self, traced: ChannelGroups, own: Mapping[str, Tensor]) -> None:
         """What masks leave behind at the end."""
         from sparsify.pruning.removal import plan_removal
 
-        gone, self.gone, self.traced, self.families = self.gone, {}, None, {}
-        if self.modifier.shrink and any(gone.values()):
-            self.run.shrink(plan_removal(self.run.model, traced, gone))
+        pruned, self.pruned, self.traced, self.channel_groups = self.pruned, {}, None, {}
+        if self.modifier.shrink and any(pruned.values()):
+            self.run.shrink(plan_removal(self.run.model, traced, pruned))
         if not self.modifier.leave_enabled:
             masker = self.run.masker
             for name, mask in own.items():
@@ -292,13 +298,13 @@ class _Structured(Active):
                     masker.set(name, rest)
             self.released = True
 
-    def _start(self, traced: Families) -> None:
+    def _start(self, traced: ChannelGroups) -> None:
         """Fixes how many channels there are, and from which sparsity on."""
         from sparsify.pruning.shrinking import dead
 
-        self.sizes = {name: family.size for name, family in self.families.items()}
+        self.sizes = {name: channel_group.size for name, channel_group in self.channel_groups.items()}
         self.taken = dict.fromkeys(self.sizes, 0)
-        self.gone = dict.fromkeys(self.sizes, ())
+        self.pruned = dict.fromkeys(self.sizes, ())
         initial = self.modifier.init_sparsity
         if isinstance(initial, str):
             zero = {name: len(found) for name, found in dead(self.run.model, traced).items() if name in self.sizes}
@@ -310,41 +316,50 @@ class _Structured(Active):
 
     def _choose(self, point: float) -> dict[str, tuple[int, ...]]:
         """The channels that are gone from the point on, of those that are there."""
-        modifier, families = self.modifier, {name: self.families[name] for name in self.sizes if name in self.families}
+        modifier, channel_groups = (
+            self.modifier,
+            {name: self.channel_groups[name] for name in self.sizes if name in self.channel_groups},
+        )
         progress = modifier.window.progress(point)
         bounds, counts = {}, {}
-        for name, family in families.items():
+        for name, channel_group in channel_groups.items():
             size = self.sizes[name]
-            limit = min((self.limits[w] for w in (*family.rows, *family.columns) if w in self.limits), default=1.0)
-            bounds[name] = group_scores.Bounds.of(size, group_scores.multiple_of(family, modifier.multiple), limit)
+            limit = min(
+                (self.limits[w] for w in (*channel_group.rows, *channel_group.columns) if w in self.limits), default=1.0
+            )
+            bounds[name] = group_scores.Bounds.of(
+                size, group_scores.multiple_of(channel_group, modifier.multiple), limit
+            )
             last = (size - bounds[name].nearest(size - round(size * self.finals[name]))) / size
             share = between(modifier.inter_func, min(self.initials[name], last), last, progress)
-            counts[name] = max(round(size * share) - self.taken[name], len(self.gone[name]))
-        scores = group_scores.norms(self.run.model, families)
-        if modifier.global_sparsity and families:
-            name = next(iter(families))
+            counts[name] = max(round(size * share) - self.taken[name], len(self.pruned[name]))
+        scores = group_scores.norms(self.run.model, channel_groups)
+        if modifier.global_sparsity and channel_groups:
+            name = next(iter(channel_groups))
             share = between(modifier.inter_func, self.initials[name], self.finals[name], progress)
             total = round(sum(self.sizes.values()) * share) - sum(self.taken.values())
-            there = {n: group_scores.Bounds(f.size, bounds[n].multiple, bounds[n].least) for n, f in families.items()}
-            counts = group_scores.shares(scores, max(total, 0), there, self.gone)
-        return group_scores.lowest(scores, counts, self.gone)
+            there = {
+                n: group_scores.Bounds(f.size, bounds[n].multiple, bounds[n].least) for n, f in channel_groups.items()
+            }
+            counts = group_scores.shares(scores, max(total, 0), there, self.pruned)
+        return group_scores.lowest(scores, counts, self.pruned)
 
     # ------------------------------------------------------------------ another size, another time
 
     def resized(self, removal: Removal) -> None:
-        for name, family in self.families.items():
-            left = _left(family, removal)
+        for name, channel_group in self.channel_groups.items():
+            left = _left(channel_group, removal)
             now = {channel: index for index, channel in enumerate(left)}
-            self.gone[name] = tuple(now[channel] for channel in self.gone.get(name, ()) if channel in now)
+            self.pruned[name] = tuple(now[channel] for channel in self.pruned.get(name, ()) if channel in now)
             if name in self.taken:
-                self.taken[name] += family.size - len(left)
-        self.traced, self.families, self.asked = None, {}, False
+                self.taken[name] += channel_group.size - len(left)
+        self.traced, self.channel_groups, self.asked = None, {}, False
 
     def state_dict(self) -> dict[str, Any]:
         return {
             "point": -1.0 if self.point is None else self.point,
             "released": self.released,
-            "gone": {name: list(gone) for name, gone in self.gone.items()},
+            "gone": {name: list(pruned) for name, pruned in self.pruned.items()},
             "sizes": dict(self.sizes),
             "taken": dict(self.taken),
             "initials": dict(self.initials),
@@ -353,18 +368,18 @@ class _Structured(Active):
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.point = None if state["point"] < 0 else float(state["point"])
         self.released = bool(state["released"])
-        self.gone = {name: tuple(map(int, gone)) for name, gone in state["gone"].items()}
+        self.pruned = {name: tuple(map(int, pruned)) for name, pruned in state["gone"].items()}
         self.sizes = {name: int(size) for name, size in state["sizes"].items()}
         self.taken = {name: int(count) for name, count in state["taken"].items()}
         self.initials = {name: float(value) for name, value in state["initials"].items()}
         # Looked for again: what is there now may not be what modify() saw.
-        self.traced, self.families, self.asked = None, {}, False
+        self.traced, self.channel_groups, self.asked = None, {}, False
 
 
-def _left(family: Family, removal: Removal) -> list[int]:
-    """The channels of `family` that a removal left."""
-    for place in family.places:
+def _left(channel_group: ChannelGroup, removal: Removal) -> list[int]:
+    """The channels of `channel_group` that a removal left."""
+    for place in channel_group.places:
         kept = removal.keep.get(place.tensor, {}).get(place.dim)
         if kept is not None:
             return sorted({place.channels[index] for index in kept.tolist()} - {-1})
-    return list(range(family.size))
+    return list(range(channel_group.size))

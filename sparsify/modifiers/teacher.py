@@ -16,7 +16,7 @@ from sparsify.modifiers.base import Run
 __all__: list[str] = []
 
 
-class Teacher:
+class DistillationTeacher:
     """Runs in eval mode, without gradients, on the student's inputs; "self" is copied now, before anything changes it.
 
     Checkpoint: the weights of a "self" teacher; the student of a resumed run starts with other ones.

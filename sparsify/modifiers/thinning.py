@@ -11,11 +11,11 @@ from pydantic import Field, field_validator
 
 from sparsify.errors import SparsifyWarning, TargetError
 from sparsify.model import targets
-from sparsify.modifiers.base import Active, Epoch, FieldProblem, Kind, Modifier, Run
+from sparsify.modifiers.base import Active, Epoch, FieldProblem, Modifier, ModifierKind, Run
 from sparsify.modifiers.schedule import Clock
 
 if TYPE_CHECKING:
-    from sparsify.pruning.groups import Families
+    from sparsify.pruning.groups import ChannelGroups
 
 __all__ = ["LayerThinningModifier"]
 
@@ -31,13 +31,13 @@ class LayerThinningModifier(Modifier):
     Checkpoint: how many of its epochs are done, and whether any channel went; what went is in the manager's own state.
     """
 
-    kind: ClassVar[Kind] = "structure"
+    kind: ClassVar[ModifierKind] = "structure"
     traces: ClassVar[bool] = True
     without_effect: ClassVar[frozenset[str]] = frozenset({"log_types", "update_frequency"})
     param_group_dependency_map: dict[str, list[str]] | str | None = Field(
         default=None,
         description="Names of pruned parameters, joined by commas -> the parameters that lose the same channels, or "
-        "that as JSON text. Checked against the families that are found, and only these are thinned; null: all.",
+        "that as JSON text. Checked against the channel groups that are found, and only these are thinned; null: all.",
     )
     structure_type: Literal["filter", "channel"] = Field(
         description="Which channels were masked: filter (what a layer gives) or channel (what it reads)."
@@ -113,7 +113,7 @@ class _Thinning(Active):
         self.asked = False
         modifier.targets(run.model)
         if run.sample_inputs is not None and modifier.groups():
-            self._meant(run.families(*run.sample_inputs))
+            self._meant(run.channel_groups(*run.sample_inputs))
 
     def update(self, clock: Clock) -> None:
         self.due = sum(clock.reached(epoch) for epoch in self.modifier.cuts())
@@ -127,7 +127,7 @@ class _Thinning(Active):
 
         if self.due <= self.done:
             return
-        traced = self.run.families(args, kwargs)
+        traced = self.run.channel_groups(args, kwargs)
         meant = self._meant(traced)
         gone = {name: found for name, found in dead(self.run.model, traced).items() if found and name in meant}
         self.done, self.asked = self.due, False
@@ -142,31 +142,32 @@ class _Thinning(Active):
                 stacklevel=2,
             )
 
-    def _meant(self, traced: Families) -> set[str]:
-        """The families that are thinned: those of the map, or all."""
+    def _meant(self, traced: ChannelGroups) -> set[str]:
+        """The channel groups that are thinned: those of the map, or all."""
         groups = self.modifier.groups()
         if not groups:
-            return set(traced.families)
+            return set(traced.groups)
         found: set[str] = set()
         where = f"{self.who}.param_group_dependency_map"
         for pruned, others in groups.items():
             model, strict = self.run.model, self.modifier.strict
             mine = set(targets.resolve_parameters(model, pruned, where=where, strict=strict))
             all_of = mine | set(targets.resolve_parameters(model, others, where=where, strict=strict))
-            for name, family in traced.families.items():
-                side = family.rows if self.modifier.structure_type == "filter" else family.columns
-                if mine and mine <= set(side) and all_of <= {place.tensor for place in family.places}:
+            for name, channel_group in traced.groups.items():
+                side = channel_group.rows if self.modifier.structure_type == "filter" else channel_group.columns
+                if mine and mine <= set(side) and all_of <= {place.tensor for place in channel_group.places}:
                     found.add(name)
                     break
             else:
                 known = "; ".join(
-                    f"{', '.join(family.rows)} -> {', '.join(dict.fromkeys(p.tensor for p in family.places))}"
-                    for family in traced.families.values()
-                    if mine & {place.tensor for place in family.places}
+                    f"{', '.join(group.rows)} -> {', '.join(dict.fromkeys(p.tensor for p in group.places))}"
+                    for group in traced.groups.values()
+                    if mine & {place.tensor for place in channel_group.places}
                 )
                 text = (
                     f"{where}: {', '.join(pruned)} and {', '.join(others) or 'nothing'} do not lose channels together "
-                    f"in the traced model. Found: {known or 'no family with these weights'}. Write that, or null."
+                    f"in the traced model. Found: {known or 'no channel group with these weights'}. Write that, "
+                    "or null."
                 )
                 if strict:
                     raise TargetError(text)

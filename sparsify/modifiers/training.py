@@ -10,9 +10,18 @@ from pydantic import Field, model_validator
 from torch import nn
 
 from sparsify.model import targets
-from sparsify.modifiers.base import Active, Epoch, FieldProblem, Kind, Modifier, Names, Run, check_frequency
+from sparsify.modifiers.base import (
+    Active,
+    Epoch,
+    FieldProblem,
+    Modifier,
+    ModifierKind,
+    ParamNames,
+    Run,
+    check_frequency,
+)
 from sparsify.modifiers.learning_rate_ledger import check_groups
-from sparsify.modifiers.schedule import Clock, Curve, Grid, between
+from sparsify.modifiers.schedule import Clock, Curve, UpdateGrid, between
 
 __all__ = ["GradualParamModifier", "SetParamModifier", "SetWeightDecayModifier", "TrainableParamsModifier"]
 
@@ -22,7 +31,7 @@ Finite = Annotated[float, Field(allow_inf_nan=False)]
 class SetWeightDecayModifier(Modifier):
     """Sets the optimizer's weight decay once, at its start."""
 
-    kind: ClassVar[Kind] = "parameters"
+    kind: ClassVar[ModifierKind] = "parameters"
     without_effect: ClassVar[frozenset[str]] = frozenset({"log_types", "update_frequency", "constant_logging"})
     weight_decay: Annotated[float, Field(ge=0.0)] = Field(description="The weight decay, 0 or more.")
     param_groups: list[Annotated[int, Field(ge=0)]] | None = Field(
@@ -39,17 +48,17 @@ class SetWeightDecayModifier(Modifier):
 class TrainableParamsModifier(Modifier):
     """Says whether parameters learn (`requires_grad`) from its start to its end; undone at the end."""
 
-    kind: ClassVar[Kind] = "parameters"
+    kind: ClassVar[ModifierKind] = "parameters"
     without_effect: ClassVar[frozenset[str]] = frozenset({"log_types", "update_frequency"})
-    params: Names = Field(description="Names or patterns of parameters or layers.")
+    params: ParamNames = Field(description="Names or patterns of parameters or layers.")
     trainable: bool = Field(default=True, description="Whether they learn.")
     params_strict: bool = Field(default=True, description="Whether a name that matches nothing is an error.")
 
     def names(self) -> list[str]:
-        return _listed(self.params)
+        return _names_given(self.params)
 
     def targets(self, model: nn.Module) -> Mapping[str, nn.Parameter | nn.Module]:
-        return _found(model, self.params, type(self), self.params_strict)
+        return _found_parameters(model, self.params, type(self), self.params_strict)
 
     def attach(self, run: Run) -> Active:
         """Finds the parameters."""
@@ -59,18 +68,18 @@ class TrainableParamsModifier(Modifier):
 class SetParamModifier(Modifier):
     """Sets every element of parameters to one value, once, at its start."""
 
-    kind: ClassVar[Kind] = "parameters"
+    kind: ClassVar[ModifierKind] = "parameters"
     without_effect: ClassVar[frozenset[str]] = frozenset({"log_types", "update_frequency", "constant_logging"})
     start_epoch: Epoch = Field(default=0.0, description="The epoch at which they are set; -1: at once.")
-    params: Names = Field(description="Names or patterns of parameters.")
+    params: ParamNames = Field(description="Names or patterns of parameters.")
     val: Finite = Field(description="The value of every element.")
     params_strict: bool = Field(default=True, description="Whether a name that matches nothing is an error.")
 
     def names(self) -> list[str]:
-        return _listed(self.params)
+        return _names_given(self.params)
 
     def targets(self, model: nn.Module) -> Mapping[str, nn.Parameter | nn.Module]:
-        return _found(model, self.params, type(self), self.params_strict)
+        return _found_parameters(model, self.params, type(self), self.params_strict)
 
     def attach(self, run: Run) -> Active:
         """Finds the parameters."""
@@ -84,12 +93,12 @@ class SetParamModifier(Modifier):
 class GradualParamModifier(Modifier):
     """Moves every element of parameters from one value to another."""
 
-    kind: ClassVar[Kind] = "parameters"
+    kind: ClassVar[ModifierKind] = "parameters"
     without_effect: ClassVar[frozenset[str]] = frozenset({"log_types", "constant_logging"})
     start_epoch: Epoch = Field(description="The epoch of `init_val`; -1: at once.")
     end_epoch: Epoch = Field(description="The epoch of `final_val`.")
     update_frequency: Epoch = Field(default=-1.0, description="Epochs between two values; -1: every step.")
-    params: Names = Field(description="Names or patterns of parameters.")
+    params: ParamNames = Field(description="Names or patterns of parameters.")
     init_val: Finite = Field(description="The value at the start.")
     final_val: Finite = Field(description="The value at the end, exactly.")
     inter_func: Curve = Field(default="linear", description="The curve between the two.")
@@ -103,14 +112,14 @@ class GradualParamModifier(Modifier):
         return self
 
     def names(self) -> list[str]:
-        return _listed(self.params)
+        return _names_given(self.params)
 
     def targets(self, model: nn.Module) -> Mapping[str, nn.Parameter | nn.Module]:
-        return _found(model, self.params, type(self), self.params_strict)
+        return _found_parameters(model, self.params, type(self), self.params_strict)
 
     def value(self, clock: Clock) -> float | None:
         """The value at the last point of the grid that is due; None before the start."""
-        point = Grid(self.window, self.update_frequency).latest(clock)
+        point = UpdateGrid(self.window, self.update_frequency).latest(clock)
         return (
             None
             if point is None
@@ -216,9 +225,11 @@ class _Value(Active):
         self._last = state["last"]
 
 
-def _listed(names: Names) -> list[str]:
+def _names_given(names: ParamNames) -> list[str]:
     return [names] if isinstance(names, str) else list(names)
 
 
-def _found(model: nn.Module, names: Names, cls: type[Modifier], strict: bool) -> dict[str, nn.Parameter]:
+def _found_parameters(
+    model: nn.Module, names: ParamNames, cls: type[Modifier], strict: bool
+) -> dict[str, nn.Parameter]:
     return targets.resolve_parameters(model, names, where=f"{cls.__name__}.params", strict=strict)

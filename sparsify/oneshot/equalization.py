@@ -17,15 +17,15 @@ import torch
 from torch import Tensor, nn
 
 from sparsify.model.targets import named_modules
-from sparsify.model.trace import Node, Trace
+from sparsify.model.trace import Trace, TracedNode
 from sparsify.quantization.layers import norm_factor
 
 __all__: list[str] = []
 
-ROUNDS = 20
+EQUALIZATION_ROUNDS = 20
 """Over all pairs in turn; a chain of layers settles in a few."""
-LARGEST = 2.0**24
-_LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d)
+LARGEST_FACTOR = 2.0**24
+_WEIGHTED_KINDS = (nn.Linear, nn.Conv1d, nn.Conv2d)
 _ELEMENTWISE = frozenset(
     {"relu", "leaky_relu", "dropout", "feature_dropout", "contiguous", "clone", "alias", "detach", "identity"}
 )
@@ -60,7 +60,7 @@ def neighbours(model: nn.Module, trace: Trace, folds: Mapping[str, str]) -> tupl
         """Whether it is a plain layer, called once, whose parameters are nobody else's."""
         module = modules.get(name)
         own = [] if module is None else [p for p in module._parameters.values() if p is not None]
-        plain = type(module) in _LAYERS or name in folds.values()
+        plain = type(module) in _WEIGHTED_KINDS or name in folds.values()
         return plain and trace.calls.get(name) == 1 and bool(own) and all(owners[id(p)] == 1 for p in own)
 
     for node in trace.nodes:
@@ -78,7 +78,11 @@ def neighbours(model: nn.Module, trace: Trace, folds: Mapping[str, str]) -> tupl
             if folds.get(maker.owner) != norm or not is_free(maker.owner):
                 continue
         first, second = modules[maker.owner], modules[node.owner]
-        if maker.kind == "batch_norm" or type(first) not in _LAYERS or len(_given(first, None)) != len(_read(second)):
+        if (
+            maker.kind == "batch_norm"
+            or type(first) not in _WEIGHTED_KINDS
+            or len(_given(first, None)) != len(_read(second))
+        ):
             continue
         # Channels are axis 1 of what a convolution gives and the last of what a Linear gives.
         if (maker.kind == "conv" and (node.kind == "linear") == ("flatten" in way)) or (
@@ -95,7 +99,7 @@ def equalize(model: nn.Module, pairs: tuple[Neighbours, ...]) -> dict[str, float
     modules = named_modules(model)
     factors: dict[str, Tensor] = {}
     with torch.no_grad():
-        for _ in range(ROUNDS):
+        for _ in range(EQUALIZATION_ROUNDS):
             moved = False
             for pair in pairs:
                 first: Any = modules[pair.first]
@@ -106,7 +110,7 @@ def equalize(model: nn.Module, pairs: tuple[Neighbours, ...]) -> dict[str, float
                 ratio = torch.where(usable, given / torch.where(usable, read, 1.0), 1.0)
                 before = factors.get(pair.first, torch.ones_like(ratio))
                 wanted = torch.exp2(torch.round(torch.log2(ratio) / 2)) * before
-                scale = wanted.clamp(1 / LARGEST, LARGEST) / before
+                scale = wanted.clamp(1 / LARGEST_FACTOR, LARGEST_FACTOR) / before
                 if torch.equal(scale, torch.ones_like(scale)):
                     continue
                 moved = True
@@ -117,7 +121,7 @@ def equalize(model: nn.Module, pairs: tuple[Neighbours, ...]) -> dict[str, float
     return {name: float(torch.maximum(scale, 1 / scale).max()) for name, scale in factors.items()}
 
 
-def _maker(trace: Trace, node: Node) -> tuple[Node | None, set[str]]:
+def _maker(trace: Trace, node: TracedNode) -> tuple[TracedNode | None, set[str]]:
     """What makes the channels that `node` reads, and the operations between; None: one of them minds a factor."""
     name, way = node.inputs[0], set[str]()
     while True:

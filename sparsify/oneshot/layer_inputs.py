@@ -17,7 +17,7 @@ from sparsify.quantization.layers import TRANSPOSED, stores_transposed
 
 __all__: list[str] = []
 
-ROWS = 1 << 14
+ROWS_AT_ONCE = 1 << 14
 """Of one batch, at most so many positions go into a second moment, evenly spread; all go into the mean."""
 
 
@@ -26,7 +26,7 @@ def as_matrix(layer: nn.Module) -> Tensor:
     weight: Any = layer.weight
     if stores_transposed(layer):
         weight = weight.T
-    return weight.reshape(_groups(layer), -1, weight[0].numel())  # type: ignore[no-any-return]
+    return weight.reshape(_group_inputs(layer), -1, weight[0].numel())  # type: ignore[no-any-return]
 
 
 def set_matrix(layer: nn.Module, matrix: Tensor) -> None:
@@ -103,7 +103,7 @@ class Moments:
         self.mean_float = self.mean if other is None else torch.lerp(self.mean_float.to(found), other.mean(-1), share)
         if not self.with_second:
             return
-        step = -(-count // ROWS)
+        step = -(-count // ROWS_AT_ONCE)
         found = found[..., ::step]
         self.rows += found.shape[-1]
         share = found.shape[-1] / self.rows
@@ -198,5 +198,5 @@ def watch_inputs(model: nn.Module, names: Sequence[str], batch: Any, see: Callab
             model(*args, **kwargs)
 
 
-def _groups(layer: Any) -> int:
+def _group_inputs(layer: Any) -> int:
     return int(getattr(layer, "groups", 1))

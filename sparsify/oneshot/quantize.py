@@ -29,11 +29,11 @@ from sparsify.onnx.export import ExportedModel, export_onnx
 from sparsify.onnx.verify import Verification, verify_onnx
 from sparsify.output.files import replacing
 from sparsify.output.tables import Column, Table, track
-from sparsify.quantization.calibration import EMPTY, SAMPLES, calibrate, called_with, held, samples_in
+from sparsify.quantization.calibration import EMPTY, SAMPLES, calibrate, called_with, materialized, samples_in
 from sparsify.quantization.forward_ops import switch_off_all, switched_off
 from sparsify.quantization.layers import QuantizedEmbedding, quantizers
 from sparsify.quantization.placement import make_plan
-from sparsify.quantization.plan import Plan, apply_plan, is_quantized, settle
+from sparsify.quantization.plan import QuantizationPlan, apply_plan, check_traced_ops, is_quantized
 from sparsify.quantization.scheme import Scheme
 
 __all__ = ["quantize_model", "quantize_onnx"]
@@ -70,7 +70,7 @@ class QuantizedModel:
     """A quantized model in eval mode, ready for `export_onnx`, and what was done to it. str() is a table."""
 
     model: nn.Module
-    plan: Plan
+    plan: QuantizationPlan
     layers: tuple[QuantizedWeights, ...]
     equalized: Mapping[str, float]
     """Layer -> the largest factor between its channels and those of the layer behind it."""
@@ -158,8 +158,8 @@ def quantize_model(
         StateError: the model is quantized already.
         TargetError: a name matches nothing, or nothing can be quantized.
     """
-    _check("ranges", ranges, ("mse", "min_max", "percentile", "entropy"))
-    _check("rounding", rounding, ("auto", "nearest", "adaround", "gptq"))
+    _check_choice("ranges", ranges, ("mse", "min_max", "percentile", "entropy"))
+    _check_choice("rounding", rounding, ("auto", "nearest", "adaround", "gptq"))
     if not isinstance(model, nn.Module):
         raise ArgumentError(
             f"model is a {type(model).__name__}: give a torch.nn.Module; an ONNX file is made from one."
@@ -180,7 +180,7 @@ def quantize_model(
     sample = data[0] if sample_inputs is None else sample_inputs
     devices = sorted({t.device.index for t in model.parameters() if t.is_cuda and t.device.index is not None})
     with torch.random.fork_rng(devices=devices):
-        reference = _copied(model)
+        reference = _deep_copied(model)
         args, kwargs = called_with(reference, sample)
         traced = trace(reference, args, kwargs)
         plan = make_plan(reference, traced, modifier.settings())
@@ -204,7 +204,7 @@ def quantize_model(
             equalized = equalize_channels(reference, neighbours(reference, traced, plan.folds))
         work = copy.deepcopy(reference)
         apply_plan(work, plan)
-        settle(work, args, kwargs)
+        check_traced_ops(work, args, kwargs)
         _take_ranges(work, plan, data, (args, kwargs), type(model).__name__, progress)
         job = _Weights(reference, work, plan, traced, rounding, correct_bias, bool(data))
         layers = job.run(data, sequential, progress)
@@ -271,7 +271,7 @@ class _Weights:
         self,
         reference: nn.Module,
         work: nn.Module,
-        plan: Plan,
+        plan: QuantizationPlan,
         traced: Trace,
         rounding: Rounding,
         correct_bias: bool,
@@ -315,7 +315,7 @@ class _Weights:
             for name in names:
                 done[name] = self._round(name, moments.pop(name))
         return tuple(
-            done.get(name, QuantizedWeights(name, _bits(layer.largest), "nearest"))
+            done.get(name, QuantizedWeights(name, _weight_bits(layer.largest), "nearest"))
             for name, layer in self.plan.items()
             if layer.largest
         )
@@ -349,7 +349,7 @@ class _Weights:
         corrected = self.correct_bias and bias_correction.can_correct(module, norm)
         # A copy: it is compared with what takes its place.
         weight = layer_inputs.as_matrix(module).detach().float().clone()
-        bits, kind = _bits(layer.largest), self._kind(name)
+        bits, kind = _weight_bits(layer.largest), self._kind(name)
         if not moments.columns:
             return QuantizedWeights(name, bits, "nearest")
         second, cross = moments.second, moments.cross
@@ -403,7 +403,7 @@ def _made_good(weight: Tensor, second: Tensor, cross: Tensor) -> Tensor:
 
 def _take_ranges(
     work: nn.Module,
-    plan: Plan,
+    plan: QuantizationPlan,
     data: Sequence[Any],
     sample: tuple[tuple[Any, ...], dict[str, Any]],
     name: str,
@@ -445,7 +445,7 @@ def _batches(data: Iterable[Any] | None, most: int | None, least: int) -> tuple[
         return [], 0
     if most is not None and (isinstance(most, bool) or not isinstance(most, int) or most < 1):
         raise ArgumentError(f"batches={most!r}: give a whole number above 0, or None for all.")
-    found = list(islice(held(data, most), most))
+    found = list(islice(materialized(data, most), most))
     samples = sum(samples_in(batch, at) for at, batch in enumerate(found))
     if samples < least:
         raise DataError(
@@ -457,7 +457,7 @@ def _batches(data: Iterable[Any] | None, most: int | None, least: int) -> tuple[
     return found, samples
 
 
-def _check(name: str, value: object, known: tuple[str, ...]) -> None:
+def _check_choice(name: str, value: object, known: tuple[str, ...]) -> None:
     if value not in known:
         raise ArgumentError(f"{name}={value!r}: give one of {', '.join(map(repr, known))}.")
 
@@ -468,7 +468,7 @@ def _check_weights(model: nn.Module) -> None:
             raise DataError(f"{name} holds NaN or infinity, of which no integers can be made.")
 
 
-def _copied(model: nn.Module) -> nn.Module:
+def _deep_copied(model: nn.Module) -> nn.Module:
     try:
         return copy.deepcopy(model).eval()
     except Exception as error:
@@ -478,7 +478,7 @@ def _copied(model: nn.Module) -> nn.Module:
         ) from error
 
 
-def _bits(largest: int) -> int:
+def _weight_bits(largest: int) -> int:
     return (largest + 1).bit_length()
 
 

@@ -116,7 +116,7 @@ def benchmark_onnx(
     feed, size = random_inputs(model, session, batch_size)
     for _ in range(warmup):
         run_session(session, feed)
-    times = [_timed(session, feed) for _ in range(iterations)]
+    times = [_timed_runs(session, feed) for _ in range(iterations)]
     mean = statistics.fmean(times)
     content = Path(path).read_bytes()
     return Benchmark(
@@ -170,7 +170,7 @@ def compare_onnx(
     for i in range(rounds):
         spent = [0.0, 0.0]
         for which in (0, 1) if i % 2 == 0 else (1, 0):
-            spent[which] = statistics.median(_timed(*runs[which]) for _ in range(iterations))
+            spent[which] = statistics.median(_timed_runs(*runs[which]) for _ in range(iterations))
         ratios.append(spent[0] / spent[1])
     return Comparison(Path(first), Path(second), statistics.median(ratios), min(ratios), max(ratios), rounds)
 
@@ -289,7 +289,7 @@ def _random(
     return np.ones(shape, dtype)
 
 
-def _timed(session: Any, feed: dict[str, np.ndarray]) -> float:
+def _timed_runs(session: Any, feed: dict[str, np.ndarray]) -> float:
     """Seconds of one call; nothing but the call lies between the two readings of the clock."""
     try:
         start = time.perf_counter()

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from sparsify.errors import ArgumentError, ExportError, SparsifyError, SparsifyWarning
-from sparsify.model.signature import Call, named_outputs, unwrapped
+from sparsify.model.signature import SampleInputs, named_outputs, unwrapped
 from sparsify.model.targets import clean_name
 from sparsify.onnx.runtime import FILE_WEIGHTS, first_line
 from sparsify.output.files import replacing
@@ -38,7 +38,7 @@ __all__ = ["export_onnx", "floating_layers"]
 DEFAULT_OPSET = 20
 """What the exporter writes without converting versions, and what most runtimes in use can read."""
 OPSETS = range(18, 24)
-LARGEST = int(1.8 * 2**30)
+MOST_BYTES = int(1.8 * 2**30)
 """Bytes in one file: protobuf ends at 2 GiB."""
 
 
@@ -82,10 +82,10 @@ class ExportedModel(os.PathLike[str]):
         return str(self.path)
 
     def __str__(self) -> str:
-        kinds = ", ".join(f"{kind} {_size(size)}" for kind, size in sorted(self.initializers.items()))
+        kinds = ", ".join(f"{kind} {_in_bytes(size)}" for kind, size in sorted(self.initializers.items()))
         integer, floating = len(self.quantized), len(self.floating)
         lines = [
-            f"{self.path}: opset {self.opset}, {_size(self.size_bytes)}, gzipped {_size(self.gzip_bytes)}",
+            f"{self.path}: opset {self.opset}, {_in_bytes(self.size_bytes)}, gzipped {_in_bytes(self.gzip_bytes)}",
             f"  inputs: {_signature(self.inputs)}; outputs: {_signature(self.outputs)}",
             f"  layers with integer weights: {integer}, in float: {floating}; stored values: {kinds}",
         ]
@@ -151,7 +151,7 @@ def export_onnx(
             f"{type(model).__name__} has weights with a scale for each block, which ONNX can say from opset {least} "
             f"on; pass opset={least} instead of {opset}, or train with strategy: channel."
         )
-    call = Call.of(model, sample_inputs)
+    call = SampleInputs.of(model, sample_inputs)
     if input_names is not None:
         call = _with_names(call, input_names)
     # The temporary file is there before the work starts: a path that cannot be written costs nobody a minute.
@@ -171,7 +171,7 @@ def floating_layers(model: nn.Module) -> dict[str, str]:
 
 
 def _model_proto(
-    model: nn.Module, call: Call, opset: int, dynamic_batch: bool, output_names: Sequence[str] | None
+    model: nn.Module, call: SampleInputs, opset: int, dynamic_batch: bool, output_names: Sequence[str] | None
 ) -> ModelProto:
     """The checked model."""
     import onnx
@@ -195,7 +195,7 @@ def _model_proto(
     adapter = _Adapter(deployed, call).eval()
     tensors = [tensor.detach().cpu() for tensor in tensors]
     dynamic = tuple({0: torch.export.Dim.DYNAMIC} if key in batched else None for key in call.inputs)
-    with _quiet(), torch.no_grad():
+    with _quiet_loggers(), torch.no_grad():
         try:
             program = torch.export.export(adapter, tuple(tensors), strict=False, dynamic_shapes=(dynamic,))
         except SparsifyError:
@@ -252,8 +252,8 @@ def deployed_copy(model: nn.Module) -> nn.Module:
     try:
         deployed = deployment_copy(model)
         size = sum(tensor.numel() * tensor.element_size() for tensor in [*deployed.parameters(), *deployed.buffers()])
-        if size > LARGEST:
-            raise ExportError(f"{name} has {_size(size)} of weights; one ONNX file holds {_size(LARGEST)}.")
+        if size > MOST_BYTES:
+            raise ExportError(f"{name} has {_in_bytes(size)} of weights; one ONNX file holds {_in_bytes(MOST_BYTES)}.")
         return deployed.cpu().eval()
     except SparsifyError:
         raise
@@ -272,7 +272,7 @@ class _Returned:
 class _Adapter(nn.Module):
     """The model as a function of its tensors in a row, which returns its tensors in a row."""
 
-    def __init__(self, model: nn.Module, call: Call) -> None:
+    def __init__(self, model: nn.Module, call: SampleInputs) -> None:
         super().__init__()
         self.model = model
         self.call = call
@@ -296,7 +296,7 @@ class _Adapter(nn.Module):
         return tuple(result)
 
 
-def _batched(call: Call) -> tuple[list[str], list[Tensor]]:
+def _batched(call: SampleInputs) -> tuple[list[str], list[Tensor]]:
     """The inputs that have the batch on axis 0, and all inputs with at least two items in it.
 
     The length 1 would be taken for a constant by torch.export; the items are repeated then.
@@ -314,12 +314,14 @@ def _batched(call: Call) -> tuple[list[str], list[Tensor]]:
     return batched, tensors
 
 
-def _with_names(call: Call, names: Sequence[str]) -> Call:
+def _with_names(call: SampleInputs, names: Sequence[str]) -> SampleInputs:
     names = _checked_names("input_names", names, len(call.inputs), "input")
-    return Call(dict(zip(names, call.inputs.values(), strict=True)), call.leaves, call.tensor_at, call.structure)
+    return SampleInputs(
+        dict(zip(names, call.inputs.values(), strict=True)), call.leaves, call.tensor_at, call.structure
+    )
 
 
-def _output_names(name: str, own: Sequence[str], call: Call, given: Sequence[str] | None) -> list[str]:
+def _output_names(name: str, own: Sequence[str], call: SampleInputs, given: Sequence[str] | None) -> list[str]:
     if given is None:
         return [f"{key}_output" if key in call.inputs else key for key in own]
     names = _checked_names("output_names", given, len(own), "output")
@@ -339,7 +341,7 @@ def _checked_names(where: str, names: Sequence[str], count: int, noun: str) -> l
     return list(names)
 
 
-def _name(proto: ModelProto, call: Call, outputs: Sequence[str]) -> None:
+def _name(proto: ModelProto, call: SampleInputs, outputs: Sequence[str]) -> None:
     """Gives inputs, outputs and weights the names that the user knows them by."""
     from sparsify.onnx.graph import rename
 
@@ -446,7 +448,7 @@ def _place(error: BaseException) -> str:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def _quiet_loggers() -> Iterator[None]:
     """The exporters' own warnings and log lines are about their insides; what the user must know is raised."""
     loggers = [logging.getLogger(name) for name in ("torch.onnx", "torch.export", "torch.fx", "onnxscript", "onnx_ir")]
     levels = [logger.level for logger in loggers]
@@ -522,7 +524,7 @@ def _signature(values: Mapping[str, tuple[int | str, ...]]) -> str:
     return ", ".join(f"{name} ({', '.join(str(dim) for dim in shape)})" for name, shape in values.items())
 
 
-def _size(count: int) -> str:
+def _in_bytes(count: int) -> str:
     """Bytes for people.
 
     >>> _size(999), _size(1536), _size(5 * 2**20)

@@ -16,10 +16,10 @@ from sparsify.onnx.integer_kernels import convolution, taps
 
 __all__: list[str] = []
 
-Array = NDArray[Any]
+FloatArray = NDArray[Any]
 
 
-def compute(node: NodeProto, inputs: list[Array | None], opset: int) -> list[Array]:
+def compute(node: NodeProto, inputs: list[FloatArray | None], opset: int) -> list[FloatArray]:
     """The outputs of one node of the standard domain."""
     attributes = {attribute.name: helper.get_attribute_value(attribute) for attribute in node.attribute}
     kernel = _OWN.get(node.op_type)
@@ -47,7 +47,7 @@ def spatial_attributes(attributes: dict[str, Any], spatial: tuple[int, ...], ker
     return {"strides": strides, "pads": pads, "dilations": dilations}
 
 
-def _conv(inputs: list[Array | None], attributes: dict[str, Any]) -> Array | None:
+def _conv(inputs: list[FloatArray | None], attributes: dict[str, Any]) -> FloatArray | None:
     x, weight = inputs[0], inputs[1]
     assert x is not None and weight is not None
     geometry = spatial_attributes(attributes, x.shape[2:], weight.shape[2:])
@@ -56,7 +56,7 @@ def _conv(inputs: list[Array | None], attributes: dict[str, Any]) -> Array | Non
     return result if bias is None else result + bias.reshape(-1, *[1] * (x.ndim - 2))
 
 
-def _max_pool(inputs: list[Array | None], attributes: dict[str, Any]) -> Array | None:
+def _max_pool(inputs: list[FloatArray | None], attributes: dict[str, Any]) -> FloatArray | None:
     x = inputs[0]
     assert x is not None
     kernel = tuple(attributes["kernel_shape"])
@@ -64,14 +64,14 @@ def _max_pool(inputs: list[Array | None], attributes: dict[str, Any]) -> Array |
     if any(dilation != 1 for dilation in geometry["dilations"]):
         return None
     lowest = -np.inf if x.dtype.kind == "f" else np.iinfo(x.dtype).min
-    result: Array | None = None
+    result: FloatArray | None = None
     for taken, inside in taps(x, kernel, geometry["strides"], geometry["pads"], bool(attributes.get("ceil_mode", 0))):
         masked = np.where(inside, taken, np.asarray(lowest, x.dtype))
         result = masked if result is None else np.maximum(result, masked)
     return result
 
 
-def _average_pool(inputs: list[Array | None], attributes: dict[str, Any]) -> Array | None:
+def _average_pool(inputs: list[FloatArray | None], attributes: dict[str, Any]) -> FloatArray | None:
     x = inputs[0]
     assert x is not None
     kernel = tuple(attributes["kernel_shape"])
@@ -86,7 +86,7 @@ def _average_pool(inputs: list[Array | None], attributes: dict[str, Any]) -> Arr
     return (total / (np.prod(kernel) if whole else count)).astype(x.dtype)
 
 
-def _resize(inputs: list[Array | None], attributes: dict[str, Any]) -> Array | None:
+def _resize(inputs: list[FloatArray | None], attributes: dict[str, Any]) -> FloatArray | None:
     """Nearest and linear, axis by axis."""
     x = inputs[0]
     assert x is not None
@@ -123,7 +123,7 @@ def _resize(inputs: list[Array | None], attributes: dict[str, Any]) -> Array | N
     return x
 
 
-_NEAREST: dict[bytes, Callable[[Array], Array]] = {
+_NEAREST: dict[bytes, Callable[[FloatArray], FloatArray]] = {
     b"floor": np.floor,
     b"ceil": np.ceil,
     b"round_prefer_floor": lambda at: np.ceil(at - 0.5),
@@ -131,7 +131,7 @@ _NEAREST: dict[bytes, Callable[[Array], Array]] = {
 }
 
 
-def _layer_normalization(inputs: list[Array | None], attributes: dict[str, Any]) -> Array | None:
+def _layer_normalization(inputs: list[FloatArray | None], attributes: dict[str, Any]) -> FloatArray | None:
     x, scale = inputs[0], inputs[1]
     assert x is not None and scale is not None
     axes = tuple(range(int(attributes.get("axis", -1)) % x.ndim, x.ndim))
@@ -140,11 +140,11 @@ def _layer_normalization(inputs: list[Array | None], attributes: dict[str, Any])
     spread = np.sqrt((centered**2).mean(axes, keepdims=True) + float(attributes.get("epsilon", 1e-5)))
     result = centered / spread * scale
     bias = inputs[2] if len(inputs) > 2 else None
-    rounded: Array = (result if bias is None else result + bias).astype(x.dtype)
+    rounded: FloatArray = (result if bias is None else result + bias).astype(x.dtype)
     return rounded
 
 
-def _gather_elements(inputs: list[Array | None], attributes: dict[str, Any]) -> Array | None:
+def _gather_elements(inputs: list[FloatArray | None], attributes: dict[str, Any]) -> FloatArray | None:
     data, indices = inputs[0], inputs[1]
     assert data is not None and indices is not None
     axis = int(attributes.get("axis", 0)) % data.ndim
@@ -153,7 +153,7 @@ def _gather_elements(inputs: list[Array | None], attributes: dict[str, Any]) -> 
     return np.take_along_axis(data[begin], np.where(indices < 0, indices + data.shape[axis], indices), axis)
 
 
-_OWN: dict[str, Callable[[list[Array | None], dict[str, Any]], Array | None]] = {
+_OWN: dict[str, Callable[[list[FloatArray | None], dict[str, Any]], FloatArray | None]] = {
     "Conv": _conv,
     "MaxPool": _max_pool,
     "AveragePool": _average_pool,
@@ -163,7 +163,7 @@ _OWN: dict[str, Callable[[list[Array | None], dict[str, Any]], Array | None]] = 
 }
 
 
-def _by_onnx(node: NodeProto, inputs: list[Array | None], opset: int) -> list[Array]:
+def _by_onnx(node: NodeProto, inputs: list[FloatArray | None], opset: int) -> list[FloatArray]:
     """One node in onnx's reference evaluator."""
     from onnx.reference import ReferenceEvaluator
 

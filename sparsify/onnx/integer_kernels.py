@@ -22,17 +22,17 @@ from numpy.typing import NDArray
 
 __all__: list[str] = []
 
-Integers = NDArray[Any]
+IntegerArray = NDArray[Any]
 Floats = NDArray[Any]
 
 
 @dataclass(frozen=True)
-class Grid:
+class QuantizationGrid:
     """The numbers (q - zero_point) * scale for whole q from `first` to `last`."""
 
     scale: Floats
     """float32, > 0: rank 0, or (C,) along `axis`."""
-    zero_point: Integers
+    zero_point: IntegerArray
     """Of the type that holds the integers; shaped as `scale`."""
     axis: int = 1
 
@@ -45,7 +45,7 @@ class Grid:
         info = np.iinfo(self.zero_point.dtype)
         return int(info.min), int(info.max)
 
-    def along(self, values: Floats | Integers, rank: int) -> NDArray[Any]:
+    def along(self, values: Floats | IntegerArray, rank: int) -> NDArray[Any]:
         """A scale or zero point as it broadcasts against a tensor of `rank` dimensions."""
         if values.size == 1:
             return values.reshape(())
@@ -58,8 +58,8 @@ class Grid:
 class Quantized:
     """Integers and what they stand for; what a DequantizeLinear gives."""
 
-    values: Integers
-    grid: Grid
+    values: IntegerArray
+    grid: QuantizationGrid
 
     def centered(self) -> Floats:
         """values - zero_point, exact, in float64."""
@@ -73,17 +73,17 @@ class Quantized:
         return result
 
 
-def quantize(x: Floats, grid: Grid) -> Integers:
+def quantize(x: Floats, grid: QuantizationGrid) -> IntegerArray:
     """QuantizeLinear: clip(rint(f32(x / s)) + z), NaN becoming the lowest."""
     scaled = (x.astype(np.float32) / grid.along(grid.scale, x.ndim)).astype(np.float32)
     low, high = grid.limits
     zero = grid.along(grid.zero_point, x.ndim).astype(np.float64)
     # As the kernel does: the bounds first, of which infinity and what would overflow take one.
-    result: Integers = np.rint(np.nan_to_num(np.clip(scaled, low - zero, high - zero), nan=low)) + zero
+    result: IntegerArray = np.rint(np.nan_to_num(np.clip(scaled, low - zero, high - zero), nan=low)) + zero
     return np.clip(result, low, high).astype(grid.zero_point.dtype)
 
 
-def requantize(sums: Integers, multiplier: Floats, grid: Grid) -> Integers:
+def requantize(sums: IntegerArray, multiplier: Floats, grid: QuantizationGrid) -> IntegerArray:
     """clip(rint(f32(f32(sums) * multiplier)) + z): of int32 sums, `multiplier` float32 that broadcasts against them."""
     return _on(grid, np.rint(sums.astype(np.float32) * multiplier))
 
@@ -91,14 +91,14 @@ def requantize(sums: Integers, multiplier: Floats, grid: Grid) -> Integers:
 def conv(
     x: Quantized,
     weight: Quantized,
-    bias: Integers | None,
-    grid: Grid,
+    bias: IntegerArray | None,
+    grid: QuantizationGrid,
     *,
     strides: Sequence[int],
     pads: Sequence[int],
     dilations: Sequence[int],
     group: int,
-) -> Integers:
+) -> IntegerArray:
     """QLinearConv over any number of spatial axes: requantize(sums, f32(f32(s_x s_w) / s_y)).
 
     Args:
@@ -115,7 +115,9 @@ def conv(
     return requantize(sums, multiplier.reshape(trailing) if multiplier.size > 1 else multiplier.reshape(()), grid)
 
 
-def matmul(x: Quantized, weight: Quantized, bias: Integers | None, grid: Grid | None) -> Integers | Floats:
+def matmul(
+    x: Quantized, weight: Quantized, bias: IntegerArray | None, grid: QuantizationGrid | None
+) -> IntegerArray | Floats:
     """QLinearMatMul, QGemm (with a bias) and MatMulIntegerToFloat (without a grid for the output).
 
     Args:
@@ -134,7 +136,7 @@ def matmul(x: Quantized, weight: Quantized, bias: Integers | None, grid: Grid | 
     return requantize(sums, scale / grid.scale.reshape(()), grid)
 
 
-def add(a: Quantized, b: Quantized, grid: Grid) -> Integers:
+def add(a: Quantized, b: Quantized, grid: QuantizationGrid) -> IntegerArray:
     """QLinearAdd: clip(rint(fma(r_a, q_a, fma(r_b, q_b, k)))), with the second operand first.
 
     r_a = f32(s_a / s_y), r_b = f32(s_b / s_y), k = f32(z_y - fma(r_a, z_a, f32(r_b z_b))).
@@ -147,7 +149,7 @@ def add(a: Quantized, b: Quantized, grid: Grid) -> Integers:
     return np.clip(np.rint(_f32(ratio_a * _double(a.values) + inner)), low, high).astype(grid.zero_point.dtype)
 
 
-def mul(a: Quantized, b: Quantized, grid: Grid) -> Integers:
+def mul(a: Quantized, b: Quantized, grid: QuantizationGrid) -> IntegerArray:
     """QLinearMul: clip(rint(f32(f32(f32(q_a - z_a)(q_b - z_b) r) + z_y))), r = f32(f32(s_a s_b) / s_y)."""
     ratio = (a.grid.scale.reshape(()) * b.grid.scale.reshape(())) / grid.scale.reshape(())
     product = (a.centered() * b.centered()).astype(np.float32) * ratio
@@ -156,7 +158,7 @@ def mul(a: Quantized, b: Quantized, grid: Grid) -> Integers:
     return np.clip(np.rint(total), low, high).astype(grid.zero_point.dtype)
 
 
-def global_average_pool(x: Quantized, grid: Grid) -> Integers:
+def global_average_pool(x: Quantized, grid: QuantizationGrid) -> IntegerArray:
     """QLinearGlobalAveragePool of (N, C, *spatial): requantize(sums of q - z, f32(s_x / f32(s_y n)))."""
     axes = tuple(range(2, x.values.ndim))
     count = math.prod(x.values.shape[2:])
@@ -166,14 +168,14 @@ def global_average_pool(x: Quantized, grid: Grid) -> Integers:
 
 def average_pool(
     x: Quantized,
-    grid: Grid,
+    grid: QuantizationGrid,
     *,
     kernel: Sequence[int],
     strides: Sequence[int],
     pads: Sequence[int],
     ceil: bool = False,
     include_pad: bool = False,
-) -> Integers:
+) -> IntegerArray:
     """QLinearAveragePool: float32 sums of s (q - z) in the order of the kernel, / n, then rint(f32(f32(y / s) + z))."""
     sums, count = np.zeros((), np.float32), np.zeros((), np.int64)
     for taken, inside in taps(x.floats(), kernel, strides, pads, ceil):
@@ -205,7 +207,7 @@ def taps(
         yield x[(slice(None), slice(None), *np.ix_(*clipped))], reduce(np.logical_and.outer, inside)
 
 
-def by_table(x: Quantized, grid: Grid, function: Callable[[Floats], Floats]) -> Integers:
+def by_table(x: Quantized, grid: QuantizationGrid, function: Callable[[Floats], Floats]) -> IntegerArray:
     """QLinearSigmoid, QLinearLeakyRelu: one of 256 results is looked up, each Q(f(DQ(q)))."""
     kind = x.values.dtype
     every = np.arange(np.iinfo(kind).min, np.iinfo(kind).max + 1)
@@ -213,7 +215,7 @@ def by_table(x: Quantized, grid: Grid, function: Callable[[Floats], Floats]) -> 
     return table[x.values.astype(np.int64) - np.iinfo(kind).min]
 
 
-def softmax(x: Quantized, grid: Grid, axis: int) -> Integers:
+def softmax(x: Quantized, grid: QuantizationGrid, axis: int) -> IntegerArray:
     """QLinearSoftmax along `axis`: rint(f32(f32(e m) / sum)) + z in float32, with m = floor(1 / s_y), summed in order.
 
     e = f32(exp((q - max) s_x + b)) comes from a table, where b = log(largest float32 / n) - 5 keeps the sum in range.
@@ -276,13 +278,13 @@ def convolution(
     return result.reshape(batch, outer, *sizes)
 
 
-def wrapped(sums: Floats | Integers) -> Integers:
+def wrapped(sums: Floats | IntegerArray) -> IntegerArray:
     """Exact sums as the 32-bit accumulator holds them."""
-    result: Integers = sums.astype(np.int64).astype(np.int32)
+    result: IntegerArray = sums.astype(np.int64).astype(np.int32)
     return result
 
 
-def _on(grid: Grid, rounded: Floats) -> Integers:
+def _on(grid: QuantizationGrid, rounded: Floats) -> IntegerArray:
     """clip(rounded + z), of whole numbers in float32."""
     low, high = grid.limits
     zero = float(grid.zero_point.reshape(()))

@@ -18,7 +18,7 @@ from sparsify.onnx import integer_kernels as kernels
 from sparsify.onnx.float_kernels import compute, spatial_attributes
 from sparsify.onnx.fusion import Fused, Fusion
 from sparsify.onnx.graph import all_inputs
-from sparsify.onnx.integer_kernels import Grid, Quantized
+from sparsify.onnx.integer_kernels import QuantizationGrid, Quantized
 
 __all__: list[str] = []
 
@@ -37,7 +37,7 @@ class Reference:
             if value.name not in {tensor.name for tensor in model.graph.initializer}
         ]
         self.opset = next((entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx")), 1)
-        self._stored = {tensor.name: _stored(tensor) for tensor in model.graph.initializer}
+        self._stored = {tensor.name: _stored_arrays(tensor) for tensor in model.graph.initializer}
         inside = {id(each.node) for each in self.fusion.fused.values() if each.quantize is not None}
         inside |= {id(node) for each in self.fusion.fused.values() for node in each.between}
         # What an integer kernel takes in is computed where its QuantizeLinear stands.
@@ -76,14 +76,14 @@ class Reference:
             results = self._compute(node, values)
             for name, result in zip(node.output, results, strict=False):
                 if name in wanted:
-                    found[name] = _floats(result)
+                    found[name] = _as_floats(result)
                 values[name] = given.get(name, result) if name in given else result
             for name in self._read(node):
                 if self._last[name] == i and name not in self._stored:
                     values.pop(name, None)
         for name in self.outputs:
             if name not in found:
-                found[name] = _floats(values[name])
+                found[name] = _as_floats(values[name])
         return found
 
     def _read(self, node: NodeProto) -> list[str]:
@@ -98,12 +98,12 @@ class Reference:
             if fused is not None:
                 return [self._integer(fused, values)]
             if node.op_type == "QuantizeLinear":
-                return [kernels.quantize(_floats(values[node.input[0]]), self._grid(node, values))]
+                return [kernels.quantize(_as_floats(values[node.input[0]]), self._grid(node, values))]
             if node.op_type == "DequantizeLinear":
                 return [self._dequantize(node, values)]
             if node.domain not in ("", "ai.onnx"):
                 raise ExportError(f"{node.name or node.op_type}: {node.op_type} of {node.domain!r} is not known.")
-            inputs = [_floats(values[name]) if name else None for name in node.input]
+            inputs = [_as_floats(values[name]) if name else None for name in node.input]
             return list(compute(node, inputs, self.opset))
         except ExportError:
             raise
@@ -113,18 +113,18 @@ class Reference:
                 f"{node.name or node.op_type} cannot be computed: {type(error).__name__}: {error}"
             ) from error
 
-    def _grid(self, node: NodeProto, values: dict[str, Array | Quantized]) -> Grid:
-        scale = _floats(values[node.input[1]])
-        zero = _floats(values[node.input[2]]) if len(node.input) > 2 and node.input[2] else None
+    def _grid(self, node: NodeProto, values: dict[str, Array | Quantized]) -> QuantizationGrid:
+        scale = _as_floats(values[node.input[1]])
+        zero = _as_floats(values[node.input[2]]) if len(node.input) > 2 and node.input[2] else None
         if zero is None:
             # Of a DequantizeLinear the type of the zero point is that of its integers.
-            kind = _floats(values[node.input[0]]).dtype if node.op_type == "DequantizeLinear" else np.dtype(np.uint8)
+            kind = _as_floats(values[node.input[0]]).dtype if node.op_type == "DequantizeLinear" else np.dtype(np.uint8)
             zero = np.zeros(scale.shape, kind)
         axis = next((int(attribute.i) for attribute in node.attribute if attribute.name == "axis"), 1)
-        return Grid(scale, zero, axis)
+        return QuantizationGrid(scale, zero, axis)
 
     def _dequantize(self, node: NodeProto, values: dict[str, Array | Quantized]) -> Array | Quantized:
-        integers, grid = _floats(values[node.input[0]]), self._grid(node, values)
+        integers, grid = _as_floats(values[node.input[0]]), self._grid(node, values)
         block = next((int(attribute.i) for attribute in node.attribute if attribute.name == "block_size"), 0)
         if block:
             size = integers.shape[grid.axis]
@@ -135,7 +135,7 @@ class Reference:
             result: Array = (integers.astype(np.float32) - zero.astype(np.float32)) * scale
             return result
         axis = grid.axis % integers.ndim if integers.ndim else 0
-        return Quantized(integers, Grid(grid.scale, grid.zero_point, axis))
+        return Quantized(integers, QuantizationGrid(grid.scale, grid.zero_point, axis))
 
     def _integer(self, fused: Fused, values: dict[str, Array | Quantized]) -> Array:
         node, kind = fused.node, fused.node.op_type
@@ -146,7 +146,7 @@ class Reference:
         if kind == "MatMul" or kind == "Gemm":
             weight = read[1]
             if attributes.get("transB", 0):
-                across = Grid(weight.grid.scale, weight.grid.zero_point, 1 - weight.grid.axis)
+                across = QuantizationGrid(weight.grid.scale, weight.grid.zero_point, 1 - weight.grid.axis)
                 weight = Quantized(weight.values.T, across)
             if not weight.grid.per_tensor and weight.grid.axis != weight.values.ndim - 1:
                 raise ExportError(f"{node.name}: the weight has a scale for each row of what is summed up.")
@@ -183,11 +183,11 @@ class Reference:
         return kernels.by_table(x, grid, lambda table: compute(node, [table], self.opset)[0])
 
 
-def _floats(value: Array | Quantized) -> Array:
+def _as_floats(value: Array | Quantized) -> Array:
     return value.floats() if isinstance(value, Quantized) else value
 
 
-def _stored(tensor: TensorProto) -> Array:
+def _stored_arrays(tensor: TensorProto) -> Array:
     value = numpy_helper.to_array(tensor)
     # Four bits have types of their own, which numpy's functions do not know.
     if tensor.data_type == TensorProto.INT4:

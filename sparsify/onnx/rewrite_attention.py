@@ -66,7 +66,7 @@ def rows(model: ModelProto) -> None:
     `linear_as_gemm` puts a Reshape behind every layer and before the next. Behind activations, residual adds, LayerNorm
     and QuantizeLinear the two meet, and are nothing. Reshapes in a row become one.
     """
-    while _rows(model):
+    while _row_count(model):
         pass
     graph = Graph(model)
     for node in list(model.graph.node):
@@ -86,11 +86,11 @@ def rows(model: ModelProto) -> None:
     graph.finish()
 
 
-def _rows(model: ModelProto) -> bool:
+def _row_count(model: ModelProto) -> bool:
     """Moves every Reshape of rows behind one operator; whether there was one to move."""
     graph = Graph(model)
     for node in list(model.graph.node):
-        moved = [_split(graph, name) for name in node.input]
+        moved = [_split_heads(graph, name) for name in node.input]
         where = next((i for i, one in enumerate(moved) if one is not None), None)
         if where is None or len(node.output) != 1:
             continue
@@ -133,7 +133,7 @@ def _rows(model: ModelProto) -> bool:
     return changed
 
 
-def _split(graph: Graph, name: str) -> tuple[str, list[int | None], str] | None:
+def _split_heads(graph: Graph, name: str) -> tuple[str, list[int | None], str] | None:
     """(rows, the shape, its constant) of a value that is a Reshape of rows (n, width) to (..., width)."""
     node = graph.producer.get(name)
     if node is None or node.op_type != "Reshape" or _target(graph, node) is None:

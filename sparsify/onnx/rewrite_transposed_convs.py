@@ -103,7 +103,7 @@ def transposed_convolutions(model: ModelProto) -> None:
     elements: dict[str, int] = {}
     made: dict[tuple[str, str, tuple[Axis, ...], int], list[str]] = {}
     for node in list(model.graph.node):
-        found = _found(graph, node)
+        found = _found_convs(graph, node)
         if found is None:
             continue
         key = (found.weight.output[0], found.bias.output[0] if found.bias else "", found.axes, found.group)
@@ -123,7 +123,7 @@ def transposed_convolutions(model: ModelProto) -> None:
         )
         graph.replace(node, [*nodes, conv])
         target = found.quantize.output[0]
-        moves = _moves(graph, conv, found, target)
+        moves = _moves_pixels(graph, conv, found, target)
         if moves:
             blocks = graph.fresh(f"{target}_blocks")
             moves[0].input[0] = blocks
@@ -142,8 +142,12 @@ def transposed_convolutions(model: ModelProto) -> None:
         model.metadata_props.add(key=FILE_ELEMENTS, value=json.dumps(noted))
 
 
-def _found(graph: Graph, node: NodeProto) -> _Found | None:
-    if node.op_type != "ConvTranspose" or _has(node, "output_shape") or _text(node, "auto_pad") not in ("", "NOTSET"):
+def _found_convs(graph: Graph, node: NodeProto) -> _Found | None:
+    if (
+        node.op_type != "ConvTranspose"
+        or _has_attribute(node, "output_shape")
+        or _text_attribute(node, "auto_pad") not in ("", "NOTSET")
+    ):
         return None
     source, weight = (graph.producer.get(name) for name in node.input[:2])
     bias = graph.producer.get(node.input[2]) if len(node.input) > 2 and node.input[2] else None
@@ -201,7 +205,7 @@ def _quantizer(graph: Graph, name: str) -> NodeProto | None:
     return None
 
 
-def blocked(weight: NDArray[np.generic], axes: Sequence[Axis], group: int) -> NDArray[np.generic]:
+def in_pixel_blocks(weight: NDArray[np.generic], axes: Sequence[Axis], group: int) -> NDArray[np.generic]:
     """The weight (in, out / group, *kernel) of a transposed convolution as that of a convolution.
 
     Its shape is (out * strides, in / group, *taps): a channel's pixels of a block follow one another.
@@ -234,8 +238,8 @@ def _operands(
         stored = graph.constant(dequantize.input[0])
         assert stored is not None
         weighty = dequantize is found.weight
-        values = blocked(stored, found.axes, found.group) if weighty else np.repeat(stored, pixels)
-        inputs = [_stored(graph, names, dequantize.input[0], values)]
+        values = in_pixel_blocks(stored, found.axes, found.group) if weighty else np.repeat(stored, pixels)
+        inputs = [_stored_weight(graph, names, dequantize.input[0], values)]
         if values.size != stored.size:
             elements[inputs[0]] = stored.size
         for name in dequantize.input[1:]:
@@ -244,7 +248,7 @@ def _operands(
             if along.ndim:
                 # Of a weight each group has the same channels, and each channel its pixels.
                 along = np.repeat(np.tile(along, found.group if weighty else 1), pixels)
-            inputs.append(_stored(graph, names, name, along))
+            inputs.append(_stored_weight(graph, names, name, along))
         result = graph.fresh(f"{dequantize.output[0]}_blocks")
         node = like(dequantize, inputs, [result])
         for entry in list(node.attribute):
@@ -257,7 +261,7 @@ def _operands(
     return results
 
 
-def _stored(graph: Graph, names: dict[str, str], old: str, value: NDArray[np.generic]) -> str:
+def _stored_weight(graph: Graph, names: dict[str, str], old: str, value: NDArray[np.generic]) -> str:
     before = graph.constant(old)
     if before is not None and before.shape == value.shape and np.array_equal(before, value):
         return old
@@ -266,7 +270,7 @@ def _stored(graph: Graph, names: dict[str, str], old: str, value: NDArray[np.gen
     return new
 
 
-def _moves(graph: Graph, conv: NodeProto, found: _Found, target: str) -> list[NodeProto]:
+def _moves_pixels(graph: Graph, conv: NodeProto, found: _Found, target: str) -> list[NodeProto]:
     """What puts the pixels of blocks side by side and cuts off the edges; the first node's input is to be named."""
     axes = found.axes
     blocks = [axis.blocks(size) for axis, size in zip(axes, found.spatial, strict=True)]
@@ -307,11 +311,11 @@ def _moves(graph: Graph, conv: NodeProto, found: _Found, target: str) -> list[No
     return nodes
 
 
-def _has(node: NodeProto, name: str) -> bool:
+def _has_attribute(node: NodeProto, name: str) -> bool:
     return any(entry.name == name for entry in node.attribute)
 
 
-def _text(node: NodeProto, name: str) -> str:
+def _text_attribute(node: NodeProto, name: str) -> str:
     return next((entry.s.decode() for entry in node.attribute if entry.name == name), "")
 
 

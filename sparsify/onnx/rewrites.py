@@ -58,7 +58,7 @@ def clear_traces(model: ModelProto) -> None:
             # "['', 'layer1', 'layer1.conv', 'conv2d']": modules from the outermost inwards, then the operation.
             modules = re.findall(r"'([^']*)'", scopes)[:-1]
             layer = modules[-1] if modules else ""
-            if node.op_type in _LAYERS and len(node.input) > 1 and node.input[1].endswith(".weight"):
+            if node.op_type in _WEIGHTED_OPERATORS and len(node.input) > 1 and node.input[1].endswith(".weight"):
                 # A convolution that took its BatchNorm in bears the scope of the latter; its weight knows better.
                 layer = node.input[1].removesuffix(".weight")
             name = f"{layer}/{node.op_type}" if layer else node.op_type
@@ -207,7 +207,7 @@ def dequantize_after_movement(model: ModelProto) -> None:
         if graph.is_initializer(dequantize.input[0]) or not graph.per_tensor(dequantize):
             continue
         for reader in graph.readers(dequantize.output[0]):
-            if not _moves(reader) or reader.input[0] != dequantize.output[0] or not all(reader.output):
+            if not _only_moves(reader) or reader.input[0] != dequantize.output[0] or not all(reader.output):
                 continue
             moved = [graph.fresh(f"{name}_int") for name in reader.output]
             mover = like(reader, [dequantize.input[0], *reader.input[1:]], moved)
@@ -408,13 +408,13 @@ def state_zero_points(model: ModelProto) -> None:
         node.input.append(name)
 
 
-_LAYERS = frozenset({"Conv", "ConvTranspose", "Gemm", "MatMul"})
+_WEIGHTED_OPERATORS = frozenset({"Conv", "ConvTranspose", "Gemm", "MatMul"})
 _RESHAPING = frozenset({"Reshape", "Flatten", "Squeeze", "Unsqueeze", "Transpose"})
 _MOVEMENT = _RESHAPING | {"MaxPool", "Slice", "Gather"}
 _MOVEMENT |= {"DepthToSpace", "SpaceToDepth", "Expand", "Tile", "Identity", "Split"}
 
 
-def _moves(node: NodeProto) -> bool:
+def _only_moves(node: NodeProto) -> bool:
     """Whether it gives values of its first input and no others: a Resize repeats pixels, unless it is told to blend."""
     if node.op_type == "Resize":
         text = {entry.name: entry.s for entry in node.attribute}

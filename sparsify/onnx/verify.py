@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sparsify.errors import ArgumentError, ExportError
-from sparsify.model.signature import Call, named_outputs, unwrapped
+from sparsify.model.signature import SampleInputs, named_outputs, unwrapped
 from sparsify.onnx.export import deployed_copy
 from sparsify.onnx.runtime import first_line, open_session, read_model, run_session
 from sparsify.quantization.qdq_ops import QUANTIZE_DEQUANTIZE
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 __all__ = ["verify_onnx"]
 
-TOLERANCE = 1e-4
+OUTPUT_TOLERANCE = 1e-4
 """The largest difference of an output, as a fraction of its largest value. Of a quantized model: between each side and
 what the reference makes of the integers that this side has."""
 HALF_TOLERANCE = 0.01
@@ -180,13 +180,13 @@ def verify_onnx(
     if tolerance is not None and not (isinstance(tolerance, (int, float)) and 0 < tolerance < math.inf):
         raise ArgumentError(f"tolerance={tolerance!r}: give a positive number.")
     model = unwrapped(model)
-    call = Call.of(model, inputs)
+    call = SampleInputs.of(model, inputs)
     proto = read_model(path)
     quantized = any(node.op_type in ("QuantizeLinear", "DequantizeLinear") for node in proto.graph.node)
     steps = _output_steps(proto)
     expected = _eager(model, call)
     plain = open_session(path, optimized=False, model=proto)
-    feed = _feed(plain, call, Path(path))
+    feed = _input_arrays(plain, call, Path(path))
     names = [value.name for value in plain.get_outputs()]
     if len(names) != len(expected):
         raise ExportError(
@@ -223,12 +223,12 @@ def verify_onnx(
         tuple(found),
         tensors=proof.tensors if proof else (),
         unfused=proof.unfused if proof else (),
-        exact=proof is not None and all(_same(proof.reference[name], results[True][name]) for name in names),
+        exact=proof is not None and all(_same_values(proof.reference[name], results[True][name]) for name in names),
         unproven=unproven,
     )
 
 
-def _recorded(model: nn.Module, call: Call) -> dict[str, np.ndarray]:
+def _recorded(model: nn.Module, call: SampleInputs) -> dict[str, np.ndarray]:
     """The integers of every quantizer in the deployed copy."""
     try:
         return _record(deployed_copy(model), call)
@@ -238,7 +238,7 @@ def _recorded(model: nn.Module, call: Call) -> dict[str, np.ndarray]:
         raise ExportError(f"the deployed copy of {type(model).__name__} does not run: {first_line(error)}") from error
 
 
-def _same(one: np.ndarray, other: np.ndarray) -> bool:
+def _same_values(one: np.ndarray, other: np.ndarray) -> bool:
     import numpy as np
 
     return one.dtype == other.dtype and np.array_equal(one, other, equal_nan=one.dtype.kind == "f")
@@ -248,10 +248,10 @@ def _float_tolerance(proto: ModelProto) -> float:
     from onnx import TensorProto
 
     half = any(tensor.data_type == TensorProto.FLOAT16 for tensor in proto.graph.initializer)
-    return HALF_TOLERANCE if half else TOLERANCE
+    return HALF_TOLERANCE if half else OUTPUT_TOLERANCE
 
 
-def _eager(model: nn.Module, call: Call) -> dict[str, np.ndarray]:
+def _eager(model: nn.Module, call: SampleInputs) -> dict[str, np.ndarray]:
     """The outputs of a copy of `model` in eval mode, on its own device, with the RNG put back."""
     model = copy.deepcopy(model).eval()
     device = next((tensor.device for tensor in [*model.parameters(), *model.buffers()]), torch.device("cpu"))
@@ -276,7 +276,7 @@ def _array(tensor: Tensor) -> np.ndarray:
     return result
 
 
-def _feed(session: Any, call: Call, path: Path) -> dict[str, np.ndarray]:
+def _input_arrays(session: Any, call: SampleInputs, path: Path) -> dict[str, np.ndarray]:
     """By name where the file has the names, by position where it has the same number of others."""
     names = [value.name for value in session.get_inputs()]
     tensors = {name: tensor.detach().cpu().numpy() for name, tensor in call.inputs.items()}
@@ -302,9 +302,9 @@ def _difference(
     gap, largest = _apart(expected, found)
     finite = expected[np.isfinite(expected)].astype(np.float64)
     max_abs = float(gap.max(initial=0.0))
-    relative = _fraction(max_abs, largest)
+    relative = _checked_fraction(max_abs, largest)
     power = float(np.sqrt(np.mean(finite**2))) if finite.size else 0.0
-    rms = _fraction(float(np.sqrt(np.mean(gap**2))) if gap.size else 0.0, power)
+    rms = _checked_fraction(float(np.sqrt(np.mean(gap**2))) if gap.size else 0.0, power)
     share = float(np.mean(gap > 1e-5 * largest)) if gap.size else 0.0
     local = None
     if proof is not None:
@@ -334,10 +334,10 @@ def _apart(expected: np.ndarray, found: np.ndarray) -> tuple[np.ndarray, float]:
 
 def _relative(expected: np.ndarray, found: np.ndarray) -> float:
     gap, largest = _apart(expected, found)
-    return _fraction(float(gap.max(initial=0.0)), largest)
+    return _checked_fraction(float(gap.max(initial=0.0)), largest)
 
 
-def _fraction(part: float, whole: float) -> float:
+def _checked_fraction(part: float, whole: float) -> float:
     return part / whole if whole else (0.0 if part == 0 else math.inf)
 
 
@@ -351,7 +351,7 @@ def _output_steps(proto: ModelProto) -> dict[str, float]:
     for value in proto.graph.output:
         node = producer.get(value.name)
         for _ in range(len(proto.graph.node)):
-            if node is None or node.op_type not in _MOVEMENT:
+            if node is None or node.op_type not in _MOVING_OPERATORS:
                 break
             node = producer.get(node.input[0])
         if node is not None and node.op_type == "DequantizeLinear" and node.input[1] in stored:
@@ -361,10 +361,20 @@ def _output_steps(proto: ModelProto) -> dict[str, float]:
     return steps
 
 
-_MOVEMENT = {"Reshape", "Flatten", "Transpose", "Squeeze", "Unsqueeze", "MaxPool", "Slice", "Gather", "Identity"}
+_MOVING_OPERATORS = {
+    "Reshape",
+    "Flatten",
+    "Transpose",
+    "Squeeze",
+    "Unsqueeze",
+    "MaxPool",
+    "Slice",
+    "Gather",
+    "Identity",
+}
 
 
-def _record(deployed: nn.Module, call: Call) -> dict[str, np.ndarray]:
+def _record(deployed: nn.Module, call: SampleInputs) -> dict[str, np.ndarray]:
     """{"<layer>/QuantizeLinear": integers} of one run in eager; the k-th of one layer ends in "_k", as in the file."""
     recorded: dict[str, np.ndarray] = {}
     count: dict[str, int] = defaultdict(int)

@@ -146,7 +146,7 @@ def prove(
 
     behind = {node.output[0]: _moved(proto, node.output[0]) for node in quantizers if node.name in recorded}
     end_to_end = reference.run(feed, keep=[*order, *(name for names in behind.values() for name in names)])
-    written = _as_written(proto, path, feed, [node.output[0] for node in quantizers])
+    written = _computed_as_written(proto, path, feed, [node.output[0] for node in quantizers])
     optimized, kernels = _inside(proto, path, feed, [node.output[0] for node in quantizers], order, expected)
     torch_side: dict[str, np.ndarray] = {}
     torch_at: dict[str, str] = {}
@@ -193,7 +193,7 @@ def _unfused(reference: Reference, kernels: Mapping[str, str]) -> list[Unfused]:
     return found
 
 
-def _as_written(
+def _computed_as_written(
     proto: ModelProto, path: str | os.PathLike[str], feed: dict[str, np.ndarray], names: list[str]
 ) -> dict[str, np.ndarray]:
     mine = copy.deepcopy(proto)

@@ -22,7 +22,7 @@ BALANCES = tuple(number / 20 for number in range(21))
 """Spreads are computed for these balances; the one that is best at the balance asked for is taken."""
 POINTS = 16
 """Of a layer's curves, at most so many are looked at."""
-TOLERANCE = 0.005
+AVERAGE_TOLERANCE = 0.005
 """How far from the sparsity asked for a spread may lie before it is said."""
 REST = "(all else)"
 """The name of the curve of what belongs to no layer."""
@@ -140,8 +140,8 @@ def pruning_profile(layers: Sequence[LayerCurve], settings: PruningSettings | No
             not fit together.
     """
     settings = settings or PruningSettings()
-    _check(layers, settings)
-    whole = [_Layer.of(curve, settings) for curve in layers]
+    _check_allocation(layers, settings)
+    whole = [_SpreadLayer.of(curve, settings) for curve in layers]
     spreads = _candidates(whole, settings.sparsity)
     best = min(spreads, key=lambda one: (one.loss, one.time))
     limited = whole
@@ -211,7 +211,7 @@ def curves(
                 grouped=layer.groups > 1,
                 why_not=why,
                 levels=levels,
-                losses=_losses(loss, layer.name, layer.weights) if not why else (0.0,),
+                losses=_losses_at(loss, layer.name, layer.weights) if not why else (0.0,),
                 times=times,
             )
         )
@@ -225,7 +225,7 @@ def curves(
     return tuple(found)
 
 
-def _losses(loss: LossProfile, name: str, weights: int) -> tuple[float, ...]:
+def _losses_at(loss: LossProfile, name: str, weights: int) -> tuple[float, ...]:
     """The loss that is added at each level, 0 at the first."""
     values = loss.increase(name)
     if loss.method in ("data", "fisher"):
@@ -239,7 +239,7 @@ def _losses(loss: LossProfile, name: str, weights: int) -> tuple[float, ...]:
 
 
 @dataclass(frozen=True)
-class _Layer:
+class _SpreadLayer:
     """One layer under the settings: a share is 0, or from `least` to `most`; `fixed` by hand.
 
     `levels`, `losses` and `times` are thinned, made monotone, and have points at 0, `least` and `most`.
@@ -255,7 +255,7 @@ class _Layer:
     why: str
 
     @classmethod
-    def of(cls, curve: LayerCurve, settings: PruningSettings) -> _Layer:
+    def of(cls, curve: LayerCurve, settings: PruningSettings) -> _SpreadLayer:
         levels, losses, times = _monotone(curve)
         fixed = settings.overrides.get(curve.name)
         why, least, most = curve.why_not, settings.min_sparsity, min(settings.max_sparsity, levels[-1])
@@ -278,12 +278,12 @@ class _Layer:
         made = cls(curve, levels, losses, times, least, most, 0.0 if why and fixed is None else fixed, why)
         return made.thinned()
 
-    def thinned(self) -> _Layer:
+    def thinned(self) -> _SpreadLayer:
         """At most `POINTS` points, with those that matter."""
         stride = max(1, math.ceil(len(self.levels) / (POINTS - 3)))
         wanted = {0.0, min(self.least, self.levels[-1]), self.most, self.levels[-1], *self.levels[::stride]}
         levels = tuple(sorted(wanted))
-        return _Layer(
+        return _SpreadLayer(
             self.curve,
             levels,
             tuple(at(self.levels, self.losses, level) for level in levels),
@@ -294,7 +294,7 @@ class _Layer:
             self.why,
         )
 
-    def limited(self, best: float, mean: float, recovery: float) -> _Layer:
+    def limited(self, best: float, mean: float, recovery: float) -> _SpreadLayer:
         """With a cap where the recovery of the layer would fall below `recovery`, against the loss `best`."""
         if self.fixed is not None:
             return self
@@ -304,10 +304,10 @@ class _Layer:
         most = min(self.most, within(self.levels, self.losses, allowed))
         if most < max(self.least, 1e-9):
             why = "its recovery would be too low"
-            return _Layer(self.curve, self.levels, self.losses, self.times, self.least, 0.0, 0.0, why)
-        capped = _Layer(self.curve, self.levels, self.losses, self.times, self.least, most, None, self.why)
+            return _SpreadLayer(self.curve, self.levels, self.losses, self.times, self.least, 0.0, 0.0, why)
+        capped = _SpreadLayer(self.curve, self.levels, self.losses, self.times, self.least, most, None, self.why)
         levels = tuple(sorted({*self.levels, most}))
-        return _Layer(
+        return _SpreadLayer(
             self.curve,
             levels,
             tuple(capped.loss(level) for level in levels),
@@ -343,7 +343,7 @@ class _Spread:
     time: float
 
 
-def _candidates(layers: Sequence[_Layer], sparsity: float) -> list[_Spread]:
+def _candidates(layers: Sequence[_SpreadLayer], sparsity: float) -> list[_Spread]:
     """Spreads that meet the average as nearly as it can be met: those far from it are left out."""
     counted = [layer for layer in layers if layer.counted]
     weights = math.fsum(layer.curve.weights for layer in counted)
@@ -367,10 +367,10 @@ def _candidates(layers: Sequence[_Layer], sparsity: float) -> list[_Spread]:
         return abs(math.fsum(free) / weights - sparsity)
 
     nearest = min(missed(one) for one in found.values())
-    return [one for one in found.values() if missed(one) <= max(nearest, TOLERANCE / 2) + 1e-12]
+    return [one for one in found.values() if missed(one) <= max(nearest, AVERAGE_TOLERANCE / 2) + 1e-12]
 
 
-def _spread(layers: Sequence[_Layer], budget: float, on_loss: float, on_time: float) -> tuple[float, ...]:
+def _spread(layers: Sequence[_SpreadLayer], budget: float, on_loss: float, on_time: float) -> tuple[float, ...]:
     """The shares of least `on_loss` L + `on_time` T with `budget` weights gone, as nearly as filters allow."""
     shares = [layer.fixed or 0.0 for layer in layers]
     steps = []
@@ -402,7 +402,7 @@ def _spread(layers: Sequence[_Layer], budget: float, on_loss: float, on_time: fl
 
 
 def _made_room(
-    layers: Sequence[_Layer],
+    layers: Sequence[_SpreadLayer],
     shares: list[float],
     index: int,
     left: float,
@@ -427,7 +427,7 @@ def _made_room(
             return
 
 
-def _steps(index: int, layer: _Layer, on_loss: float, on_time: float) -> list[tuple[float, int, float, float]]:
+def _steps(index: int, layer: _SpreadLayer, on_loss: float, on_time: float) -> list[tuple[float, int, float, float]]:
     """(cost of one more weight, layer, from, to) along the lower convex hull of the layer's cost."""
     points = [
         (level, on_loss * loss + on_time * time)
@@ -443,7 +443,9 @@ def _steps(index: int, layer: _Layer, on_loss: float, on_time: float) -> list[tu
     return [(slope(a, b) / size, index, a[0], b[0]) for a, b in pairwise(hull)]
 
 
-def _profile(layers: Sequence[_Layer], settings: PruningSettings, chosen: _Spread, best: _Spread) -> PruningProfile:
+def _profile(
+    layers: Sequence[_SpreadLayer], settings: PruningSettings, chosen: _Spread, best: _Spread
+) -> PruningProfile:
     choices = []
     for layer, share, ideal in zip(layers, chosen.shares, best.shares, strict=True):
         curve, ms = layer.curve, layer.time(share)
@@ -485,10 +487,10 @@ def _profile(layers: Sequence[_Layer], settings: PruningSettings, chosen: _Sprea
     )
 
 
-def _notes(layers: Sequence[_Layer], settings: PruningSettings, met: float, any_weights: bool) -> list[str]:
+def _notes(layers: Sequence[_SpreadLayer], settings: PruningSettings, met: float, any_weights: bool) -> list[str]:
     if not any_weights:
         return ["no layer may be pruned."]
-    if abs(met - settings.sparsity) <= TOLERANCE:
+    if abs(met - settings.sparsity) <= AVERAGE_TOLERANCE:
         return []
     by_hand = sum(1 for layer in layers if layer.why == "set by hand")
     if met > settings.sparsity:
@@ -519,7 +521,7 @@ def _monotone(curve: LayerCurve) -> tuple[tuple[float, ...], tuple[float, ...], 
     return curve.levels, tuple(losses), tuple(times)
 
 
-def _check(layers: Sequence[LayerCurve], settings: PruningSettings) -> None:
+def _check_allocation(layers: Sequence[LayerCurve], settings: PruningSettings) -> None:
     for name in ("sparsity", "balance", "min_sparsity", "min_recovery", "max_sparsity"):
         value = getattr(settings, name)
         if isinstance(value, bool) or not isinstance(value, int | float) or not 0.0 <= value <= 1.0:

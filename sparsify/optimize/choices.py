@@ -87,7 +87,7 @@ class Sources:
 
 
 @dataclass
-class Chosen:
+class WeightShares:
     """What each parameter gets: a share of its weights, or of its channels, that goes."""
 
     shares: dict[str, float] = field(default_factory=dict)
@@ -99,7 +99,7 @@ class Chosen:
     """Layers that stay in float where others are quantized."""
 
 
-def by_layers(settings: PruningSettings, given: PruningProfile | None, found: Sources) -> Chosen:
+def by_layers(settings: PruningSettings, given: PruningProfile | None, found: Sources) -> WeightShares:
     """Single weights go, layer by layer."""
     from sparsify.optimize.allocation import curves, pruning_profile
     from sparsify.optimize.group_curves import weights_by_layer
@@ -109,20 +109,22 @@ def by_layers(settings: PruningSettings, given: PruningProfile | None, found: So
     profile = given or pruning_profile(layers, settings)
     weights = weights_by_layer(found.analysis)
     _check_names(profile, weights)
-    return _taken(profile, {name: (weight,) for name, weight in weights.items()}, layers, found)
+    return _shares_taken(profile, {name: (weight,) for name, weight in weights.items()}, layers, found)
 
 
-def by_families(
+def by_channel_groups(
     model: nn.Module, inputs: Any, settings: PruningSettings, given: PruningProfile | None, found: Sources
-) -> Chosen:
-    """Whole channels go, family by family."""
+) -> WeightShares:
+    """Whole channels go, channel group by family."""
     from sparsify.optimize.allocation import pruning_profile
-    from sparsify.optimize.group_curves import families_of, family_curves, of_channels
+    from sparsify.optimize.group_curves import channel_group_curves, channel_groups_of, of_channels
 
-    layers, rows = family_curves(model, families_of(model, inputs), found.analysis, found.performance, found.loss)
+    layers, rows = channel_group_curves(
+        model, channel_groups_of(model, inputs), found.analysis, found.performance, found.loss
+    )
     profile = given or pruning_profile(layers, of_channels(settings))
     _check_names(profile, rows)
-    return _taken(profile, rows, layers, found)
+    return _shares_taken(profile, rows, layers, found)
 
 
 def _check_names(profile: PruningProfile, known: Iterable[str]) -> None:
@@ -135,10 +137,10 @@ def _check_names(profile: PruningProfile, known: Iterable[str]) -> None:
         )
 
 
-def _taken(
+def _shares_taken(
     profile: PruningProfile, weights: Mapping[str, Sequence[str]], layers: Sequence[LayerCurve], found: Sources
-) -> Chosen:
-    chosen = Chosen(profile=profile, notes=list(profile.notes))
+) -> WeightShares:
+    chosen = WeightShares(profile=profile, notes=list(profile.notes))
     by_name = {layer.name: layer for layer in layers}
     for choice in profile.layers:
         # Written with as many digits as mean something: 0.8371 of a million weights is exact to 50 of them.
@@ -159,14 +161,14 @@ def _taken(
     return chosen
 
 
-def by_latency_plan(plan: LatencyPlan, model: nn.Module, found: Sources) -> Chosen:
+def by_latency_plan(plan: LatencyPlan, model: nn.Module, found: Sources) -> WeightShares:
     """Whole channels go, as many as the plan says."""
     parameters = named_parameters(model)
     missing = [name for name in plan.sparsity if plan.weights.get(name) not in parameters]
     if missing:
         raise ArgumentError(f"latency_plan: {missing[0]!r} is no layer of this model; make the plan for this model.")
     modules = dict(model.named_modules())
-    chosen = Chosen(notes=list(plan.notes), floating=[name for name in plan.floating if name in modules])
+    chosen = WeightShares(notes=list(plan.notes), floating=[name for name in plan.floating if name in modules])
     for name, share in plan.sparsity.items():
         weight = plan.weights[name]
         chosen.shares[weight] = round(share, 6)

@@ -59,7 +59,7 @@ def expected(
     # A bias that starts at zero is trained away from it.
     left = {name: float(p.detach().count_nonzero()) if p.dim() > 1 else p.numel() for name, p in parameters.items()}
     left = {name: min(count, parameters[name].numel() * (1 - zeros.get(name, 0.0))) for name, count in left.items()}
-    ms, skipping = _times(modifiers, profile, performance, analysis, after_analysis, quantized=quantized)
+    ms, skipping = _expected_times(modifiers, profile, performance, analysis, after_analysis, quantized=quantized)
     dense_ms = None if performance is None else performance.total_ms
     if latency is not None:
         dense_ms, skipping = latency.dense_ms, None
@@ -67,7 +67,7 @@ def expected(
     macs_after = None if after_analysis is None else after_analysis.macs
     return Expected(
         what="channels" if after_model is not model else "weights",
-        sparsity=_share(zeros, before) if profile is None else profile.sparsity,
+        sparsity=_share_of(zeros, before) if profile is None else profile.sparsity,
         recovery=None if profile is None else profile.recovery,
         parameters_before=sum(before.values()),
         parameters=sum(p.numel() for p in parameters.values()),
@@ -78,7 +78,7 @@ def expected(
         if after_analysis is None
         else sum(info.macs * (1 - zeros.get(info.weight or "", 0.0)) for info in after_analysis.layers),
         size_bytes_before=bytes_before,
-        size_bytes=_size(after_model, modifiers, after_analysis),
+        size_bytes=_expected_size(after_model, modifiers, after_analysis),
         ms_before=dense_ms,
         ms=ms,
         ms_skipping=skipping,
@@ -115,13 +115,13 @@ def stored_bits(
     return {name: count for name, count in bits.items() if name not in stays}
 
 
-def _size(model: nn.Module, modifiers: Sequence[Modifier], analysis: ModelAnalysis | None) -> float:
+def _expected_size(model: nn.Module, modifiers: Sequence[Modifier], analysis: ModelAnalysis | None) -> float:
     """Bytes of the parameters in the exported file."""
     bits = stored_bits(modifiers, LATE, model, analysis)
     return sum(p.numel() * bits.get(n, 8 * p.element_size()) / 8 for n, p in named_parameters(model).items())
 
 
-def _times(
+def _expected_times(
     modifiers: Sequence[Modifier],
     profile: PruningProfile | None,
     performance: PerformanceProfile | None,
@@ -148,6 +148,6 @@ def _times(
     return ms, performance.total_ms * profile.ms_after / profile.ms_before
 
 
-def _share(zeros: Mapping[str, float], sizes: Mapping[str, int]) -> float:
+def _share_of(zeros: Mapping[str, float], sizes: Mapping[str, int]) -> float:
     weights = sum(sizes[name] for name in zeros)
     return sum(share * sizes[name] for name, share in zeros.items()) / weights if weights else 0.0

@@ -82,7 +82,7 @@ def goal_of(
     if experiment == "sparse-transfer" and given and given[0] != "optim_level":
         raise ArgumentError(f"{given[0]}: sparse transfer keeps the zeros that a model has; give an optim_level.")
     if latency is not None:
-        return _timed(latency, experiment, structured, quantize, asked)
+        return _timed_goal(latency, experiment, structured, quantize, asked)
     wanted: PruningSettings | None
     balance = None if named is None else named.balance
     if profile is not None:
@@ -104,11 +104,11 @@ def goal_of(
         meant = optim_level(value, experiment)
         asked["optim_level"] = meant.level
         if experiment == "sparse-transfer":
-            return _transfer(meant, _quantize(quantize, meant.quantize), asked)
+            return _transfer(meant, _wants_int8(quantize, meant.quantize), asked)
         wanted = _settings(meant.sparsity, balance) if meant.sparsity else None
         int8 = meant.quantize and (named is None or named.quantize)
         text = f"optim level {meant.level:g} of {experiment}"
-    fields = _quantize(quantize, int8)
+    fields = _wants_int8(quantize, int8)
     if preset is not None:
         text += f', preset "{preset}"'
     return Goal(
@@ -118,18 +118,20 @@ def goal_of(
         fields,
         False,
         f"{text}: {_does(wanted, whole, fields)}",
-        asked | ({} if wanted is None else {"structured": whole, "settings": _plain(wanted)}),
+        asked | ({} if wanted is None else {"structured": whole, "settings": _plain_goal(wanted)}),
     )
 
 
-def _timed(latency: Any, experiment: Experiment, structured: bool | None, quantize: Any, asked: dict[str, Any]) -> Goal:
+def _timed_goal(
+    latency: Any, experiment: Experiment, structured: bool | None, quantize: Any, asked: dict[str, Any]
+) -> Goal:
     from sparsify.optimize.latency import LatencyPlan
 
     if not isinstance(latency, LatencyPlan):
         raise ArgumentError(f"latency_plan: a {type(latency).__name__} is none; give what latency_plan gave.")
     if structured is False:
         raise ArgumentError("structured: False, but a latency plan is about whole channels; leave it out.")
-    fields = _quantize(quantize, latency.quantized)
+    fields = _wants_int8(quantize, latency.quantized)
     text = f"at most {latency.goal_ms:.4g} ms at batch {latency.batch_size}: whole channels go"
     text += ", then INT8" if fields is not None else ""
     asked |= {"goal_ms": latency.goal_ms, "batch_size": latency.batch_size, "threads": latency.threads}
@@ -169,7 +171,7 @@ def _sparsity(value: Any) -> float:
     return float(value)
 
 
-def _quantize(given: Any, by_level: bool) -> Mapping[str, Any] | None:
+def _wants_int8(given: Any, by_level: bool) -> Mapping[str, Any] | None:
     """Fields of the QuantizationModifier that were given; None where nothing is quantized."""
     if given is None:
         return {} if by_level else None
@@ -180,6 +182,6 @@ def _quantize(given: Any, by_level: bool) -> Mapping[str, Any] | None:
     raise ArgumentError(f"quantize: {given!r} is neither True, False nor a mapping of QuantizationModifier's fields.")
 
 
-def _plain(settings: PruningSettings) -> dict[str, Any]:
+def _plain_goal(settings: PruningSettings) -> dict[str, Any]:
     found = asdict(replace(settings, overrides={}))
     return {**found, "overrides": {str(name): float(value) for name, value in settings.overrides.items()}}

@@ -1,4 +1,5 @@
-"""Families of channels as a pruning profile sees them: one curve a family, and layers of a model without inputs."""
+"""Channel groups of channels as a pruning profile sees them: one curve a channel group, and layers of a model without
+inputs."""
 
 from __future__ import annotations
 
@@ -10,11 +11,11 @@ from typing import TYPE_CHECKING, Any
 from sparsify.analysis.layers import LayerInfo, ModelAnalysis
 from sparsify.analysis.units import layer_name
 from sparsify.errors import ArgumentError, SparsifyError, TargetError
-from sparsify.model.signature import Call
+from sparsify.model.signature import SampleInputs
 from sparsify.model.targets import is_prunable_layer, owners, refuse_unusable
 from sparsify.optimize.allocation import LayerCurve, PruningSettings
 from sparsify.pruning import group_scores
-from sparsify.pruning.groups import Families, find
+from sparsify.pruning.groups import ChannelGroups, find
 from sparsify.pruning.shrinking import dry_run
 
 if TYPE_CHECKING:
@@ -26,11 +27,11 @@ if TYPE_CHECKING:
 __all__: list[str] = []
 
 SHARES = tuple(share / 20 for share in range(20))
-"""Of a family's channels: 0, 0.05, ... 0.95."""
+"""Of a channel group's channels: 0, 0.05, ... 0.95."""
 
 
-def families_of(model: nn.Module, sample_inputs: Any) -> Families:
-    """The families whose channels can be removed.
+def channel_groups_of(model: nn.Module, sample_inputs: Any) -> ChannelGroups:
+    """The channel groups whose channels can be removed.
 
     Raises:
         ArgumentError: without inputs they cannot be found.
@@ -38,40 +39,41 @@ def families_of(model: nn.Module, sample_inputs: Any) -> Families:
     """
     if sample_inputs is None:
         raise ArgumentError("sample_inputs: which channels go together is found on inputs of the model; give some.")
-    call = Call.of(model, sample_inputs)
+    call = SampleInputs.of(model, sample_inputs)
     args, kwargs = call.arguments(list(call.inputs.values()))
     found = dry_run(model, find(model, args, kwargs), args, kwargs)
-    if not any(family.rows and family.size > 1 for family in found.families.values()):
+    if not any(channel_group.rows and channel_group.size > 1 for channel_group in found.groups.values()):
         reasons = "; ".join(dict.fromkeys(found.whole.values())) or "it has no layers with channels"
         raise TargetError(f"structured: no channels of {type(model).__name__} can go: {reasons}.")
     return found
 
 
-def family_curves(
+def channel_group_curves(
     model: nn.Module,
-    families: Families,
+    channel_groups: ChannelGroups,
     analysis: ModelAnalysis,
     performance: PerformanceProfile | None,
     loss: LossProfile | None,
 ) -> tuple[tuple[LayerCurve, ...], dict[str, tuple[str, ...]]]:
-    """One curve a family, whose levels are shares of its channels, and {its name: the weights whose rows they are}.
+    """One curve a channel group, whose levels are shares of its channels, and {its name: the weights whose rows they
+    are}.
 
-    The average is one of channels: what a curve calls weights are its channels. Counted by weights, the few families
-    that hold most of them would lose nearly all of their channels, and the others none. A loss profile of channels
-    gives the losses; one of single weights the sum over the layers whose rows go together. Without data a channel costs
-    its squared norm in units of its family's mean. Time falls with the share of rows that stay.
+    The average is one of channels: what a curve calls weights are its channels. Counted by weights, the few channel
+    groups that hold most of them would lose nearly all of their channels, and the others none. A loss profile of
+    channels gives the losses; one of single weights the sum over the layers whose rows go together. Without data a
+    channel costs its squared norm in units of its channel group's mean. Time falls with the share of rows that stay.
     """
-    kept = {n: f for n, f in families.families.items() if f.rows and f.size > 1}
+    kept = {n: f for n, f in channel_groups.groups.items() if f.rows and f.size > 1}
     names = {name: layer_name(name, own) for name, _, own in owners(model)}
     infos = {info.weight: info for info in analysis.layers if info.weight is not None}
     times = {} if performance is None else {layer.name: layer.ms for layer in performance.layers}
     total = sum(analysis.macs for _ in kept) or 1
     scores = group_scores.norms(model, kept)
     found, rows = [], {}
-    for name, family in kept.items():
+    for name, channel_group in kept.items():
         row, _, number = name.partition("#")
         title = names[row] + (f"#{number}" if number else "")
-        own = [infos[weight] for weight in family.rows if weight in infos]
+        own = [infos[weight] for weight in channel_group.rows if weight in infos]
         known = [] if loss is None or loss.method in ("magnitude", "shape") else [title]
         if loss is not None and known and not loss.families:
             known = [info.name for info in own if info.name in loss.losses]
@@ -81,15 +83,15 @@ def family_curves(
         else:
             squares = scores[name].square().sort().values
             energy = (squares.cumsum(0) / squares.sum().clamp(min=1e-300)).tolist()
-            gone = [min(round(family.size * share), family.size - 1) for share in SHARES]
-            levels, losses = SHARES, tuple(family.size * energy[count - 1] if count else 0.0 for count in gone)
+            pruned = [min(round(channel_group.size * share), channel_group.size - 1) for share in SHARES]
+            levels, losses = SHARES, tuple(channel_group.size * energy[count - 1] if count else 0.0 for count in pruned)
         macs = sum(info.macs for info in own)
         ms = sum(times.get(info.name, 0.0) for info in own) if times else macs / total
-        rows[title] = family.rows
+        rows[title] = channel_group.rows
         found.append(
             LayerCurve(
                 name=title,
-                weights=family.size if own else 0,
+                weights=channel_group.size if own else 0,
                 parameters=sum(info.parameters for info in own),
                 macs=macs,
                 ms=ms,
@@ -120,13 +122,13 @@ def of_channels(settings: PruningSettings) -> PruningSettings:
     """
     return replace(
         settings,
-        sparsity=_share(settings.sparsity),
-        min_sparsity=_share(settings.min_sparsity),
-        max_sparsity=_share(settings.max_sparsity),
+        sparsity=_removed_share(settings.sparsity),
+        min_sparsity=_removed_share(settings.min_sparsity),
+        max_sparsity=_removed_share(settings.max_sparsity),
     )
 
 
-def _share(sparsity: float) -> float:
+def _removed_share(sparsity: float) -> float:
     return 1.0 - math.sqrt(max(0.0, 1.0 - sparsity))
 
 

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 __all__ = ["LatencyPlan", "LatencyRound", "latency_plan"]
 
-ROUNDS = 4
+SEARCH_ROUNDS = 4
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class LatencyPlan:
         loss: what is expected to be added, the sum over layers in the unit of the loss profile.
         rounds: every solution that was measured, in order.
         loss_method: where the losses are from: that of the profile, or "norms", the share of the squared norm of the
-            weights of each family that goes.
+            weights of each channel group that goes.
     """
 
     goal_ms: float
@@ -160,9 +160,10 @@ def latency_plan(
     Args:
         goal_ms: of one call with `batch_size` items, in onnxruntime on `threads` threads of this machine.
         performance: what `performance_profile` gave at this batch size and these threads; None: it is measured now.
-        loss: of pruning, by family where it is structured (`loss_profile(..., structured=True)`); families without a
+        loss: of pruning, by channel group where it is structured (`loss_profile(..., structured=True)`); channel groups
+        without a
             loss in it stay whole. Otherwise the losses of the layers whose rows go together are added up. None: of each
-            family the share of the squared norm of its weights that goes.
+            channel group the share of the squared norm of its weights that goes.
         int8: whether layers may be quantized: all that can be, or with `int8_loss` those where it pays.
         int8_loss: a loss profile of quantization with 8 bits among its levels.
         limits: {layer: the highest fraction of its channels that may go}.
@@ -180,7 +181,7 @@ def latency_plan(
 
     from sparsify.analysis.performance import performance_profile
     from sparsify.analysis.variants import cuttable
-    from sparsify.model.signature import Call, unwrapped
+    from sparsify.model.signature import SampleInputs, unwrapped
     from sparsify.quantization.plan import is_quantized
 
     if isinstance(goal_ms, bool) or not isinstance(goal_ms, (int, float)) or not 0 < goal_ms < math.inf:
@@ -196,14 +197,16 @@ def latency_plan(
             model, sample_inputs, batch_sizes=(batch_size,), threads=(threads,), quantized=int8, progress=progress
         )
     _check_performance(performance, batch_size, threads)
-    families, why = cuttable(model, Call.of(model, sample_inputs))
-    notes = [f"nothing is removed: {why}"] if families is None else []
+    channel_groups, why = cuttable(model, SampleInputs.of(model, sample_inputs))
+    notes = [f"nothing is removed: {why}"] if channel_groups is None else []
     if int8 and performance.total_int8_ms is None:
         notes.append(f"nothing is quantized: {performance.notes.get('int8', 'int8 was not measured')}")
         int8 = False
-    if families is None and not int8:
+    if channel_groups is None and not int8:
         raise StateError(f"nothing can be done for {type(model).__name__}: {'; '.join(notes)}")
-    work = ModelTables(model, sample_inputs, performance, families, int8, loss, int8_loss, _checked_limits(limits))
+    work = ModelTables(
+        model, sample_inputs, performance, channel_groups, int8, loss, int8_loss, _checked_limits(limits)
+    )
     notes += work.notes
     whole = f"{type(model).__name__} at batch {batch_size} on {threads} thread{'s' * (threads != 1)}"
     choice = work.tables.solve(goal_ms)
@@ -214,19 +217,19 @@ def latency_plan(
             f"tables, {best.ms:.3f} ms at best, where everything is as narrow as was measured"
             f"{' and in int8' if best.int8 else ''}. Give a goal above that, or wider limits."
         )
-    plan = _plan(work, choice, goal_ms, batch_size, threads, notes)
+    plan = _width_plan(work, choice, goal_ms, batch_size, threads, notes)
     if not measure:
         return plan
-    return _measured(work, plan, choice, iterations, whole)
+    return _measured_ms(work, plan, choice, iterations, whole)
 
 
-def _measured(work: ModelTables, plan: LatencyPlan, choice: Choice, iterations: int, whole: str) -> LatencyPlan:
+def _measured_ms(work: ModelTables, plan: LatencyPlan, choice: Choice, iterations: int, whole: str) -> LatencyPlan:
     """Solved again until the whole, as it really runs, meets the goal."""
     scale = 1.0
     rounds: list[LatencyRound] = []
     met: LatencyPlan | None = None
     tried: dict[tuple[tuple[tuple[str, float], ...], frozenset[str]], float] = {}
-    for _ in range(ROUNDS):
+    for _ in range(SEARCH_ROUNDS):
         key = (tuple(sorted(choice.shares.items())), choice.int8)
         if key in tried:
             break
@@ -234,7 +237,7 @@ def _measured(work: ModelTables, plan: LatencyPlan, choice: Choice, iterations: 
         rounds.append(LatencyRound(choice.ms * scale, ms, choice.loss))
         if ms <= plan.goal_ms and (met is None or choice.loss < met.loss):
             met = replace(
-                _plan(work, choice, plan.goal_ms, plan.batch_size, plan.threads, list(plan.notes)), measured_ms=ms
+                _width_plan(work, choice, plan.goal_ms, plan.batch_size, plan.threads, list(plan.notes)), measured_ms=ms
             )
         # A hair more than what was seen, so that the next one does not miss by a hair.
         scale = ms / choice.ms * (1.01 if ms > plan.goal_ms else 1.0)
@@ -247,7 +250,8 @@ def _measured(work: ModelTables, plan: LatencyPlan, choice: Choice, iterations: 
         best = min(min(tried.values()), _measure(work, fastest, plan.batch_size, plan.threads, iterations))
         if best <= plan.goal_ms:
             measured = replace(
-                _plan(work, fastest, plan.goal_ms, plan.batch_size, plan.threads, list(plan.notes)), measured_ms=best
+                _width_plan(work, fastest, plan.goal_ms, plan.batch_size, plan.threads, list(plan.notes)),
+                measured_ms=best,
             )
             return replace(measured, rounds=(*rounds, LatencyRound(fastest.ms * scale, best, fastest.loss)))
         raise ArgumentError(
@@ -258,20 +262,20 @@ def _measured(work: ModelTables, plan: LatencyPlan, choice: Choice, iterations: 
     return replace(met, rounds=tuple(rounds))
 
 
-def _plan(
+def _width_plan(
     tables: ModelTables, choice: Choice, goal_ms: float, batch_size: int, threads: int, notes: list[str]
 ) -> LatencyPlan:
     sparsity: dict[str, float] = {}
     channels: dict[str, tuple[int, int]] = {}
     weights: dict[str, str] = {}
     for part, share in choice.shares.items():
-        assert tables.families is not None
+        assert tables.channel_groups is not None
         for name in tables.parts[part] if share < 1 else ():
-            family = tables.families.families[name]
+            channel_group = tables.channel_groups.groups[name]
             kept = tables.counts[part][share]
-            for row in family.rows:
-                sparsity[tables.layer_name(row)] = 1 - kept / family.size
-                channels[tables.layer_name(row)] = (family.size, kept)
+            for row in channel_group.rows:
+                sparsity[tables.layer_name(row)] = 1 - kept / channel_group.size
+                channels[tables.layer_name(row)] = (channel_group.size, kept)
                 weights[tables.layer_name(row)] = row
     bits = {name: 8 if name in choice.int8 else info.bits for name, info in tables.analysis.items() if info.weight}
     return LatencyPlan(
@@ -295,13 +299,13 @@ def _measure(tables: ModelTables, choice: Choice, batch_size: int, threads: int,
     """The whole, really shrunk and quantized, exported and run: the lowest of three medians."""
     from sparsify.analysis.profiling import feed_of, median_ms
     from sparsify.analysis.variants import as_int8, export, narrowed
-    from sparsify.model.signature import Call
+    from sparsify.model.signature import SampleInputs
     from sparsify.onnx.runtime import open_session, read_model
 
     model = tables.model
-    if tables.families is not None:
+    if tables.channel_groups is not None:
         shares = {name: choice.shares[part] for part, names in tables.parts.items() for name in names}
-        model = narrowed(model, tables.families, shares)
+        model = narrowed(model, tables.channel_groups, shares)
     if choice.int8:
         floating = [layer.name for layer in tables.tables.layers if layer.int8 and layer.name not in choice.int8]
         model = as_int8(model, tables.sample_inputs, floating)
@@ -309,7 +313,7 @@ def _measure(tables: ModelTables, choice: Choice, batch_size: int, threads: int,
         path = Path(text) / "model.onnx"
         export(model, tables.sample_inputs, path)
         proto = read_model(path)
-        feed = feed_of(proto, Call.of(tables.model, tables.sample_inputs), batch_size)
+        feed = feed_of(proto, SampleInputs.of(tables.model, tables.sample_inputs), batch_size)
         session = open_session(path, threads=threads, model=proto)
         # What disturbs the machine for a moment counts in one of three at most.
         return min(median_ms(session, feed, 5, max(iterations // 3, 1)) for _ in range(3))

@@ -8,19 +8,19 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from sparsify.errors import ArgumentError
-from sparsify.optimize.widths import Curve, LayerTime, Part, Tables
+from sparsify.optimize.widths import LayerTime, SpeedPart, Tables, WidthCurve
 
 if TYPE_CHECKING:
     from torch import nn
 
     from sparsify.analysis.loss import LossProfile
     from sparsify.analysis.performance import PerformanceProfile
-    from sparsify.pruning.groups import Families
+    from sparsify.pruning.groups import ChannelGroups
 
 __all__: list[str] = []
 
-STEPS = 16
-"""Shares of the channels that are tried: sixteenths, rounded to what the family's kernels like."""
+WIDTH_STEPS = 16
+"""Shares of the channels that are tried: sixteenths, rounded to what the channel group's kernels like."""
 
 
 class ModelTables:
@@ -31,7 +31,7 @@ class ModelTables:
         model: nn.Module,
         sample_inputs: Any,
         performance: PerformanceProfile,
-        families: Families | None,
+        channel_groups: ChannelGroups | None,
         int8: bool,
         loss: LossProfile | None,
         int8_loss: LossProfile | None,
@@ -40,7 +40,7 @@ class ModelTables:
         from sparsify.analysis.layers import analyze_model
 
         self.model, self.sample_inputs, self.performance = model, sample_inputs, performance
-        self.families, self.int8 = families, int8
+        self.channel_groups, self.int8 = channel_groups, int8
         self.notes: list[str] = []
         self.loss_method = "norms" if loss is None else loss.method
         self.analysis = {info.name: info for info in analyze_model(model, sample_inputs).layers}
@@ -55,7 +55,7 @@ class ModelTables:
     # ------------------------------------------------------------------ tables
 
     def _tables(self, loss: LossProfile | None, int8_loss: LossProfile | None, limits: Mapping[str, float]) -> Tables:
-        parts = [] if self.families is None else self._parts(self.families, loss, limits)
+        parts = [] if self.channel_groups is None else self._parts(self.channel_groups, loss, limits)
         profile = self.performance
         grid = profile.widths or (1.0,)
         usable = {part.name for part in parts}
@@ -75,10 +75,12 @@ class ModelTables:
                 continue  # Computed of activations that become narrower: one of the rest.
             left = [self._left(mine, width) for width in grid]
 
-            def curve(dense: float, at_widths: tuple[float, ...] | None, kind: str, left: list[float] = left) -> Curve:
+            def curve(
+                dense: float, at_widths: tuple[float, ...] | None, kind: str, left: list[float] = left
+            ) -> WidthCurve:
                 found = [ms * factor for ms, factor in zip(at_widths or (dense,) * len(grid), scale[kind], strict=True)]
                 rest[kind] = [all_of_it - ms for all_of_it, ms in zip(rest[kind], found, strict=True)]
-                return Curve.of(left, found)
+                return WidthCurve.of(left, found)
 
             # A layer that stays as it is takes what it takes at full width.
             own = curve(layer.ms, layer.width_ms if mine else None, "float")
@@ -92,29 +94,31 @@ class ModelTables:
         return Tables(
             tuple(parts),
             tuple(times),
-            Curve.of(grid, [max(ms, 0.0) for ms in rest["float"]]),
-            Curve.of(grid, [max(ms, 0.0) for ms in rest["int8"]]) if self.int8 else None,
+            WidthCurve.of(grid, [max(ms, 0.0) for ms in rest["float"]]),
+            WidthCurve.of(grid, [max(ms, 0.0) for ms in rest["int8"]]) if self.int8 else None,
         )
 
     def _left(self, dims: tuple[Mapping[str, float], ...], width: float) -> float:
         """The share of the multiplications that the profile left at a width, after rounding."""
         shares = {part: self._rounded(part, width) for dim in dims for part in dim}
-        return LayerTime("", dims, Curve((1.0,), (0.0,))).left(shares)
+        return LayerTime("", dims, WidthCurve((1.0,), (0.0,))).left(shares)
 
     def _rounded(self, part: str, width: float) -> float:
         from sparsify.analysis.variants import kept_channels
 
-        assert self.families is not None
+        assert self.channel_groups is not None
         name = self.parts[part][0]
-        return kept_channels(self.families, name, width) / self.families.families[name].size
+        return kept_channels(self.channel_groups, name, width) / self.channel_groups.groups[name].size
 
-    def _parts(self, families: Families, loss: LossProfile | None, limits: Mapping[str, float]) -> list[Part]:
-        """Families with a weight in common are named together, so they have one share."""
+    def _parts(
+        self, channel_groups: ChannelGroups, loss: LossProfile | None, limits: Mapping[str, float]
+    ) -> list[SpeedPart]:
+        """Channel groups with a weight in common are named together, so they have one share."""
         from sparsify.analysis.variants import kept_channels
 
         groups: list[tuple[set[str], list[str]]] = []
-        for name, family in families.families.items():
-            rows, names = set(family.rows), [name]
+        for name, channel_group in channel_groups.groups.items():
+            rows, names = set(channel_group.rows), [name]
             for other in [group for group in groups if group[0] & rows]:
                 groups.remove(other)
                 rows, names = rows | other[0], [*other[1], *names]
@@ -125,41 +129,41 @@ class ModelTables:
             raise ArgumentError(f"limits: {min(unknown)!r} is no layer with channels that can go.")
         found = []
         for rows, names in groups:
-            sizes = {families.families[name].size for name in names}
+            sizes = {channel_groups.groups[name].size for name in names}
             layers = [self.layer_name(row) for row in rows]
             lowest = max([least, *(1 - limits[layer] for layer in layers if layer in limits)])
             shares: dict[float, int] = {}
-            for step in range(STEPS, -1, -1):
-                counts = {kept_channels(families, name, max(step / STEPS, lowest)) for name in names}
+            for step in range(WIDTH_STEPS, -1, -1):
+                counts = {kept_channels(channel_groups, name, max(step / WIDTH_STEPS, lowest)) for name in names}
                 share = max(counts) / max(sizes)
                 if len(sizes) == len(counts) == 1 and share >= lowest - 1e-9:
                     shares[share] = counts.pop()
-            losses = None if not shares else self._losses(families, names, tuple(shares), loss)
+            losses = None if not shares else self._losses(channel_groups, names, tuple(shares), loss)
             if losses is None or len(shares) < 2:
                 continue
             name = names[0]
             self.parts[name], self.counts[name] = tuple(names), shares
-            found.append(Part(name, tuple(shares), losses, float(sum(sizes))))
+            found.append(SpeedPart(name, tuple(shares), losses, float(sum(sizes))))
         return found
 
     def _losses(
-        self, families: Families, names: list[str], shares: tuple[float, ...], loss: LossProfile | None
+        self, channel_groups: ChannelGroups, names: list[str], shares: tuple[float, ...], loss: LossProfile | None
     ) -> tuple[float, ...] | None:
         """At each share; None where the profile does not know these channels."""
         if loss is None:
             from sparsify.pruning.group_scores import norms
 
-            squares = norms(self.model, {name: families.families[name] for name in names})
+            squares = norms(self.model, {name: channel_groups.groups[name] for name in names})
             found = [0.0] * len(shares)
             for score in squares.values():
                 ordered = score.square().sort().values.cumsum(0)
                 for i, share in enumerate(shares):
-                    gone = round(score.numel() * (1 - share))
-                    found[i] += float(ordered[gone - 1] / ordered[-1].clamp(min=1e-300)) if gone else 0.0
+                    pruned = round(score.numel() * (1 - share))
+                    found[i] += float(ordered[pruned - 1] / ordered[-1].clamp(min=1e-300)) if pruned else 0.0
             return tuple(found)
         keys: list[str] = []
         for name in names:
-            layers = [self.layer_name(row) for row in families.families[name].rows]
+            layers = [self.layer_name(row) for row in channel_groups.groups[name].rows]
             if loss.families:
                 keys += [key for key, members in loss.families.items() if set(members) & set(layers)]
             else:
@@ -179,17 +183,17 @@ class ModelTables:
         found: dict[str, dict[int, dict[str, float]]] = defaultdict(lambda: defaultdict(dict))
         heads: dict[str, str] = {}
         for part, names in self.parts.items():
-            assert self.families is not None
+            assert self.channel_groups is not None
             for name in names:
-                family = self.families.families[name]
-                for place in family.places:
+                channel_group = self.channel_groups.groups[name]
+                for place in channel_group.places:
                     layer = self.layer_of.get(place.tensor)
                     if layer is None or part not in usable:
                         continue
                     own = sum(channel >= 0 for channel in place.channels) / len(place.channels)
                     entry = found[layer][place.dim]
                     entry[part] = entry.get(part, 0.0) + own
-                    if family.kind == "heads":
+                    if channel_group.kind == "heads":
                         heads.setdefault(layer.rpartition(".")[0], part)
         dims: dict[str, tuple[Mapping[str, float], ...]] = {
             layer: tuple(entries.values()) for layer, entries in found.items()

@@ -93,7 +93,7 @@ def optim_level(level: Any = 0.5, experiment: Experiment = "training-aware") -> 
         raise ArgumentError(
             f"experiment: {experiment!r} is none of {', '.join(known)}.{did_you_mean(str(experiment), known)}"
         )
-    value = _fraction(level)
+    value = _level_fraction(level)
     if experiment == "sparse-transfer":
         size: Literal["largest", "medium", "smallest"]
         size = "largest" if value < 0.5 else "medium" if value < 0.75 else "smallest"
@@ -116,7 +116,7 @@ def preset_of(name: Any) -> Preset:
     return PRESETS[name]
 
 
-def _fraction(level: Any) -> float:
+def _level_fraction(level: Any) -> float:
     if isinstance(level, bool) or not isinstance(level, int | float) or not math.isfinite(level):
         raise ArgumentError(f"optim_level: {level!r} is no level; give a number from 0 to 1, like 0.5.")
     if 0 <= level <= 1:

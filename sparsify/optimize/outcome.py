@@ -77,8 +77,8 @@ class Outcome:
         rows = [
             {
                 "what": found.what,
-                "predicted": _shown(found.predicted),
-                "measured": _shown(found.measured),
+                "predicted": _shown_value(found.predicted),
+                "measured": _shown_value(found.measured),
                 "relative": found.relative,
             }
             for found in self.model
@@ -156,7 +156,7 @@ def score_prediction(
     model = unwrapped(model)
     notes: list[str] = []
     structured = any(modifier.whole_channels for modifier in recipe.written)
-    layers = () if structured else _layers(evidence, model)
+    layers = () if structured else _layer_sizes(evidence, model)
     expected = evidence.expected
     parameters = named_parameters(model)
     weights = sum(parameters[layer.what].numel() for layer in layers)
@@ -173,9 +173,9 @@ def score_prediction(
     found = [
         Prediction("zeros", planned / weights if weights else None, zeros / weights if weights else None),
         Prediction("recovery", expected.recovery, _quotient(score_after, score_before)),
-        Prediction("parameters", expected.parameters, sum(_stored(model).values())),
+        Prediction("parameters", expected.parameters, sum(_stored_share(model).values())),
         Prediction("nonzero", expected.nonzero, sum(int(p.detach().count_nonzero()) for p in parameters.values())),
-        Prediction("MACs", expected.macs, _macs(model, sample_inputs, notes)),
+        Prediction("MACs", expected.macs, _remaining_macs(model, sample_inputs, notes)),
         Prediction("size_bytes", expected.size_bytes, None if file is None else file.stat().st_size),
         Prediction("ms", expected.ms, ms),
     ]
@@ -184,7 +184,7 @@ def score_prediction(
     return Outcome(tuple(found), layers, tuple(notes))
 
 
-def _layers(evidence: Evidence, model: nn.Module) -> tuple[Prediction, ...]:
+def _layer_sizes(evidence: Evidence, model: nn.Module) -> tuple[Prediction, ...]:
     parameters = named_parameters(model)
     missing = [name for name in evidence.layers if name not in parameters]
     if missing:
@@ -199,7 +199,7 @@ def _layers(evidence: Evidence, model: nn.Module) -> tuple[Prediction, ...]:
     return tuple(found)
 
 
-def _stored(model: nn.Module) -> dict[str, int]:
+def _stored_share(model: nn.Module) -> dict[str, int]:
     """Elements by parameter, without those that quantized layers keep for themselves."""
     from sparsify.quantization.fake_quantize import FakeQuantize
 
@@ -207,7 +207,7 @@ def _stored(model: nn.Module) -> dict[str, int]:
     return {n: p.numel() for n, p in named_parameters(model).items() if n.rpartition(".")[0] not in own}
 
 
-def _macs(model: nn.Module, sample_inputs: Any, notes: list[str]) -> int | None:
+def _remaining_macs(model: nn.Module, sample_inputs: Any, notes: list[str]) -> int | None:
     if sample_inputs is None:
         notes.append("MACs: give sample_inputs to have them counted.")
         return None
@@ -222,7 +222,7 @@ def _quotient(after: float | None, before: float | None) -> float | None:
     return after / before if before else math.nan
 
 
-def _shown(value: float | None) -> str | None:
+def _shown_value(value: float | None) -> str | None:
     if value is None or math.isnan(value):
         return None
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"

@@ -39,7 +39,7 @@ def pitfalls(
         *_standing_still(labels, rates),
         *_no_recovery(labels, last),
         *_too_fine(labels, steps_per_epoch),
-        *_falling(moments),
+        *_still_falling(moments),
         *_frozen_unseen(labels),
     ):
         said[text] = None
@@ -120,7 +120,7 @@ def _too_fine(labels: Labels, steps_per_epoch: int | None) -> Iterator[str]:
             yield f"{name} updates every {frequency:g} epochs and runs for {length:g}: all goes at once."
 
 
-def _falling(moments: Sequence[PlannedMoment]) -> Iterator[str]:
+def _still_falling(moments: Sequence[PlannedMoment]) -> Iterator[str]:
     """Zeros that are given up where another modifier takes over."""
     for before, after in pairwise(moments):
         if any("moving masks" in doing for doing in before.doing.values()):

@@ -111,7 +111,7 @@ class Plan:
                     "nonzero": moment.nonzero,
                     "macs": moment.macs,
                     "kib": None if moment.size_bytes is None else moment.size_bytes / 1024,
-                    "doing": _together(moment.doing),
+                    "doing": _merged_moments(moment.doing),
                 }
             )
         wanted = (
@@ -248,7 +248,7 @@ class _View:
         self.groups = sorted(named | {0}) if len(self.ledger) else []
         self.sizes = self._sizes(self.model)
         self.analysis = None if self.model is None or self.inputs is None else analyze_model(self.model, self.inputs)
-        self.cost = _cost(self.analysis)
+        self.cost = _compute_cost(self.analysis)
         self.removals = sorted({cut for m in self.modifiers for cut in m.cuts()})
         self.after = {cut: self._after(recipe, cut) for cut in self.removals} if model is not None else {}
 
@@ -275,9 +275,9 @@ class _View:
                 # What only holds zeros does not know how many: what was known before stands.
                 zeros.update({n: zeros.get(n) if s is None and modifier.holds else s for n, s in found.items()})
         sizes, cost = self.sizes, self.cost
-        gone = [cut for cut in self.removals if clock.reached(cut)]
-        if gone:
-            sizes, cost = self.after[gone[-1]]
+        pruned = [cut for cut in self.removals if clock.reached(cut)]
+        if pruned:
+            sizes, cost = self.after[pruned[-1]]
         parameters = sum(size for size, _ in sizes.values()) if sizes else None
         kept = {name: 1.0 - (zeros.get(name) or 0.0) for name in sizes}
         return PlannedMoment(
@@ -310,14 +310,14 @@ class _View:
         except SparsifyError as error:
             self._note(f"what is left after channels are removed at epoch {cut:g} is not known ahead: {error}")
             return {}, {}
-        return self._sizes(smaller), _cost(analyze_model(smaller, self.inputs))
+        return self._sizes(smaller), _compute_cost(analyze_model(smaller, self.inputs))
 
     def _note(self, text: str) -> None:
         if text not in self.notes:
             self.notes.append(text)
 
 
-def _cost(analysis: ModelAnalysis | None) -> dict[str, int]:
+def _compute_cost(analysis: ModelAnalysis | None) -> dict[str, int]:
     """MACs by the weight that is multiplied with, under "" those between activations; empty if not known."""
     found: Counter[str] = Counter()
     for layer in analysis.layers if analysis is not None else ():
@@ -353,7 +353,7 @@ def _labels(modifiers: Sequence[Modifier]) -> list[tuple[Modifier, str]]:
     return found
 
 
-def _together(doing: Mapping[str, str]) -> str:
+def _merged_moments(doing: Mapping[str, str]) -> str:
     """One phrase; those of a kind that do the same are counted."""
     alike = Counter((name.rstrip(" 0123456789"), what) for name, what in doing.items())
     said = []

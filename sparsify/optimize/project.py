@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Optimization", "Project", "ProjectSettings"]
 
-FORMAT = 1
+PROJECT_FORMAT = 1
 """Of project.json; raised when it changes, so that an old one is not misread."""
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9 ._-]{0,99}")
 
@@ -165,8 +165,8 @@ class Project:
             raise DataFileError(f"{error} Is this the folder of a project?") from error
         try:
             plain = json.loads(text)
-            if plain.pop("format") != FORMAT:
-                raise DataError(f"{path}: written by another version of sparsify; this one reads format {FORMAT}.")
+            if plain.pop("format") != PROJECT_FORMAT:
+                raise DataError(f"{path}: of another version of sparsify; this one reads format {PROJECT_FORMAT}.")
             if plain["training"] is not None:
                 plain["training"] = OriginalTraining(**plain["training"])
             return cls(Path(folder), ProjectSettings(**plain))
@@ -177,7 +177,9 @@ class Project:
 
     def save(self) -> None:
         """Writes the settings. All else is written when it is added."""
-        self._write("project.json", json.dumps({"format": FORMAT, **dataclasses.asdict(self._settings)}, indent=2))
+        self._write(
+            "project.json", json.dumps({"format": PROJECT_FORMAT, **dataclasses.asdict(self._settings)}, indent=2)
+        )
 
     # ------------------------------------------------------------------ what it is
 

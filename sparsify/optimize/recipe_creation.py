@@ -15,7 +15,7 @@ from sparsify.modifiers.magnitude_pruning import ConstantPruningModifier, GMPrun
 from sparsify.modifiers.quantization import QuantizationModifier
 from sparsify.modifiers.structured import StructuredPruningModifier
 from sparsify.modifiers.training import TrainableParamsModifier
-from sparsify.optimize.choices import Chosen, Sources, by_families, by_latency_plan, by_layers
+from sparsify.optimize.choices import Sources, WeightShares, by_channel_groups, by_latency_plan, by_layers
 from sparsify.optimize.goals import Goal, goal_of
 from sparsify.optimize.levels import Experiment
 from sparsify.optimize.stages import (
@@ -110,17 +110,17 @@ def create_recipe(
         quantize=quantize,
         structured=structured,
     )
-    _check(goal, training, learning_rate, distill, sample_inputs, loss)
+    _check_arguments(goal, training, learning_rate, distill, sample_inputs, loss)
     model = unwrapped(model)
     if loss is None and goal.prunes:
         loss = loss_profile(model, progress=False)
     found = Sources.of(model, sample_inputs, analysis, performance, loss, latency_plan)
-    chosen = Chosen()
+    chosen = WeightShares()
     if latency_plan is not None:
         chosen = by_latency_plan(latency_plan, model, found)
     elif goal.settings is not None:
         if goal.structured:
-            chosen = by_families(model, sample_inputs, goal.settings, pruning_profile, found)
+            chosen = by_channel_groups(model, sample_inputs, goal.settings, pruning_profile, found)
         else:
             chosen = by_layers(goal.settings, pruning_profile, found)
     draft = _Draft()
@@ -163,7 +163,7 @@ def _lay_out(
     draft: _Draft,
     model: nn.Module,
     goal: Goal,
-    chosen: Chosen,
+    chosen: WeightShares,
     training: OriginalTraining | None,
     learning_rate: LearningRateSchedule | Sequence[Modifier] | None,
     distill: bool | Mapping[str, Any],
@@ -196,14 +196,16 @@ def _lay_out(
             draft.add(TrainableParamsModifier(params=learn, trainable=True, start_epoch=0.0))
     if goal.quantize is not None:
         floating = {"ignore": chosen.floating} if chosen.floating else {}
-        _quantize(draft, {**floating, **goal.quantize}, by_name.get("quantization"))
+        _quantization_stage(draft, {**floating, **goal.quantize}, by_name.get("quantization"))
     if distill is not False:
         given = dict(distill) if isinstance(distill, Mapping) else {}
         draft.add(DistillationModifier(**{"start_epoch": 0.0, "hardness": 0.5, "temperature": 2.0, **given}))
     return stages
 
 
-def _prune(draft: _Draft, goal: Goal, chosen: Chosen, original: OriginalTraining, stage: TrainingStage | None) -> None:
+def _prune(
+    draft: _Draft, goal: Goal, chosen: WeightShares, original: OriginalTraining, stage: TrainingStage | None
+) -> None:
     """One modifier for each distinct sparsity."""
     names: dict[float, list[str]] = defaultdict(list)
     for weight, share in chosen.shares.items():
@@ -267,7 +269,7 @@ def _rates(
                 draft.because[cited(type(modifier).__name__, place, value)] = cites[place]
 
 
-def _quantize(draft: _Draft, given: Mapping[str, Any], stage: TrainingStage | None) -> None:
+def _quantization_stage(draft: _Draft, given: Mapping[str, Any], stage: TrainingStage | None) -> None:
     if stage is None:
         draft.add(QuantizationModifier(**{"start_epoch": 0.0, **given}))
         return
@@ -299,7 +301,7 @@ def _evidence(
     goal: Goal,
     training: OriginalTraining | None,
     found: Sources,
-    chosen: Chosen,
+    chosen: WeightShares,
     figures: Expected,
     draft: _Draft,
     stages: Sequence[TrainingStage],
@@ -328,7 +330,9 @@ def _evidence(
 # ---------------------------------------------------------------------- what may be said
 
 
-def _check(goal: Goal, training: Any, learning_rate: Any, distill: Any, sample_inputs: Any, loss: Any) -> None:
+def _check_arguments(
+    goal: Goal, training: Any, learning_rate: Any, distill: Any, sample_inputs: Any, loss: Any
+) -> None:
     """Refuses what cannot be meant, before any work."""
     if training is not None and not isinstance(training, OriginalTraining):
         raise ArgumentError(f"training: a {type(training).__name__} is none; give OriginalTraining(epochs, ...).")

@@ -135,14 +135,19 @@ class Report:
             last.append(QuantizationModifier.model_validate(quantization_epochs(stages[-1])))
         schedules: dict[str, list[dict[str, Any]]] = {}
         if training.initial_lr is not None:
-            schedules = {name: [_plain(one) for one in learning_rates(training, name, stages)] for name in _SCHEDULES}
-            schedules = {"suggested": [_plain(one) for one in learning_rates(training, None, stages)], **schedules}
+            schedules = {
+                name: [_plain_number(one) for one in learning_rates(training, name, stages)] for name in _SCHEDULES
+            }
+            schedules = {
+                "suggested": [_plain_number(one) for one in learning_rates(training, None, stages)],
+                **schedules,
+            }
         return {
             "model": self.analysis.model,
             "batch": self.analysis.batch_size,
             "timed": self.performance is not None,
             "loss": HOW.get(self.loss_method, "given"),
-            "layers": [{**dataclasses.asdict(one), **_shown(by_name.get(one.name))} for one in self.curves],
+            "layers": [{**dataclasses.asdict(one), **_shown_layers(by_name.get(one.name))} for one in self.curves],
             "rest": REST,
             "weights": weights,
             "settings": {**dataclasses.asdict(self.settings), "overrides": dict(self.settings.overrides)},
@@ -154,11 +159,11 @@ class Report:
                 "frequency": training.update_frequency,
                 "first": FIRST,
             },
-            "last": [_plain(one) for one in last],
+            "last": [_plain_number(one) for one in last],
             "schedules": schedules,
             "code": {name: integration_code(self.recipe, framework=name) for name in get_args(Framework)},
             "recipe": Path(self.recipe).name,
-            "benchmarks": [_benchmark(name, one) for name, one in self.benchmarks.items()],
+            "benchmarks": [_benchmark_table(name, one) for name, one in self.benchmarks.items()],
             "performance": None if self.performance is None else _performance(self.performance),
         }
 
@@ -178,18 +183,18 @@ def _file(name: str) -> str:
     return resources.files("sparsify.optimize").joinpath(name).read_text(encoding="utf-8")
 
 
-def _plain(modifier: Modifier) -> dict[str, Any]:
+def _plain_number(modifier: Modifier) -> dict[str, Any]:
     """As the page and `recipe_text.js` know it."""
     return {"type": type(modifier).__name__, "fields": modifier.model_dump(mode="json", exclude_unset=True)}
 
 
-def _shown(layer: LayerInfo | None) -> dict[str, Any]:
+def _shown_layers(layer: LayerInfo | None) -> dict[str, Any]:
     if layer is None:
         return {"type": "", "shape": ""}
     return {"type": layer.type, "shape": " x ".join(map(str, layer.output_shape))}
 
 
-def _benchmark(name: str, one: Benchmark) -> dict[str, Any]:
+def _benchmark_table(name: str, one: Benchmark) -> dict[str, Any]:
     threads = "default threads" if one.threads is None else f"{one.threads} threads" if one.threads > 1 else "1 thread"
     return {
         "name": name,

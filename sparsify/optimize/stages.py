@@ -79,7 +79,7 @@ class OriginalTraining:
     optimizer: str = "SGD"
 
     def __post_init__(self) -> None:
-        epochs = _number("epochs", self.epochs)
+        epochs = _written_number("epochs", self.epochs)
         if not 1 < epochs <= 1e6:
             raise ArgumentError(
                 f"epochs: {self.epochs!r}: the original training took more than 1 epoch, generally 20 or more."
@@ -87,7 +87,7 @@ class OriginalTraining:
         if (self.initial_lr is None) != (self.final_lr is None):
             raise ArgumentError("initial_lr and final_lr: one alone is no range; give both, or neither.")
         if self.initial_lr is not None:
-            initial, final = _number("initial_lr", self.initial_lr), _number("final_lr", self.final_lr)
+            initial, final = _written_number("initial_lr", self.initial_lr), _written_number("final_lr", self.final_lr)
             if not 0 < initial < 1:
                 raise ArgumentError(f"initial_lr: {self.initial_lr!r} lies not between 0 and 1; give the highest rate.")
             if not 0 < final < initial:
@@ -193,7 +193,7 @@ def learning_rates(
     ended = math.inf
     if (stage := by_name.get("fine-tuning")) is not None:
         init = _neat(FACTOR * base) if "pruning" in by_name else base
-        fall, ended = _falling(chosen, stage, init, 0.1 * final)
+        fall, ended = _falling_rates(chosen, stage, init, 0.1 * final)
         found.append(fall)
     if (stage := by_name.get("quantization")) is not None:
         first = min(final, RISE * ended)
@@ -210,7 +210,9 @@ def check_schedule(schedule: Any) -> None:
         )
 
 
-def _falling(schedule: LearningRateSchedule, stage: TrainingStage, init: float, floor: float) -> tuple[Modifier, float]:
+def _falling_rates(
+    schedule: LearningRateSchedule, stage: TrainingStage, init: float, floor: float
+) -> tuple[Modifier, float]:
     """From `init` toward `floor` within a stage, and the learning rate that it ends with.
 
     step: n = ln(floor / init) / ln(1/4) steps fit, one every max(1, floor((epochs - 1) / n)) epochs.
@@ -255,7 +257,7 @@ def _neat(rate: float) -> float:
     return float(f"{rate:.6g}")
 
 
-def _number(name: str, value: Any) -> float:
+def _written_number(name: str, value: Any) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise ArgumentError(f"{name}: {value!r} is no number.")
     return float(value)

@@ -1,8 +1,8 @@
 """How wide each part of a model may stay within a time: measured tables in, the choice of least loss out. Pure figures.
 
 The time of a layer is read off its measured table at the share of its multiplications that is left. The table was
-measured with all families of channels equally wide; that a layer with half of its inputs takes as long as one with half
-of its outputs is the approximation.
+measured with all channel groups of channels equally wide; that a layer with half of its inputs takes as long as one
+with half of its outputs is the approximation.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ EXCHANGES = 20_000
 
 
 @dataclass(frozen=True)
-class Curve:
+class WidthCurve:
     """Times over a share from 0 to 1, linear in between, the nearest outside; never falling as the share grows.
 
     >>> curve = Curve.of((0.25, 0.5, 1.0), (1.0, 3.0, 2.0))
@@ -36,7 +36,7 @@ class Curve:
     times: tuple[float, ...]
 
     @classmethod
-    def of(cls, shares: Sequence[float], times: Sequence[float]) -> Curve:
+    def of(cls, shares: Sequence[float], times: Sequence[float]) -> WidthCurve:
         """Measured times made monotone by least squares: neighbours in the wrong order both get their mean.
 
         That a layer becomes slower with less to do is noise, or a width that kernels dislike, which nothing gains from.
@@ -72,8 +72,8 @@ class LayerTime:
 
     name: str
     dims: tuple[Mapping[str, float], ...]
-    dense: Curve
-    int8: Curve | None = None
+    dense: WidthCurve
+    int8: WidthCurve | None = None
     int8_loss: float = 0.0
 
     def left(self, shares: Mapping[str, float]) -> float:
@@ -85,8 +85,8 @@ class LayerTime:
 
 
 @dataclass(frozen=True)
-class Part:
-    """Channels that have one share: a family, or several with a weight in common.
+class SpeedPart:
+    """Channels that have one share: a channel group, or several with a weight in common.
 
     Attributes:
         shares: what may be left of the channels, falling, 1.0 first.
@@ -114,10 +114,10 @@ class Choice:
 class Tables:
     """What is known of a model: the loss of each part, the time of each layer, and of the rest by the mean width."""
 
-    parts: tuple[Part, ...]
+    parts: tuple[SpeedPart, ...]
     layers: tuple[LayerTime, ...]
-    rest: Curve
-    rest_int8: Curve | None = None
+    rest: WidthCurve
+    rest_int8: WidthCurve | None = None
 
     @cached_property
     def touching(self) -> dict[str, tuple[LayerTime, ...]]:
@@ -273,7 +273,7 @@ class Tables:
             best = better
 
     def _step(self, now: Choice, goal_ms: float) -> Choice | None:
-        def candidates(parts: Sequence[Part], wider: bool) -> list[tuple[str, float]]:
+        def candidates(parts: Sequence[SpeedPart], wider: bool) -> list[tuple[str, float]]:
             found = []
             for part in parts:
                 at = part.shares.index(now.shares[part.name])

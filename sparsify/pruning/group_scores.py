@@ -1,4 +1,4 @@
-"""Which channels of a family go: what each is worth, how many stay, and the lowest of them. Pure functions."""
+"""Which channels of a channel group go: what each is worth, how many stay, and the lowest of them. Pure functions."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from torch import Tensor, nn
 
 from sparsify.errors import DataError
 from sparsify.model.targets import named_parameters
-from sparsify.pruning.groups import Family
-from sparsify.pruning.selection import without_lowest
+from sparsify.pruning.groups import ChannelGroup
+from sparsify.pruning.selection import mask_lowest
 
 __all__: list[str] = []
 
-Gone = dict[str, tuple[int, ...]]
+PrunedSoFar = dict[str, tuple[int, ...]]
 """The channels that go, by family."""
 
 
-def norms(model: nn.Module, families: Mapping[str, Family]) -> dict[str, Tensor]:
-    """The L2 norm of every channel, its rows and its columns in all weights of its family together, by family.
+def norms(model: nn.Module, channel_groups: Mapping[str, ChannelGroup]) -> dict[str, Tensor]:
+    """The L2 norm of every channel, its rows and its columns in all weights of its channel group together, by family.
 
     Raises:
         DataError: a weight holds NaN or infinity.
@@ -30,9 +30,9 @@ def norms(model: nn.Module, families: Mapping[str, Family]) -> dict[str, Tensor]
     # columns .968, with the weights of norms .948, each place in units of its mean .966, rows alone .941, random .934.
     parameters = named_parameters(model)
     found: dict[str, Tensor] = {}
-    for name, family in families.items():
+    for name, channel_group in channel_groups.items():
         squares: Tensor | None = None
-        for place in family.places:
+        for place in channel_group.places:
             weight = parameters.get(place.tensor)
             if place.role == "other" or weight is None:
                 continue
@@ -45,43 +45,43 @@ def norms(model: nn.Module, families: Mapping[str, Family]) -> dict[str, Tensor]
                 raise DataError(f"{place.tensor!r} holds NaN or infinity, which cannot be ranked. Load finite weights.")
             channels = torch.tensor(place.channels, device=each.device)
             own = channels >= 0
-            sums = torch.zeros(family.size, dtype=torch.float64, device=each.device)
+            sums = torch.zeros(channel_group.size, dtype=torch.float64, device=each.device)
             sums.index_add_(0, channels[own], each[own].double())
             squares = sums if squares is None else squares + sums.to(squares.device)
-        found[name] = torch.zeros(family.size, dtype=torch.float64) if squares is None else squares.sqrt().cpu()
+        found[name] = torch.zeros(channel_group.size, dtype=torch.float64) if squares is None else squares.sqrt().cpu()
     return found
 
 
-def slices(family: Family) -> int:
+def slices(channel_group: ChannelGroup) -> int:
     """How many slices of a layer's rows belong to one channel; more than 1 for heads and grouped convolutions."""
-    widths = [sum(channel == 0 for channel in place.channels) for place in family.places if place.role == "row"]
+    widths = [sum(channel == 0 for channel in place.channels) for place in channel_group.places if place.role == "row"]
     return max(1, *widths) if widths else 1
 
 
-def fast_multiple(family: Family) -> int:
+def fast_multiple(channel_group: ChannelGroup) -> int:
     """Of what the number of channels that stay should be a multiple, for kernels of runtimes to be fast.
 
     Convolutions lose half of what they could gain, or all of it, at widths that vector units do not divide: 16 where
     there are 32 or more, else 8, or 4 where there are fewer than 16. Products of matrices do not care.
     """
-    if family.kind != "conv":
+    if channel_group.kind != "conv":
         return 1
-    width = family.size * slices(family)
-    return _in_channels(16 if width >= 32 else 8 if width >= 16 else 4, family)
+    width = channel_group.size * slices(channel_group)
+    return _in_channels(16 if width >= 32 else 8 if width >= 16 else 4, channel_group)
 
 
-def multiple_of(family: Family, multiple: int | None) -> int:
-    """The multiple for `family`: the one that is wanted, in channels, or `fast_multiple` where that is None."""
-    return fast_multiple(family) if multiple is None else _in_channels(multiple, family)
+def multiple_of(channel_group: ChannelGroup, multiple: int | None) -> int:
+    """The multiple for `channel_group`: the one that is wanted, in channels, or `fast_multiple` where that is None."""
+    return fast_multiple(channel_group) if multiple is None else _in_channels(multiple, channel_group)
 
 
-def _in_channels(multiple: int, family: Family) -> int:
-    return multiple // math.gcd(multiple, slices(family))
+def _in_channels(multiple: int, channel_group: ChannelGroup) -> int:
+    return multiple // math.gcd(multiple, slices(channel_group))
 
 
 @dataclass(frozen=True)
 class Bounds:
-    """How many channels of a family may stay: of `size`, a multiple of `multiple`, and no fewer than `least`."""
+    """How many channels of a channel group may stay: of `size`, a multiple of `multiple`, and no fewer than `least`."""
 
     size: int
     multiple: int
@@ -112,37 +112,42 @@ class Bounds:
         return min(max(rounded, self.least), self.size)
 
 
-def lowest(scores: Mapping[str, Tensor], counts: Mapping[str, int], gone: Mapping[str, Collection[int]]) -> Gone:
-    """Of every family so many channels: those in `gone` first, then those worth least; of equal ones the first."""
+def lowest(
+    scores: Mapping[str, Tensor], counts: Mapping[str, int], pruned: Mapping[str, Collection[int]]
+) -> PrunedSoFar:
+    """Of every channel group so many channels: those in `pruned` first, then those worth least; of equal ones the
+    first."""
     found: dict[str, tuple[int, ...]] = {}
     for name, score in scores.items():
-        kept = {name: _kept(score, gone.get(name, ()))}
-        mask = without_lowest({name: score}, counts[name], kept=kept)[name]
+        kept = {name: _at_least_kept(score, pruned.get(name, ()))}
+        mask = mask_lowest({name: score}, counts[name], kept=kept)[name]
         found[name] = tuple((~mask).nonzero().flatten().tolist())
     return found
 
 
 def shares(
-    scores: Mapping[str, Tensor], count: int, bounds: Mapping[str, Bounds], gone: Mapping[str, Collection[int]]
+    scores: Mapping[str, Tensor], count: int, bounds: Mapping[str, Bounds], pruned: Mapping[str, Collection[int]]
 ) -> dict[str, int]:
-    """How many of each family go where the `count` lowest of all go: scores in units of their family's mean.
+    """How many of each channel group go where the `count` lowest of all go: scores in units of their channel group's
+    mean.
 
-    What `bounds` protects stays, and every family is rounded to what may stay of it; those in `gone` are among them.
+    What `bounds` protects stays, and every channel group is rounded to what may stay of it; those in `pruned` are among
+    them.
     """
     ranked: dict[str, Tensor] = {}
     kept: dict[str, Tensor] = {}
     most = 0
     for name, score in scores.items():
-        kept[name] = _kept(score, gone.get(name, ()))
+        kept[name] = _at_least_kept(score, pruned.get(name, ()))
         units = torch.where(kept[name], score / score.mean().clamp(min=1e-300), -1.0)
         protected = units.sort(stable=True).indices[score.numel() - bounds[name].least :]
         ranked[name] = units.index_fill(0, protected, math.inf)
         most += score.numel() - bounds[name].least
-    masks = without_lowest(ranked, min(count, most), kept=kept)
+    masks = mask_lowest(ranked, min(count, most), kept=kept)
     return {name: mask.numel() - bounds[name].nearest(int(mask.sum())) for name, mask in masks.items()}
 
 
-def _kept(score: Tensor, gone: Collection[int]) -> Tensor:
+def _at_least_kept(score: Tensor, pruned: Collection[int]) -> Tensor:
     mask = torch.ones(score.shape, dtype=torch.bool)
-    mask[list(gone)] = False
+    mask[list(pruned)] = False
     return mask

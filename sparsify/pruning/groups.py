@@ -1,7 +1,7 @@
-"""Families of channels: what must be removed together so that a smaller model computes the same. Plain data.
+"""Channel groups of channels: what must be removed together so that a smaller model computes the same. Plain data.
 
-A channel is one index along one dimension of one or more weights; the channels of a family are alike: each takes the
-same share of the same tensors. Found by `find` on the traced view of a model; `shrinking` masks and removes them.
+A channel is one index along one dimension of one or more weights; the channels of a channel group are alike: each takes
+the same share of the same tensors. Found by `find` on the traced view of a model; `shrinking` masks and removes them.
 """
 
 from __future__ import annotations
@@ -18,21 +18,21 @@ from sparsify.model.targets import clean_name, is_prunable_layer, named_modules,
 from sparsify.pruning.union_find import NEVER, core, thin, varying
 
 if TYPE_CHECKING:
-    from sparsify.pruning.propagation import Labelled, Role
+    from sparsify.pruning.propagation import Labelled, SliceRole
 
 __all__: list[str] = []
 
-Kind = Literal["conv", "linear", "heads", "embedding"]
+GroupKind = Literal["conv", "linear", "heads", "embedding"]
 
 
 @dataclass(frozen=True)
-class Place:
-    """One dimension of one parameter or buffer, and which channel of the family each slice along it belongs to.
+class GroupMember:
+    """One dimension of one parameter or buffer, and which channel of the channel group each slice along it belongs to.
 
     Attributes:
         tensor: the clean name; of tied parameters the first.
         role: "row", what a layer's weight gives; "column", what it reads; "other", biases, norms, tables and buffers.
-        channels: a channel, or -1 for none of this family, for every index of the dimension.
+        channels: a channel, or -1 for none of this channel group, for every index of the dimension.
     """
 
     tensor: str
@@ -42,20 +42,20 @@ class Place:
 
 
 @dataclass(frozen=True)
-class Family:
+class ChannelGroup:
     """Channels that are alike, `size` of them, 0 to size - 1; each dies in all `places` at once or not at all.
 
     Attributes:
         name: the weight whose rows they are, the first in the model's order; "#2" and so on behind it where several
-            families share that weight's rows.
+            channel groups share that weight's rows.
         kind: "heads" where a channel is a whole head of attention; "conv" where they are rows of any convolution;
             otherwise by the layer of the first rows.
     """
 
     name: str
-    kind: Kind
+    kind: GroupKind
     size: int
-    places: tuple[Place, ...]
+    places: tuple[GroupMember, ...]
 
     @property
     def rows(self) -> tuple[str, ...]:
@@ -69,12 +69,13 @@ class Family:
 
 
 @dataclass(frozen=True)
-class Extent:
-    """A size that is seen inside a module's own forward and changes with families: code there may have it as a number.
+class TracedSize:
+    """A size that is seen inside a module's own forward and changes with channel groups: code there may have it as a
+    number.
 
     Attributes:
         module: the path of the module in whose forward the tensor is made.
-        channels: (family's name, channel) for every index of that dimension; None for what always stays.
+        channels: (channel group's name, channel) for every index of that dimension; None for what always stays.
     """
 
     module: str
@@ -82,23 +83,23 @@ class Extent:
 
 
 @dataclass(frozen=True)
-class Families:
-    """All families of a model, and why other weights keep their size.
+class ChannelGroups:
+    """All channel groups of a model, and why other weights keep their size.
 
     Attributes:
-        families: in the model's order, by name.
-        whole: {weight: why its rows cannot be cut}, for the weights of layers that have no family of rows.
+        channel groups: in the model's order, by name.
+        whole: {weight: why its rows cannot be cut}, for the weights of layers that have no channel group of rows.
         constants: attributes of modules that do not follow any extent, though they are equal to one; found by trying.
     """
 
-    families: Mapping[str, Family]
+    groups: Mapping[str, ChannelGroup]
     whole: Mapping[str, str] = field(default_factory=dict)
-    extents: tuple[Extent, ...] = ()
+    extents: tuple[TracedSize, ...] = ()
     constants: frozenset[str] = frozenset()
 
 
-def find(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> Families:
-    """The families of `model`, traced on these example inputs in eval mode; the model stays as it was.
+def find(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> ChannelGroups:
+    """The channel groups of `model`, traced on these example inputs in eval mode; the model stays as it was.
 
     Raises:
         ArgumentError: the model cannot be traced or fails on these inputs; the message says where in its code.
@@ -107,7 +108,7 @@ def find(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None 
     from sparsify.model.trace import exported
     from sparsify.pruning.propagation import labelled
 
-    return _grouped(model, labelled(model, exported(model, args, kwargs)))
+    return _grouped_labels(model, labelled(model, exported(model, args, kwargs)))
 
 
 @dataclass(frozen=True)
@@ -116,11 +117,11 @@ class _Share:
 
     tensor: str
     dim: int
-    role: Role
+    role: SliceRole
     atoms: Tensor
 
 
-def _grouped(model: nn.Module, found: Labelled) -> Families:
+def _grouped_labels(model: nn.Module, found: Labelled) -> ChannelGroups:
     """Puts atoms that take the same share of the same tensors into families."""
     atoms = found.atoms
     roots = atoms.roots(torch.arange(len(atoms)))
@@ -143,7 +144,7 @@ def _grouped(model: nn.Module, found: Labelled) -> Families:
     for root, share_counts in taken.items():
         alike[tuple(share_counts)].append(root)
 
-    families: dict[str, Family] = {}
+    channel_groups: dict[str, ChannelGroup] = {}
     members: dict[int, tuple[str, int]] = {}
     alone: dict[int, str] = {}
     counted: dict[str, int] = defaultdict(int)
@@ -167,21 +168,25 @@ def _grouped(model: nn.Module, found: Labelled) -> Families:
         name = rows[0] if counted[rows[0]] == 1 else f"{rows[0]}#{counted[rows[0]]}"
         several = any(count > 1 and shares[number].role == "row" for number, count in signature)
         kinds = [found.layers.get(row, "linear") for row in rows]
-        kind: Kind = "conv" if "conv" in kinds else kinds[0]
+        kind: GroupKind = "conv" if "conv" in kinds else kinds[0]
         if several and bool(heads[channels[0]]):
             kind = "heads"
         index = torch.full((len(roots),), -1)
         index[torch.tensor(channels)] = torch.arange(len(channels))
         places = tuple(
-            Place(shares[n].tensor, shares[n].dim, shares[n].role, tuple(index[shares[n].atoms].tolist()))
+            GroupMember(shares[n].tensor, shares[n].dim, shares[n].role, tuple(index[shares[n].atoms].tolist()))
             for n, _ in signature
         )
-        families[name] = Family(name, kind, len(channels), places)
+        channel_groups[name] = ChannelGroup(name, kind, len(channels), places)
         members.update({root: (name, channel) for channel, root in enumerate(channels)})
-    by_order = sorted(families.values(), key=lambda family: (order[family.rows[0]], family.name))
-    return Families(
-        {family.name: family for family in by_order},
-        _whole(model, found, alone, {row for family in families.values() for row in family.rows}),
+    by_order = sorted(
+        channel_groups.values(), key=lambda channel_group: (order[channel_group.rows[0]], channel_group.name)
+    )
+    return ChannelGroups(
+        {channel_group.name: channel_group for channel_group in by_order},
+        _whole_weights(
+            model, found, alone, {row for channel_group in channel_groups.values() for row in channel_group.rows}
+        ),
         _extents(found, members),
     )
 
@@ -202,7 +207,7 @@ def _shares(found: Labelled, free: Tensor) -> Iterator[_Share]:
                 yield _Share(tensor, dims[0], "other", atoms)
 
 
-def _whole(model: nn.Module, found: Labelled, alone: Mapping[int, str], cut: Collection[str]) -> dict[str, str]:
+def _whole_weights(model: nn.Module, found: Labelled, alone: Mapping[int, str], cut: Collection[str]) -> dict[str, str]:
     """Why the rows of each weight that is not in `cut` cannot be cut."""
     atoms = found.atoms
     kept, mixed, attended = atoms.first("kept"), atoms.first("mixed"), atoms.first("attended")
@@ -229,8 +234,8 @@ def _whole(model: nn.Module, found: Labelled, alone: Mapping[int, str], cut: Col
     return reasons
 
 
-def _extents(found: Labelled, members: Mapping[int, tuple[str, int]]) -> tuple[Extent, ...]:
-    seen: dict[tuple[str, tuple[int, ...]], Extent] = {}
+def _extents(found: Labelled, members: Mapping[int, tuple[str, int]]) -> tuple[TracedSize, ...]:
+    seen: dict[tuple[str, tuple[int, ...]], TracedSize] = {}
     for module, labels in found.made:
         inner = core(thin(found.atoms.roots(labels)))
         if inner.numel() > 1:
@@ -238,5 +243,5 @@ def _extents(found: Labelled, members: Mapping[int, tuple[str, int]]) -> tuple[E
             if any(root in members for root in vector):
                 key = (module, tuple(vector))
                 if key not in seen:
-                    seen[key] = Extent(module, tuple(members.get(root) for root in vector))
+                    seen[key] = TracedSize(module, tuple(members.get(root) for root in vector))
     return tuple(seen.values())

@@ -15,15 +15,15 @@ from torch import Tensor
 from sparsify.pruning.union_find import along, core, never, reshaped, thin, varying
 
 if TYPE_CHECKING:
-    from sparsify.pruning.propagation import Walk
+    from sparsify.pruning.propagation import LabelPropagation
 
 __all__: list[str] = []
 
-Rule = Callable[["Walk", Any, dict[str, Any]], Any]
+Rule = Callable[["LabelPropagation", Any, dict[str, Any]], Any]
 
 
 @dataclass(frozen=True)
-class Operand:
+class LabelledOperand:
     """One tensor that a pointwise operator reads.
 
     Attributes:
@@ -48,7 +48,7 @@ def rule_of(node: Any) -> Rule | None:
 
 def is_pointwise(node: Any) -> bool:
     """Whether every element that `node` gives depends on those alone that lie where it lies."""
-    return rule_of(node) in (_pointwise, _same)
+    return rule_of(node) in (_pointwise, _same_rule)
 
 
 def name_of(node: Any) -> str:
@@ -65,19 +65,21 @@ def arguments(node: Any) -> dict[str, Any]:
     return {**given, **node.kwargs}
 
 
-def _same(walk: Walk, node: Any, given: dict[str, Any]) -> Tensor:
+def _same_rule(walk: LabelPropagation, node: Any, given: dict[str, Any]) -> Tensor:
     return walk.read(node.args[0])
 
 
 # -- what meets -----------------------------------------------------------------------------------------------------
 
 
-def _pointwise(walk: Walk, node: Any, given: dict[str, Any]) -> Tensor:
+def _pointwise(walk: LabelPropagation, node: Any, given: dict[str, Any]) -> Tensor:
     read = [one for one in node.all_input_nodes if isinstance(one.meta.get("val"), Tensor)]
-    return _together(walk, [walk.operand(one) for one in read], node.meta["val"].shape, walk.where(node))
+    return _together_rule(walk, [walk.operand(one) for one in read], node.meta["val"].shape, walk.where(node))
 
 
-def _together(walk: Walk, operands: Iterable[Operand], shape: Sequence[int], where: str) -> Tensor:
+def _together_rule(
+    walk: LabelPropagation, operands: Iterable[LabelledOperand], shape: Sequence[int], where: str
+) -> Tensor:
     """Unites what meets. What cannot be removed must be as broad as one, or be expanded, where the others vary."""
     count = len(shape)
     alive = [one for one in operands if core(one.labels).any()]
@@ -107,7 +109,7 @@ def _together(walk: Walk, operands: Iterable[Operand], shape: Sequence[int], whe
     return made
 
 
-def _meet(walk: Walk, made: Tensor | None, labels: Tensor, where: str) -> Tensor:
+def _meet(walk: LabelPropagation, made: Tensor | None, labels: Tensor, where: str) -> Tensor:
     if made is None:
         return labels
     inner, other = core(made), core(labels)
@@ -119,18 +121,18 @@ def _meet(walk: Walk, made: Tensor | None, labels: Tensor, where: str) -> Tensor
 # -- data movement --------------------------------------------------------------------------------------------------
 
 
-def _move(walk: Walk, node: Any, given: dict[str, Any]) -> Tensor:
+def _move(walk: LabelPropagation, node: Any, given: dict[str, Any]) -> Tensor:
     """The real operator, on labels."""
     read = torch.fx.map_arg((node.args, dict(node.kwargs)), walk.read)
     made: Tensor = node.target(*read[0], **read[1])
     return thin(made)
 
 
-def _reshape(walk: Walk, node: Any, given: dict[str, Any]) -> Tensor:
+def _reshape(walk: LabelPropagation, node: Any, given: dict[str, Any]) -> Tensor:
     return reshaped(walk.read(node.args[0]), node.meta["val"].shape)
 
 
-def _join(walk: Walk, node: Any, given: dict[str, Any]) -> Tensor:
+def _join(walk: LabelPropagation, node: Any, given: dict[str, Any]) -> Tensor:
     """cat and stack; only the dimensions on which some part depends are written out."""
     parts = [walk.read(one) for one in node.args[0]]
     shape = node.meta["val"].shape
@@ -142,7 +144,7 @@ def _join(walk: Walk, node: Any, given: dict[str, Any]) -> Tensor:
     return thin((torch.stack if stacked else torch.cat)(small, dim)).expand(shape)
 
 
-def _slice(walk: Walk, node: Any, given: dict[str, Any]) -> Tensor:
+def _slice(walk: LabelPropagation, node: Any, given: dict[str, Any]) -> Tensor:
     labels = walk.read(node.args[0])
     dim = (given.get("dim") or 0) % labels.dim()
     if node.meta["val"].shape == labels.shape and (given.get("step") or 1) == 1:
@@ -152,14 +154,14 @@ def _slice(walk: Walk, node: Any, given: dict[str, Any]) -> Tensor:
     return made
 
 
-def _unbind(walk: Walk, node: Any, given: dict[str, Any]) -> list[Tensor]:
+def _unbind(walk: LabelPropagation, node: Any, given: dict[str, Any]) -> list[Tensor]:
     labels = walk.read(node.args[0])
     dim = (given.get("dim") or 0) % labels.dim()
     walk.bound(labels, [d for d in range(labels.dim()) if d != dim], "takes a fixed number of them")
     return list(labels.unbind(dim))
 
 
-def _split(walk: Walk, node: Any, given: dict[str, Any]) -> list[Tensor]:
+def _split_rule(walk: LabelPropagation, node: Any, given: dict[str, Any]) -> list[Tensor]:
     """Pieces of one size lose the same channels; those of several sizes are taken by number."""
     labels = walk.read(node.args[0])
     dim = (given.get("dim") or 0) % labels.dim()
@@ -172,7 +174,7 @@ def _split(walk: Walk, node: Any, given: dict[str, Any]) -> list[Tensor]:
     return list(torch.split(labels, sizes, dim))
 
 
-def _glu(walk: Walk, node: Any, given: dict[str, Any]) -> Tensor:
+def _glu(walk: LabelPropagation, node: Any, given: dict[str, Any]) -> Tensor:
     labels = walk.read(node.args[0])
     dim = given.get("dim", -1) % labels.dim()
     pieces = reshaped(labels, [*labels.shape[:dim], 2, labels.shape[dim] // 2, *labels.shape[dim + 1 :]])
@@ -180,21 +182,21 @@ def _glu(walk: Walk, node: Any, given: dict[str, Any]) -> Tensor:
     return _meet(walk, pieces.select(dim, 0), pieces.select(dim, 1), walk.where(node))
 
 
-def _roll(walk: Walk, node: Any, given: dict[str, Any]) -> Tensor:
+def _roll(walk: LabelPropagation, node: Any, given: dict[str, Any]) -> Tensor:
     labels = walk.read(node.args[0])
     dims = [d % labels.dim() for d in given.get("dims") or range(labels.dim())]
     walk.bound(labels, [d for d in range(labels.dim()) if d not in dims], "rolls them by a fixed number")
     return thin(labels.roll(given["shifts"], given.get("dims") or ())) if set(dims) & set(varying(labels)) else labels
 
 
-def _unfold(walk: Walk, node: Any, given: dict[str, Any]) -> Tensor:
+def _unfold(walk: LabelPropagation, node: Any, given: dict[str, Any]) -> Tensor:
     labels = walk.read(node.args[0])
     dim = given["dimension"] % labels.dim()
     walk.bound(labels, [d for d in range(labels.dim()) if d != dim], "cuts windows out of them")
     return labels.unfold(dim, given["size"], given["step"])
 
 
-def _windows(walk: Walk, node: Any, given: dict[str, Any]) -> Tensor:
+def _windows(walk: LabelPropagation, node: Any, given: dict[str, Any]) -> Tensor:
     """Windows of positions become channels, those of one channel side by side."""
     shape = node.meta["val"].shape
     labels = walk.read(node.args[0])
@@ -203,7 +205,7 @@ def _windows(walk: Walk, node: Any, given: dict[str, Any]) -> Tensor:
     return along(channels.repeat_interleave(shape[dim] // len(channels)), dim, shape)
 
 
-def _pixel_shuffle(walk: Walk, node: Any, given: dict[str, Any]) -> Tensor:
+def _pixel_shuffle(walk: LabelPropagation, node: Any, given: dict[str, Any]) -> Tensor:
     shape = node.meta["val"].shape
     labels = walk.read(node.args[0])
     channels = walk.channels(labels, labels.dim() - 3, walk.where(node)).reshape(shape[-3], -1)
@@ -211,7 +213,7 @@ def _pixel_shuffle(walk: Walk, node: Any, given: dict[str, Any]) -> Tensor:
     return along(mixed, len(shape) - 3, shape)
 
 
-def _index(walk: Walk, node: Any, given: dict[str, Any]) -> Tensor | None:
+def _index(walk: LabelPropagation, node: Any, given: dict[str, Any]) -> Tensor | None:
     """Advanced indexing: of a table by rows that are all alike, of activations by number."""
     source, indices = node.args[0], node.args[1]
     labels = walk.read(source)
@@ -221,7 +223,7 @@ def _index(walk: Walk, node: Any, given: dict[str, Any]) -> Tensor | None:
         width = index.meta["val"].dim() if index is not None and index.meta["val"].dtype == torch.bool else 1
         dims += range(position, position + width) if index is not None else []
         position += width
-    labels = _taken(walk, source, labels, dims)
+    labels = _taken_rule(walk, source, labels, dims)
     found = []
     for index in indices:
         value = None if index is None else index.meta["val"]
@@ -235,11 +237,11 @@ def _index(walk: Walk, node: Any, given: dict[str, Any]) -> Tensor | None:
     return thin(labels[tuple(found)])
 
 
-def _gather(walk: Walk, node: Any, given: dict[str, Any]) -> Tensor | None:
+def _gather(walk: LabelPropagation, node: Any, given: dict[str, Any]) -> Tensor | None:
     dim, index = given["dim"], given["index"]
     labels = walk.read(node.args[0])
     dim %= labels.dim()
-    labels = _taken(walk, node.args[0], labels, [dim])
+    labels = _taken_rule(walk, node.args[0], labels, [dim])
     value = walk.value(index) if dim in varying(labels) else torch.zeros(index.meta["val"].shape, dtype=torch.int64)
     if value is None:
         return None
@@ -247,7 +249,7 @@ def _gather(walk: Walk, node: Any, given: dict[str, Any]) -> Tensor | None:
     return thin(taken(dim, value.cpu()))
 
 
-def _taken(walk: Walk, source: Any, labels: Tensor, dims: Sequence[int]) -> Tensor:
+def _taken_rule(walk: LabelPropagation, source: Any, labels: Tensor, dims: Sequence[int]) -> Tensor:
     if walk.tensor(source) is not None:
         return thin(walk.atoms.mix(labels, dims, f"{walk.where(walk.node)} looks them up by number"))
     walk.bound(labels, [d for d in range(labels.dim()) if d not in dims], "takes some by number")
@@ -257,7 +259,7 @@ def _taken(walk: Walk, source: Any, labels: Tensor, dims: Sequence[int]) -> Tens
 # -- mixing ---------------------------------------------------------------------------------------------------------
 
 
-def _reduce(walk: Walk, node: Any, given: dict[str, Any]) -> Any:
+def _reduce(walk: LabelPropagation, node: Any, given: dict[str, Any]) -> Any:
     if isinstance(given.get("other"), torch.fx.Node):
         return _pointwise(walk, node, given)
     labels = walk.read(node.args[0])
@@ -269,12 +271,12 @@ def _reduce(walk: Walk, node: Any, given: dict[str, Any]) -> Any:
     return _for_each(node, lambda shape: inner.reshape(shape))
 
 
-def _along(walk: Walk, node: Any, given: dict[str, Any]) -> Any:
+def _along(walk: LabelPropagation, node: Any, given: dict[str, Any]) -> Any:
     mixed = walk.atoms.mix(walk.read(node.args[0]), [given.get("dim", -1)], _mixed_by(walk, node, "mixes them"))
     return _for_each(node, lambda shape: mixed)
 
 
-def _mixed_by(walk: Walk, node: Any, what: str) -> str:
+def _mixed_by(walk: LabelPropagation, node: Any, what: str) -> str:
     if "Norm" in walk.type_of(node):
         return f"its channels are normalised together by {walk.layer(node)}"
     return f"{walk.where(node)} {what}"
@@ -286,23 +288,23 @@ def _for_each(node: Any, make: Callable[[Sequence[int]], Tensor]) -> Any:
     return [make(one.shape) for one in value] if isinstance(value, (list, tuple)) else make(value.shape)
 
 
-def _first(labels: Tensor, count: int) -> Tensor:
+def _first_rule(labels: Tensor, count: int) -> Tensor:
     """`labels` with size 1 along the last `count` dimensions."""
     for dim in range(labels.dim() - count, labels.dim()):
         labels = labels.narrow(dim, 0, 1)
     return labels
 
 
-def _pool(walk: Walk, node: Any, given: dict[str, Any]) -> Any:
+def _pool(walk: LabelPropagation, node: Any, given: dict[str, Any]) -> Any:
     rank = next((int(letter) for letter in name_of(node) if letter in "123"), 2)
     labels = walk.read(node.args[0])
     dims = range(labels.dim() - rank, labels.dim())
     mixed = walk.atoms.mix(labels, dims, f"{walk.where(node)} takes one number from them")
-    inner = _first(mixed, rank)
+    inner = _first_rule(mixed, rank)
     return _for_each(node, lambda shape: inner.expand(shape))
 
 
-def _pad(walk: Walk, node: Any, given: dict[str, Any]) -> Tensor:
+def _pad(walk: LabelPropagation, node: Any, given: dict[str, Any]) -> Tensor:
     """Padding along positions; a padded channel is not removed, nor what meets it."""
     labels = walk.read(node.args[0])
     sizes = list(given.get("pad") or given["padding"])
@@ -323,7 +325,7 @@ def _pad(walk: Walk, node: Any, given: dict[str, Any]) -> Tensor:
     return made
 
 
-def _batch_norm(walk: Walk, node: Any, given: dict[str, Any]) -> Tensor:
+def _batch_norm(walk: LabelPropagation, node: Any, given: dict[str, Any]) -> Tensor:
     labels = walk.read(node.args[0])
     why = f"{walk.layer(node)} has other channels"
     channels = walk.channels(labels, 1, why)
@@ -332,17 +334,17 @@ def _batch_norm(walk: Walk, node: Any, given: dict[str, Any]) -> Tensor:
     return along(channels, 1, labels.shape)
 
 
-def _layer_norm(walk: Walk, node: Any, given: dict[str, Any]) -> Tensor:
+def _layer_norm(walk: LabelPropagation, node: Any, given: dict[str, Any]) -> Tensor:
     labels = walk.read(node.args[0])
     size = len(given["normalized_shape"])
     why = f"its channels are normalised together by {walk.layer(node)}"
     mixed = walk.atoms.mix(labels, range(labels.dim() - size, labels.dim()), why)
     affine = [one for name in ("weight", "bias") if isinstance(one := given.get(name), torch.fx.Node)]
-    operands = [Operand(mixed, walk.operand(node.args[0]).real), *(walk.operand(one) for one in affine)]
-    return _together(walk, operands, labels.shape, walk.layer(node))
+    operands = [LabelledOperand(mixed, walk.operand(node.args[0]).real), *(walk.operand(one) for one in affine)]
+    return _together_rule(walk, operands, labels.shape, walk.layer(node))
 
 
-def _group_norm(walk: Walk, node: Any, given: dict[str, Any]) -> Tensor:
+def _group_norm(walk: LabelPropagation, node: Any, given: dict[str, Any]) -> Tensor:
     labels = walk.read(node.args[0])
     groups = given["num_groups"]
     channels = walk.channels(labels, 1, f"{walk.layer(node)} reads them along another dimension")
@@ -353,7 +355,7 @@ def _group_norm(walk: Walk, node: Any, given: dict[str, Any]) -> Tensor:
     return along(channels, 1, labels.shape)
 
 
-def _prelu(walk: Walk, node: Any, given: dict[str, Any]) -> Tensor:
+def _prelu(walk: LabelPropagation, node: Any, given: dict[str, Any]) -> Tensor:
     labels = walk.read(node.args[0])
     weight = given["weight"]
     if weight.meta["val"].numel() == 1:
@@ -365,17 +367,17 @@ def _prelu(walk: Walk, node: Any, given: dict[str, Any]) -> Tensor:
 # -- products -------------------------------------------------------------------------------------------------------
 
 
-def _matmul(walk: Walk, node: Any, given: dict[str, Any]) -> Tensor:
-    return _product(walk, node, node.args[0], node.args[1])
+def _matmul(walk: LabelPropagation, node: Any, given: dict[str, Any]) -> Tensor:
+    return _product_rule(walk, node, node.args[0], node.args[1])
 
 
-def _baddbmm(walk: Walk, node: Any, given: dict[str, Any]) -> Tensor:
-    made = _product(walk, node, node.args[1], node.args[2])
-    operand = Operand(made, tuple(n > 1 for n in made.shape))
-    return _together(walk, [operand, walk.operand(node.args[0])], made.shape, walk.where(node))
+def _baddbmm(walk: LabelPropagation, node: Any, given: dict[str, Any]) -> Tensor:
+    made = _product_rule(walk, node, node.args[1], node.args[2])
+    operand = LabelledOperand(made, tuple(n > 1 for n in made.shape))
+    return _together_rule(walk, [operand, walk.operand(node.args[0])], made.shape, walk.where(node))
 
 
-def _product(walk: Walk, node: Any, first: Any, second: Any) -> Tensor:
+def _product_rule(walk: LabelPropagation, node: Any, first: Any, second: Any) -> Tensor:
     """Of two activations; with a tensor of fixed size it only moves what does not lie along the sum."""
     left, right = operands = [walk.operand(first), walk.operand(second)]
     shape = node.meta["val"].shape
@@ -385,34 +387,34 @@ def _product(walk: Walk, node: Any, first: Any, second: Any) -> Tensor:
                 if one.labels.dim() + summed in varying(one.labels):
                     walk.atoms.keep(one.labels, f"{walk.where(node)} meets a tensor of fixed size")
                     return never(shape)
-                moved = Operand(one.labels.narrow(summed, 0, 1), one.real, one.table)
-                fixed = Operand(other.labels[..., :1, :1], (*other.real[:-2], False, False))
-                return _together(walk, [moved, fixed], shape, walk.where(node))
+                moved = LabelledOperand(one.labels.narrow(summed, 0, 1), one.real, one.table)
+                fixed = LabelledOperand(other.labels[..., :1, :1], (*other.real[:-2], False, False))
+                return _together_rule(walk, [moved, fixed], shape, walk.where(node))
     return _heads(walk, operands, shape, node)
 
 
-def _heads(walk: Walk, operands: Sequence[Operand], shape: Sequence[int], node: Any) -> Tensor:
+def _heads(walk: LabelPropagation, operands: Sequence[LabelledOperand], shape: Sequence[int], node: Any) -> Tensor:
     """All under one batch index goes together: in attention that is a head."""
     why = f"{walk.where(node)} takes products along them"
     mixed = []
     for one in operands:
         dims = range(max(one.labels.dim() - 2, 0), one.labels.dim())
         whole = walk.atoms.mix(one.labels, dims, why, "attended")
-        inner = _first(whole, len(dims))
+        inner = _first_rule(whole, len(dims))
         if len(dims) < 2:
             inner = inner.reshape(1, 1)
         walk.atoms.log("attended", core(inner), why)
-        mixed.append(Operand(inner, (*one.real[: inner.dim() - 2], False, False), one.table))
-    made = _together(walk, mixed, [*shape[:-2], 1, 1] if len(shape) > 1 else [1, 1], walk.where(node))
+        mixed.append(LabelledOperand(inner, (*one.real[: inner.dim() - 2], False, False), one.table))
+    made = _together_rule(walk, mixed, [*shape[:-2], 1, 1] if len(shape) > 1 else [1, 1], walk.where(node))
     return made.expand(tuple(shape)) if len(shape) > 1 else made.reshape(1).expand(tuple(shape))
 
 
-def _attention(walk: Walk, node: Any, given: dict[str, Any]) -> Tensor:
+def _attention_rule(walk: LabelPropagation, node: Any, given: dict[str, Any]) -> Tensor:
     operands = [walk.operand(given[name]) for name in ("query", "key", "value")]
     if given.get("enable_gqa"):
         heads = operands[0].labels.shape[-3]
         operands = [
-            Operand(thin(one.labels.repeat_interleave(heads // one.labels.shape[-3], -3)), one.real, one.table)
+            LabelledOperand(thin(one.labels.repeat_interleave(heads // one.labels.shape[-3], -3)), one.real, one.table)
             for one in operands
         ]
     if isinstance(mask := given.get("attn_mask"), torch.fx.Node):
@@ -426,7 +428,7 @@ def _table(rule: Rule, names: str) -> dict[str, Rule]:
 
 RULES: dict[str, Rule] = {
     **_table(
-        _same,
+        _same_rule,
         "clone contiguous to _to_copy type_as alias detach lift_fresh_copy positive float double half bfloat16 dropout "
         "alpha_dropout feature_dropout feature_alpha_dropout rrelu identity zeros_like ones_like full_like empty_like "
         "rand_like randn_like",
@@ -445,7 +447,7 @@ RULES: dict[str, Rule] = {
     ),
     **_table(_join, "cat concat concatenate stack"),
     **_table(_slice, "slice select narrow"),
-    **_table(_split, "split chunk split_with_sizes tensor_split unsafe_split unsafe_chunk"),
+    **_table(_split_rule, "split chunk split_with_sizes tensor_split unsafe_split unsafe_chunk"),
     "unbind": _unbind,
     "glu": _glu,
     "roll": _roll,
@@ -467,7 +469,7 @@ RULES: dict[str, Rule] = {
     "prelu": _prelu,
     **_table(_matmul, "matmul bmm mm"),
     "baddbmm": _baddbmm,
-    "scaled_dot_product_attention": _attention,
+    "scaled_dot_product_attention": _attention_rule,
 }
 _BY_START: dict[str, Rule] = {
     **dict.fromkeys(("avg_pool", "max_pool", "adaptive_avg_pool", "adaptive_max_pool", "upsample_", "lp_pool"), _pool),

@@ -18,7 +18,7 @@ from torch.optim import Optimizer
 
 from sparsify.errors import DataError, StateError, TargetError, did_you_mean
 from sparsify.model import distributed, targets
-from sparsify.pruning.selection import without_lowest
+from sparsify.pruning.selection import mask_lowest
 
 if TYPE_CHECKING:
     from sparsify.pruning.removal import Removal
@@ -89,7 +89,7 @@ class MaskType:
         return None
 
 
-def prune(
+def compute_masks(
     scores: Mapping[str, Tensor],
     sparsity: float,
     mask_type: MaskType = MaskType("unstructured"),
@@ -132,31 +132,31 @@ def prune(
             if mask is not None:
                 kept[name] = mask
         elif mask_type.kind == "block":
-            units[name], back[name] = _blocks(score.detach(), dims.get(name, 1), mask_type.block, absolute)
+            units[name], back[name] = _block_units(score.detach(), dims.get(name, 1), mask_type.block, absolute)
             if mask is not None:
-                kept[name] = _blocks(mask, dims.get(name, 1), mask_type.block, False)[0] > 0
+                kept[name] = _block_units(mask, dims.get(name, 1), mask_type.block, False)[0] > 0
         elif mask_type.kind == "n_of_m":
             units[name] = _only_lowest_of_each_group(name, score.detach(), mask, mask_type, dims.get(name, 1), absolute)
             if mask is not None:
                 kept[name] = mask
         else:
             dim = dims.get(name, 1) if mask_type.kind == "channel" else 1 - dims.get(name, 1)
-            units[name], back[name] = _channels(score.detach(), dim, absolute)
+            units[name], back[name] = _channel_units(score.detach(), dim, absolute)
             if mask is not None:
-                kept[name] = _channels(mask, dim, False)[0] > 0
+                kept[name] = _channel_units(mask, dim, False)[0] > 0
     absolute = absolute and mask_type.kind == "unstructured"
     if together:
         total = sum(unit.numel() for unit in units.values())
-        masks = without_lowest(units, round(total * sparsity), kept=kept, absolute=absolute) if units else {}
+        masks = mask_lowest(units, round(total * sparsity), kept=kept, absolute=absolute) if units else {}
     else:
         masks = {}
         for name, unit in units.items():
             own = {name: kept[name]} if name in kept else {}
-            masks |= without_lowest({name: unit}, round(unit.numel() * sparsity), kept=own, absolute=absolute)
+            masks |= mask_lowest({name: unit}, round(unit.numel() * sparsity), kept=own, absolute=absolute)
     return {name: back[name](mask) if name in back else mask for name, mask in masks.items()}
 
 
-def _blocks(
+def _block_units(
     score: Tensor, input_dim: int, block: tuple[int, int], absolute: bool
 ) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
     """The mean of each block, and what turns a mask of blocks into one of weights."""
@@ -174,19 +174,19 @@ def _blocks(
     return means, back
 
 
-def _channels(score: Tensor, dim: int, absolute: bool) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+def _channel_units(score: Tensor, dim: int, absolute: bool) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
     """What each slice along `dim` is worth, and what turns a mask of slices into one of weights."""
     values = score.movedim(dim, 0).flatten(1)
     values = values if values.dtype == torch.float64 else values.float()
     # Not the norm: in one ranking over layers of many sizes it would spare whatever is wide.
-    worth = values.square().mean(1).sqrt() if absolute else values.mean(1)
+    importance = values.square().mean(1).sqrt() if absolute else values.mean(1)
 
     def back(mask: Tensor) -> Tensor:
         along = [1] * score.dim()
         along[dim] = -1
         return mask.view(along).expand(score.shape).contiguous()
 
-    return worth, back
+    return importance, back
 
 
 def _only_lowest_of_each_group(
@@ -217,7 +217,7 @@ def _only_lowest_of_each_group(
 
 
 @dataclass
-class _Place:
+class _MaskedParameter:
     """A masked parameter and what makes masking it fast, as long as its memory does not move."""
 
     parameter: Tensor
@@ -244,7 +244,7 @@ class Masker:
         self.optimizer = optimizer
         self._masks: dict[str, Tensor] = {}
         self._zeros: dict[str, int] = {}
-        self._places: dict[str, _Place] = {}
+        self._places: dict[str, _MaskedParameter] = {}
         self._floats: dict[str, Tensor] = {}
         self._owners: dict[str, tuple[nn.Module, str]] = {}
 
@@ -442,7 +442,7 @@ class Masker:
             raise TargetError(f"{name!r} is no longer a parameter of its layer, a {type(module).__name__}.")
         return parameter
 
-    def _place(self, name: str) -> _Place:
+    def _place(self, name: str) -> _MaskedParameter:
         """Where the masked parameter is, made again when its memory has moved."""
         parameter = self._find(name)
         place = self._places.get(name)
@@ -462,8 +462,8 @@ class Masker:
         self._floats.pop(name, None)
         bits = keep = None
         if not parameter.is_meta and parameter.device.type == "cpu" and type(parameter) in (Tensor, nn.Parameter):
-            bits, keep = _bits(parameter, mask)
-        place = _Place(parameter, parameter.data_ptr(), mask, bits, keep)
+            bits, keep = _packed(parameter, mask)
+        place = _MaskedParameter(parameter, parameter.data_ptr(), mask, bits, keep)
         self._places[name] = place
         return place
 
@@ -493,7 +493,7 @@ class Masker:
         """Zeroes a tensor of the parameter's shape where its mask is False; NaN and infinity too."""
         place = self._places[name]
         bits, keep = (
-            _bits(tensor, place.mask) if tensor.device.type == "cpu" and type(tensor) is Tensor else (None, None)
+            _packed(tensor, place.mask) if tensor.device.type == "cpu" and type(tensor) is Tensor else (None, None)
         )
         if bits is not None and keep is not None:
             np.multiply(bits, keep, out=bits)
@@ -521,7 +521,7 @@ def _tensors(state: Mapping[str, Any]) -> Iterator[Tensor]:
                 yield each
 
 
-def _bits(tensor: Tensor, mask: Tensor) -> tuple[Any, Any]:
+def _packed(tensor: Tensor, mask: Tensor) -> tuple[Any, Any]:
     """Both as flat numpy views in memory order: the values as signed integers of their width; None where there is no
     such view."""
     if tensor.stride() != mask.stride():

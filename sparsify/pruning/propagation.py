@@ -16,13 +16,13 @@ import torch
 from torch import Tensor, nn
 
 from sparsify.model.targets import named_modules
-from sparsify.model.trace import Names
-from sparsify.pruning.label_rules import Operand, arguments, is_pointwise, name_of, rule_of
-from sparsify.pruning.union_find import Atoms, along, core, never, thin, varying
+from sparsify.model.trace import ModuleNames
+from sparsify.pruning.label_rules import LabelledOperand, arguments, is_pointwise, name_of, rule_of
+from sparsify.pruning.union_find import UnionFind, along, core, never, thin, varying
 
 __all__: list[str] = []
 
-Role = Literal["row", "column", "other"]
+SliceRole = Literal["row", "column", "other"]
 
 # Which argument is the weight.
 _LINEAR = {"linear": 1, "addmm": 2, "mm": 1, "matmul": 1}
@@ -57,9 +57,9 @@ class Labelled:
         refused: {tensor: why} for weights that nothing is known about.
     """
 
-    atoms: Atoms = field(default_factory=Atoms)
+    atoms: UnionFind = field(default_factory=UnionFind)
     places: dict[tuple[str, int], Tensor] = field(default_factory=dict)
-    roles: dict[tuple[str, int], Role] = field(default_factory=dict)
+    roles: dict[tuple[str, int], SliceRole] = field(default_factory=dict)
     tables: dict[str, Tensor] = field(default_factory=dict)
     layers: dict[str, Literal["conv", "linear", "embedding"]] = field(default_factory=dict)
     bounds: list[Bound] = field(default_factory=list)
@@ -72,7 +72,7 @@ def labelled(model: nn.Module, program: Any) -> Labelled:
 
     Bounds are enforced: every tensor can lose slices along one dimension only.
     """
-    found = Walk(model, program)
+    found = LabelPropagation(model, program)
     found.run(program.graph_module.graph, None)
     _enforce(found.result)
     return found.result
@@ -110,11 +110,11 @@ def _enforce(found: Labelled) -> None:
                 changed = True
 
 
-class Walk:
+class LabelPropagation:
     """One walk through the program."""
 
     def __init__(self, model: nn.Module, program: Any) -> None:
-        names = Names(model)
+        names = ModuleNames(model)
         signature = program.graph_signature
         self.result = Labelled()
         self.atoms = self.result.atoms
@@ -200,7 +200,7 @@ class Walk:
                 if inputs is not None:
                     self._env[node] = next(given)
                 elif node.name not in self._tensors:
-                    self._env[node] = _nothing(node)
+                    self._env[node] = _no_labels(node)
             elif node.op == "call_function":
                 if node in self._on_the_way:
                     continue
@@ -251,7 +251,7 @@ class Walk:
                 return weighted
         read = [one for one in node.all_input_nodes if isinstance(one.meta.get("val"), Tensor)]
         if not any(self.tensor(one) for one in read) and not any(core(self.read(one)).any() for one in read):
-            return _nothing(node)
+            return _no_labels(node)
         rule = rule_of(node)
         try:
             return None if rule is None else rule(self, node, given)
@@ -283,7 +283,7 @@ class Walk:
             if (name := self.tensor(one)) is not None:
                 self.result.refused.setdefault(name, f"{what} is not known to lose channels")
             self._freeze(one, f"{what} is not known to lose channels")
-        return _nothing(node)
+        return _no_labels(node)
 
     # -- reading ------------------------------------------------------------------------------------------------
 
@@ -329,7 +329,7 @@ class Walk:
         if isinstance(node.meta.get("val"), Tensor):
             self.atoms.keep(self.read(node), why)
 
-    def _register(self, name: str, dim: int, labels: Tensor, role: Role, why: str) -> Tensor:
+    def _register(self, name: str, dim: int, labels: Tensor, role: SliceRole, why: str) -> Tensor:
         """Says that the slices of `name` along `dim` have these labels; what was said before is united with it."""
         result, key = self.result, (name, dim)
         if name in self._rigid:
@@ -341,7 +341,7 @@ class Walk:
         if key in result.places:
             labels = self.atoms.unite(result.places[key], labels, why)
         result.places[key] = labels
-        order: tuple[Role, ...] = ("row", "column", "other")
+        order: tuple[SliceRole, ...] = ("row", "column", "other")
         result.roles[key] = min(role, result.roles.get(key, role), key=order.index)
         return labels
 
@@ -372,9 +372,9 @@ class Walk:
         if not set(varying(labels)) <= set(free) or len(varying(labels)) > 1:
             self.result.bounds.append(Bound(labels, free, f"{self.where(self.node)} {what}"))
 
-    def operand(self, node: Any) -> Operand:
+    def operand(self, node: Any) -> LabelledOperand:
         """What `node` gives, for an operator in which tensors meet."""
-        return Operand(self.read(node), self._real(node), self._made_of(node))
+        return LabelledOperand(self.read(node), self._real(node), self._made_of(node))
 
     def _real(self, node: Any) -> tuple[bool, ...]:
         """For each dimension whether the tensor has a size of its own there, rather than one to fit others."""
@@ -515,7 +515,7 @@ def _flat(value: Any) -> list[Any]:
     return list(value) if isinstance(value, (list, tuple)) else [value]
 
 
-def _nothing(node: Any) -> Any:
+def _no_labels(node: Any) -> Any:
     """Labels of what never dies, for all that `node` gives."""
     value = node.meta.get("val")
     if isinstance(value, Tensor):

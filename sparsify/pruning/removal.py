@@ -16,14 +16,14 @@ from torch import Tensor, nn
 from torch.optim import LBFGS
 
 from sparsify.errors import ArgumentError, StateError, did_you_mean
-from sparsify.model.optimizer_hooks import distributed, steps
+from sparsify.model.optimizer_hooks import innermost_optimizer, is_distributed
 from sparsify.model.targets import by_clean_name, named_modules
-from sparsify.pruning.groups import Families
+from sparsify.pruning.groups import ChannelGroups
 
 __all__: list[str] = []
 
-Gone = Mapping[str, Collection[int]]
-"""Family's name -> its channels that go."""
+PrunedChannels = Mapping[str, Collection[int]]
+"""Channel group's name -> its channels that go."""
 
 
 @dataclass(frozen=True)
@@ -77,31 +77,31 @@ def tensors(model: nn.Module) -> dict[str, Tensor]:
     return by_clean_name(pairs)
 
 
-def plan_removal(model: nn.Module, families: Families, gone: Gone) -> Removal:
-    """What becomes of `model` when the channels in `gone` are removed. Touches nothing.
+def plan_removal(model: nn.Module, channel_groups: ChannelGroups, pruned: PrunedChannels) -> Removal:
+    """What becomes of `model` when the channels in `pruned` are removed. Touches nothing.
 
     Raises:
-        ArgumentError: no such family or channel, or no channel of a family would be left.
-        StateError: the families are of a model with other shapes.
+        ArgumentError: no such channel group or channel, or no channel of a channel group would be left.
+        StateError: the channel groups are of a model with other shapes.
     """
     here = tensors(model)
     dead: dict[str, dict[int, set[int]]] = {}
-    for name, channels in gone.items():
-        family = families.families.get(name)
-        if family is None:
-            raise ArgumentError(f"{name!r} is no family of channels.{did_you_mean(name, families.families)}")
-        wrong = [c for c in channels if not 0 <= c < family.size]
+    for name, channels in pruned.items():
+        channel_group = channel_groups.groups.get(name)
+        if channel_group is None:
+            raise ArgumentError(f"{name!r} is no channel group of channels.{did_you_mean(name, channel_groups.groups)}")
+        wrong = [c for c in channels if not 0 <= c < channel_group.size]
         if wrong:
-            raise ArgumentError(f"{name!r} has channels 0 to {family.size - 1}, not {wrong[0]}.")
+            raise ArgumentError(f"{name!r} has channels 0 to {channel_group.size - 1}, not {wrong[0]}.")
         lost = set(channels)
-        if len(lost) == family.size:
-            raise ArgumentError(f"all {family.size} channels of {name!r} would be removed; keep at least one.")
-        for place in family.places if lost else ():
+        if len(lost) == channel_group.size:
+            raise ArgumentError(f"all {channel_group.size} channels of {name!r} would be removed; keep at least one.")
+        for place in channel_group.places if lost else ():
             size = tuple(here[place.tensor].shape) if place.tensor in here else ()
             if len(size) <= place.dim or size[place.dim] != len(place.channels):
                 raise StateError(
-                    f"{place.tensor!r} has shape {size}, but {len(place.channels)} "
-                    f"slices were found along dimension {place.dim}: the model was changed since. Find families anew."
+                    f"{place.tensor!r} has shape {size}, but {len(place.channels)} slices were found along "
+                    f"dimension {place.dim}: the model was changed since. Find channel groups anew."
                 )
             slices = dead.setdefault(place.tensor, {}).setdefault(place.dim, set())
             slices.update(i for i, channel in enumerate(place.channels) if channel in lost)
@@ -119,14 +119,14 @@ def plan_removal(model: nn.Module, families: Families, gone: Gone) -> Removal:
             raise ArgumentError(f"nothing of {name!r} would be left: {before[name]} becomes {tuple(shape)}.")
         after[name] = tuple(shape)
     attributes = _layers_own(model, keep, after)
-    attributes |= numbers_in_code(model, families, gone)
-    return Removal(keep, attributes, _config(model, families, gone), before, after)
+    attributes |= numbers_in_code(model, channel_groups, pruned)
+    return Removal(keep, attributes, _config(model, channel_groups, pruned), before, after)
 
 
 # ---------------------------------------------------------------------- numbers that follow shapes
 
 
-def _convolution(layer: Any, weight: tuple[int, ...], groups: int) -> dict[str, Any]:
+def _cut_convolution(layer: Any, weight: tuple[int, ...], groups: int) -> dict[str, Any]:
     if layer.transposed:
         return {"in_channels": weight[0], "out_channels": weight[1] * groups, "groups": groups}
     return {"in_channels": weight[1] * groups, "out_channels": weight[0], "groups": groups}
@@ -153,7 +153,7 @@ def _layers_own(
             old = layer.weight.shape[0]
             # Of grouped ones whole groups go: the first dimension of the weight tells how many are left.
             groups = layer.groups * shape[0] // old if layer.groups > 1 else 1
-            values = _convolution(layer, shape, groups)
+            values = _cut_convolution(layer, shape, groups)
         elif isinstance(layer, nn.Linear) and shape:
             values = {"in_features": shape[1], "out_features": shape[0]}
         elif isinstance(layer, nn.modules.batchnorm._NormBase):
@@ -179,14 +179,16 @@ _NEVER = ("head_dim", "head_size", "per_head", "window", "d_kv", "kernel", "stri
 """Parts of names of numbers that do not follow a count of channels: the size of one head, geometry."""
 
 
-def numbers_in_code(model: nn.Module, families: Families, gone: Gone) -> dict[str, dict[str, Any]]:
+def numbers_in_code(
+    model: nn.Module, channel_groups: ChannelGroups, pruned: PrunedChannels
+) -> dict[str, dict[str, Any]]:
     """Whole numbers that user's modules keep, equal to a size in their own forward that becomes another.
 
     A number that several sizes explain, with different results, is left alone: the dry run judges.
     """
-    lost = {(name, channel) for name, channels in gone.items() for channel in channels}
+    lost = {(name, channel) for name, channels in pruned.items() for channel in channels}
     sizes: dict[str, dict[int, set[int]]] = {}
-    for extent in families.extents:
+    for extent in channel_groups.extents:
         left = sum(channel not in lost for channel in extent.channels)
         sizes.setdefault(extent.module, {}).setdefault(len(extent.channels), set()).add(left)
     modules = {"": model, **named_modules(model)}
@@ -201,7 +203,7 @@ def numbers_in_code(model: nn.Module, families: Families, gone: Gone) -> dict[st
         for name, value in vars(module).items():
             # all_head_size, in the manner of BERT, is the size of all heads together.
             fixed = any(part in name.replace("all_head_size", "") for part in _NEVER)
-            if type(value) is not int or name in families.constants or fixed:
+            if type(value) is not int or name in channel_groups.constants or fixed:
                 continue
             left_over = by_size.get(value, set())
             if len(left_over) == 1 and value not in left_over:
@@ -213,7 +215,7 @@ _COLUMNS = ("intermediate_size", "ffn_dim", "d_ff", "n_inner", "encoder_ffn_dim"
 _HEADS = ("num_attention_heads", "num_key_value_heads", "num_heads", "n_head", "n_heads", "encoder_attention_heads")
 
 
-def _config(model: nn.Module, families: Families, gone: Gone) -> dict[str, Any]:
+def _config(model: nn.Module, channel_groups: ChannelGroups, pruned: PrunedChannels) -> dict[str, Any]:
     """Values of a Hugging Face config that say, after the removal, what the model is.
 
     Only where one value is true for all layers. The number of heads only where the config tells the size of a head as
@@ -225,9 +227,9 @@ def _config(model: nn.Module, families: Families, gone: Gone) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for kind, names in (("linear", _COLUMNS), ("heads", _HEADS)):
         left: dict[int, set[int]] = {}
-        for name, family in families.families.items():
-            if family.kind == kind:
-                left.setdefault(family.size, set()).add(family.size - len(set(gone.get(name, ()))))
+        for name, channel_group in channel_groups.groups.items():
+            if channel_group.kind == kind:
+                left.setdefault(channel_group.size, set()).add(channel_group.size - len(set(pruned.get(name, ()))))
         told = any(isinstance(vars(config).get(size), int) for size in ("head_dim", "d_kv"))
         for name in names:
             value = vars(config).get(name)
@@ -236,7 +238,7 @@ def _config(model: nn.Module, families: Families, gone: Gone) -> dict[str, Any]:
             if type(value) is not int or (kind == "heads" and not told):
                 continue
             if kind == "heads" and name == "num_attention_heads" and "num_key_value_heads" in vars(config):
-                # A family is a head of keys with its heads of queries.
+                # A channel group is a head of keys with its heads of queries.
                 shared = vars(config)["num_key_value_heads"]
                 if shared and len(left.get(shared, ())) == 1:
                     found[name] = value // shared * next(iter(left[shared]))
@@ -260,7 +262,7 @@ def remove(model: nn.Module, removal: Removal, optimizer: Any = None) -> None:
     Raises:
         StateError: the model has other shapes, or is wrapped by DistributedDataParallel or FSDP.
     """
-    if distributed(model) or any(hasattr(p, "placements") for p in model.parameters()):
+    if is_distributed(model) or any(hasattr(p, "placements") for p in model.parameters()):
         raise StateError(
             "channels cannot be removed under a live DistributedDataParallel or FSDP wrapper, which holds buffers of "
             "the old shapes: unwrap, shrink, wrap again."
@@ -279,7 +281,7 @@ def remove(model: nn.Module, removal: Removal, optimizer: Any = None) -> None:
     absent = [path for path in removal.attributes if path not in modules]
     if absent:
         raise StateError(f"{type(model).__name__} has no module {absent[0]!r}.")
-    inner = None if optimizer is None else steps(optimizer)
+    inner = None if optimizer is None else innermost_optimizer(optimizer)
     states = getattr(inner, "state", None)
     states = states if isinstance(states, Mapping) else {}
 
@@ -386,14 +388,14 @@ def _setter(where: Any, key: Any, value: Any) -> Callable[[], None]:
     return back
 
 
-def sizes(families: Families, gone: Gone) -> Iterator[tuple[str, int, int]]:
-    """(family, channels before, channels after) of those that lose any."""
-    for name, channels in gone.items():
+def sizes(channel_groups: ChannelGroups, pruned: PrunedChannels) -> Iterator[tuple[str, int, int]]:
+    """(channel group, channels before, channels after) of those that lose any."""
+    for name, channels in pruned.items():
         if channels:
-            size = families.families[name].size
+            size = channel_groups.groups[name].size
             yield name, size, size - len(set(channels))
 
 
-def count(model: nn.Module) -> int:
+def parameter_count(model: nn.Module) -> int:
     """The number of weights of a model; tied ones once."""
     return sum(math.prod(p.shape) for p in model.parameters())

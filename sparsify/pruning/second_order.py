@@ -22,7 +22,7 @@ __all__: list[str] = []
 
 PAGE = 1 << 21
 """Numbers of a matrix that are in work at a time: 16 MiB in float64."""
-ROWS = 8
+FISHER_ROWS = 8
 """Gradients that are added at a time; one by one, sums of blocks of 50 are bound by memory."""
 
 
@@ -31,7 +31,7 @@ def wide(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-def blocked(tensor: Tensor, size: int) -> Tensor:
+def in_fisher_blocks(tensor: Tensor, size: int) -> Tensor:
     """The elements in logical order as (blocks, size), with zeros behind the last.
 
     >>> blocked(torch.arange(3.0), 2)
@@ -51,7 +51,7 @@ def fisher_sums(parameter: Tensor, size: int) -> Tensor:
 
 def add_gradients(sums: Tensor, gradients: Sequence[Tensor], keep: float = 1.0) -> None:
     """sums = keep * sums + the sum of g g^T over `gradients`, in place."""
-    rows = torch.stack([blocked(gradient.to(sums.dtype), sums.shape[-1]) for gradient in gradients], dim=1)
+    rows = torch.stack([in_fisher_blocks(gradient.to(sums.dtype), sums.shape[-1]) for gradient in gradients], dim=1)
     sums.baddbmm_(rows.transpose(1, 2), rows, beta=keep)
 
 
@@ -73,15 +73,15 @@ def fisher_scores(weight: Tensor, sums: Tensor, count: int, damp: float, kept: T
         kept: a bool tensor of the weight's shape: what is gone is worth 0, and cannot make up for others.
     """
     size = sums.shape[-1]
-    weights = blocked(weight, size)
-    alive = blocked(torch.ones_like(weight, dtype=torch.bool) if kept is None else kept, size)
+    weights = in_fisher_blocks(weight, size)
+    alive = in_fisher_blocks(torch.ones_like(weight, dtype=torch.bool) if kept is None else kept, size)
     found = torch.empty(weights.shape, dtype=wide(weight.dtype), device=weight.device)
     for page in _pages(len(sums), size * size):
         fisher = _damped(sums[page], count, damp, alive[page])
         inverse = torch.cholesky_inverse(_cholesky(fisher))
         score = weights[page].to(fisher.dtype) ** 2 / (2.0 * inverse.diagonal(dim1=1, dim2=2))
         found[page] = (score * alive[page]).to(found.dtype)
-    return _whole(found, weight)
+    return _whole_fisher(found, weight)
 
 
 def fisher_update(weight: Tensor, sums: Tensor, count: int, damp: float, mask: Tensor) -> Tensor:
@@ -94,7 +94,7 @@ def fisher_update(weight: Tensor, sums: Tensor, count: int, damp: float, mask: T
         mask: a bool tensor of the weight's shape: True where a weight stays.
     """
     size = sums.shape[-1]
-    weights, stays = blocked(weight, size), blocked(mask, size)
+    weights, stays = in_fisher_blocks(weight, size), in_fisher_blocks(mask, size)
     found = torch.zeros(weights.shape, dtype=wide(weight.dtype), device=weight.device)
     for page in _pages(len(sums), size * size):
         fisher = _damped(sums[page], count, damp, stays[page])
@@ -102,7 +102,7 @@ def fisher_update(weight: Tensor, sums: Tensor, count: int, damp: float, mask: T
         pull = (sums[page].to(fisher.dtype) / count) @ (old * ~stays[page])[:, :, None]
         moved = torch.cholesky_solve(pull * stays[page][:, :, None], _cholesky(fisher))[:, :, 0]
         found[page] = ((old + moved) * stays[page]).to(found.dtype)
-    return _whole(found, weight)
+    return _whole_fisher(found, weight)
 
 
 def fisher_bytes(parameters: Sequence[Tensor], size: int) -> int:
@@ -111,8 +111,8 @@ def fisher_bytes(parameters: Sequence[Tensor], size: int) -> int:
     for parameter in parameters:
         bytes_each, block = wide(parameter.dtype).itemsize, min(size, max(parameter.numel(), 1))
         padded = -(-parameter.numel() // block) * block
-        total += bytes_each * padded * (block + ROWS + 2)
-        largest = max(largest, bytes_each * padded * 3 * ROWS, 6 * 8 * max(PAGE, block * block))
+        total += bytes_each * padded * (block + FISHER_ROWS + 2)
+        largest = max(largest, bytes_each * padded * 3 * FISHER_ROWS, 6 * 8 * max(PAGE, block * block))
     return total + largest
 
 
@@ -151,7 +151,7 @@ def mfac_scores(
     flat = weight.detach().reshape(-1)
     alive = torch.ones_like(flat, dtype=torch.bool) if kept is None else kept.reshape(-1)
     found = torch.empty(flat.shape, dtype=wide(weight.dtype), device=weight.device)
-    for blocks in _groups(flat.numel(), size, len(gradients), pages):
+    for blocks in _block_groups(flat.numel(), size, len(gradients), pages):
         factor = _factor(gradients, blocks, alive, count, damp)
         for part in blocks.parts:
             columns = _columns(gradients, part, blocks.size, alive)
@@ -174,7 +174,7 @@ def mfac_update(
     """As `fisher_update`: w_K + G_K^T (damp + G_K G_K^T / m)^-1 G_Q w_Q / m."""
     flat, stays = weight.detach().reshape(-1), mask.reshape(-1)
     found = torch.empty(flat.shape, dtype=wide(weight.dtype), device=weight.device)
-    for blocks in _groups(flat.numel(), size, len(gradients), pages):
+    for blocks in _block_groups(flat.numel(), size, len(gradients), pages):
         factor = _factor(gradients, blocks, stays, count, damp)
         pull = torch.zeros_like(factor[:, :, :1])
         for part in blocks.parts:
@@ -205,7 +205,7 @@ class _Blocks:
         self.parts = [slice(at, min(at + step, stop)) for at in range(start, stop, step)]
 
 
-def _groups(total: int, size: int | None, rows: int, pages: int) -> Iterator[_Blocks]:
+def _block_groups(total: int, size: int | None, rows: int, pages: int) -> Iterator[_Blocks]:
     size = min(size or total, max(total, 1))
     rows = max(rows, 1)
     # Numbers of gradients in a part: a page, or less where more pages are asked for.
@@ -292,7 +292,7 @@ def _pages(blocks: int, numbers: int) -> Iterator[slice]:
     return (slice(at, at + step) for at in range(0, blocks, step))
 
 
-def _whole(blocks: Tensor, like: Tensor) -> Tensor:
+def _whole_fisher(blocks: Tensor, like: Tensor) -> Tensor:
     return blocks.view(-1)[: like.numel()].view(like.shape)
 
 

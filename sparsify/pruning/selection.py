@@ -21,7 +21,7 @@ from sparsify.errors import DataError
 
 __all__: list[str] = []
 
-Bits = NDArray[Any]
+SortableBits = NDArray[Any]
 
 _CHUNK = 1 << 16
 """Elements per pass: the chunk and its buffers stay in the second-level cache (8 k: 1.6 times slower, 256 k: the
@@ -39,7 +39,7 @@ _INFINITY = {
 }
 
 
-def without_lowest(
+def mask_lowest(
     scores: Mapping[str, Tensor], count: int, *, kept: Mapping[str, Tensor] | None = None, absolute: bool = False
 ) -> dict[str, Tensor]:
     """Masks, True where a score stays, with exactly `count` False in all of them together.
@@ -97,9 +97,9 @@ class _Part:
     """One tensor's bits, flat; which of them are still kept; and where its mask goes."""
 
     name: str
-    bits: Bits
-    kept: Bits | None
-    mask: Bits
+    bits: SortableBits
+    kept: SortableBits | None
+    mask: SortableBits
 
 
 class _Keys:
@@ -127,7 +127,9 @@ class _Keys:
         self._spare = np.empty(size, self.type)
         self._flag = np.empty(size, np.bool_)
 
-    def of(self, bits: Bits, kept: Bits | None, name: str, out: Bits, spare: Bits) -> Bits:
+    def of(
+        self, bits: SortableBits, kept: SortableBits | None, name: str, out: SortableBits, spare: SortableBits
+    ) -> SortableBits:
         if self.absolute:
             np.bitwise_and(bits, self.value, out=out)
         else:
@@ -151,7 +153,7 @@ class _Keys:
             np.multiply(out, kept, out=out)
         return out
 
-    def chunks(self) -> Iterator[tuple[Bits, _Part, slice]]:
+    def chunks(self) -> Iterator[tuple[SortableBits, _Part, slice]]:
         for part in self.parts:
             for start in range(0, part.bits.size, _CHUNK):
                 where = slice(start, min(start + _CHUNK, part.bits.size))
@@ -159,7 +161,7 @@ class _Keys:
                 kept = None if part.kept is None else part.kept[where]
                 yield self.of(part.bits[where], kept, part.name, self._key[:size], self._spare[:size]), part, where
 
-    def sample(self, total: int) -> Bits:
+    def sample(self, total: int) -> SortableBits:
         """Keys of about `_SAMPLE` random elements, sorted. The seed is fixed; the outcome does not depend on it."""
         draw = np.random.default_rng(0)
         found = []
@@ -168,10 +170,10 @@ class _Keys:
             at = draw.integers(0, part.bits.size, size)
             bits, kept = part.bits[at], None if part.kept is None else part.kept[at]
             found.append(self.of(bits, kept, part.name, np.empty_like(bits), np.empty_like(bits)))
-        keys: Bits = np.sort(np.concatenate(found))
+        keys: SortableBits = np.sort(np.concatenate(found))
         return keys
 
-    def within(self, low: Any, high: Any, heavy: tuple[bool, bool]) -> tuple[int, int, Bits, int]:
+    def within(self, low: Any, high: Any, heavy: tuple[bool, bool]) -> tuple[int, int, SortableBits, int]:
         """How many keys lie below `low`, how many are `low`, those between, and how many are `high`.
 
         An end that is not heavy is not counted apart but given back with those between.
@@ -221,12 +223,12 @@ class _Keys:
                 low, high = high, self.top
 
     @staticmethod
-    def _is_heavy(sample: Bits, key: Any) -> bool:
+    def _is_heavy(sample: SortableBits, key: Any) -> bool:
         """Whether so many are equal to `key` that counting them is cheaper than collecting them."""
         return int(np.searchsorted(sample, key, "right") - np.searchsorted(sample, key, "left")) > sample.size // 256
 
 
-def _pick(keys: Bits, count: int, below: int) -> tuple[Any, int, int]:
+def _pick(keys: SortableBits, count: int, below: int) -> tuple[Any, int, int]:
     key = np.partition(keys, count - 1)[count - 1]
     return key, below + int(np.count_nonzero(keys < key)), int(np.count_nonzero(keys == key))
 
@@ -239,8 +241,8 @@ def _on_cpu(scores: Mapping[str, Tensor], count: int, kept: Mapping[str, Tensor]
             continue
         unsigned = _UNSIGNED[score.element_size()]
         bits = score.contiguous().view(-1).view(torch.uint8).numpy().view(unsigned)
-        gone = kept[name].contiguous().view(-1).numpy() if name in kept else None
-        parts.append(_Part(name, bits, gone, masks[name].view(-1).numpy()))
+        pruned = kept[name].contiguous().view(-1).numpy() if name in kept else None
+        parts.append(_Part(name, bits, pruned, masks[name].view(-1).numpy()))
     if not parts:
         return masks
     total = sum(part.bits.size for part in parts)

@@ -17,12 +17,12 @@ import torch
 from torch import Tensor, nn
 
 from sparsify.errors import ArgumentError, DataError
-from sparsify.model.optimizer_hooks import distributed, unwrapped
-from sparsify.model.signature import Call, named_outputs
-from sparsify.pruning.groups import Families, Family, Place, find
-from sparsify.pruning.removal import Gone as Gone
+from sparsify.model.optimizer_hooks import is_distributed, unwrapped
+from sparsify.model.signature import SampleInputs, named_outputs
+from sparsify.pruning.groups import ChannelGroup, ChannelGroups, GroupMember, find
+from sparsify.pruning.removal import PrunedChannels as Gone
 from sparsify.pruning.removal import Removal as Removal
-from sparsify.pruning.removal import count, numbers_in_code, tensors
+from sparsify.pruning.removal import numbers_in_code, parameter_count, tensors
 from sparsify.pruning.removal import plan_removal as plan_removal
 from sparsify.pruning.removal import remove as remove
 
@@ -41,8 +41,8 @@ class Shrunk:
 
     Attributes:
         parameters_before, parameters_after: the number of weights.
-        widths: {family: (channels before, after)} of those that became smaller.
-        whole: {weight or family: why nothing of it was removed, or not all whose weights are zero}.
+        widths: {channel group: (channels before, after)} of those that became smaller.
+        whole: {weight or channel group: why nothing of it was removed, or not all whose weights are zero}.
         removal: what was done, to be applied to a copy (`apply_to`).
     """
 
@@ -82,7 +82,7 @@ def shrink(model: nn.Module, sample_inputs: Any, optimizer: Any = None) -> Shrun
     A channel is dead where all columns that read it are zero, as structured pruning leaves them, or where its rows,
     biases and norms are and nothing that follows makes something of zero. What is removed was tried on a copy in
     float64 before. Parameters stay the same objects, so an optimizer goes on with them. At least one channel of each
-    family stays.
+    channel group stays.
 
     Args:
         model: where it is wrapped by torch.compile, the module inside is shrunk. Not under a live
@@ -97,49 +97,52 @@ def shrink(model: nn.Module, sample_inputs: Any, optimizer: Any = None) -> Shrun
     """
     if not isinstance(model, nn.Module):
         raise ArgumentError(f"model: {type(model).__name__} is no torch.nn.Module.")
-    if distributed(model):
+    if is_distributed(model):
         remove(model, Removal({}))  # says what to do
     model = unwrapped(model)
-    call = Call.of(model, sample_inputs)
+    call = SampleInputs.of(model, sample_inputs)
     args, kwargs = call.arguments(list(call.inputs.values()))
-    families = dry_run(model, find(model, args, kwargs), args, kwargs)
-    whole = dict(families.whole)
-    sure, likely = _dead(model, families, wide=False), _dead(model, families, wide=True)
+    channel_groups = dry_run(model, find(model, args, kwargs), args, kwargs)
+    whole = dict(channel_groups.whole)
+    sure, likely = _dead(model, channel_groups, wide=False), _dead(model, channel_groups, wide=True)
     judge = _Judge(model, args, kwargs, shaken=False)
-    gone: Gone = likely
-    if any(likely.values()) and judge.why_wrong(families, likely) is not None:
-        gone, wrong = judge.right(families, sure)
+    pruned: Gone = likely
+    if any(likely.values()) and judge.why_wrong(channel_groups, likely) is not None:
+        pruned, wrong = judge.right(channel_groups, sure)
         whole |= wrong
         for name in likely:
-            if set(likely[name]) - set(gone.get(name, ())) and name not in wrong:
-                one = {**gone, name: likely[name]}
-                why = judge.why_wrong(families, one)
+            if set(likely[name]) - set(pruned.get(name, ())) and name not in wrong:
+                one = {**pruned, name: likely[name]}
+                why = judge.why_wrong(channel_groups, one)
                 if why is None:
-                    gone = one
+                    pruned = one
                 else:
-                    stay = len(set(likely[name]) - set(gone.get(name, ())))
+                    stay = len(set(likely[name]) - set(pruned.get(name, ())))
                     whole[name] = f"weights of {stay} channels are zero, yet they are at work: {why}"
-    gone = {name: channels for name, channels in gone.items() if channels}
-    before = count(model)
-    removal = plan_removal(model, families, gone)
+    pruned = {name: channels for name, channels in pruned.items() if channels}
+    before = parameter_count(model)
+    removal = plan_removal(model, channel_groups, pruned)
     remove(model, removal, optimizer)
-    widths = {name: (families.families[name].size, families.families[name].size - len(c)) for name, c in gone.items()}
-    return Shrunk(before, count(model), widths, whole, removal)
+    widths = {
+        name: (channel_groups.groups[name].size, channel_groups.groups[name].size - len(c))
+        for name, c in pruned.items()
+    }
+    return Shrunk(before, parameter_count(model), widths, whole, removal)
 
 
 # ---------------------------------------------------------------------- masks and zeros
 
 
-def deletion_masks(model: nn.Module, families: Families, gone: Gone) -> dict[str, Tensor]:
-    """The deletion set of channels as masks of parameters, True where kept; all that `gone` names have a part in.
+def deletion_masks(model: nn.Module, channel_groups: ChannelGroups, pruned: Gone) -> dict[str, Tensor]:
+    """The deletion set of channels as masks of parameters, True where kept; all that `pruned` names have a part in.
 
-    A tensor that belongs to two families has the zeros of both.
+    A tensor that belongs to two channel groups has the zeros of both.
     """
     here = {name: t for name, t in tensors(model).items() if isinstance(t, nn.Parameter)}
     masks: dict[str, Tensor] = {}
-    for name, channels in gone.items():
+    for name, channels in pruned.items():
         lost = set(channels)
-        for place in families.families[name].places:
+        for place in channel_groups.groups[name].places:
             parameter = here.get(place.tensor)
             if parameter is None:
                 continue
@@ -151,45 +154,48 @@ def deletion_masks(model: nn.Module, families: Families, gone: Gone) -> dict[str
     return masks
 
 
-def dead(model: nn.Module, families: Families) -> dict[str, tuple[int, ...]]:
-    """The channels of each family that can go by their zeros: all that read them are zero, or the whole deletion set.
+def dead(model: nn.Module, channel_groups: ChannelGroups) -> dict[str, tuple[int, ...]]:
+    """The channels of each channel group that can go by their zeros: all that read them are zero, or the whole deletion
+    set.
 
-    At least one channel of each family is left out.
+    At least one channel of each channel group is left out.
     """
-    return _dead(model, families, wide=False)
+    return _dead(model, channel_groups, wide=False)
 
 
-def _dead(model: nn.Module, families: Families, *, wide: bool) -> dict[str, tuple[int, ...]]:
+def _dead(model: nn.Module, channel_groups: ChannelGroups, *, wide: bool) -> dict[str, tuple[int, ...]]:
     """`wide`: also those whose rows, biases and norms are zero, though what reads them is not."""
     here = {name: t.detach() for name, t in tensors(model).items() if isinstance(t, nn.Parameter)}
     found = {}
-    for name, family in families.families.items():
-        columns = _all_zero(family, here, lambda place: place.role == "column")
+    for name, channel_group in channel_groups.groups.items():
+        columns = _all_zero(channel_group, here, lambda place: place.role == "column")
         # By position: a row is among the zeros of the whole set as well.
-        made = _all_zero(family, here, lambda place: place.role != "column")
-        rows = _all_zero(family, here, lambda place: place.role == "row")
+        made = _all_zero(channel_group, here, lambda place: place.role != "column")
+        rows = _all_zero(channel_group, here, lambda place: place.role == "row")
         channels = [
             c
-            for c in range(family.size)
+            for c in range(channel_group.size)
             if (columns is not None and columns[c])
             or (wide and made is not None and rows is not None and made[c])
             or (columns is None and made is not None and made[c])
         ]
-        found[name] = tuple(channels[: family.size - 1])
+        found[name] = tuple(channels[: channel_group.size - 1])
     return found
 
 
-def _all_zero(family: Family, here: Mapping[str, Tensor], which: Callable[[Place], bool]) -> list[bool] | None:
+def _all_zero(
+    channel_group: ChannelGroup, here: Mapping[str, Tensor], which: Callable[[GroupMember], bool]
+) -> list[bool] | None:
     """For each channel, whether all its slices in these places are zero; None where there is no such place."""
     zero: Tensor | None = None
-    for place in family.places:
+    for place in channel_group.places:
         tensor = here.get(place.tensor)
         if tensor is None or not which(place):
             continue
         alive = tensor.movedim(place.dim, 0).reshape(tensor.shape[place.dim], -1).ne(0).any(dim=1).cpu()
         channel_of = torch.tensor(place.channels)
         mine = channel_of >= 0
-        used = torch.zeros(family.size, dtype=torch.int64).index_add_(0, channel_of[mine], alive[mine].long())
+        used = torch.zeros(channel_group.size, dtype=torch.int64).index_add_(0, channel_of[mine], alive[mine].long())
         zero = used == 0 if zero is None else zero & (used == 0)
     return None if zero is None else list(zero.tolist())
 
@@ -199,37 +205,38 @@ def _all_zero(family: Family, here: Mapping[str, Tensor], which: Callable[[Place
 
 def dry_run(
     model: nn.Module,
-    families: Families,
+    channel_groups: ChannelGroups,
     args: tuple[Any, ...],
     kwargs: dict[str, Any] | None = None,
     fraction: float = 0.5,
-) -> Families:
-    """The families of which `fraction` was masked and removed on a copy, with equal outputs; the others become whole.
+) -> ChannelGroups:
+    """The channel groups of which `fraction` was masked and removed on a copy, with equal outputs; the others become
+    whole.
 
     On a copy in float64 whose norms and zero weights have random values, so that nothing is equal by chance; the model
     itself, its modes and the random state are not touched. Costs two copies and three forward passes of two samples;
-    where something is wrong two more passes for each kind of family and each family of a wrong kind.
+    where something is wrong two more passes for each kind of channel group and each channel group of a wrong kind.
 
     Raises:
         DataError: the model's outputs on these inputs are not finite.
     """
-    if not families.families:
-        return families
+    if not channel_groups.groups:
+        return channel_groups
     generator = torch.Generator().manual_seed(0)
-    gone = {}
-    for name, family in families.families.items():
-        number = min(max(round(family.size * fraction), 1), family.size - 1)
-        gone[name] = tuple(sorted(torch.randperm(family.size, generator=generator)[:number].tolist()))
+    pruned = {}
+    for name, channel_group in channel_groups.groups.items():
+        number = min(max(round(channel_group.size * fraction), 1), channel_group.size - 1)
+        pruned[name] = tuple(sorted(torch.randperm(channel_group.size, generator=generator)[:number].tolist()))
     judge = _Judge(model, args, kwargs or {}, shaken=True)
-    families = judge.with_constants(families, gone)
-    right, wrong = judge.right(families, gone)
+    channel_groups = judge.with_constants(channel_groups, pruned)
+    right, wrong = judge.right(channel_groups, pruned)
     if not wrong:
-        return families
-    whole = dict(families.whole)
+        return channel_groups
+    whole = dict(channel_groups.whole)
     for name, why in wrong.items():
-        for row in families.families[name].rows:
+        for row in channel_groups.groups[name].rows:
             whole.setdefault(row, why)
-    return replace(families, families={n: f for n, f in families.families.items() if n in right}, whole=whole)
+    return replace(channel_groups, groups={n: f for n, f in channel_groups.groups.items() if n in right}, whole=whole)
 
 
 class _Judge:
@@ -274,19 +281,19 @@ class _Judge:
             given, _ = named_outputs(model(*self.args, **self.kwargs))
         return {name: value for name, value in given.items() if value.is_floating_point()}
 
-    def why_wrong(self, families: Families, gone: Gone) -> str | None:
+    def why_wrong(self, channel_groups: ChannelGroups, pruned: Gone) -> str | None:
         """Why these channels cannot go, or None where they can."""
         expected = self.expected
         tried = _copy(self.model)
         if self.shaken:
-            masks = deletion_masks(tried, families, gone)
+            masks = deletion_masks(tried, channel_groups, pruned)
             here = tensors(tried)
             with torch.no_grad():
                 for name, mask in masks.items():
                     here[name].mul_(mask)
             expected = self._outputs(tried)
         try:
-            remove(tried, plan_removal(tried, families, gone))
+            remove(tried, plan_removal(tried, channel_groups, pruned))
             given = self._outputs(tried)
         # Any code of a user may stand in forward, and fail on other shapes in any way.
         except Exception as error:
@@ -304,40 +311,40 @@ class _Judge:
                 return f"the smaller model computes something else: its {name} is {difference:.1e} off"
         return None
 
-    def with_constants(self, families: Families, gone: Gone) -> Families:
+    def with_constants(self, channel_groups: ChannelGroups, pruned: Gone) -> ChannelGroups:
         """With the numbers in user's code that are equal to a size by chance told from those that follow it.
 
-        Each name alone, in the kinds of families that are wrong otherwise: T5 has 32 buckets of positions, and may have
-        32 channels of attention.
+        Each name alone, in the kinds of channel groups that are wrong otherwise: T5 has 32 buckets of positions, and
+        may have 32 channels of attention.
         """
-        for kind in dict.fromkeys(families.families[name].kind for name in gone):
-            alike = {name: channels for name, channels in gone.items() if families.families[name].kind == kind}
-            if self.why_wrong(families, alike) is None:
+        for kind in dict.fromkeys(channel_groups.groups[name].kind for name in pruned):
+            alike = {name: channels for name, channels in pruned.items() if channel_groups.groups[name].kind == kind}
+            if self.why_wrong(channel_groups, alike) is None:
                 continue
-            numbers = numbers_in_code(self.model, families, alike)
+            numbers = numbers_in_code(self.model, channel_groups, alike)
             for name in dict.fromkeys(name for values in numbers.values() for name in values):
-                tried = replace(families, constants=families.constants | {name})
+                tried = replace(channel_groups, constants=channel_groups.constants | {name})
                 if self.why_wrong(tried, alike) is None:
-                    families = tried
+                    channel_groups = tried
                     break
-        return families
+        return channel_groups
 
-    def right(self, families: Families, gone: Gone) -> tuple[dict[str, Collection[int]], dict[str, str]]:
-        """Of `gone` what can go together, and {family: why not} of the rest."""
-        gone = {name: channels for name, channels in gone.items() if channels}
-        if not gone or self.why_wrong(families, gone) is None:
-            return dict(gone), {}
+    def right(self, channel_groups: ChannelGroups, pruned: Gone) -> tuple[dict[str, Collection[int]], dict[str, str]]:
+        """Of `pruned` what can go together, and {channel group: why not} of the rest."""
+        pruned = {name: channels for name, channels in pruned.items() if channels}
+        if not pruned or self.why_wrong(channel_groups, pruned) is None:
+            return dict(pruned), {}
         wrong: dict[str, str] = {}
-        for kind in dict.fromkeys(families.families[name].kind for name in gone):
-            alike = {name: channels for name, channels in gone.items() if families.families[name].kind == kind}
-            if self.why_wrong(families, alike) is None:
+        for kind in dict.fromkeys(channel_groups.groups[name].kind for name in pruned):
+            alike = {name: channels for name, channels in pruned.items() if channel_groups.groups[name].kind == kind}
+            if self.why_wrong(channel_groups, alike) is None:
                 continue
             for name, channels in alike.items():
-                why = self.why_wrong(families, {name: channels})
+                why = self.why_wrong(channel_groups, {name: channels})
                 if why is not None:
                     wrong[name] = why
-        left = {name: channels for name, channels in gone.items() if name not in wrong}
-        together = self.why_wrong(families, left) if left else None
+        left = {name: channels for name, channels in pruned.items() if name not in wrong}
+        together = self.why_wrong(channel_groups, left) if left else None
         if together is not None:
             wrong |= dict.fromkeys(left, f"cut together with the others, {together}")
             left = {}

@@ -48,7 +48,7 @@ class Skipped(nn.Module):
     _skip: Skip
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        read = _first(args, kwargs)
+        read = _first_tensor_of(args, kwargs)
         if read is None:
             raise TargetError(
                 f"{self._skip.name!r} was called without a tensor: it cannot be replaced by the identity."
@@ -57,7 +57,7 @@ class Skipped(nn.Module):
             try:
                 self._skip.entries = _given_by(self, self._skip, args, kwargs)
             except BaseException:
-                restore(self)
+                restore_forward(self)
                 raise
         # A copy, as a layer's output is: what works in place on it must not change its input, which others may read.
         # No copy is left of it in an exported file.
@@ -104,7 +104,7 @@ def skip(module: nn.Module, name: str, entries: int | None = None) -> None:
         parameter.grad = None
 
 
-def restore(module: nn.Module) -> None:
+def restore_forward(module: nn.Module) -> None:
     """Undoes `skip`."""
     if isinstance(module, Skipped):
         known = module._skip
@@ -156,11 +156,11 @@ def entries_of(
         def see(
             module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any, name: str = name
         ) -> None:
-            found[name] = _compared(name, _first(args, kwargs), output)
+            found[name] = _compared(name, _first_tensor_of(args, kwargs), output)
 
         handles.append(module.register_forward_hook(see, with_kwargs=True))
     try:
-        with _undisturbed(model):
+        with _without_side_effects(model):
             model.forward(*args, **kwargs)
     finally:
         for handle in handles:
@@ -170,8 +170,8 @@ def entries_of(
 
 def _given_by(module: nn.Module, known: Skip, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int:
     forward = known.forward or functools.partial(known.original.forward, module)
-    with _undisturbed(module):
-        return _compared(known.name, _first(args, kwargs), forward(*args, **kwargs))
+    with _without_side_effects(module):
+        return _compared(known.name, _first_tensor_of(args, kwargs), forward(*args, **kwargs))
 
 
 def _compared(name: str, read: Tensor | None, gives: Any) -> int:
@@ -194,7 +194,7 @@ def _compared(name: str, read: Tensor | None, gives: Any) -> int:
 
 
 @contextlib.contextmanager
-def _undisturbed(module: nn.Module) -> Iterator[None]:
+def _without_side_effects(module: nn.Module) -> Iterator[None]:
     """In eval mode and without gradients; afterwards modes, buffers and random numbers are what they were."""
     modes = [(one, one.training) for one in module.modules()]
     buffers = [(one, name, held) for one in module.modules() for name, held in one._buffers.items() if held is not None]
@@ -215,7 +215,7 @@ def _undisturbed(module: nn.Module) -> Iterator[None]:
                 held.copy_(value)
 
 
-def _first(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor | None:
+def _first_tensor_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor | None:
     return next((value for value in itertools.chain(args, kwargs.values()) if isinstance(value, Tensor)), None)
 
 

@@ -29,7 +29,7 @@ class Event:
     why: str
 
 
-class Atoms:
+class UnionFind:
     """Integers from 1 on that can be united, and what happened to them in order of time."""
 
     def __init__(self) -> None:
@@ -184,14 +184,14 @@ def reshaped(labels: Tensor, shape: Sequence[int]) -> Tensor:
     """
     inner = core(labels)
     sizes_in, sizes_out = [], []
-    for before, after in _blocks(labels.shape, shape):
+    for before, after in _matching_dims(labels.shape, shape):
         constant = all(inner.shape[dim] == 1 for dim in before)
         sizes_in += [inner.shape[dim] if constant else labels.shape[dim] for dim in before]
         sizes_out += [1 if constant else shape[dim] for dim in after]
     return thin(inner.expand(sizes_in).reshape(sizes_out)).expand(tuple(shape))
 
 
-def _blocks(before: Sequence[int], after: Sequence[int]) -> list[tuple[list[int], list[int]]]:
+def _matching_dims(before: Sequence[int], after: Sequence[int]) -> list[tuple[list[int], list[int]]]:
     """Which dimensions of two shapes of one size belong together: the shortest runs with equal products."""
     found: list[tuple[list[int], list[int]]] = []
     i = j = 0

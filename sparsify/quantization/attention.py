@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from sparsify.errors import ArgumentError
 from sparsify.quantization.attention_products import probabilities, quantize_of
-from sparsify.quantization.layers import QuantizedLinear, Retyped, retype
+from sparsify.quantization.layers import Converted, QuantizedLinear, convert_
 
 __all__: list[str] = []
 
@@ -26,15 +26,15 @@ _THIRDS = {"in_proj": (0, 3), "q_proj": (0, 1), "kv_proj": (1, 3), "k_proj": (1,
 """Which thirds of the packed weight and bias each has: those of query, key and value."""
 
 
-class SlowTransformerEncoder(Retyped, nn.TransformerEncoder):
+class SlowTransformerEncoder(Converted, nn.TransformerEncoder):
     """Without nested tensors, which its layers cannot read once they are quantized."""
 
 
-class SlowTransformerEncoderLayer(Retyped, nn.TransformerEncoderLayer):
+class SlowTransformerEncoderLayer(Converted, nn.TransformerEncoderLayer):
     """Without the fused path of eval mode, which reads the weights of its layers and does not call them."""
 
 
-SLOW: dict[type[nn.Module], tuple[type[Retyped], str, Any]] = {
+SLOW: dict[type[nn.Module], tuple[type[Converted], str, Any]] = {
     nn.TransformerEncoder: (SlowTransformerEncoder, "use_nested_tensor", False),
     # The fused path asks for this first; nothing else reads it.
     nn.TransformerEncoderLayer: (SlowTransformerEncoderLayer, "activation_relu_or_gelu", 0),
@@ -79,7 +79,7 @@ class QuantizedProjection(QuantizedLinear, Projection):
     pass
 
 
-class QuantizedMultiheadAttention(Retyped, nn.MultiheadAttention):
+class QuantizedMultiheadAttention(Converted, nn.MultiheadAttention):
     """Attention through quantized layers: those of one of `FORMS`, and `out_proj`.
 
     A call with other tensors than were traced computes the same function: where two that were one differ, the layer
@@ -216,17 +216,17 @@ def _joined_mask(attention: Tensor | None, padding: Tensor | None, like: Tensor,
 
 def quantize_attention(attention: nn.MultiheadAttention, names: tuple[str, ...]) -> None:
     """Retypes `attention`, in place, and gives it the layers called `names`: one of `FORMS`."""
-    wiring = retype(attention, QuantizedMultiheadAttention)
+    wiring = convert_(attention, QuantizedMultiheadAttention)
     for name in names:
         projection = Projection(attention, name)
-        retype(projection, QuantizedProjection)
+        convert_(projection, QuantizedProjection)
         attention.add_module(name, projection)
     wiring.made = names
 
 
-def shut(module: nn.Module) -> None:
+def disable_fast_path(module: nn.Module) -> None:
     """Keeps `module`, whose type is in `SLOW`, from its path of eval mode."""
-    quantized, name, value = SLOW[cast(Any, module)._wiring.original if isinstance(module, Retyped) else type(module)]
-    wiring = retype(module, quantized)
+    quantized, name, value = SLOW[cast(Any, module)._wiring.original if isinstance(module, Converted) else type(module)]
+    wiring = convert_(module, quantized)
     wiring.kept[name] = getattr(module, name)
     setattr(module, name, value)

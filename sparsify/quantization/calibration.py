@@ -75,7 +75,7 @@ def _run(model: nn.Module, batch: Any, at: int) -> None:
         ) from error
 
 
-def held(data: Iterable[Any], most: int | None = None) -> Iterable[Any]:
+def materialized(data: Iterable[Any], most: int | None = None) -> Iterable[Any]:
     """`data`, looked through as far as that costs nothing: lists, and generators, which come back as lists.
 
     A generator can be gone through only once, and by the time quantization starts somebody else may have. What else

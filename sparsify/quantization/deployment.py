@@ -15,10 +15,10 @@ from torch.nn import functional as F
 from sparsify.errors import DataError
 from sparsify.quantization.attention import QuantizedMultiheadAttention, QuantizedProjection
 from sparsify.quantization.fake_quantize import GATES, FakeQuantize, gate_of
-from sparsify.quantization.forward_ops import WatchedLayer, WatchedNorm, watched
+from sparsify.quantization.forward_ops import WatchedLayer, WatchedNorm, watching_class
 from sparsify.quantization.layers import (
     NORMS,
-    Integers,
+    DeployedIntegers,
     QuantizedConv1d,
     QuantizedConv2d,
     QuantizedConv3d,
@@ -29,7 +29,7 @@ from sparsify.quantization.layers import (
     QuantizedLayer,
     QuantizedLinear,
     QuantizedNorm,
-    integers,
+    deployed_integers,
     quantizers,
 )
 from sparsify.quantization.qdq_ops import dequantize, quantize_dequantize
@@ -204,7 +204,7 @@ def deployment_copy(model: nn.Module) -> nn.Module:
     ]
     # First all integers: a layer is made of its BatchNorm and of the quantizer before it.
     whole = {
-        layer: _embedding(layer) if isinstance(layer, QuantizedEmbedding) else integers(layer)
+        layer: _embedding(layer) if isinstance(layer, QuantizedEmbedding) else deployed_integers(layer)
         for layer in layers
         if layer._wiring.largest
     }
@@ -230,9 +230,13 @@ def deployment_copy(model: nn.Module) -> nn.Module:
         for name, value in buffers.items():
             layer.register_buffer(name, value)
         if isinstance(layer, WatchedLayer):
-            cast(Any, layer).__class__ = watched(cast(Any, layer._wiring.original), cast(Any, DeployedWatchedLayer))
+            cast(Any, layer).__class__ = watching_class(
+                cast(Any, layer._wiring.original), cast(Any, DeployedWatchedLayer)
+            )
         elif isinstance(layer, WatchedNorm):
-            cast(Any, layer).__class__ = watched(cast(Any, layer._wiring.original), cast(Any, DeployedWatchedNorm))
+            cast(Any, layer).__class__ = watching_class(
+                cast(Any, layer._wiring.original), cast(Any, DeployedWatchedNorm)
+            )
         else:
             cast(Any, layer).__class__ = _DEPLOYED[type(layer)]
     for module in deployed.modules():
@@ -264,14 +268,14 @@ def _weight(buffers: Any, axis: int | None, block: int = 0) -> Tensor:
     return dequantize(stored, buffers["weight_scale"], axis, block, zero)
 
 
-def _embedding(layer: QuantizedEmbedding) -> Integers:
+def _embedding(layer: QuantizedEmbedding) -> DeployedIntegers:
     with torch.no_grad():
         q, scale, zero = on_own_grid(layer)
         axis = None if scale.dim() == 0 else 0
         scale = scale.reshape(() if axis is None else -1)
         if zero is not None:
             zero = zero.reshape(scale.shape).to(torch.uint8)
-        return Integers(q.to(torch.int8 if zero is None else torch.int16), scale, axis, None, scale, None, zero)
+        return DeployedIntegers(q.to(torch.int8 if zero is None else torch.int16), scale, axis, None, scale, None, zero)
 
 
 def opsets(model: nn.Module) -> tuple[int, int]:

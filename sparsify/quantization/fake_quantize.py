@@ -382,7 +382,7 @@ class FakeQuantize(nn.Module):
             if found is None:
                 return
             low, high = found[0].item(), found[1].item()
-        elif distributed.count() > 1:
+        elif distributed.world_size() > 1:
             seen_low, seen_high = torch.tensor(low), torch.tensor(high)
             distributed.reduce_range(seen_low, seen_high)
             low, high = seen_low.item(), seen_high.item()

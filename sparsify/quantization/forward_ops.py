@@ -23,13 +23,13 @@ from sparsify.quantization import attention_products
 from sparsify.quantization.attention_products import MATMUL
 from sparsify.quantization.fake_quantize import FakeQuantize
 from sparsify.quantization.layers import (
+    Converted,
     QuantizedLayer,
     QuantizedNorm,
-    Retyped,
     Wiring,
+    convert_,
     is_norm_and_more,
     is_weighted,
-    retype,
 )
 
 __all__: list[str] = []
@@ -79,7 +79,7 @@ def child_name(kind: str, index: int) -> str:
     return f"{kind}_{index}_quantizer"
 
 
-class Watched(Retyped):
+class Watched(Converted):
     """A module whose own operations are counted, and quantized where it holds a quantizer for them."""
 
     _counts: dict[str, int]
@@ -91,9 +91,9 @@ class Watched(Retyped):
 
     def _watch(self, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """What the user's `forward` gives, its operations watched."""
-        watch = _Watch(self)
+        watch = _ForwardMode(self)
         stack: Any = overrides._get_current_function_mode_stack
-        above = [mode for mode in stack() if isinstance(mode, _Watch)]
+        above = [mode for mode in stack() if isinstance(mode, _ForwardMode)]
         for mode in above:
             mode.depth += 1
         try:
@@ -110,7 +110,7 @@ class Watched(Retyped):
         """Leaves its operations in float from now on, with one warning."""
         switch_off(self)
         others = [kind for kind in {**self._counts, **seen} if seen.get(kind, 0) != self._counts.get(kind, 0)]
-        came, traced = (_listing({kind: counts.get(kind, 0) for kind in others}) for counts in (seen, self._counts))
+        came, traced = (_name_list({kind: counts.get(kind, 0) for kind in others}) for counts in (seen, self._counts))
         warnings.warn(
             f"{self._wiring.original.__name__}.forward computed {came}, where its trace has {traced}. Its own "
             "operations stay in float from now on. Give sample_inputs that take the same way through the model as "
@@ -162,7 +162,7 @@ _OPERATIONS: dict[Any, tuple[str, str, str]] = {
 }
 
 
-class _Watch(overrides.TorchFunctionMode):
+class _ForwardMode(overrides.TorchFunctionMode):
     """One call of a `Watched` module's forward.
 
     `depth` counts the watched modules that are at work inside: their operations are not ours.
@@ -257,7 +257,7 @@ def _computed(kind: str, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any
 
 def watch(module: nn.Module, counts: dict[str, int]) -> Wiring:
     """Retypes a user's module, in place, to one that counts its operations."""
-    wiring = retype(module, watched(cast(Any, type(module)), cast(Any, _form(module))))
+    wiring = convert_(module, watching_class(cast(Any, type(module)), cast(Any, _form(module))))
     module.__dict__["_counts"] = dict(counts)
     return wiring
 
@@ -299,7 +299,7 @@ def _form(module: nn.Module) -> type[Watched]:
 
 
 @cache
-def watched(original: type[nn.Module], form: type[Watched]) -> type[Watched]:
+def watching_class(original: type[nn.Module], form: type[Watched]) -> type[Watched]:
     """The watched form of a user's class: a subclass of it and of `form`, made once."""
     inner = original.forward
 
@@ -317,9 +317,9 @@ def watched(original: type[nn.Module], form: type[Watched]) -> type[Watched]:
 
 
 def _unpickled(original: type[nn.Module], form: type[Watched]) -> nn.Module:
-    cls = watched(cast(Any, original), cast(Any, form))
+    cls = watching_class(cast(Any, original), cast(Any, form))
     return cls.__new__(cls)
 
 
-def _listing(counts: dict[str, int]) -> str:
+def _name_list(counts: dict[str, int]) -> str:
     return ", ".join(f"{count} {kind.replace('_', ' ')}{'' if count == 1 else 's'}" for kind, count in counts.items())

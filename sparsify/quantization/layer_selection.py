@@ -8,11 +8,11 @@ from typing import Any
 from torch import nn
 
 from sparsify.model.targets import named_modules
-from sparsify.model.trace import Node, Trace
+from sparsify.model.trace import Trace, TracedNode
 from sparsify.quantization.attention import FORMS
 from sparsify.quantization.layers import NORMS, PROJECTION, TRANSPOSED, WEIGHTED, is_norm_and_more, is_weighted
-from sparsify.quantization.plan import Left
-from sparsify.quantization.scheme import Scheme, Settings, below
+from sparsify.quantization.plan import Unquantized
+from sparsify.quantization.scheme import QuantizationSettings, Scheme, below
 
 __all__: list[str] = []
 
@@ -23,7 +23,7 @@ UNSUPPORTED = (nn.MultiheadAttention, nn.RNNBase, nn.RNNCellBase, nn.EmbeddingBa
 """Modules of torch with weights that are named, with a reason, where they stay in float."""
 
 
-class Chosen:
+class QuantizedLayers:
     """The layers of `model` that are quantized by `settings`.
 
     Attributes:
@@ -38,16 +38,16 @@ class Chosen:
         TargetError: a name in `settings` matches nothing.
     """
 
-    def __init__(self, model: nn.Module, trace: Trace, settings: Settings) -> None:
+    def __init__(self, model: nn.Module, trace: Trace, settings: QuantizationSettings) -> None:
         self.trace = trace
         self.settings = settings
         self.modules = {"": model, **named_modules(model)}
         self.out = settings.left_out(model)
-        self.left: list[Left] = []
+        self.left: list[Unquantized] = []
         candidates = [name for name, module in self.modules.items() if is_weighted(module)]
         self.schemes = settings.per_layer(model, candidates)
         self.layers: dict[str, Scheme] = {}
-        self.nodes: dict[str, list[Node]] = {}
+        self.nodes: dict[str, list[TracedNode]] = {}
         for name in candidates:
             why = self._why_not(name)
             if why is None:
@@ -80,7 +80,7 @@ class Chosen:
                     self.ends[self.norm_node(node, last) if last else node.name] = name
 
     def _leave(self, what: str, why: str) -> None:
-        self.left.append(Left(what, why, unasked=why not in (LEFT_OUT, NOT_CALLED)))
+        self.left.append(Unquantized(what, why, unasked=why not in (LEFT_OUT, NOT_CALLED)))
 
     def _leave_bare_weights(self) -> None:
         """Names products with weights that no layer of a known type holds."""
@@ -112,7 +112,7 @@ class Chosen:
         weights = [module._parameters.get(f"{one}_weight") for one in ("in_proj", *FORMS[2])]
         if weights[0] is None and None in weights[1:]:
             return "its weights are recomputed before every forward"
-        calls: dict[int, list[Node]] = defaultdict(list)
+        calls: dict[int, list[TracedNode]] = defaultdict(list)
         for node in self.trace.of_module(name):
             if node.kind == "linear" and node.is_float:
                 calls[node.stack[-1].number].append(node)
@@ -172,13 +172,13 @@ class Chosen:
             if why is None:
                 folds[pair.layer] = pair.norm
             else:
-                self.left.append(Left(pair.norm, f"not folded into {pair.layer}: {why}"))
+                self.left.append(Unquantized(pair.norm, f"not folded into {pair.layer}: {why}"))
         return folds
 
-    def norm_node(self, node: Node, norm: str) -> str:
+    def norm_node(self, node: TracedNode, norm: str) -> str:
         return next(reader.name for reader in self.trace.readers[node.name] if reader.owner == norm)
 
-    def ignores(self, node: Node) -> bool:
+    def ignores(self, node: TracedNode) -> bool:
         """Whether the recipe leaves out what computes `node`."""
         return any(self.out(call.path) for call in node.stack if call.path) or (
             not any(call.path for call in node.stack) and self.settings.within is not None

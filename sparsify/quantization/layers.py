@@ -59,7 +59,7 @@ class Wiring:
     kept: dict[str, Any] = field(default_factory=dict)
 
 
-class Integers(NamedTuple):
+class DeployedIntegers(NamedTuple):
     """What is deployed of one layer, BatchNorm folded.
 
     Attributes:
@@ -80,7 +80,7 @@ class Integers(NamedTuple):
     zero_point: Tensor | None = None
 
 
-class Retyped(nn.Module):
+class Converted(nn.Module):
     """What every retyped module has in common."""
 
     _wiring: Wiring
@@ -94,7 +94,7 @@ class Retyped(nn.Module):
         return y if quantizer is None else quantizer(y)
 
 
-class QuantizedLayer(Retyped):
+class QuantizedLayer(Converted):
     """A layer with weights: `_compute` is the operation, everything around it is here."""
 
     def _compute(self, x: Tensor, weight: Tensor, bias: Tensor | None, output_size: list[int] | None = None) -> Tensor:
@@ -166,7 +166,7 @@ class QuantizedConvTranspose3d(QuantizedConvTranspose, nn.ConvTranspose3d):
     pass
 
 
-class QuantizedEmbedding(Retyped, nn.Embedding):
+class QuantizedEmbedding(Converted, nn.Embedding):
     """Rows are looked up and then quantized, each by its scale: the same as the other way round, without the table."""
 
     def forward(self, input: Tensor) -> Tensor:
@@ -186,7 +186,7 @@ class QuantizedEmbedding(Retyped, nn.Embedding):
         )
 
 
-class QuantizedNorm(Retyped):
+class QuantizedNorm(Converted):
     """A BatchNorm: passes through in eval mode where it is folded into a layer.
 
     Where it stands alone between integers, as before a convolution, it is in eval mode a depthwise convolution of
@@ -240,19 +240,19 @@ class QuantizedSyncBatchNorm(QuantizedNorm, nn.SyncBatchNorm):
     pass
 
 
-class QuantizedReLU(Retyped, nn.ReLU):
+class QuantizedReLU(Converted, nn.ReLU):
     """The quantizer does the ReLU: the two are one function in training."""
 
     def forward(self, input: Tensor) -> Tensor:
         return self._output(input)
 
 
-class QuantizedReLU6(Retyped, nn.ReLU6):
+class QuantizedReLU6(Converted, nn.ReLU6):
     def forward(self, input: Tensor) -> Tensor:
         return self._output(input)
 
 
-class QuantizedFunction(Retyped):
+class QuantizedFunction(Converted):
     """A pool or an activation whose output is quantized; by a quantizer that does the activation, or behind it."""
 
     def forward(self, input: Tensor) -> Tensor:
@@ -300,7 +300,7 @@ class QuantizedHardsigmoid(QuantizedFunction, nn.Hardsigmoid):
     pass
 
 
-WEIGHTED: dict[type[nn.Module], type[Retyped]] = {
+WEIGHTED: dict[type[nn.Module], type[Converted]] = {
     nn.Linear: QuantizedLinear,
     nn.Conv1d: QuantizedConv1d,
     nn.Conv2d: QuantizedConv2d,
@@ -311,13 +311,13 @@ WEIGHTED: dict[type[nn.Module], type[Retyped]] = {
     nn.Embedding: QuantizedEmbedding,
 }
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
-NORMS: dict[type[nn.Module], type[Retyped]] = {
+NORMS: dict[type[nn.Module], type[Converted]] = {
     nn.BatchNorm1d: QuantizedBatchNorm1d,
     nn.BatchNorm2d: QuantizedBatchNorm2d,
     nn.BatchNorm3d: QuantizedBatchNorm3d,
     nn.SyncBatchNorm: QuantizedSyncBatchNorm,
 }
-POINTWISE: dict[type[nn.Module], type[Retyped]] = {
+POINTWISE: dict[type[nn.Module], type[Converted]] = {
     nn.ReLU: QuantizedReLU,
     nn.ReLU6: QuantizedReLU6,
     nn.AvgPool1d: QuantizedAvgPool1d,
@@ -330,28 +330,28 @@ POINTWISE: dict[type[nn.Module], type[Retyped]] = {
     nn.Hardswish: QuantizedHardswish,
     nn.Hardsigmoid: QuantizedHardsigmoid,
 }
-RETYPED: dict[type[nn.Module], type[Retyped]] = {**WEIGHTED, **NORMS, **POINTWISE}
+CONVERTED: dict[type[nn.Module], type[Converted]] = {**WEIGHTED, **NORMS, **POINTWISE}
 
 
 PROJECTION = "NonDynamicallyQuantizableLinear"
 """The class of MultiheadAttention's out_proj: a Linear by another name."""
 
 
-def retype(module: nn.Module, quantized: type[Retyped] | None = None) -> Wiring:
+def convert_(module: nn.Module, quantized: type[Converted] | None = None) -> Wiring:
     """Makes `module` its quantized form, in place; a module that is one already stays as it is. Gives its wiring."""
-    if isinstance(module, Retyped):
+    if isinstance(module, Converted):
         return module._wiring
     wiring = Wiring(original=type(module))
     projection = isinstance(module, nn.Linear) and type(module).__name__ == PROJECTION
-    module.__class__ = quantized or RETYPED[nn.Linear if projection else type(module)]
+    module.__class__ = quantized or CONVERTED[nn.Linear if projection else type(module)]
     module.__dict__["_wiring"] = wiring
     return wiring
 
 
-def restore(model: nn.Module) -> None:
-    """Undoes every `retype` below `model`: classes, children and attributes are as they were before."""
+def restore_layers(model: nn.Module) -> None:
+    """Undoes every `convert_` below `model`: classes, children and attributes are as they were before."""
     for module in list(model.modules()):
-        if isinstance(module, Retyped):
+        if isinstance(module, Converted):
             wiring: Wiring = module.__dict__.pop("_wiring")
             for name in ("_counts", "_off"):
                 module.__dict__.pop(name, None)
@@ -397,7 +397,7 @@ def is_norm_and_more(module: nn.Module) -> bool:
 def is_weighted(module: nn.Module) -> bool:
     """Whether it is a layer whose weights can be quantized: torch's own, a subclass, or transformers' Conv1D."""
     cls = type(module)
-    if isinstance(module, Retyped) or cls.__name__ == PROJECTION:
+    if isinstance(module, Converted) or cls.__name__ == PROJECTION:
         return False
     return cls in WEIGHTED or (isinstance(module, tuple(set(WEIGHTED) - {nn.Embedding})) or stores_transposed(module))
 
@@ -418,7 +418,7 @@ def norm_factor(norm: Any) -> tuple[Tensor, Tensor]:
 
 
 @torch.no_grad()
-def integers(layer: Any) -> Integers:
+def deployed_integers(layer: Any) -> DeployedIntegers:
     """What is deployed of a quantized layer with its BatchNorm folded.
 
     With c = gamma / sqrt(var + eps) per channel: integers Q(w) sign(c), scale s |c|, bias (beta - mean c + c b) rounded
@@ -448,7 +448,7 @@ def integers(layer: Any) -> Integers:
 
 def _with_bias(
     q: Tensor, scale: Tensor, axis: int | None, bias: Tensor | None, source: FakeQuantize | None
-) -> Integers:
+) -> DeployedIntegers:
     """The integers `q` with a bias on the grid of their products with those of `source`."""
     if source is None or not source.enabled:
         low = torch.full_like(scale, 1e-20)
@@ -461,13 +461,13 @@ def _with_bias(
     q = (q * widened(shrunk, q, axis, 0)).round()
     scale = coarse
     if bias is None or source is None or not source.enabled:
-        return Integers(q.to(torch.int8), scale, axis, None, scale, bias)
+        return DeployedIntegers(q.to(torch.int8), scale, axis, None, scale, bias)
     bias_scale = source.scale * scale
     grid = (bias / bias_scale).round().clamp(-(2.0**31), 2.0**31 - 128).to(torch.int32)
-    return Integers(q.to(torch.int8), scale, axis, grid, bias_scale, None)
+    return DeployedIntegers(q.to(torch.int8), scale, axis, grid, bias_scale, None)
 
 
-def _integers_in_blocks(layer: Any, q: Tensor, scale: Tensor) -> Integers:
+def _integers_in_blocks(layer: Any, q: Tensor, scale: Tensor) -> DeployedIntegers:
     """No runtime sums blocks in integers: the bias stays in float."""
     bias = None if layer.bias is None else layer.bias.detach().float()
     axis = channel_axis(layer)
@@ -476,10 +476,10 @@ def _integers_in_blocks(layer: Any, q: Tensor, scale: Tensor) -> Integers:
         bias = offset if bias is None else offset + factor * bias
         q = q * widened(torch.sign(factor), q, axis, 0)
         scale = (scale * widened(factor.abs(), scale, axis, 0)).clamp(min=1e-20)
-    return Integers(q.to(torch.int8), scale.contiguous(), 1 - axis, None, scale, bias)
+    return DeployedIntegers(q.to(torch.int8), scale.contiguous(), 1 - axis, None, scale, bias)
 
 
-def _affine_integers(layer: Any, q: Tensor, scale: Tensor, zero: Tensor) -> Integers:
+def _affine_integers(layer: Any, q: Tensor, scale: Tensor, zero: Tensor) -> DeployedIntegers:
     """Of weights whose input is in float; `q` is counted from `zero` on, so that a factor of -1 turns both round."""
     wiring: Wiring = layer._wiring
     levels, channels = 2 * wiring.largest + 1, channel_axis(layer)
@@ -496,7 +496,9 @@ def _affine_integers(layer: Any, q: Tensor, scale: Tensor, zero: Tensor) -> Inte
         turned = torch.sign(widened(factor, scale, channels, 0) if wiring.block else factor) < 0
         q, scale = q * sign, (scale * size).clamp(min=1e-20)
         zero = torch.where(turned, levels - zero, zero)
-    return Integers(q.to(torch.int16), scale.contiguous(), axis, None, scale, bias, zero.to(torch.uint8).contiguous())
+    return DeployedIntegers(
+        q.to(torch.int16), scale.contiguous(), axis, None, scale, bias, zero.to(torch.uint8).contiguous()
+    )
 
 
 def channel_axis(layer: nn.Module) -> int:
@@ -505,11 +507,12 @@ def channel_axis(layer: nn.Module) -> int:
 
 
 def folded(layer: Any) -> tuple[Tensor, Tensor | None]:
-    """Weight and bias of a layer in eval mode: what `integers` says, in float; with gradients where they are wanted."""
+    """Weight and bias of a layer in eval mode: what `deployed_integers` says, in float; with gradients where they are
+    wanted."""
     wiring: Wiring = layer._wiring
     if not wiring.largest:
         return _folded_float(layer)
-    whole = integers(layer)
+    whole = deployed_integers(layer)
     scale = widened(whole.scale, whole.weight, whole.axis, wiring.block)
     dtype = (layer.running_mean if layer.weight is None else layer.weight).dtype
     weight = (whole.weight.float() * scale).to(dtype)

@@ -39,7 +39,7 @@ def first_step(x: Tensor, largest: int) -> Tensor:
     return torch.minimum(size.mean(1) * (2 / math.sqrt(largest)), size.amax(1) / largest).clamp_(min=TINY)
 
 
-class Grid(NamedTuple):
+class IntegerRange(NamedTuple):
     """The integers of a call: of zero point 0 where `offset` did not make one."""
 
     scale: Tensor
@@ -52,7 +52,7 @@ class LearnedRounding(torch.autograd.Function):
     """clip(round(x / s), lowest, highest) * s with the gradients above; `step` and `offset` are where they go."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, step: Tensor, offset: Tensor | None, grid: Grid, factor: float) -> Tensor:
+    def forward(ctx: Any, x: Tensor, step: Tensor, offset: Tensor | None, grid: IntegerRange, factor: float) -> Tensor:
         ctx.save_for_backward(x, *grid)
         ctx.shape, ctx.factor, ctx.has_offset = step.shape, factor, offset is not None
         t = x * grid.scale.reciprocal()
@@ -79,7 +79,7 @@ def _summed(values: Tensor, shape: torch.Size) -> Tensor:
     return values.sum() if not shape else values.sum_to_size(shape)
 
 
-def learned_rounding(x: Tensor, step: Tensor, offset: Tensor | None, grid: Grid, factor: float) -> Tensor:
+def learned_rounding(x: Tensor, step: Tensor, offset: Tensor | None, grid: IntegerRange, factor: float) -> Tensor:
     """`LearnedRounding`, typed."""
     result: Tensor = LearnedRounding.apply(x, step, offset, grid, factor)  # type: ignore[no-untyped-call]
     return result
@@ -118,7 +118,7 @@ class LearnedStep(nn.Module):
         last = torch.tensor(float(self.largest), device=scale.device)
         step = self.step if self.observing else self.step.detach()
         factor = 1.0 / math.sqrt(weight.numel() / scale.numel() * self.largest)
-        return learned_rounding(weight, step, None, Grid(scale, -last, last, torch.zeros_like(last)), factor)
+        return learned_rounding(weight, step, None, IntegerRange(scale, -last, last, torch.zeros_like(last)), factor)
 
     def extra_repr(self) -> str:
         return f"{tuple(self.step.shape)} steps, largest integer {self.largest}{'' if self.observing else ', frozen'}"
@@ -171,12 +171,12 @@ class LearnedQuantize(FakeQuantize):
         self.follow()
         super().check()
 
-    def _grid(self) -> Grid:
+    def _grid(self) -> IntegerRange:
         scale = torch.maximum(self.step.detach(), self.least)
         zero = torch.zeros_like(scale)
         if self.offset is not None:
             zero = (-self.offset.detach() / scale).round_().clamp_(0, self.last)
-        return Grid(scale, self.first - zero, self.last - zero, zero)
+        return IntegerRange(scale, self.first - zero, self.last - zero, zero)
 
     def _has_started(self) -> bool:
         # Asked of the device until it is true, and never again.
@@ -218,7 +218,7 @@ class LearnedQuantize(FakeQuantize):
         else:
             step = ((x.amax().clamp(min=0.0) - low) / self.last).clamp(min=TINY)
         found = {"step": step, "offset": low.clone()}
-        if distributed.count() > 1:
+        if distributed.world_size() > 1:
             distributed.average(found)
         share = 1.0 / (int(self.batches) + 1)
         self.step.copy_(torch.lerp(self.step, found["step"], share))

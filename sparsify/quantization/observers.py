@@ -42,10 +42,10 @@ def observe(histogram: Tensor, extent: Tensor, x: Tensor, share: Tensor | float)
     """
     reach = x.detach().abs().amax().to(torch.float32).clamp(min=2.0**-100)
     wanted = torch.maximum(torch.exp2(torch.ceil(torch.log2(reach))), extent)
-    if distributed.count() > 1:
+    if distributed.world_size() > 1:
         distributed.reduce_range(torch.zeros_like(wanted), wanted)
     batch = counted(x, wanted)
-    if distributed.count() > 1:
+    if distributed.world_size() > 1:
         distributed.average({"histogram": batch})
     old = torch.zeros_like(histogram).index_add_(0, _bin(_centers(histogram) * (extent / wanted)), histogram)
     histogram.copy_(torch.lerp(old, batch, torch.as_tensor(share, dtype=old.dtype, device=old.device)))

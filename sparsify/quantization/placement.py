@@ -17,13 +17,13 @@ from typing import Any, Literal
 
 from torch import nn
 
-from sparsify.model.trace import Node, Trace
+from sparsify.model.trace import Trace, TracedNode
 from sparsify.quantization.attention import SLOW
 from sparsify.quantization.attention_products import ATTENTION, MATMUL, OPERANDS, operand
 from sparsify.quantization.fake_quantize import GATES
 from sparsify.quantization.fixed_and_shared import FIXED
 from sparsify.quantization.forward_ops import COUNTED, KINDS, LAYER, NORM, child_name
-from sparsify.quantization.layer_selection import Chosen
+from sparsify.quantization.layer_selection import QuantizedLayers
 from sparsify.quantization.layers import (
     NORMS,
     POINTWISE,
@@ -34,15 +34,15 @@ from sparsify.quantization.layers import (
     is_norm_and_more,
     stores_transposed,
 )
-from sparsify.quantization.plan import Layer, Left, Norm, Plan, Site
-from sparsify.quantization.scheme import ActivationScheme, Scheme, Settings
+from sparsify.quantization.plan import LayerPlan, NormPlan, QuantizationPlan, QuantizerSite, Unquantized
+from sparsify.quantization.scheme import ActivationScheme, QuantizationSettings, Scheme
 
 __all__: list[str] = []
 
-Role = Literal["input", "output", "function"]
+QuantizerRole = Literal["input", "output", "function"]
 
 
-def make_plan(model: nn.Module, trace: Trace, settings: Settings) -> Plan:
+def make_plan(model: nn.Module, trace: Trace, settings: QuantizationSettings) -> QuantizationPlan:
     """What is to be quantized in `model` by `settings`; changes nothing.
 
     Raises:
@@ -52,8 +52,8 @@ def make_plan(model: nn.Module, trace: Trace, settings: Settings) -> Plan:
 
 
 class _Planner:
-    def __init__(self, model: nn.Module, trace: Trace, settings: Settings) -> None:
-        chosen = Chosen(model, trace, settings)
+    def __init__(self, model: nn.Module, trace: Trace, settings: QuantizationSettings) -> None:
+        chosen = QuantizedLayers(model, trace, settings)
         self.trace = trace
         self.settings = settings
         self.chosen = chosen
@@ -65,13 +65,13 @@ class _Planner:
         self.demands: dict[str, list[tuple[str, ActivationScheme]]] = defaultdict(list)
         self.required: dict[str, ActivationScheme] = {}
         self.blocks: set[str] = set()
-        self.alone: dict[str, Node] = {}
+        self.alone: dict[str, TracedNode] = {}
         # Layers that are called more than once, or read what is no float.
         self.own: list[tuple[str, ActivationScheme]] = []
 
     # Where a quantizer can stand
 
-    def _place(self, node: Node) -> tuple[str, str, Role] | None:
+    def _place(self, node: TracedNode) -> tuple[str, str, QuantizerRole] | None:
         """Where the quantizer of what `node` gives can stand: (module, child, role); None: only at its readers."""
         if node.name in self.ends:
             layer = self.ends[node.name]
@@ -88,12 +88,12 @@ class _Planner:
             return None
         return owner, child_name(node.kind, self._index(node, owner)), "function"
 
-    def _is_own_module(self, node: Node) -> bool:
+    def _is_own_module(self, node: TracedNode) -> bool:
         """Whether `node` is all that a ReLU or a pool computes, called from one place."""
         module = self.modules.get(node.owner)
         return type(module) in POINTWISE and self.trace.calls.get(node.owner) == 1
 
-    def _watched_owner(self, node: Node) -> str:
+    def _watched_owner(self, node: TracedNode) -> str:
         """The user's module in whose forward the node stands: modules of torch without children are looked through."""
         for call in reversed(node.stack):
             module = self.modules.get(call.path)
@@ -104,13 +104,13 @@ class _Planner:
                 return call.path
         return ""
 
-    def _own_nodes(self, owner: str) -> dict[int, list[Node]]:
+    def _own_nodes(self, owner: str) -> dict[int, list[TracedNode]]:
         """The counted operations of a module, by call."""
         return self._by_owner.get(owner, {})
 
     @cached_property
-    def _by_owner(self) -> dict[str, dict[int, list[Node]]]:
-        by_owner: dict[str, dict[int, list[Node]]] = defaultdict(lambda: defaultdict(list))
+    def _by_owner(self) -> dict[str, dict[int, list[TracedNode]]]:
+        by_owner: dict[str, dict[int, list[TracedNode]]] = defaultdict(lambda: defaultdict(list))
         for node in self.trace.nodes:
             if node.kind in COUNTED and node.is_float and not self._is_own_module(node):
                 if node.kind == MATMUL and node.op not in OPERANDS:
@@ -128,7 +128,7 @@ class _Planner:
             return None
         return found[0]
 
-    def _index(self, node: Node, owner: str) -> int:
+    def _index(self, node: TracedNode, owner: str) -> int:
         for nodes in self._own_nodes(owner).values():
             if node in nodes:
                 return [n.name for n in nodes if n.kind == node.kind].index(node.name)
@@ -136,7 +136,7 @@ class _Planner:
 
     # Which tensors are quantized
 
-    def plan(self) -> Plan:
+    def plan(self) -> QuantizationPlan:
         """The tensors first, then their quantizers, then what stands around them."""
         self._ask_layers()
         self._follow_blocks()
@@ -146,7 +146,7 @@ class _Planner:
         sites = _on_one_grid(sites, grids.values())
         source.update((name, places[0]) for name, places in grids.items())
         sites += self._product_sites()
-        return Plan(
+        return QuantizationPlan(
             layers=tuple(self._layer(name, scheme, source.get(name)) for name, scheme in self.layers.items()),
             sites=tuple(sites),
             watched=self._watched(sites, [*self.folds.values(), *self.alone]),
@@ -155,7 +155,7 @@ class _Planner:
             left=tuple(dict.fromkeys(left for left in self.left if left.what not in self.alone)),
             attentions=tuple(self.chosen.attentions),
             alone=tuple(
-                Norm(name, source[name], len(node.shape or ()), 63 if self.settings.reduce_range else 127)
+                NormPlan(name, source[name], len(node.shape or ()), 63 if self.settings.reduce_range else 127)
                 for name, node in self.alone.items()
             ),
         )
@@ -194,7 +194,7 @@ class _Planner:
                     adds.append(node.name)
                     self._take(node, roots, base, itself=False)
                 else:
-                    self.left.append(Left(f"{node.owner or 'the model'}: {node.op}", why))
+                    self.left.append(Unquantized(f"{node.owner or 'the model'}: {node.op}", why))
             elif roots[0] in self.blocks:
                 self._follow(node, roots, base)
         # An add is quantized behind its ReLU where that is all that reads it.
@@ -206,7 +206,7 @@ class _Planner:
             elif base is not None:
                 self.required.setdefault(name, base)
 
-    def _follow(self, node: Node, roots: list[str], base: ActivationScheme) -> None:
+    def _follow(self, node: TracedNode, roots: list[str], base: ActivationScheme) -> None:
         """Whether what `node` gives is in integers too, the first of whose operands is; sums apart."""
         inside, placed = all(root in self.blocks for root in roots), self._place(node) is not None
         users = self.trace.users(node.name)
@@ -239,7 +239,7 @@ class _Planner:
             # Without it the convolution that gives what the activation reads would run in float.
             self.required.setdefault(roots[0], base)
 
-    def _take(self, node: Node, roots: Iterable[str], base: ActivationScheme, itself: bool = True) -> None:
+    def _take(self, node: TracedNode, roots: Iterable[str], base: ActivationScheme, itself: bool = True) -> None:
         """`node` computes with integers: what it reads is quantized, and what it gives by `itself`."""
         self.blocks.add(node.name)
         if itself:
@@ -247,12 +247,12 @@ class _Planner:
         for root in roots:
             self.required.setdefault(root, base)
 
-    def _sites(self) -> tuple[list[Site], dict[str, str]]:
+    def _sites(self) -> tuple[list[QuantizerSite], dict[str, str]]:
         """The quantizers, and {layer: the name of that which it reads}."""
-        sites: dict[str, Site] = {}
+        sites: dict[str, QuantizerSite] = {}
         source: dict[str, str] = {}
 
-        def stands(site: Site, layers: Iterable[str]) -> None:
+        def stands(site: QuantizerSite, layers: Iterable[str]) -> None:
             sites.setdefault(site.name, site)
             source.update(dict.fromkeys(layers, site.name))
 
@@ -309,7 +309,7 @@ class _Planner:
         self.own = own
         return shared
 
-    def _reads_integers(self, node: Node) -> bool:
+    def _reads_integers(self, node: TracedNode) -> bool:
         """Whether all that `node` reads is quantized where it is made."""
         return all(self.trace.root(name) in self.required for name in node.inputs)
 
@@ -327,12 +327,12 @@ class _Planner:
             if not fused:
                 self.required.setdefault(end, base)
 
-    def _is_norm_by_hand(self, node: Node) -> bool:
+    def _is_norm_by_hand(self, node: TracedNode) -> bool:
         """Whether a mean over the last of three dimensions reads what was moved: features, not time, as in a norm."""
         made = self.trace.by_name[node.inputs[0]]
         return node.op == "mean" and made.kind == "move" and made.shape is not None and len(made.shape) == 3
 
-    def _stands_alone(self, node: Node) -> bool:
+    def _stands_alone(self, node: TracedNode) -> bool:
         """Whether `node` is a BatchNorm that no layer takes in, and a layer of its own where it reads integers."""
         norm: Any = self.modules.get(node.owner)
         if node.kind != "batch_norm" or node.name in self.ends or self.trace.calls.get(node.owner) != 1:
@@ -352,7 +352,7 @@ class _Planner:
     def _layer_node(self, end: str) -> str:
         return next(node.name for node in self.nodes[self.ends[end]])
 
-    def _product_sites(self) -> Iterator[Site]:
+    def _product_sites(self) -> Iterator[QuantizerSite]:
         """The quantizers of the operands of products of two activations, where the recipe wants any."""
         done: set[tuple[str, int]] = set()
         names: tuple[str, ...]
@@ -368,7 +368,7 @@ class _Planner:
                 names, index = ATTENTION, 0
             elif node.op not in OPERANDS or isinstance(self.modules[owner], _CONTAINERS) or self._counts(owner) is None:
                 why = f"a product of {node.op} cannot be watched; write it as a matmul in a module's own forward"
-                self.left.append(Left(f"{owner or 'the model'}: {node.op}", why))
+                self.left.append(Unquantized(f"{owner or 'the model'}: {node.op}", why))
                 continue
             else:
                 names, index = OPERANDS[node.op], self._index(node, owner)
@@ -377,7 +377,7 @@ class _Planner:
                 done.add((owner, index))
                 yield from (_site_at(owner, operand(name, index), args) for name in names)
 
-    def _why_no_add(self, node: Node, roots: list[str]) -> str | None:
+    def _why_no_add(self, node: TracedNode, roots: list[str]) -> str | None:
         trace = self.trace
         if len(roots) == 1 and not node.parameters and roots[0] in self.blocks and self._place(node) is not None:
             # Of a tensor and a number; one more rounding pays where integers go on.
@@ -395,7 +395,7 @@ class _Planner:
                 return f"{trace.by_name[root].op} in {trace.by_name[root].owner or 'the model'} stays in float"
         return None
 
-    def _site(self, node: Node, place: tuple[str, str, Role], args: ActivationScheme) -> Site:
+    def _site(self, node: TracedNode, place: tuple[str, str, QuantizerRole], args: ActivationScheme) -> QuantizerSite:
         module, child, role = place
         relu = node.kind == "relu"
         in_place, producer = True, None
@@ -422,11 +422,11 @@ class _Planner:
             fixed=op if op in FIXED and not args.symmetric and args.num_bits == 8 else None,
         )
 
-    def _layer(self, name: str, scheme: Scheme, source: str | None) -> Layer:
+    def _layer(self, name: str, scheme: Scheme, source: str | None) -> LayerPlan:
         weights = scheme.weights
         module = self.modules[name]
         if weights is None:
-            return Layer(name, None, 0, source, None)
+            return LayerPlan(name, None, 0, source, None)
         fewer = self.settings.reduce_range or bool(weights.kwargs.get("reduce_range"))
         bits = weights.num_bits - (1 if fewer and weights.num_bits == 8 else 0)
         per_channel = weights.strategy != "tensor"
@@ -437,9 +437,9 @@ class _Planner:
         linear = isinstance(module, nn.Linear) or stores_transposed(module)
         block = (weights.block_size or 0) if linear else 0
         affine = not weights.symmetric
-        return Layer(name, axis, 2 ** (bits - 1) - 1, source, self.folds.get(name), learned, block, affine)
+        return LayerPlan(name, axis, 2 ** (bits - 1) - 1, source, self.folds.get(name), learned, block, affine)
 
-    def _watched(self, sites: list[Site], norms: Iterable[str]) -> dict[str, dict[str, int]]:
+    def _watched(self, sites: list[QuantizerSite], norms: Iterable[str]) -> dict[str, dict[str, int]]:
         """The modules with quantized operations of their own, and those below them that compute such operations too."""
         own = {"input_quantizer", "output_quantizer"}
         owners = {site.module for site in sites if site.child not in own} - set(self.chosen.attentions)
@@ -481,14 +481,14 @@ _GO_ON = frozenset({"conv", "linear", "relu", "add", "multiply", "concat", "gate
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 
 
-def _on_one_grid(sites: Iterable[Site], grids: Iterable[list[str]]) -> list[Site]:
+def _on_one_grid(sites: Iterable[QuantizerSite], grids: Iterable[list[str]]) -> list[QuantizerSite]:
     """`sites` in which those that are named together in `grids` leave the work to the first of them."""
     together: dict[str, set[str]] = {}
     for names in grids:
         joined = set(names).union(*(together.get(name, ()) for name in names))
         together.update(dict.fromkeys(joined, joined))
     first: dict[int, str] = {}
-    found: list[Site] = []
+    found: list[QuantizerSite] = []
     for site in sites:
         group = together.get(site.name)
         if group is not None and len(group) > 1:
@@ -498,10 +498,10 @@ def _on_one_grid(sites: Iterable[Site], grids: Iterable[list[str]]) -> list[Site
     return found
 
 
-def _site_at(module: str, child: str, args: ActivationScheme, readers: Iterable[str] = ()) -> Site:
+def _site_at(module: str, child: str, args: ActivationScheme, readers: Iterable[str] = ()) -> QuantizerSite:
     constant = float(args.kwargs.get("averaging_constant", 0.01))
     percentile = float(args.kwargs.get("percentile", 99.99))
-    return Site(
+    return QuantizerSite(
         module,
         child,
         args.num_bits,

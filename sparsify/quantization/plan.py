@@ -18,17 +18,17 @@ from torch import Tensor, nn
 
 from sparsify.errors import StateError
 from sparsify.model.targets import named_modules
-from sparsify.quantization.attention import FORMS, quantize_attention, shut
+from sparsify.quantization.attention import FORMS, disable_fast_path, quantize_attention
 from sparsify.quantization.fake_quantize import FakeQuantize
 from sparsify.quantization.fixed_and_shared import FixedQuantize
 from sparsify.quantization.forward_ops import Watched, switched_off, watch
 from sparsify.quantization.layers import (
     WEIGHTED,
+    Converted,
     QuantizedLayer,
-    Retyped,
+    convert_,
     is_norm_and_more,
     is_weighted,
-    retype,
 )
 from sparsify.quantization.learned_step import LearnedQuantize
 from sparsify.quantization.same_grid import SameGrid
@@ -36,14 +36,14 @@ from sparsify.quantization.weight_grid import WEIGHT_STEP, learned_step
 
 __all__: list[str] = []
 
-FORMAT = 1
+PLAN_FORMAT = 1
 """The version of a plan's state."""
 LEFT = "_left_in_float"
 """The attribute of a quantized model with what stays in float: {what: why}."""
 
 
 @dataclass(frozen=True)
-class Site:
+class QuantizerSite:
     """One quantized tensor.
 
     Attributes:
@@ -80,7 +80,7 @@ class Site:
 
 
 @dataclass(frozen=True)
-class Layer:
+class LayerPlan:
     """One layer with quantized weights.
 
     Attributes:
@@ -103,7 +103,7 @@ class Layer:
 
 
 @dataclass(frozen=True)
-class Norm:
+class NormPlan:
     """A BatchNorm that no layer takes in: between integers it is a layer of its own, one weight for each channel.
 
     Attributes:
@@ -118,7 +118,7 @@ class Norm:
 
 
 @dataclass(frozen=True)
-class Left:
+class Unquantized:
     """What stays in float, and why.
 
     Attributes:
@@ -131,7 +131,7 @@ class Left:
 
 
 @dataclass(frozen=True)
-class Plan:
+class QuantizationPlan:
     """All that was decided.
 
     Attributes:
@@ -144,14 +144,14 @@ class Plan:
             and "<name>.out_proj".
     """
 
-    layers: tuple[Layer, ...] = ()
-    sites: tuple[Site, ...] = ()
+    layers: tuple[LayerPlan, ...] = ()
+    sites: tuple[QuantizerSite, ...] = ()
     watched: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
     norms: tuple[str, ...] = ()
     slow: tuple[str, ...] = ()
-    left: tuple[Left, ...] = ()
+    left: tuple[Unquantized, ...] = ()
     attentions: tuple[str, ...] = ()
-    alone: tuple[Norm, ...] = ()
+    alone: tuple[NormPlan, ...] = ()
 
     def projections(self, attention: str) -> tuple[str, ...]:
         """The names, within it, of the layers in front of an attention."""
@@ -165,28 +165,28 @@ class Plan:
 
     def to_state(self) -> dict[str, Any]:
         """As dicts, lists, strings and numbers."""
-        state: dict[str, Any] = _plain(dataclasses.asdict(self))
-        return {"format": FORMAT, **state}
+        state: dict[str, Any] = _plain_state(dataclasses.asdict(self))
+        return {"format": PLAN_FORMAT, **state}
 
     @classmethod
-    def from_state(cls, state: Mapping[str, Any]) -> Plan:
+    def from_state(cls, state: Mapping[str, Any]) -> QuantizationPlan:
         """The plan that `to_state` described.
 
         Raises:
             StateError: it is none, or one of another version.
         """
         try:
-            if state["format"] != FORMAT:
-                raise StateError(f"the plan has format {state['format']!r}; this version of sparsify reads {FORMAT}.")
+            if state["format"] != PLAN_FORMAT:
+                raise StateError(f"the plan has format {state['format']!r}; this sparsify reads {PLAN_FORMAT}.")
             return cls(
-                layers=tuple(Layer(**layer) for layer in state["layers"]),
-                sites=tuple(Site(**{**site, "readers": tuple(site["readers"])}) for site in state["sites"]),
+                layers=tuple(LayerPlan(**layer) for layer in state["layers"]),
+                sites=tuple(QuantizerSite(**{**site, "readers": tuple(site["readers"])}) for site in state["sites"]),
                 watched={path: dict(counts) for path, counts in state["watched"].items()},
                 norms=tuple(state["norms"]),
                 slow=tuple(state["slow"]),
-                left=tuple(Left(**left) for left in state["left"]),
+                left=tuple(Unquantized(**left) for left in state["left"]),
                 attentions=tuple(state.get("attentions", ())),
-                alone=tuple(Norm(**norm) for norm in state.get("alone", ())),
+                alone=tuple(NormPlan(**norm) for norm in state.get("alone", ())),
             )
         except (KeyError, TypeError, AttributeError) as error:
             raise StateError(
@@ -200,15 +200,15 @@ class Plan:
         return "\n".join([line, *(f"  in float: {left.what}: {left.why}" for left in self.left)])
 
 
-def _plain(value: Any) -> Any:
+def _plain_state(value: Any) -> Any:
     if isinstance(value, Mapping):
-        return {str(key): _plain(one) for key, one in value.items()}
+        return {str(key): _plain_state(one) for key, one in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_plain(one) for one in value]
+        return [_plain_state(one) for one in value]
     return value
 
 
-def check_plan(model: nn.Module, plan: Plan, *, again: bool = False) -> None:
+def check_plan(model: nn.Module, plan: QuantizationPlan, *, again: bool = False) -> None:
     """Refuses a plan that was made for another model.
 
     Args:
@@ -228,7 +228,7 @@ def check_plan(model: nn.Module, plan: Plan, *, again: bool = False) -> None:
             "made for another model."
         )
     for name in plan.attentions:
-        if type(modules[name]) is not nn.MultiheadAttention and not (again and isinstance(modules[name], Retyped)):
+        if type(modules[name]) is not nn.MultiheadAttention and not (again and isinstance(modules[name], Converted)):
             raise StateError(
                 f"{name} is a {type(modules[name]).__name__}, not a MultiheadAttention: it is quantized already, or "
                 "the plan is of another model."
@@ -237,7 +237,7 @@ def check_plan(model: nn.Module, plan: Plan, *, again: bool = False) -> None:
     for layer in plan.layers:
         if layer.name in projections:
             continue
-        if not is_weighted(modules[layer.name]) and not (again and isinstance(modules[layer.name], Retyped)):
+        if not is_weighted(modules[layer.name]) and not (again and isinstance(modules[layer.name], Converted)):
             raise StateError(
                 f"{layer.name} is a {type(modules[layer.name]).__name__}, not one of "
                 f"{', '.join(cls.__name__ for cls in WEIGHTED)}: it is quantized already, or the plan is of another "
@@ -245,7 +245,7 @@ def check_plan(model: nn.Module, plan: Plan, *, again: bool = False) -> None:
             )
 
 
-def apply_plan(model: nn.Module, plan: Plan) -> None:
+def apply_plan(model: nn.Module, plan: QuantizationPlan) -> None:
     """Retypes the layers of `model` in place as `plan` says. Parameters stay the same objects.
 
     Raises:
@@ -260,13 +260,13 @@ def apply_plan(model: nn.Module, plan: Plan) -> None:
         watch(modules[path], dict(counts))
     for name in plan.norms:
         if not is_norm_and_more(modules[name]):
-            retype(modules[name])
+            convert_(modules[name])
         elif name not in plan.watched:
             watch(modules[name], {})
     for name in plan.slow:
-        shut(modules[name])
+        disable_fast_path(modules[name])
     for layer in plan.layers:
-        wiring = retype(modules[layer.name])
+        wiring = convert_(modules[layer.name])
         wiring.axis, wiring.largest, wiring.block = layer.axis, layer.largest, layer.block
         wiring.affine = layer.affine
         if layer.learned:
@@ -277,7 +277,7 @@ def apply_plan(model: nn.Module, plan: Plan) -> None:
     quantizers: dict[str, FakeQuantize] = {}
     for site in plan.sites:
         module = modules[site.module]
-        retype(module)
+        convert_(module)
         if site.like is not None:
             module.add_module(site.child, SameGrid(quantizers[site.like]))
             quantizers[site.name] = quantizers[site.like]
@@ -322,7 +322,7 @@ def left_in_float(model: nn.Module) -> dict[str, str]:
     return {**getattr(model, LEFT, {}), **off}
 
 
-def settle(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[str]:
+def check_traced_ops(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[str]:
     """Runs a freshly quantized model once, without rounding, to see that watched operations come as traced.
 
     Scripted functions and direct calls of operators are seen by the trace and not in training. Gives the paths of

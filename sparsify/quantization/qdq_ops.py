@@ -108,9 +108,9 @@ def _operators() -> Any:
         lambda q, scale, axis, block, zero_point: torch.empty_like(q, dtype=scale.dtype),
         lib=library,
     )
-    _kept.append(library)
+    _kept_by_export.append(library)
     return torch.ops.sparsify
 
 
-_kept: list[Any] = []
+_kept_by_export: list[Any] = []
 """A library unregisters its operators when it is collected."""

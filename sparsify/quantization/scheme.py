@@ -147,7 +147,7 @@ size. A Linear of 4 bits, or of blocks, is faster as well: see `onnx_weight_only
 
 
 @dataclass(frozen=True)
-class Settings:
+class QuantizationSettings:
     """All that a plan is made from besides the trace: the scheme, its exceptions, and where to look.
 
     Attributes:

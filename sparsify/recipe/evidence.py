@@ -119,13 +119,13 @@ class Evidence(BaseModel):
 def head(evidence: Evidence, modifiers: Sequence[Modifier]) -> str:
     """The block of comments that stands before everything: goal, sources, what is expected, the training summary."""
     lines = [evidence.goal, *(f"{name}: {text}" for name, text in evidence.sources.items())]
-    lines += ["", "Expected", *_rows(_expected(evidence.expected))]
+    lines += ["", "Expected", *_evidence_rows(_expected(evidence.expected))]
     if evidence.dense:
-        lines += ["", "Left dense", *_rows(evidence.dense.items())]
+        lines += ["", "Left dense", *_evidence_rows(evidence.dense.items())]
     if evidence.notes:
         lines += ["", "Notes", *(f"  {note}" for note in evidence.notes)]
     if evidence.stages:
-        lines += ["", "Training", *_rows(_summary(evidence, modifiers))]
+        lines += ["", "Training", *_evidence_rows(_summary(evidence, modifiers))]
     return "".join(f"# {_printable(line)}".rstrip() + "\n" for text in lines for line in text.splitlines() or [""])
 
 
@@ -198,7 +198,7 @@ def _numbers(fields: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
             yield name, value
 
 
-def _rows(pairs: Any) -> list[str]:
+def _evidence_rows(pairs: Any) -> list[str]:
     rows = [(str(name), " ".join(str(text).split())) for name, text in pairs]
     width = max((len(name) for name, _ in rows), default=0)
     return [f"  {name:<{width}}  {text}" for name, text in rows]

@@ -25,8 +25,8 @@ from sparsify.errors import RecipeError, did_you_mean
 __all__: list[str] = []
 
 LONGEST = 1_000
-DEEPEST = 32
-LARGEST = 1e308
+DEEPEST_EXPRESSION = 32
+LONGEST_EXPRESSION = 1e308
 LARGEST_EXPONENT = 64
 _HINT = "It may hold numbers, variables, + - * / // % **, comparisons, `a if b else c` and "
 
@@ -64,7 +64,7 @@ _FUNCTIONS: dict[str, tuple[Callable[..., Any], int, int]] = {
     "min": (min, 1, LONGEST),
     "round": (round, 1, 2),
 }
-_WORDS = frozenset({"and", "else", "if", "not", "or", "True", "False", *_FUNCTIONS})
+_OPERATORS = frozenset({"and", "else", "if", "not", "or", "True", "False", *_FUNCTIONS})
 
 
 @dataclass(frozen=True)
@@ -163,8 +163,8 @@ class _Parser:
         return RecipeError(f"{self.tokens[self.position][1]!r} is out of place: {why}.")
 
     def expression(self, depth: int) -> _Thunk:
-        if depth > DEEPEST:
-            raise RecipeError(f"nested deeper than {DEEPEST}. Split it into variables.")
+        if depth > DEEPEST_EXPRESSION:
+            raise RecipeError(f"nested deeper than {DEEPEST_EXPRESSION}. Split it into variables.")
         value = self.logic(depth, "or")
         if not self.takes("if"):
             return value
@@ -212,7 +212,7 @@ class _Parser:
                 if sign in ("==", "!="):
                     holds = (left == right) is (sign == "==")
                 else:
-                    holds = _ORDER[sign](_number(left, sign), _number(right, sign))
+                    holds = _ORDER[sign](_finite_number(left, sign), _finite_number(right, sign))
                 if not holds:
                     return False
                 left = right
@@ -234,7 +234,7 @@ class _Parser:
         def folded(variables: Mapping[str, Any]) -> Any:
             value = first(variables)
             for sign, thunk in rest:
-                value = _apply(sign, _BINDING[sign][1], value, thunk(variables))
+                value = _evaluate(sign, _BINDING[sign][1], value, thunk(variables))
             return value
 
         return folded
@@ -248,16 +248,16 @@ class _Parser:
         if not any_sign:
             return value
         factor = -1 if negative else 1
-        return lambda variables: factor * _number(value(variables), "-")
+        return lambda variables: factor * _finite_number(value(variables), "-")
 
     def power(self, depth: int) -> _Thunk:
         base = self.atom(depth)
         if not self.takes("**"):
             return base
-        if depth >= DEEPEST:
-            raise RecipeError(f"nested deeper than {DEEPEST}. Split it into variables.")
+        if depth >= DEEPEST_EXPRESSION:
+            raise RecipeError(f"nested deeper than {DEEPEST_EXPRESSION}. Split it into variables.")
         exponent = self.signed(depth + 1)
-        return lambda variables: _apply("**", _power, base(variables), exponent(variables))
+        return lambda variables: _evaluate("**", _bounded_power, base(variables), exponent(variables))
 
     def atom(self, depth: int) -> _Thunk:
         if self.position >= len(self.tokens):
@@ -279,7 +279,7 @@ class _Parser:
             return lambda _: token == "True"
         if kind == "name" and self.tokens[self.position + 1 : self.position + 2] == [("sign", "(")]:
             return self.call(token, depth)
-        if kind == "name" and token not in _WORDS:
+        if kind == "name" and token not in _OPERATORS:
             self.position += 1
             self.names.add(token)
             return lambda variables: variables[token]
@@ -299,7 +299,7 @@ class _Parser:
             raise RecipeError(f"{name}() takes {least if least == most else 'at least ' + str(least)} argument(s).")
 
         def called(variables: Mapping[str, Any]) -> Any:
-            values = [_number(argument(variables), name) for argument in arguments]
+            values = [_finite_number(argument(variables), name) for argument in arguments]
             # round(5, -10 ** 9) would build a number of a billion digits.
             if name == "round" and len(values) == 2 and not (isinstance(values[1], int) and abs(values[1]) <= 308):
                 raise RecipeError(f"round() to {values[1]} digits; give a whole number from -308 to 308.")
@@ -308,7 +308,7 @@ class _Parser:
         return called
 
 
-def _number(value: Any, where: str) -> Any:
+def _finite_number(value: Any, where: str) -> Any:
     if isinstance(value, bool) or not isinstance(value, int | float):
         shown = repr(value) if len(repr(value)) < 60 else f"{repr(value)[:60]}..."
         raise RecipeError(f"{where!r} needs numbers, not {shown}.")
@@ -318,21 +318,21 @@ def _number(value: Any, where: str) -> Any:
 def _bounded(value: Any, where: str) -> Any:
     if isinstance(value, complex):
         raise RecipeError("the root of a negative number is no number here.")
-    if not (math.isfinite(value) if isinstance(value, float) else True) or abs(value) > LARGEST:
-        raise RecipeError(f"{where!r} gives a number beyond {LARGEST:g}.")
+    if not (math.isfinite(value) if isinstance(value, float) else True) or abs(value) > LONGEST_EXPRESSION:
+        raise RecipeError(f"{where!r} gives a number beyond {LONGEST_EXPRESSION:g}.")
     return value
 
 
-def _power(base: Any, exponent: Any) -> Any:
+def _bounded_power(base: Any, exponent: Any) -> Any:
     if abs(exponent) > LARGEST_EXPONENT:
         raise RecipeError(f"an exponent of {exponent:g}; at most {LARGEST_EXPONENT} is read.")
     return base**exponent
 
 
-def _apply(sign: str, function: Callable[[Any, Any], Any], left: Any, right: Any) -> Any:
+def _evaluate(sign: str, function: Callable[[Any, Any], Any], left: Any, right: Any) -> Any:
     try:
-        return _bounded(function(_number(left, sign), _number(right, sign)), sign)
+        return _bounded(function(_finite_number(left, sign), _finite_number(right, sign)), sign)
     except ZeroDivisionError:
         raise RecipeError(f"{sign!r} divides by zero.") from None
     except OverflowError:
-        raise RecipeError(f"{sign!r} gives a number beyond {LARGEST:g}.") from None
+        raise RecipeError(f"{sign!r} gives a number beyond {LONGEST_EXPRESSION:g}.") from None

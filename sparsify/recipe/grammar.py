@@ -19,9 +19,9 @@ import yaml
 
 __all__: list[str] = []
 
-LARGEST = 1 << 20
+LONGEST_DOCUMENT = 1 << 20
 """Bytes in a recipe."""
-DEEPEST = 32
+DEEPEST_DOCUMENT = 32
 MOST_NODES = 20_000
 CHARACTERS_IN_A_NODE = 64
 """A long text counts as several nodes, so that aliases cannot blow it up."""
@@ -29,8 +29,8 @@ CHARACTERS_IN_A_NODE = 64
 LONGEST_NUMBER = 400
 """Characters; what is longer is text."""
 
-INTEGER = re.compile(r"[-+]?[0-9][0-9_]*|0x[0-9a-fA-F_]+|0o[0-7_]+")
-FLOAT = re.compile(r"[-+]?(?:[0-9][0-9_]*\.?[0-9_]*|\.[0-9][0-9_]*)(?:[eE][-+]?[0-9]+)?")
+INTEGER_PATTERN = re.compile(r"[-+]?[0-9][0-9_]*|0x[0-9a-fA-F_]+|0o[0-7_]+")
+FLOAT_PATTERN = re.compile(r"[-+]?(?:[0-9][0-9_]*\.?[0-9_]*|\.[0-9][0-9_]*)(?:[eE][-+]?[0-9]+)?")
 NO_NUMBER = re.compile(r"[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN)")
 BOOLEANS = {
     spelling: value
@@ -58,7 +58,7 @@ class Problem(Exception):
 
 
 @dataclass(eq=False)
-class Node:
+class YamlNode:
     """A value as it stands in the text: a scalar, a list of nodes, or a mapping from keys to nodes.
 
     `tag` is what stands behind `!`; `key_lines` are the lines of a mapping's keys; `size` and `depth` count what hangs
@@ -90,7 +90,7 @@ class Node:
         return line
 
 
-def read(data: str | bytes, *, markdown: bool = False) -> Node:
+def read(data: str | bytes, *, markdown: bool = False) -> YamlNode:
     """The mapping at the top of a recipe, as text, as bytes in UTF-8 or UTF-16, or in a Markdown file's front matter.
 
     Raises:
@@ -106,13 +106,13 @@ def read(data: str | bytes, *, markdown: bool = False) -> Node:
     return top
 
 
-def value(text: str) -> Node:
+def value(text: str) -> YamlNode:
     """A single value, "1e-3" or "[conv1, conv2]", as it would be read behind a key."""
-    return _tree(_decoded(text), 0) or Node(1, None, None)
+    return _tree(_decoded(text), 0) or YamlNode(1, None, None)
 
 
 def measure(value: Any) -> tuple[int, int]:
-    """The size and depth of a plain value, as `Node` counts them."""
+    """The size and depth of a plain value, as `YamlNode` counts them."""
     if isinstance(value, str):
         return 1 + len(value) // CHARACTERS_IN_A_NODE, 0
     if not isinstance(value, list | dict):
@@ -122,8 +122,8 @@ def measure(value: Any) -> tuple[int, int]:
 
 
 def _decoded(data: str | bytes) -> str:
-    if len(data) > LARGEST:
-        raise Problem(None, f"the recipe is larger than {LARGEST >> 20} MiB.")
+    if len(data) > LONGEST_DOCUMENT:
+        raise Problem(None, f"the recipe is larger than {LONGEST_DOCUMENT >> 20} MiB.")
     if isinstance(data, bytes):
         encoding = "utf-8-sig"
         if data.startswith((codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE)):
@@ -188,10 +188,10 @@ def _is_document(lines: list[str]) -> bool:
 class _Open:
     """A collection whose end has not come yet."""
 
-    node: Node
+    node: YamlNode
     anchor: str | None
-    key: Node | None = None
-    merges: list[tuple[int, Node]] = field(default_factory=list)
+    key: YamlNode | None = None
+    merges: list[tuple[int, YamlNode]] = field(default_factory=list)
 
 
 class _Tree:
@@ -200,10 +200,10 @@ class _Tree:
     def __init__(self, offset: int) -> None:
         self.offset = offset
         self.open: list[_Open] = []
-        self.anchors: dict[str, Node | None] = {}
+        self.anchors: dict[str, YamlNode | None] = {}
         self.nodes = 0
         self.documents = 0
-        self.top: Node | None = None
+        self.top: YamlNode | None = None
 
     def feed(self, event: yaml.Event) -> None:
         line = (event.start_mark.line if event.start_mark else 0) + 1 + self.offset
@@ -227,11 +227,11 @@ class _Tree:
                 self.anchors[event.anchor] = node
             self.add(node, line)
         elif isinstance(event, yaml.CollectionStartEvent):
-            if len(self.open) >= DEEPEST:
-                raise Problem(line, f"nested deeper than {DEEPEST}.")
+            if len(self.open) >= DEEPEST_DOCUMENT:
+                raise Problem(line, f"nested deeper than {DEEPEST_DOCUMENT}.")
             self.count(1, line)
             kind = "seq" if isinstance(event, yaml.SequenceStartEvent) else "map"
-            node = Node(line, _tag(event.tag, line, kind), [] if kind == "seq" else {})
+            node = YamlNode(line, _tag(event.tag, line, kind), [] if kind == "seq" else {})
             if event.anchor is not None:
                 self.anchors[event.anchor] = None
             self.open.append(_Open(node, event.anchor))
@@ -247,13 +247,13 @@ class _Tree:
         if self.nodes > MOST_NODES:
             raise Problem(line, f"more than {MOST_NODES} values, aliases counted as what they stand for.")
 
-    def add(self, node: Node, line: int) -> None:
+    def add(self, node: YamlNode, line: int) -> None:
         """Puts a finished node into the collection around it."""
         if not self.open:
             self.top = node
             return
-        if len(self.open) + node.depth > DEEPEST:
-            raise Problem(line, f"nested deeper than {DEEPEST}.")
+        if len(self.open) + node.depth > DEEPEST_DOCUMENT:
+            raise Problem(line, f"nested deeper than {DEEPEST_DOCUMENT}.")
         around = self.open[-1]
         parent = around.node
         parent.size += node.size
@@ -262,12 +262,12 @@ class _Tree:
             parent.value.append(node)
         elif around.key is None:
             # Where a key stands, a line is worth more than the anchor's.
-            around.key = Node(line, node.tag, node.value, quoted=node.quoted)
+            around.key = YamlNode(line, node.tag, node.value, quoted=node.quoted)
         else:
             key, around.key = around.key, None
             self.enter(around, key, node)
 
-    def enter(self, around: _Open, key: Node, node: Node) -> None:
+    def enter(self, around: _Open, key: YamlNode, node: YamlNode) -> None:
         if isinstance(key.value, list | dict) or key.tag is not None:
             raise Problem(key.line, "a key must be a name or a number.")
         if key.value == "<<" and not key.quoted:
@@ -293,7 +293,7 @@ class _Tree:
                         mapping.key_lines[key] = source.key_lines[key]
 
 
-def _tree(text: str, offset: int) -> Node | None:
+def _tree(text: str, offset: int) -> YamlNode | None:
     tree = _Tree(offset)
     for number, line in enumerate(text.split("\n")):
         if "\t" in line and line[: len(line) - len(line.lstrip())].count("\t") and line.strip():
@@ -343,28 +343,28 @@ def _tag(tag: str | None, line: int, kind: str) -> str | None:
     )
 
 
-def _scalar(event: yaml.ScalarEvent, line: int) -> Node:
+def _scalar(event: yaml.ScalarEvent, line: int) -> YamlNode:
     text = event.value
     size = 1 + len(text) // CHARACTERS_IN_A_NODE
     if event.tag in (None, "!"):
         # implicit[0]: written without quotes, so that it may be a number.
         quoted = not event.implicit[0] or event.tag is not None
-        return Node(line, None, text if quoted else plain(text, line), size=size, quoted=quoted)
+        return YamlNode(line, None, text if quoted else plain_value(text, line), size=size, quoted=quoted)
     if event.tag == _YAML + "str":
-        return Node(line, None, text, size=size)
+        return YamlNode(line, None, text, size=size)
     if event.tag in (_YAML + "int", _YAML + "float", _YAML + "bool", _YAML + "null"):
-        value = plain(text, line)
+        value = plain_value(text, line)
         wanted = {"int": int, "float": float, "bool": bool, "null": type(None)}[event.tag.removeprefix(_YAML)]
         if wanted is float and type(value) is int:
             value = float(value)
         if type(value) is not wanted:
             raise Problem(line, f"{shown(text)} is not what its tag says.")
-        return Node(line, None, value, size=size)
+        return YamlNode(line, None, value, size=size)
     tag = _tag(event.tag, line, "scalar")
-    return Node(line, tag, plain(text, line), size=size)
+    return YamlNode(line, tag, plain_value(text, line), size=size)
 
 
-def plain(text: str, line: int | None = None) -> Any:
+def plain_value(text: str, line: int | None = None) -> Any:
     """What a text without quotes means: null, true, a number, or itself.
 
     >>> plain("1e-3"), plain("2:4"), plain("010"), plain("yes"), plain("~"), plain("1_000"), plain("0x10")
@@ -379,8 +379,8 @@ def plain(text: str, line: int | None = None) -> Any:
         return text
     if NO_NUMBER.fullmatch(text):
         raise Problem(line, f"{text} cannot stand in a recipe: numbers are finite.")
-    integer = INTEGER.fullmatch(text)
-    if integer is None and FLOAT.fullmatch(text) is None:
+    integer = INTEGER_PATTERN.fullmatch(text)
+    if integer is None and FLOAT_PATTERN.fullmatch(text) is None:
         return text
     digits = text.replace("_", "")
     base = {"0x": 16, "0o": 8}.get(digits[:2], 10)
@@ -390,7 +390,7 @@ def plain(text: str, line: int | None = None) -> Any:
     return number
 
 
-def kind_of(node: Node) -> str:
+def kind_of(node: YamlNode) -> str:
     """What a node is, in a message."""
     return "a list" if isinstance(node.value, list) else shown(node.value)
 

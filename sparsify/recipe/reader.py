@@ -11,7 +11,7 @@ from sparsify.errors import RecipeError, did_you_mean
 from sparsify.modifiers.base import Modifier
 from sparsify.recipe import grammar
 from sparsify.recipe.expressions import Expression, inside_eval, parse
-from sparsify.recipe.grammar import Node, Problem, shown
+from sparsify.recipe.grammar import Problem, YamlNode, shown
 
 __all__: list[str] = []
 
@@ -30,7 +30,7 @@ _ELSEWHERE = {
 
 
 @dataclass
-class Part:
+class RecipePart:
     """A stage as it was read, or with `name` None the recipe that has none; `lines` are those of its modifiers."""
 
     name: str | None
@@ -40,7 +40,7 @@ class Part:
     metadata: Any = None
 
 
-def read_parts(top: Node, overrides: Mapping[str, Any]) -> tuple[dict[str, Any], Any, list[Part]]:
+def read_parts(top: YamlNode, overrides: Mapping[str, Any]) -> tuple[dict[str, Any], Any, list[RecipePart]]:
     """The global variables, the metadata and the stages of a recipe; `overrides` are variables given at load.
 
     Raises:
@@ -74,14 +74,14 @@ def read_parts(top: Node, overrides: Mapping[str, Any]) -> tuple[dict[str, Any],
     values = scope.resolve(variables)
     metadata = scope.build(top.value[METADATA], evaluate=False) if METADATA in top.value else None
     if not stages:
-        part = Part(None, {})
+        part = RecipePart(None, {})
         _read_groups(part, groups, scope)
         parts = [part]
     else:
         parts = []
         for name, stage in stages.items():
             inside = _Scope(scope.budget, outer=scope)
-            part = Part(name, inside.resolve(inner[name]))
+            part = RecipePart(name, inside.resolve(inner[name]))
             if METADATA in stage.value:
                 part.metadata = inside.build(stage.value[METADATA], evaluate=False)
             _read_groups(part, {k: n for k, n in stage.value.items() if "modifiers" in k}, inside)
@@ -113,7 +113,7 @@ def overrides_of(given: Mapping[str, Any] | str | None) -> dict[str, Any]:
         except (ValueError, RecursionError) as error:
             raise Problem(None, f"recipe_variables {shown(given)} is no JSON: {error}.") from None
     result: dict[str, Any] = {}
-    for pair in _split(text):
+    for pair in _split_stages(text):
         name, sign, value = pair.partition("=")
         if not sign or not name.strip():
             raise Problem(None, f"recipe_variables: {shown(pair)} is not 'name=value'.")
@@ -121,7 +121,7 @@ def overrides_of(given: Mapping[str, Any] | str | None) -> dict[str, Any]:
     return result
 
 
-def _split(text: str) -> list[str]:
+def _split_stages(text: str) -> list[str]:
     """At the commas that stand in no bracket and no quotes."""
     pairs, depth, quote = [""], 0, ""
     for character in text:
@@ -140,7 +140,7 @@ def _split(text: str) -> list[str]:
     return pairs
 
 
-def _is_stage(key: str, node: Node) -> bool:
+def _is_stage(key: str, node: YamlNode) -> bool:
     return (
         isinstance(node.value, dict)
         and key != METADATA
@@ -148,7 +148,7 @@ def _is_stage(key: str, node: Node) -> bool:
     )
 
 
-def _override(scopes: list[dict[str, Node]], overrides: Mapping[str, Any]) -> None:
+def _override(scopes: list[dict[str, YamlNode]], overrides: Mapping[str, Any]) -> None:
     """Puts given values in the place of variables, wherever they are defined.
 
     The node changes in place, so that aliases of a variable (`num_epochs: &epochs 10`) follow; but a variable that is
@@ -168,15 +168,15 @@ def _override(scopes: list[dict[str, Node]], overrides: Mapping[str, Any]) -> No
             node = scope[name]
             first = next(other for s in scopes for other, n in s.items() if n is node)
             if first != name:
-                node = scope[name] = Node(node.line, None, None)
+                node = scope[name] = YamlNode(node.line, None, None)
             fresh = _as_node(value, node.line)
             node.value, node.tag, node.key_lines = fresh.value, None, fresh.key_lines
             node.size, node.depth = fresh.size, fresh.depth
 
 
 def _plain_value(value: Any, where: str, depth: int) -> Any:
-    if depth > grammar.DEEPEST:
-        raise Problem(None, f"{where} is nested deeper than {grammar.DEEPEST}.")
+    if depth > grammar.DEEPEST_DOCUMENT:
+        raise Problem(None, f"{where} is nested deeper than {grammar.DEEPEST_DOCUMENT}.")
     if isinstance(value, Mapping):
         return {_plain_value(k, where, depth + 1): _plain_value(v, where, depth + 1) for k, v in value.items()}
     if isinstance(value, list | tuple):
@@ -188,14 +188,14 @@ def _plain_value(value: Any, where: str, depth: int) -> Any:
     raise Problem(None, f"{where}: {shown(value)} is neither a finite number, text, a list nor a mapping.")
 
 
-def _as_node(value: Any, line: int) -> Node:
+def _as_node(value: Any, line: int) -> YamlNode:
     size, depth = grammar.measure(value)
     if isinstance(value, dict):
         inner = {key: _as_node(v, line) for key, v in value.items()}
-        return Node(line, None, inner, dict.fromkeys(inner, line), size, depth)
+        return YamlNode(line, None, inner, dict.fromkeys(inner, line), size, depth)
     if isinstance(value, list):
-        return Node(line, None, [_as_node(v, line) for v in value], {}, size, depth)
-    return Node(line, None, value, {}, size, depth)
+        return YamlNode(line, None, [_as_node(v, line) for v in value], {}, size, depth)
+    return YamlNode(line, None, value, {}, size, depth)
 
 
 @dataclass
@@ -219,7 +219,7 @@ class _Scope:
         self.values: dict[str, Any] = dict(outer.values) if outer else {}
         self.measures: dict[str, tuple[int, int]] = dict(outer.measures) if outer else {}
 
-    def resolve(self, nodes: Mapping[str, Node]) -> dict[str, Any]:
+    def resolve(self, nodes: Mapping[str, YamlNode]) -> dict[str, Any]:
         """The values of `nodes`, those that others need first, in the order of the text."""
         for name in nodes:
             # A stage's own variable hides the recipe's, also from the variables beside it.
@@ -242,12 +242,12 @@ class _Scope:
                     path[waiting] = iter(self._needs(nodes[waiting]))
         return {name: self.values[name] for name in nodes}
 
-    def _define(self, name: str, node: Node) -> None:
+    def _define(self, name: str, node: YamlNode) -> None:
         value = self.build(node)
         self.values[name] = value
         self.measures[name] = grammar.measure(value)
 
-    def _needs(self, node: Node) -> list[str]:
+    def _needs(self, node: YamlNode) -> list[str]:
         """The names in every `eval(...)` of a variable's value."""
         names: dict[str, None] = {}
 
@@ -255,7 +255,7 @@ class _Scope:
             if isinstance(text, str) and (expression := self._expression(text, line)):
                 names.update(dict.fromkeys(sorted(expression.names)))
 
-        def walk(node: Node) -> None:
+        def walk(node: YamlNode) -> None:
             if isinstance(node.value, dict):
                 for key, inner in node.value.items():
                     visit(key, node.key_lines[key])
@@ -304,7 +304,7 @@ class _Scope:
             size, depth = grammar.measure(value)
         return value, size, depth
 
-    def build(self, node: Node, *, evaluate: bool = True, depth: int = 0) -> Any:
+    def build(self, node: YamlNode, *, evaluate: bool = True, depth: int = 0) -> Any:
         """The plain value of `node`, `eval(...)` as what it gives."""
         if node.tag is not None:
             raise Problem(node.line, f"!{node.tag[:60]} can only stand before a modifier in a list of modifiers.")
@@ -326,13 +326,13 @@ class _Scope:
         if evaluate and isinstance(node.value, str):
             value, size, deeper = self.evaluate(node.value, node.line)
             self.budget.spend(size, node.line)
-            if depth + deeper > grammar.DEEPEST:
-                raise Problem(node.line, f"nested deeper than {grammar.DEEPEST}.")
+            if depth + deeper > grammar.DEEPEST_DOCUMENT:
+                raise Problem(node.line, f"nested deeper than {grammar.DEEPEST_DOCUMENT}.")
             return value
         return node.value
 
 
-def _read_groups(part: Part, groups: Mapping[str, Node], scope: _Scope) -> None:
+def _read_groups(part: RecipePart, groups: Mapping[str, YamlNode], scope: _Scope) -> None:
     for key, node in groups.items():
         if node.value is None and node.tag is None:
             part.groups[key] = []
@@ -352,14 +352,14 @@ def _read_groups(part: Part, groups: Mapping[str, Node], scope: _Scope) -> None:
         part.lines += [line for line, _ in found]
 
 
-def _read_item(item: Node, key: str, scope: _Scope) -> Modifier:
+def _read_item(item: YamlNode, key: str, scope: _Scope) -> Modifier:
     """One of `- !Name {fields}`, `- {type: Name, fields}` or `- Name: {fields}`."""
     if item.tag is not None:
         return _read_modifier(item.tag, item, item.line, scope)
     if isinstance(item.value, dict) and "type" in item.value:
         rest = {k: n for k, n in item.value.items() if k != "type"}
         name = scope.build(item.value["type"])
-        fields = Node(item.line, None, rest, item.key_lines)
+        fields = YamlNode(item.line, None, rest, item.key_lines)
         return _read_modifier(name, fields, item.key_lines["type"], scope)
     if isinstance(item.value, dict) and len(item.value) == 1:
         ((name, inner),) = item.value.items()
@@ -369,7 +369,7 @@ def _read_item(item: Node, key: str, scope: _Scope) -> Modifier:
     raise Problem(item.line, f"an item of {key!r} is a modifier, `- !GMPruningModifier` with its fields, not {what}.")
 
 
-def _read_modifier(name: Any, node: Node, line: int, scope: _Scope, *, elsewhere: bool = False) -> Modifier:
+def _read_modifier(name: Any, node: YamlNode, line: int, scope: _Scope, *, elsewhere: bool = False) -> Modifier:
     cls = Modifier.registry.get(name) if isinstance(name, str) else None
     if cls is None:
         near = did_you_mean(str(name), Modifier.registry)
@@ -393,7 +393,9 @@ def _read_modifier(name: Any, node: Node, line: int, scope: _Scope, *, elsewhere
     if elsewhere and fields.get("mask_type") == "0:0":
         fields["mask_type"] = "unstructured"
     return _make(
-        cls, fields, lambda path: Node(line, None, node.value, node.key_lines).line_of(_as_written(path, written))
+        cls,
+        fields,
+        lambda path: YamlNode(line, None, node.value, node.key_lines).line_of(_text_as_written(path, written)),
     )
 
 
@@ -413,7 +415,7 @@ def _our_name(cls: type[Modifier], key: str) -> str:
     return next((ours for ours in _ELSEWHERE.get(key, ()) if ours in cls.model_fields), key)
 
 
-def _as_written(path: str | None, written: Mapping[str, str]) -> str | None:
+def _text_as_written(path: str | None, written: Mapping[str, str]) -> str | None:
     if path is None:
         return None
     first, dot, rest = path.partition(".")

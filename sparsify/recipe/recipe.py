@@ -260,7 +260,7 @@ def read_recipe(source: Any, recipe_variables: Variables = None) -> Recipe:
         return _read_path(Path(source), recipe_variables)
     if isinstance(source, io.IOBase) or callable(getattr(source, "read", None)):
         name = getattr(source, "name", None)
-        data = source.read(grammar.LARGEST + 1)
+        data = source.read(grammar.LONGEST_DOCUMENT + 1)
         if not isinstance(data, str | bytes):
             raise ArgumentError(f"recipe: read() of {type(source).__name__} gives {type(data).__name__}, not text.")
         name = name if isinstance(name, str) else "recipe"
@@ -297,7 +297,7 @@ def _read_path(path: Path, recipe_variables: Variables) -> Recipe:
         if not stat.S_ISREG(os.stat(path).st_mode):
             raise RecipeFileError(f"{path} is no file. Give the path of a recipe, or its text.")
         with path.open("rb") as file:
-            data = file.read(grammar.LARGEST + 1)
+            data = file.read(grammar.LONGEST_DOCUMENT + 1)
     except (OSError, ValueError) as error:
         if isinstance(error, RecipeFileError):
             raise

@@ -10,7 +10,7 @@ from yaml.representer import RepresenterError
 from sparsify.errors import RecipeError
 from sparsify.modifiers.base import Modifier
 from sparsify.recipe.evidence import Evidence, head, woven
-from sparsify.recipe.grammar import Problem, plain
+from sparsify.recipe.grammar import Problem, plain_value
 from sparsify.recipe.reader import METADATA
 
 if TYPE_CHECKING:
@@ -26,15 +26,15 @@ def to_yaml(recipe: Recipe, *, everything: bool = False) -> str:
         RecipeError: metadata holds what YAML has no form for.
     """
     evidence = None if everything or recipe.staged else Evidence.of(recipe.metadata)
-    metadata = [] if recipe.metadata is None else [_text({METADATA: recipe.metadata})]
-    sections = [_text(recipe.variables)] if recipe.variables else []
+    metadata = [] if recipe.metadata is None else [_scalar_text({METADATA: recipe.metadata})]
+    sections = [_scalar_text(recipe.variables)] if recipe.variables else []
     for stage in recipe.stages:
         body = _stage(stage, everything)
         if stage.name is not None:
-            sections.append(_text({stage.name: body}))
+            sections.append(_scalar_text({stage.name: body}))
         else:
             sections += [
-                _text({key: value})
+                _scalar_text({key: value})
                 if evidence is None or key not in stage.groups
                 else _commented(key, stage.groups[key], evidence)
                 for key, value in body.items()
@@ -52,7 +52,7 @@ def _commented(key: str, modifiers: tuple[Modifier, ...], evidence: Evidence) ->
         if isinstance(given.get("params"), list):
             given["params"] = _Lines(given["params"])
         tagged.append(_Tagged(type(modifier).__name__, given))
-    return woven(_text({key: tagged}), modifiers, evidence)
+    return woven(_scalar_text({key: tagged}), modifiers, evidence)
 
 
 def _stage(stage: Stage, everything: bool) -> dict[str, Any]:
@@ -89,7 +89,7 @@ class _Dumper(yaml.SafeDumper):
 
 def _represent_text(dumper: yaml.SafeDumper, text: str) -> yaml.Node:
     try:
-        quoted = not isinstance(plain(text), str)
+        quoted = not isinstance(plain_value(text), str)
     except Problem:
         quoted = True
     # A text of several lines, whatever YAML takes for a line's end, is kept as it is only with its breaks escaped.
@@ -125,7 +125,7 @@ _Dumper.add_representer(dict, _represent_mapping)
 _Dumper.add_representer(_Tagged, _represent_tagged)
 
 
-def _text(section: dict[str, Any]) -> str:
+def _scalar_text(section: dict[str, Any]) -> str:
     try:
         text: str = yaml.dump(section, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
     except RepresenterError as error:

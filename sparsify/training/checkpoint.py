@@ -84,11 +84,11 @@ def checksum(value: Any) -> str:
         StateError: something else is inside.
     """
     digest = hashlib.sha256()
-    _feed(digest, value, "state")
+    _feed_hash(digest, value, "state")
     return digest.hexdigest()
 
 
-def _feed(digest: Any, value: Any, where: str) -> None:
+def _feed_hash(digest: Any, value: Any, where: str) -> None:
     # Every piece carries its type and length, so that no two values give the same bytes.
     if isinstance(value, torch.Tensor):
         flat = value.detach().cpu().contiguous().reshape(-1)
@@ -101,12 +101,12 @@ def _feed(digest: Any, value: Any, where: str) -> None:
     elif isinstance(value, list | tuple):
         digest.update(f"list {len(value)};".encode())
         for index, item in enumerate(value):
-            _feed(digest, item, f"{where}[{index}]")
+            _feed_hash(digest, item, f"{where}[{index}]")
     elif isinstance(value, Mapping):
         digest.update(f"dict {len(value)};".encode())
         for key in sorted(value, key=repr):
-            _feed(digest, key, f"{where}: key {key!r}")
-            _feed(digest, value[key], f"{where}[{key!r}]")
+            _feed_hash(digest, key, f"{where}: key {key!r}")
+            _feed_hash(digest, value[key], f"{where}[{key!r}]")
     else:
         raise StateError(
             f"{where} is a {type(value).__name__}; a state holds None, bool, int, float, str, lists, dicts and "

@@ -11,7 +11,7 @@ from typing import Any, Literal
 from torch import Tensor, nn
 
 from sparsify.errors import ArgumentError, SparsifyWarning, StateError
-from sparsify.model.optimizer_hooks import steps, unwrapped
+from sparsify.model.optimizer_hooks import innermost_optimizer, unwrapped
 from sparsify.modifiers.base import Modifier
 from sparsify.modifiers.schedule import Clock
 from sparsify.recipe import Recipe, read_recipe
@@ -200,7 +200,7 @@ class ScheduledModifierManager:
         """
         # A wrong argument is found before names are looked up, and names before anything is changed.
         timer = Timer(steps_in_epoch(steps_per_epoch), starting_epoch(epoch, finite=True))
-        steps(optimizer)
+        innermost_optimizer(optimizer)
         return self._attach(
             model,
             optimizer,

@@ -12,7 +12,15 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from sparsify.errors import DataError, RecipeError, SparsifyWarning, StateError
-from sparsify.model.optimizer_hooks import ModelCallback, StepHooks, compiled, distributed, skipped, steps, unwrapped
+from sparsify.model.optimizer_hooks import (
+    ModelCallback,
+    StepHooks,
+    innermost_optimizer,
+    is_compiled,
+    is_distributed,
+    skips_step,
+    unwrapped,
+)
 from sparsify.model.targets import named_parameters
 from sparsify.modifiers.base import Active, Modifier, Run
 from sparsify.modifiers.learning_rate_ledger import LearningRateLedger
@@ -23,7 +31,7 @@ from sparsify.training.checkpoint import checksum
 from sparsify.training.timer import Timer
 
 if TYPE_CHECKING:
-    from sparsify.pruning.groups import Families
+    from sparsify.pruning.groups import ChannelGroups
     from sparsify.pruning.removal import Removal
 
 __all__: list[str] = []
@@ -63,16 +71,16 @@ class Session:
         self.model = unwrapped(model)
         self.timer = timer
         self.hooks: StepHooks | None = None
-        self._optimizer = None if optimizer is None else steps(optimizer)
+        self._optimizer = None if optimizer is None else innermost_optimizer(optimizer)
         self._given = optimizer
-        self._compiled = compiled(model) or compiled(self.model)
+        self._compiled = is_compiled(model) or is_compiled(self.model)
         self._waits_for_inputs = waits_for_inputs
         self._inputs: Inputs | None = None if sample_inputs is None else called_with(sample_inputs)
         self._waiting: list[Callable[[tuple[Any, ...], dict[str, Any]], None]] = []
         self._handles: list[RemovableHandle] = []
         self._watch: RemovableHandle | None = None
         self._trace: Any = None
-        self._families: Families | None = None
+        self._channel_groups: ChannelGroups | None = None
         self._claims: list[tuple[Modifier, Mapping[str, Iterable[str]]]] = []
         self._removals: list[dict[str, Any]] = []
         self._removing: Removal | None = None
@@ -95,7 +103,7 @@ class Session:
             log=log,
             on_inputs=self._on_inputs,
             trace=self._traced,
-            families=self._found,
+            channel_groups=self._found,
             claim=self._claim,
             shrink=self._shrink,
             rerouted=self._rerouted,
@@ -108,7 +116,7 @@ class Session:
         self.actives: dict[str, Active] = {}
         if self._compiled and self._inputs is None and any(m.traces for m in modifiers) and waits_for_inputs:
             raise self._compiled_needs_inputs()
-        if distributed(model) and any(m.cuts() for m in modifiers):
+        if is_distributed(model) and any(m.cuts() for m in modifiers):
             raise StateError(
                 "channels cannot be removed while DistributedDataParallel holds their gradients. Mask them in training "
                 "(shrink: false, no LayerThinningModifier), unwrap the model, and call sparsify.shrink(model, "
@@ -126,12 +134,12 @@ class Session:
             raise
         working = list(self.actives.values())
         # Only those that have something to do there: a step of a pruned model runs this Python 10,000 times an hour.
-        self._updates = [a.update for a in working if _has(a, "update")]
+        self._updates = [a.update for a in working if _overrides(a, "update")]
         outside_in = sorted(working, key=lambda active: active.innermost)
         inside_out = sorted(working, key=lambda active: not active.innermost)
-        self._befores = [a.before_step for a in outside_in if _has(a, "before_step")]
-        self._afters = [a.after_step for a in inside_out if _has(a, "after_step")]
-        self._losses = [a for a in working if _has(a, "loss")]
+        self._befores = [a.before_step for a in outside_in if _overrides(a, "before_step")]
+        self._afters = [a.after_step for a in inside_out if _overrides(a, "after_step")]
+        self._losses = [a for a in working if _overrides(a, "loss")]
 
     def start(self) -> Any:
         """Puts in force what is due and hooks in; gives the optimizer to go on with. Where it fails, call `finish`."""
@@ -169,7 +177,7 @@ class Session:
         if not closure:
             self._refuse_waiting()
         self._run.closure = closure
-        self._skipped = skipped(self._optimizer)
+        self._skipped = skips_step(self._optimizer)
         self.ledger.hold()
         if not self._skipped:
             for before in self._befores:
@@ -271,29 +279,29 @@ class Session:
 
     # ------------------------------------------------------------------ channels
 
-    def _found(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Families:
-        if self._families is None:
+    def _found(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> ChannelGroups:
+        if self._channel_groups is None:
             # Here and not above, as in `_traced`.
             from sparsify.pruning.groups import find
             from sparsify.pruning.shrinking import dry_run
 
-            self._families = dry_run(self.model, find(self.model, args, kwargs), args, kwargs)
-        return self._families
+            self._channel_groups = dry_run(self.model, find(self.model, args, kwargs), args, kwargs)
+        return self._channel_groups
 
     def _rerouted(self) -> None:
-        self._trace = self._families = None
+        self._trace = self._channel_groups = None
 
-    def _claim(self, modifier: Modifier, families: Mapping[str, Iterable[str]]) -> None:
+    def _claim(self, modifier: Modifier, channel_groups: Mapping[str, Iterable[str]]) -> None:
         name = type(modifier).__name__
         for other, theirs in self._claims:
-            both = [family for family in families if family in theirs]
+            both = [channel_group for channel_group in channel_groups if channel_group in theirs]
             if other is not modifier and both and modifier.window.overlaps(other.window):
                 raise RecipeError(
                     f"{name} and {type(other).__name__} mask the same channels, those of {both[0]!r}, from epoch "
                     f"{modifier.window.start:g} to {modifier.window.end:g} and from {other.window.start:g} to "
                     f"{other.window.end:g}. Let one end where the other starts, or take names out of one."
                 )
-        masked = {tensor for tensors in families.values() for tensor in tensors}
+        masked = {tensor for tensors in channel_groups.values() for tensor in tensors}
         for other in self._modifiers:
             if other.kind != "pruning" or other.whole_channels or other.window.start >= modifier.window.end:
                 continue
@@ -304,7 +312,7 @@ class Session:
                     f"{modifier.window.end:g} {name} masks channels that this weight gives or reads. Let it start at "
                     f"epoch {modifier.window.end:g} or later, or leave the name out."
                 )
-        self._claims = [claim for claim in self._claims if claim[0] is not modifier] + [(modifier, families)]
+        self._claims = [claim for claim in self._claims if claim[0] is not modifier] + [(modifier, channel_groups)]
 
     def _shrink(self, removal: Removal) -> None:
         from sparsify.pruning.removal import remove
@@ -497,7 +505,7 @@ def called_with(inputs: Any) -> Inputs:
     return (tuple(inputs) if isinstance(inputs, tuple | list) else (inputs,)), {}
 
 
-def _has(active: Active, method: str) -> bool:
+def _overrides(active: Active, method: str) -> bool:
     return getattr(type(active), method) is not getattr(Active, method)
 
 

@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from sparsify.errors import ArgumentError
-from sparsify.modifiers.schedule import TOLERANCE, Clock
+from sparsify.modifiers.schedule import EPOCH_TOLERANCE, Clock
 
 __all__: list[str] = []
 
@@ -62,7 +62,7 @@ class Timer:
         if per_epoch is not None and done:
             start = self._mark_epoch * per_epoch
             # In integers where the mark lies on a step: sum([1/7] * 70) is not 10.
-            whole = round(start) if math.isfinite(start) and abs(start - round(start)) < TOLERANCE else start
+            whole = round(start) if math.isfinite(start) and abs(start - round(start)) < EPOCH_TOLERANCE else start
             epoch = min((whole + done) / per_epoch, self._limit)
         return Clock(self.step, epoch, per_epoch)
 
