@@ -13,12 +13,11 @@ import warnings
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT / "tests"))
-
-import conftest  # noqa: E402, F401  makes torchvision importable
-from test_quantized_zoo import NAMES, STEPS, Passed, taken_through  # noqa: E402
+sys.path.insert(0, str(ROOT))
 
 from sparsify.output.files import replacing  # noqa: E402
+from tests import conftest  # noqa: E402, F401  makes torchvision importable
+from tests.quantization.test_quantized_zoo import NAMES, STEPS, Passed, taken_through  # noqa: E402
 
 HEAD = f"""# The quantized zoo
 

@@ -20,12 +20,13 @@ from sparsify.pruning.shrinking import *
 from sparsify.recipe import *
 from sparsify.training import manager
 from sparsify.training.manager import *
-from sparsify.version import __version__
 
 if TYPE_CHECKING:
     from sparsify.analysis import *
     from sparsify.oneshot import *
     from sparsify.optimize import *
+
+__version__ = "0.1.0"
 
 __all__: list[str] = ["__version__"]
 __all__ += benchmark.__all__

@@ -9,9 +9,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from decoders import Detector, Translator
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from tests.decoders import Detector, Translator
 
 CONV, LINEAR, HEADS = frozenset({"conv"}), frozenset({"linear"}), frozenset({"heads"})
 NOTHING: frozenset[str] = frozenset()

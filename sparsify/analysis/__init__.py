@@ -1,4 +1,7 @@
-"""What a model is made of, what each layer costs, and what it loses when it is compressed. Values, nothing printed."""
+"""Layers of a model, what each costs, and what it loses when it is compressed: values, nothing printed.
+
+Imports `oneshot`, `onnx`, the mechanisms, `output`, `model`, `errors`.
+"""
 
 from sparsify.analysis import bits, layers, loss, performance, weights
 from sparsify.analysis.bits import *

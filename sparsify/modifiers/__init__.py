@@ -1,4 +1,7 @@
-"""What a recipe can ask for: one file a subject, every modifier registered under its name when its file is imported."""
+"""The modifiers: what a recipe says about one mechanism, and when it happens. One file a subject.
+
+Imports `pruning`, `quantization`, `output`, `model`, `errors`.
+"""
 
 from sparsify.modifiers import (
     base,

@@ -1,4 +1,7 @@
-"""The mechanisms without a training loop: quantization of a trained model, with samples or without."""
+"""The mechanisms without a training loop: a trained model is quantized, with samples or without.
+
+Imports `modifiers`, `onnx`, the mechanisms, `output`, `model`, `errors`.
+"""
 
 from sparsify.oneshot import quantize
 from sparsify.oneshot.quantize import *

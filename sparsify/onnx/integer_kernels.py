@@ -4,7 +4,7 @@ Every formula rounds where onnxruntime rounds. f32(x) is one rounding to float32
 product and a sum with one rounding, here taken in float64. Sums of products are exact: they stay below 2^53 in float64,
 so that BLAS does them, and wrap at 32 bits as the kernel's accumulator does. Knows numpy alone.
 
-The formulas were found by experiment on x86 with AVX2 and later; `tests/test_reference.py` holds each against
+The formulas were found by experiment on x86 with AVX2 and later; `tests/onnx/test_reference.py` holds each against
 onnxruntime. Two kernels have a bound instead, both on CPUs without VNNI: products of uint8 and int8 saturate there in
 pairs at 16 bits, which `reduce_range` avoids.
 """

@@ -1,4 +1,7 @@
-"""From profiles to a recipe that says why, and what a recipe will do before it is trained."""
+"""From profiles to a recipe that says why, and what a recipe will do before it is trained.
+
+Imports `analysis`, `training`, `recipe` and below.
+"""
 
 from sparsify.optimize import (
     allocation,

@@ -9,6 +9,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib import resources
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
@@ -23,7 +24,6 @@ from sparsify.optimize.group_curves import weights_by_layer
 from sparsify.optimize.recipe_creation import FIRST, UNKNOWN, quantization_epochs
 from sparsify.optimize.stages import LearningRateSchedule, OriginalTraining, learning_rates
 from sparsify.output.files import replacing
-from sparsify.version import __version__
 
 if TYPE_CHECKING:
     from sparsify.analysis.layers import LayerInfo, ModelAnalysis
@@ -114,7 +114,7 @@ class Report:
         pruning_profile(self.curves, self.settings)
         parts = {
             "@title@": html.escape(self.analysis.model),
-            "@footer@": f"Written by sparsify {html.escape(__version__)}. Nothing leaves this page.",
+            "@footer@": f"Written by sparsify {html.escape(version('sparsify'))}. Nothing leaves this page.",
             "@style@": _file("screen.css"),
             "@script@": "\n".join(_file(name) for name in SCRIPTS),
         }

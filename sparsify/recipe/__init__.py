@@ -1,4 +1,4 @@
-"""Recipes: text in, frozen values out."""
+"""Recipes: text in, frozen values out. Imports `modifiers` and below."""
 
 from sparsify.recipe import recipe
 from sparsify.recipe.recipe import *

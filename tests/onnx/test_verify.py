@@ -1,0 +1,275 @@
+"""verify_onnx tells a file that computes what the model computes from one that does not, and says where."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from onnx import numpy_helper
+from torch import Tensor, nn
+
+from sparsify.errors import ArgumentError, DataError, DataFileError, ExportError
+from sparsify.onnx import integer_kernels
+from sparsify.onnx.export import export_onnx
+from sparsify.onnx.verify import verify_onnx
+from sparsify.quantization.qdq_ops import quantize_dequantize
+from tests.deployment_forms import Encoder, ResNet
+from tests.quantized_models import quantized, train
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.norm, self.head = nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Linear(8, 3)
+        self.drop = nn.Dropout(0.5)
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        hidden = self.drop(self.norm(self.layer(x)).relu())
+        return {"hidden": hidden, "logits": self.head(hidden)}
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "model.onnx"
+
+
+def change(path: Path, name: str, edit: Any) -> None:
+    """Puts `edit(value)` in the place of an initializer."""
+    proto = onnx.load(path)
+    tensor = next(tensor for tensor in proto.graph.initializer if tensor.name == name)
+    tensor.CopyFrom(numpy_helper.from_array(np.asarray(edit(numpy_helper.to_array(tensor).copy())), name))
+    onnx.save(proto, path)
+
+
+def test_a_float_model_agrees_in_every_output_both_ways(path: Path) -> None:
+    model = Net().train()
+    export_onnx(model, torch.randn(2, 6), path)
+    state = copy.deepcopy(model.state_dict())
+    result = verify_onnx(model, path, torch.randn(9, 6))
+    assert result.ok and result and not result.quantized
+    assert [(each.output, each.optimized) for each in result.outputs] == [
+        ("hidden", False),
+        ("hidden", True),
+        ("logits", False),
+        ("logits", True),
+    ]
+    assert all(each.relative < 1e-5 and each.steps is None for each in result.outputs)
+    assert result.tensors == () and result.first_divergence is None
+    assert model.training and model.norm.training
+    assert all(torch.equal(state[key], value) for key, value in model.state_dict().items())
+
+
+def test_a_changed_weight_is_found_and_named(path: Path) -> None:
+    model = Net()
+    export_onnx(model, torch.randn(2, 6), path)
+    change(path, "head.bias", lambda value: value + 0.01)
+    result = verify_onnx(model, path, torch.randn(9, 6))
+    assert not result.ok and not result
+    assert {each.output for each in result.outputs if not each.ok} == {"logits"}
+    assert all(abs(each.max_abs - 0.01) < 1e-5 for each in result.outputs if each.output == "logits")
+    assert "DIFFERS" in str(result) and str(result).count("<--") == 2
+    assert verify_onnx(model, path, torch.randn(9, 6), tolerance=0.5).ok
+
+
+def test_a_quantized_network_agrees_tensor_by_tensor(path: Path) -> None:
+    torch.manual_seed(0)
+    model = ResNet(1, 8)
+    export_onnx(model, torch.randn(2, 3, 16, 16), path)
+    result = verify_onnx(model, path, torch.randn(4, 3, 16, 16))
+    assert result.quantized and result.ok and result.exit_code == 0, str(result)
+    names = [tensor.name for tensor in result.tensors]
+    assert names[:3] == ["input/QuantizeLinear", "after_stem/QuantizeLinear", "layers.0.first/QuantizeLinear"]
+    assert result.first_divergence is None and result.why is None and result.unproven is None
+    assert "none diverges" in str(result)
+
+
+def test_a_network_of_integer_kernels_is_exact_from_end_to_end(path: Path) -> None:
+    torch.manual_seed(0)
+    model = ResNet(1, 8)
+    export_onnx(model, torch.randn(2, 3, 16, 16), path)
+    result = verify_onnx(model, path, torch.randn(4, 3, 16, 16))
+    assert result.exact and result.unfused == ()
+    # 14 quantizers, and the last layer's result in float.
+    assert len(result.tensors) == 15 and all(tensor.exact for tensor in result.tensors)
+    for tensor in result.tensors:
+        assert tensor.optimized is not None and tensor.total is not None
+        assert tensor.optimized.count == tensor.total.count == 0
+        assert (tensor.torch is None) == (tensor.kernel == "QGemm")
+    assert {tensor.kernel for tensor in result.tensors} == {
+        "QuantizeLinear",
+        "QLinearConv",
+        "QLinearAdd",
+        "QLinearGlobalAveragePool",
+        "QGemm",
+    }
+    assert "15 of 15 integer kernels of onnxruntime are exact, and so is the whole file" in str(result)
+
+
+def test_the_first_tensor_that_diverges_is_named(path: Path) -> None:
+    torch.manual_seed(0)
+    model = ResNet(1, 8)
+    export_onnx(model, torch.randn(2, 3, 16, 16), path)
+    change(path, "layers.1.conv2.bias_int32", lambda value: value + 20_000)
+    result = verify_onnx(model, path, torch.randn(4, 3, 16, 16))
+    assert not result.ok and result.exit_code == 1
+    assert result.first_divergence == "layers.1.second/QuantizeLinear"
+    assert result.why is not None and "biases or ranges in the file are not those of the model" in result.why
+    assert "the first that diverges is layers.1.second/QuantizeLinear: torch gives other integers" in str(result)
+    # Kernel by kernel, the layers behind it are as they should be.
+    assert [tensor.name for tensor in result.tensors if tensor.diverges] == ["layers.1.second/QuantizeLinear"]
+
+
+def test_a_bias_that_is_off_by_less_than_a_step_is_found(path: Path) -> None:
+    torch.manual_seed(0)
+    model = ResNet(1, 8)
+    export_onnx(model, torch.randn(2, 3, 16, 16), path)
+    change(path, "layers.1.conv2.bias_int32", lambda value: value + 40)
+    result = verify_onnx(model, path, torch.randn(4, 3, 16, 16))
+    changed = next(tensor for tensor in result.tensors if tensor.name == "layers.1.second/QuantizeLinear")
+    assert changed.torch is not None and changed.torch.steps == 1 and changed.torch.share > 0.02
+    assert result.first_divergence == changed.name
+
+
+def test_an_integer_kernel_that_rounds_otherwise_is_found(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    model = ResNet(1, 8)
+    export_onnx(model, torch.randn(2, 3, 16, 16), path)
+    original = integer_kernels.add
+
+    def one_off(*operands: Any) -> Any:
+        return original(*operands) ^ 1
+
+    monkeypatch.setattr(integer_kernels, "add", one_off)
+    result = verify_onnx(model, path, torch.randn(4, 3, 16, 16))
+    assert not result.ok and not result.exact and result.first_divergence == "layers.0.last/QuantizeLinear"
+    assert result.why is not None and "onnxruntime's QLinearAdd gives other integers" in result.why
+
+
+def test_an_encoder_agrees(path: Path) -> None:
+    torch.manual_seed(0)
+    model = Encoder()
+    export_onnx(model, torch.randn(2, 7, 32), path)
+    result = verify_onnx(model, path, torch.randn(3, 7, 32))
+    assert result.ok and result.first_divergence is None and result.unproven is None
+    quantizers = [tensor for tensor in result.tensors if tensor.torch is not None]
+    assert len(quantizers) == 8 and all(tensor.steps <= 1 for tensor in quantizers)
+    # Every Linear is an integer kernel, compared on onnxruntime's own inputs.
+    integer = [tensor for tensor in result.tensors if tensor.kernel == "QGemm"]
+    assert len(integer) == 12
+    assert all(tensor.exact and tensor.optimized is not None and tensor.optimized.count == 0 for tensor in integer)
+
+
+def test_what_runs_in_float_next_to_quantized_values_is_said(path: Path) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ELU(), nn.Conv2d(4, 2, 1))
+    x = torch.randn(4, 3, 8, 8)
+    quantized(model, x)
+    train(model, x, 2)
+    export_onnx(model.eval(), (x,), path)
+    result = verify_onnx(model, path, (x,))
+    assert result.ok and {each.operator for each in result.unfused} == {"Elu"}
+    assert "1/Elu (Elu) runs in float: onnxruntime has no integer kernel" in str(result)
+
+
+def test_a_file_that_the_reference_cannot_run_is_held_to_a_tolerance(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    model = ResNet(1, 8)
+    export_onnx(model, torch.randn(2, 3, 16, 16), path)
+
+    def refuse(*operands: Any) -> Any:
+        raise ValueError("of no use")
+
+    monkeypatch.setattr(integer_kernels, "add", refuse)
+    result = verify_onnx(model, path, torch.randn(4, 3, 16, 16))
+    assert result.ok and not result.exact and result.tolerance == 0.05 and result.tensors == ()
+    assert result.unproven is not None and "ValueError: of no use" in result.unproven
+    assert "not proven kernel by kernel" in str(result)
+    change(path, "head.bias_int32", lambda value: value + 200_000)
+    assert not verify_onnx(model, path, torch.randn(4, 3, 16, 16)).ok
+
+
+class QuantizedOutput(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(6, 8)
+        self.register_buffer("scale", torch.tensor(0.02))
+        self.register_buffer("zero_point", torch.tensor(100, dtype=torch.uint8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return quantize_dequantize(self.layer(x), self.scale, self.zero_point).reshape(-1, 2, 4)
+
+
+def test_a_quantized_output_is_measured_in_steps(path: Path) -> None:
+    torch.manual_seed(0)
+    model = QuantizedOutput()
+    export_onnx(model, torch.randn(2, 6), path)
+    result = verify_onnx(model, path, torch.randn(50, 6))
+    assert result.ok
+    for each in result.outputs:
+        assert each.step == pytest.approx(0.02) and each.steps is not None and each.steps <= 1.01
+    change(path, "layer.bias", lambda value: value + 0.2)
+    result = verify_onnx(model, path, torch.randn(50, 6), tolerance=10.0)
+    assert not result.ok
+    assert all(each.steps == pytest.approx(10, abs=1.1) for each in result.outputs)
+
+
+def test_nan_and_infinity_differ_from_numbers_and_agree_with_themselves(path: Path) -> None:
+    class Logarithm(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.log(x)
+
+    export_onnx(Logarithm(), torch.rand(2, 3), path)
+    assert verify_onnx(Logarithm(), path, torch.tensor([[-1.0, 0.0, 2.0]])).ok
+
+    class Other(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x
+
+    result = verify_onnx(Other(), path, torch.tensor([[-1.0, 0.0, 2.0]]))
+    assert not result.ok and result.outputs[0].max_abs == np.inf
+
+
+def test_what_does_not_fit_is_said(path: Path) -> None:
+    model = Net()
+    export_onnx(model, torch.randn(2, 6), path)
+    with pytest.raises(ArgumentError, match="model is a str"):
+        verify_onnx("net", path, torch.randn(2, 6))  # type: ignore[arg-type]
+    for tolerance in (0, -1.0, float("nan"), "low"):
+        with pytest.raises(ArgumentError, match="give a positive number"):
+            verify_onnx(model, path, torch.randn(2, 6), tolerance=tolerance)  # type: ignore[arg-type]
+    with pytest.raises(ExportError, match=r"has the outputs hidden, logits; Linear returns output"):
+        verify_onnx(nn.Linear(6, 3), path, torch.randn(2, 6))
+    with pytest.raises(DataFileError, match="no such file"):
+        verify_onnx(model, path.with_name("other.onnx"), torch.randn(2, 6))
+    path.write_bytes(b"not a model")
+    with pytest.raises(DataError, match="not a usable ONNX model"):
+        verify_onnx(model, path, torch.randn(2, 6))
+
+
+def test_half_precision_is_held_to_its_own_precision(path: Path) -> None:
+    torch.manual_seed(0)
+    model = nn.Linear(6, 3).half()
+    export_onnx(model, torch.randn(2, 6).half(), path)
+    result = verify_onnx(model, path, torch.randn(9, 6).half())
+    assert result.ok and result.tolerance == 0.01 and not result.quantized
+
+
+def test_a_file_with_a_fixed_batch_refuses_another(path: Path) -> None:
+    model = Net()
+    export_onnx(model, torch.randn(2, 6), path, dynamic_batch=False)
+    assert verify_onnx(model, path, torch.randn(2, 6)).ok
+    with pytest.raises(ExportError, match="onnxruntime failed on inputs"):
+        verify_onnx(model, path, torch.randn(3, 6))
+
+
+def test_inputs_that_the_model_does_not_take_are_an_argument_error(path: Path) -> None:
+    export_onnx(nn.Linear(6, 3), torch.randn(2, 6), path)
+    with pytest.raises(ArgumentError, match=r"inputs do not run through Linear: RuntimeError: .*export_onnx"):
+        verify_onnx(nn.Linear(4, 3), path, torch.randn(2, 6))

@@ -1,0 +1,162 @@
+"""Generated code runs as it is: the lines for each framework's loop, and the whole script, on a toy data set."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, TensorDataset
+
+from sparsify.errors import ArgumentError
+from sparsify.optimize.code_generation import Framework, integration_code, training_script
+
+RECIPE = """
+modifiers:
+  - !EpochRangeModifier {start_epoch: 0.0, end_epoch: 3.0}
+  - !GMPruningModifier
+    params: __ALL_PRUNABLE__
+    init_sparsity: 0.05
+    final_sparsity: 0.75
+    start_epoch: 0.0
+    end_epoch: 2.0
+    update_frequency: 0.5
+  - !QuantizationModifier {start_epoch: 2.0}
+"""
+TOY = """
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+def build():
+    return nn.Sequential(nn.Conv2d(1, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(288, 2))
+
+def loaders():
+    torch.manual_seed(1)
+    x = torch.randn(96, 1, 8, 8)
+    y = x.mean((1, 2, 3)).gt(0).long()
+    return DataLoader(TensorDataset(x[:64], y[:64]), 16, shuffle=True), DataLoader(TensorDataset(x[64:], y[64:]), 16)
+"""
+
+
+def names() -> dict[str, Any]:
+    """What a training loop has, under the names that the code uses."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(1, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(288, 2))
+    x = torch.randn(64, 1, 8, 8)
+    loader = DataLoader(TensorDataset(x, x.mean((1, 2, 3)).gt(0).long()), 16)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    return {
+        "model": model,
+        "optimizer": optimizer,
+        "loader": loader,
+        "criterion": F.cross_entropy,
+        "sample_inputs": (x[:2],),
+    }
+
+
+def zeros(model: nn.Module) -> float:
+    weights = [p for name, p in model.named_parameters() if p.dim() > 1]
+    return float(sum((p == 0).sum() for p in weights)) / sum(p.numel() for p in weights)
+
+
+@pytest.mark.parametrize("framework", ["torch", pytest.param("accelerate", marks=pytest.mark.slow)])
+def test_the_lines_for_a_loop_run(
+    framework: Framework, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if framework != "torch":
+        pytest.importorskip(framework)
+    monkeypatch.chdir(tmp_path)
+    Path("recipe.yaml").write_text(RECIPE)
+    given = names()
+    exec(compile(integration_code(framework=framework), "integration", "exec"), given)
+    assert zeros(given["model"]) == pytest.approx(0.75, abs=0.01)
+    assert Path("model.onnx").exists()
+    assert "agree" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_the_lines_for_lightning_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("lightning")
+    monkeypatch.chdir(tmp_path)
+    Path("recipe.yaml").write_text(RECIPE)
+    given = names()
+    exec(compile(integration_code(framework="lightning"), "integration", "exec"), given)
+    assert zeros(given["model"]) == pytest.approx(0.75, abs=0.01)
+    assert Path("model.onnx").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_the_lines_for_transformers_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    transformers = pytest.importorskip("transformers")
+    monkeypatch.chdir(tmp_path)
+    Path("recipe.yaml").write_text(RECIPE)
+    torch.manual_seed(0)
+    config = transformers.BertConfig(
+        vocab_size=50,
+        hidden_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=32,
+        max_position_embeddings=16,
+    )
+    model = transformers.BertForSequenceClassification(config)
+    rows = [{"input_ids": torch.randint(0, 50, (8,)), "labels": torch.tensor(n % 2)} for n in range(32)]
+    arguments = transformers.TrainingArguments(
+        output_dir="out", num_train_epochs=3, per_device_train_batch_size=8, report_to=[], save_strategy="no"
+    )
+    sample = {"input_ids": torch.randint(0, 50, (2, 8)), "attention_mask": torch.ones(2, 8, dtype=torch.long)}
+    given = {"model": model, "arguments": arguments, "dataset": rows, "sample_inputs": sample}
+    exec(compile(integration_code(framework="transformers"), "integration", "exec"), given)
+    assert zeros(model) > 0.6
+    assert Path("model.onnx").exists()
+
+
+def test_the_script_trains_resumes_and_exports(tmp_path: Path) -> None:
+    (tmp_path / "recipe.yaml").write_text(RECIPE)
+    (tmp_path / "toy.py").write_text(TOY)
+    script = tmp_path / "train.py"
+    script.write_text(training_script(model="toy:build", data="toy:loaders", learning_rate=0.05))
+    root = str(Path(__file__).parents[2])
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([root, str(tmp_path)])}
+
+    def run(*options: str) -> str:
+        command = [sys.executable, "-W", "error::sparsify.errors.SparsifyWarning", str(script), *options]
+        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    said = run()
+    assert "epoch 3 of 3" in said and "agree" in said
+    assert (tmp_path / "compressed" / "model.onnx").exists()
+    # Nothing is left to train, and the saved one is exported again.
+    again = run("--resume")
+    assert "epoch" not in again and "agree" in again
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"model": "models.py"}, "model: 'models.py' is not written as package.module:function"),
+        ({"data": "a:b c"}, "data: 'a:b c' is not written"),
+        ({"optimizer": "Adm"}, "torch.optim has no 'Adm'. Did you mean 'Adam'"),
+        ({"loss": "cros_entropy"}, "torch.nn.functional has no 'cros_entropy'. Did you mean 'cross_entropy'"),
+        ({"learning_rate": -1.0}, "learning_rate: -1.0 is no learning rate"),
+    ],
+)
+def test_what_cannot_run_is_refused(changed: dict[str, Any], message: str) -> None:
+    with pytest.raises(ArgumentError, match=message.replace("(", r"\(")):
+        training_script(**changed)
+
+
+def test_an_unknown_framework_is_refused() -> None:
+    with pytest.raises(ArgumentError, match=r"'lightnin' is none of .* Did you mean 'lightning'"):
+        integration_code(framework="lightnin")  # type: ignore[arg-type]
