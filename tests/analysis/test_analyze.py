@@ -20,7 +20,7 @@ from sparsify import quantize_model
 from sparsify.analysis import ModelAnalysis, analyze_model
 from sparsify.analysis.macs import CountedOperand, einsum_macs, operation_cost
 from sparsify.errors import ArgumentError, DataError, TargetError
-from tests.architectures import ARCHITECTURES
+from tests.zoo.architectures import ARCHITECTURES
 
 # Those that build without a download in a second or two each.
 QUICK = [

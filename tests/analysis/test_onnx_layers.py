@@ -17,7 +17,7 @@ from torch import nn
 from sparsify import export_onnx, quantize_model
 from sparsify.analysis import ModelAnalysis, analyze_model
 from sparsify.errors import ArgumentError, DataError, DataFileError
-from tests.architectures import ARCHITECTURES
+from tests.zoo.architectures import ARCHITECTURES
 
 # What is looked up at constant positions is a constant of the file.
 FOLDED = {

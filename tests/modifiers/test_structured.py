@@ -21,8 +21,8 @@ from sparsify.modifiers.structured import StructuredPruningModifier
 from sparsify.modifiers.training import TrainableParamsModifier
 from sparsify.pruning.group_scores import Bounds
 from sparsify.training.session import Session
-from tests import structured_models as small
-from tests.structured_models import Encoder, Residual
+from tests.zoo import prunable as small
+from tests.zoo.prunable import Encoder, Residual
 
 PER_EPOCH = 3
 both = pytest.mark.parametrize("kind", [Residual, Encoder])

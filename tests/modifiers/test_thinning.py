@@ -15,8 +15,8 @@ from sparsify import ScheduledModifierManager, SparsifyWarning
 from sparsify.errors import RecipeError, StateError, TargetError
 from sparsify.modifiers.structured import StructuredPruningModifier
 from sparsify.modifiers.thinning import LayerThinningModifier
-from tests import structured_models as small
-from tests.structured_models import Residual
+from tests.zoo import prunable as small
+from tests.zoo.prunable import Residual
 
 MAP = {"conv1.weight,conv3.weight": ["bn1.weight", "bn3.bias", "fc.weight"]}
 

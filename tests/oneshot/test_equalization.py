@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from sparsify.model.trace import trace
 from sparsify.oneshot.equalization import Neighbours, equalize, neighbours
-from tests.quantized_models import Block
+from tests.zoo.quantizable import Block
 
 
 class Depthwise(nn.Module):

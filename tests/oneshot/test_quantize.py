@@ -30,7 +30,7 @@ from sparsify import (
 )
 from sparsify.quantization.layers import quantizers
 from sparsify.quantization.plan import is_quantized
-from tests.quantized_models import Gated, Inverted, Net
+from tests.zoo.quantizable import Gated, Inverted, Net
 
 
 def ready(model: nn.Module, seed: int = 0) -> nn.Module:

@@ -21,7 +21,7 @@ from sparsify.errors import ArgumentError, DataError, DataFileError, ExportError
 from sparsify.onnx.benchmark import benchmark_onnx, compare_onnx, random_inputs
 from sparsify.onnx.export import export_onnx
 from sparsify.onnx.runtime import open_session, optimized_operators, read_model
-from tests.deployment_forms import ResNet
+from tests.zoo.integer_forms import ResNet
 
 FAST = {"threads": 1, "warmup": 1, "iterations": 3}
 

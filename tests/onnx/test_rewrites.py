@@ -21,8 +21,8 @@ from sparsify.onnx.graph import remove_unused
 from sparsify.onnx.runtime import open_session, optimized_operators, run_session
 from sparsify.onnx.verify import verify_onnx
 from sparsify.quantization.scheme import NAMED, QuantizationSettings
-from tests.deployment_forms import IntegerWeights, Quantizer
-from tests.quantized_models import quantized, train, trained
+from tests.zoo.integer_forms import IntegerWeights, Quantizer
+from tests.zoo.quantizable import quantized, train, trained
 
 
 def kinds(model: ModelProto | Path) -> Counter[str]:

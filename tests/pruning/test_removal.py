@@ -19,7 +19,7 @@ from sparsify.pruning.removal import Removal, plan_removal, remove, tensors
 from sparsify.pruning.shrinking import deletion_masks
 from sparsify.training.checkpoint import checksum
 from tests.optimizer_forms import FORMS, Form
-from tests.structured_models import Encoder, Residual
+from tests.zoo.prunable import Encoder, Residual
 
 IMAGES = torch.randn(6, 2, 8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
 WORDS = torch.randn(5, 7, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(4))

@@ -19,7 +19,7 @@ from sparsify import export_onnx
 from sparsify.pruning.groups import ChannelGroups, find
 from sparsify.pruning.removal import Removal, plan_removal, remove
 from sparsify.pruning.shrinking import deletion_masks, dry_run
-from tests.architectures import ARCHITECTURES, Architecture
+from tests.zoo.architectures import ARCHITECTURES, Architecture
 
 Inputs = tuple[tuple[Any, ...], dict[str, Any]]
 

@@ -13,7 +13,7 @@ from sparsify.errors import ArgumentError, DataError, StateError
 from sparsify.pruning.groups import ChannelGroups, find
 from sparsify.pruning.shrinking import dead, deletion_masks, dry_run
 from tests.pruning.test_removal import half, network, unchanged
-from tests.structured_models import Encoder, Residual
+from tests.zoo.prunable import Encoder, Residual
 
 
 def masked(model: nn.Module, channel_groups: ChannelGroups, pruned: dict[str, list[int]]) -> None:

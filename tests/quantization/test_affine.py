@@ -22,7 +22,7 @@ from sparsify.quantization.affine import affine_grid, affine_integers, fake_affi
 from sparsify.quantization.deployment import deployment_copy
 from sparsify.quantization.plan import QuantizationPlan
 from sparsify.quantization.scheme import QuantizationSettings, Scheme, WeightScheme
-from tests.quantized_models import Conv1D, Net, images, quantized
+from tests.zoo.quantizable import Conv1D, Net, images, quantized
 
 
 def affine(bits: int = 4, block: Any = None, strategy: Any = "channel") -> QuantizationSettings:

@@ -22,7 +22,7 @@ from sparsify.quantization.layers import quantizers, restore_layers
 from sparsify.quantization.placement import make_plan
 from sparsify.quantization.plan import QuantizationPlan
 from sparsify.quantization.scheme import ActivationScheme, QuantizationSettings, Scheme
-from tests.quantized_models import Attention, quantized, train
+from tests.zoo.quantizable import Attention, quantized, train
 
 SCHEME = Scheme(matmul_activations=ActivationScheme())
 MASKS: dict[str, Callable[[], dict[str, Any]]] = {

@@ -15,7 +15,7 @@ from sparsify import QuantizationModifier, ScheduledModifierManager, export_onnx
 from sparsify.errors import ArgumentError, DataError, ExportError, RecipeError, SparsifyWarning, StateError, TargetError
 from sparsify.quantization.layers import quantizers, restore_layers
 from sparsify.quantization.plan import is_quantized
-from tests.quantized_models import Block, Net, images
+from tests.zoo.quantizable import Block, Net, images
 
 STEPS = 2
 """Optimizer steps in an epoch."""

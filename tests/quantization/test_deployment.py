@@ -13,7 +13,7 @@ from sparsify.errors import DataError, StateError
 from sparsify.quantization.deployment import deployment_copy
 from sparsify.quantization.layers import WEIGHTED, QuantizedLayer, deployed_integers, quantizers, restore_layers
 from sparsify.quantization.scheme import NAMED, ActivationScheme, QuantizationSettings, Scheme, WeightScheme
-from tests.quantized_models import ZOO, Conv1D, Net, images, mlp, quantized, train, trained
+from tests.zoo.quantizable import ZOO, Conv1D, Net, images, mlp, quantized, train, trained
 
 SETTINGS = {
     "default": QuantizationSettings(),

@@ -13,7 +13,7 @@ from sparsify import export_onnx, verify_onnx
 from sparsify.quantization.deployment import deployment_copy
 from sparsify.quantization.plan import QuantizationPlan
 from sparsify.quantization.scheme import NAMED, QuantizationSettings, Scheme
-from tests.quantized_models import images, quantized, train
+from tests.zoo.quantizable import images, quantized, train
 
 
 class Volume(nn.Module):

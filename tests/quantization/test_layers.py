@@ -27,7 +27,7 @@ from sparsify.quantization.layers import (
     restore_layers,
 )
 from sparsify.quantization.plan import is_quantized
-from tests.quantized_models import ZOO, Attention, Block, Gated, Net, images, quantized, train, trained
+from tests.zoo.quantizable import ZOO, Attention, Block, Gated, Net, images, quantized, train, trained
 
 
 @pytest.mark.parametrize("name", ZOO)

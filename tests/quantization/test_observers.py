@@ -15,7 +15,7 @@ from sparsify.quantization import observers
 from sparsify.quantization.calibration import calibrate
 from sparsify.quantization.fake_quantize import FakeQuantize, on_grid
 from sparsify.quantization.scheme import ActivationScheme, QuantizationSettings, Scheme
-from tests.quantized_models import quantized, trained
+from tests.zoo.quantizable import quantized, trained
 
 
 def values(seed: int = 0, count: int = 20000) -> Tensor:

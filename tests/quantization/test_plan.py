@@ -17,7 +17,7 @@ from sparsify.quantization.layers import quantizers
 from sparsify.quantization.placement import make_plan
 from sparsify.quantization.plan import QuantizationPlan, apply_plan
 from sparsify.quantization.scheme import NAMED, ActivationScheme, QuantizationSettings, Scheme, WeightScheme
-from tests.quantized_models import (
+from tests.zoo.quantizable import (
     ZOO,
     Attention,
     Dense,

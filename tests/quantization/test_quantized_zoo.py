@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from sparsify import ScheduledModifierManager, export_onnx, verify_onnx
 from sparsify.model.signature import named_outputs
 from sparsify.onnx.verify import Verification
-from tests.architectures import ARCHITECTURES
+from tests.zoo.architectures import ARCHITECTURES
 
 RECIPE = """
 modifiers:

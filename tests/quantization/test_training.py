@@ -15,7 +15,7 @@ from sparsify.errors import DataError, RecipeError, StateError, TargetError
 from sparsify.quantization.deployment import deployment_copy
 from sparsify.quantization.layers import quantizers
 from sparsify.quantization.plan import is_quantized
-from tests.quantized_models import Net, images, mlp, train
+from tests.zoo.quantizable import Net, images, mlp, train
 
 STEPS = 4
 """Optimizer steps in an epoch."""

@@ -27,8 +27,8 @@ from sparsify.modifiers.structured import StructuredPruningModifier
 from sparsify.modifiers.thinning import LayerThinningModifier
 from sparsify.modifiers.top_kast import TopKASTPruningModifier
 from sparsify.recipe import Recipe
-from tests import structured_models as small
-from tests.structured_models import Encoder, Residual
+from tests.zoo import prunable as small
+from tests.zoo.prunable import Encoder, Residual
 
 both = pytest.mark.parametrize("kind", [Residual, Encoder])
 

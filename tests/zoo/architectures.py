@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tests.decoders import Detector, Translator
+from tests.zoo.decoders import Detector, Translator
 
 CONV, LINEAR, HEADS = frozenset({"conv"}), frozenset({"linear"}), frozenset({"heads"})
 NOTHING: frozenset[str] = frozenset()
