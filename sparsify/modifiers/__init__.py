@@ -7,6 +7,7 @@ from sparsify.modifiers import (
     base,
     distillation,
     epochs,
+    gradual,
     layer_distillation,
     layer_pruning,
     learning_rate,
@@ -24,6 +25,7 @@ from sparsify.modifiers import (
 from sparsify.modifiers.base import *
 from sparsify.modifiers.distillation import *
 from sparsify.modifiers.epochs import *
+from sparsify.modifiers.gradual import *
 from sparsify.modifiers.layer_distillation import *
 from sparsify.modifiers.layer_pruning import *
 from sparsify.modifiers.learning_rate import *
@@ -42,6 +44,7 @@ __all__: list[str] = []
 __all__ += base.__all__
 __all__ += distillation.__all__
 __all__ += epochs.__all__
+__all__ += gradual.__all__
 __all__ += layer_distillation.__all__
 __all__ += layer_pruning.__all__
 __all__ += learning_rate.__all__

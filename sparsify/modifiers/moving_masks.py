@@ -20,7 +20,7 @@ from sparsify.modifiers.base import (
     Run,
     check_frequency,
 )
-from sparsify.modifiers.magnitude_pruning import fitting, trainable
+from sparsify.modifiers.gradual import fitting, trainable
 from sparsify.modifiers.schedule import Clock, UpdateGrid
 from sparsify.pruning.masker import MaskType, compute_masks
 

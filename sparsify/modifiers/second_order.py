@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from sparsify.errors import ArgumentError, DataError, StateError
 from sparsify.model import distributed, gradients, targets
 from sparsify.modifiers.base import Active, FieldProblem, Run
-from sparsify.modifiers.magnitude_pruning import Gradual, GradualPruning, ScoreType
+from sparsify.modifiers.gradual import Gradual, GradualPruning, ScoreType
 from sparsify.modifiers.schedule import EPOCH_TOLERANCE, Clock, between
 from sparsify.pruning import second_order
 from sparsify.pruning.masker import compute_masks

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from sparsify.model import distributed, gradients, targets
 from sparsify.model.optimizer_state import forget
 from sparsify.modifiers.base import Active, FieldProblem, Run
-from sparsify.modifiers.magnitude_pruning import Gradual, GradualPruning, ScoreType
+from sparsify.modifiers.gradual import Gradual, GradualPruning, ScoreType
 from sparsify.modifiers.moving_masks import Fraction, MaskName, Moving, SparseTraining, taken_over
 from sparsify.modifiers.schedule import EPOCH_TOLERANCE, Clock
 from sparsify.pruning import layer_sparsity

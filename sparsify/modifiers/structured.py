@@ -11,7 +11,7 @@ from pydantic import Field, field_validator, model_validator
 from sparsify.errors import SparsifyWarning, StateError, TargetError
 from sparsify.model import distributed, targets
 from sparsify.modifiers.base import Active, FieldProblem, Run
-from sparsify.modifiers.magnitude_pruning import GradualPruning
+from sparsify.modifiers.gradual import GradualPruning
 from sparsify.modifiers.schedule import Clock, UpdateGrid, between
 from sparsify.pruning import group_scores
 

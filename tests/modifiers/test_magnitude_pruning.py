@@ -11,11 +11,11 @@ from torch import Tensor, nn
 
 from sparsify.errors import DataError, RecipeError, SparsifyWarning, TargetError
 from sparsify.modifiers.base import Modifier
+from sparsify.modifiers.gradual import GradualPruning
 from sparsify.modifiers.magnitude_pruning import (
     ConstantPruningModifier,
     GlobalMagnitudePruningModifier,
     GMPruningModifier,
-    GradualPruning,
     MagnitudePruningModifier,
 )
 from sparsify.training.manager import ScheduledModifierManager

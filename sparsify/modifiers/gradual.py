@@ -1,0 +1,413 @@
+"""The fields and the work that gradual pruners share: a ramp of sparsity on a grid of updates."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+
+from pydantic import Field, field_validator, model_validator
+from torch import nn
+
+from sparsify.errors import SparsifyWarning, TargetError
+from sparsify.model import distributed, targets
+from sparsify.modifiers.base import (
+    Active,
+    Epoch,
+    FieldProblem,
+    Modifier,
+    ModifierKind,
+    ParamNames,
+    Run,
+    check_frequency,
+)
+from sparsify.modifiers.schedule import Clock, Curve, UpdateGrid, between
+from sparsify.pruning.masker import MaskType, compute_masks
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+__all__ = ["GradualPruning"]
+
+FROM_PARAM = "__FROM_PARAM__"
+ScoreType = Literal["magnitude", "movement", "obs", "mfac"]
+
+_WHOSE = {"movement": "MovementPruningModifier", "obs": "OBSPruningModifier", "mfac": "MFACPruningModifier"}
+_MASK_NAME = re.compile(r"unstructured|block\d*|tensorrt|filter|channel|[1-9]\d*:[1-9]\d*")
+
+
+def _in_unit_interval(name: str, value: float) -> float:
+    if 0.0 <= value <= 1.0:
+        return value
+    hint = f"; did you mean {value / 100:g}?" if 1.0 < value <= 100.0 else "; 0.8 means that 80 % are zero"
+    raise FieldProblem(name, f"{value} is not a fraction in [0, 1]{hint}")
+
+
+class GradualPruning(Modifier, ABC):
+    """The fields of every modifier that prunes on a ramp from one sparsity to another, and their checks.
+
+    A subclass changes defaults, adds its own fields, or sets `runs` to False while it cannot run yet.
+    """
+
+    kind: ClassVar[ModifierKind] = "pruning"
+    without_effect: ClassVar[frozenset[str]] = frozenset({"log_types", "phased"})
+
+    start_epoch: Epoch = Field(description="The epoch at which it starts, with `init_sparsity`; -1: epoch 0.")
+    end_epoch: Epoch = Field(description="The epoch at which `final_sparsity` is reached, whatever the frequency.")
+    update_frequency: Annotated[float, Field(allow_inf_nan=False)] = Field(
+        description="Epochs between two updates of the masks; -1: every optimizer step."
+    )
+    init_sparsity: float | Literal["__FROM_PARAM__"] = Field(
+        description="The fraction of zeros, 0 to 1, at start_epoch; __FROM_PARAM__: what is there when it starts."
+    )
+    final_sparsity: float | dict[float, ParamNames] = Field(
+        description="The fraction of zeros, 0 to 1, at end_epoch; or {fraction: [names]} with `params: []`."
+    )
+    params: ParamNames = Field(
+        default=[],
+        description="What to prune: names of parameters or layers, re:patterns, types, __ALL__, __ALL_PRUNABLE__.",
+    )
+    leave_enabled: bool = Field(
+        default=True,
+        description="Whether the masks stay after end_epoch; False: the weights may grow back from zero then.",
+    )
+    inter_func: Curve = Field(default="cubic", description="The curve from init_sparsity to final_sparsity.")
+    mask_type: str | list[int] = Field(
+        default="unstructured",
+        description="What becomes zero together: unstructured; block4 (1x4 along the input channels); [a, b] blocks of "
+        "a output by b input channels, -1 for all of them; N:M, of every M along the input channels N stay; tensorrt, "
+        "which is 2:4; filter, whole output channels of each weight by itself, and channel, whole input channels "
+        "(StructuredPruningModifier masks what hangs together with them too, so that they can be removed).",
+    )
+    global_sparsity: bool = Field(
+        default=False, description="Whether all parameters are ranked together, or each by itself."
+    )
+    score_type: ScoreType = Field(
+        default="magnitude", description="What a weight is worth: those worth least go first."
+    )
+    strict: bool = Field(
+        default=True,
+        description="Whether a name that matches nothing, or a layer that the mask type does not fit, is an error; "
+        "otherwise it is left out and reported.",
+    )
+
+    @field_validator("update_frequency")
+    @classmethod
+    def _frequency(cls, value: float) -> float:
+        check_frequency(value)
+        return value
+
+    @field_validator("init_sparsity", mode="before")
+    @classmethod
+    def _init(cls, value: Any) -> Any:
+        if isinstance(value, bool) or not (isinstance(value, int | float) or value == FROM_PARAM):
+            raise FieldProblem("init_sparsity", f"{value!r} is neither a fraction in [0, 1] nor {FROM_PARAM}")
+        return value if isinstance(value, str) else _in_unit_interval("init_sparsity", value)
+
+    @field_validator("final_sparsity", mode="before")
+    @classmethod
+    def _final_type(cls, value: Any) -> Any:
+        for sparsity in value if isinstance(value, dict) else (value,):
+            if isinstance(sparsity, bool) or not isinstance(sparsity, int | float):
+                raise FieldProblem(
+                    "final_sparsity", f"{value!r} is neither a fraction in [0, 1] nor {{fraction: [names]}}"
+                )
+        return value
+
+    @field_validator("final_sparsity")
+    @classmethod
+    def _final(cls, value: float | dict[float, ParamNames]) -> float | dict[float, ParamNames]:
+        for sparsity in value if isinstance(value, dict) else (value,):
+            _in_unit_interval("final_sparsity", sparsity)
+        if isinstance(value, dict) and not value:
+            raise FieldProblem("final_sparsity", "{} names nothing to prune; give {0.8: [names of parameters]}")
+        return value
+
+    @field_validator("mask_type", mode="before")
+    @classmethod
+    def _mask_kind(cls, value: Any) -> Any:
+        if not isinstance(value, str | list):
+            raise FieldProblem("mask_type", f"{value!r} is no mask type; quote N:M, like '2:4'")
+        return value
+
+    @field_validator("mask_type")
+    @classmethod
+    def _mask(cls, value: str | list[int]) -> str | list[int]:
+        if isinstance(value, list):
+            if len(value) != 2 or any(size < 1 and size != -1 for size in value):
+                raise FieldProblem(
+                    "mask_type", f"{value} is no block; give [output channels, input channels], like [1, 4]"
+                )
+            return value
+        if not _MASK_NAME.fullmatch(value) or value == "block0":
+            raise FieldProblem(
+                "mask_type",
+                f"{value!r} is no mask type; give unstructured, block4, [1, 4], 2:4 (any N:M), tensorrt, filter or "
+                "channel",
+            )
+        if ":" in value:
+            keep, of = map(int, value.split(":"))
+            if keep > of:
+                raise FieldProblem("mask_type", f"{value!r} keeps more than there is; did you mean '{of}:{keep}'?")
+        return value
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> GradualPruning:
+        if self.end_epoch == -1:
+            raise FieldProblem("end_epoch", "-1 (never) cannot end a ramp; give the epoch that reaches final_sparsity")
+        if isinstance(self.final_sparsity, dict):
+            if self.params:
+                raise FieldProblem("params", "final_sparsity names the parameters already; give params: [] with it")
+            if self.global_sparsity and len(self.final_sparsity) > 1:
+                raise FieldProblem(
+                    "final_sparsity", "one ranking over all parameters has one sparsity; give a single number"
+                )
+        elif not self.params:
+            raise FieldProblem("params", "names nothing to prune; give names, patterns or __ALL_PRUNABLE__")
+        if self.score_type not in ("magnitude", type(self).model_fields["score_type"].default):
+            raise FieldProblem("score_type", f"{self.score_type!r} is {_WHOSE[self.score_type]}'s; use that one")
+        if not isinstance(self.init_sparsity, str):
+            for final in self.final_by_names():
+                if self.init_sparsity > final:
+                    raise FieldProblem(
+                        "init_sparsity", f"{self.init_sparsity} lies above final_sparsity {final}: a mask only grows"
+                    )
+        return self
+
+    def final_by_names(self) -> dict[float, list[str]]:
+        """The names to prune, by the sparsity that they end with."""
+        if isinstance(self.final_sparsity, dict):
+            return {s: [n] if isinstance(n, str) else list(n) for s, n in self.final_sparsity.items()}
+        return {self.final_sparsity: [self.params] if isinstance(self.params, str) else list(self.params)}
+
+    def names(self) -> list[str]:
+        return [name for names in self.final_by_names().values() for name in names]
+
+    def targets(self, model: nn.Module) -> Mapping[str, nn.Parameter | nn.Module]:
+        field = "final_sparsity" if isinstance(self.final_sparsity, dict) else "params"
+        return targets.resolve_parameters(
+            model, self.names(), where=f"{type(self).__name__}.{field}", strict=self.strict
+        )
+
+    def foreseen_zeros(self, clock: Clock, model: nn.Module) -> dict[str, float | None]:
+        """The ramp, at the last point of the grid; with `global_sparsity` the share of all parameters together."""
+        point = UpdateGrid(self.window, self.update_frequency).latest(clock)
+        if point is None:
+            return {}
+        parameters = {name: p for name, p in self.targets(model).items() if isinstance(p, nn.Parameter)}
+        if point >= self.window.end and not self.leave_enabled:
+            return dict.fromkeys(parameters)
+        shape = MaskType.parse(self.mask_type)
+        exact = 1.0 - shape.keep / shape.of if shape.kind == "n_of_m" else None
+        zeros = {name: 1.0 - float(p.detach().count_nonzero()) / max(p.numel(), 1) for name, p in parameters.items()}
+        weights = sum(p.numel() for p in parameters.values())
+        overall = sum(zeros[name] * p.numel() for name, p in parameters.items()) / max(weights, 1)
+        found: dict[str, float | None] = {}
+        for final, names in self.final_by_names().items():
+            where = f"{type(self).__name__}.params"
+            last = final if exact is None else exact
+            for name in targets.resolve_parameters(model, names, where=where, strict=self.strict):
+                there = min(overall if self.global_sparsity else zeros[name], last)
+                initial = there if isinstance(self.init_sparsity, str) else self.init_sparsity
+                found[name] = between(self.inter_func, initial, last, self.window.progress(point))
+        return found
+
+    def activity(self, clock: Clock) -> str:
+        """Pruning, and from the end on holding what it pruned."""
+        point = UpdateGrid(self.window, self.update_frequency).latest(clock)
+        if point is None:
+            return ""
+        if point < self.window.end:
+            return "pruning"
+        return "holding zeros" if self.leave_enabled else ""
+
+    @abstractmethod
+    def attach(self, run: Run) -> Active: ...
+
+
+class Gradual(Active):
+    """A gradual pruning at work: by magnitude, or by what a subclass says a weight is worth.
+
+    Checkpoint: the point of the grid that is in force, whether the masks were released, and the sparsity that was
+    found at the start. The masks are the Masker's.
+    """
+
+    def __init__(self, modifier: GradualPruning, run: Run) -> None:
+        self.modifier = modifier
+        self.run = run
+        self.grid = UpdateGrid(modifier.window, modifier.update_frequency)
+        self.mask_type = MaskType.parse(modifier.mask_type)
+        self.finals, self.input_dims = self._targets()
+        self.point: float | None = None
+        self.released = False
+        self.initials: dict[str, float] = {}
+        self.frozen: list[str] = []
+        self.loaded = False
+        self.loaded_at: Clock | None = None
+
+    def _targets(self) -> tuple[dict[str, float], dict[str, int]]:
+        """The final sparsity and the dimension of the input channels by parameter, in the model's order; all is
+        checked here."""
+        modifier, model = self.modifier, self.run.model
+        where = f"{type(modifier).__name__}.{'params' if modifier.params else 'final_sparsity'}"
+        finals: dict[str, float] = {}
+        for final, names in modifier.final_by_names().items():
+            parameters = targets.resolve_parameters(model, names, where=where, strict=modifier.strict)
+            for name in parameters:
+                if name in finals:
+                    raise TargetError(
+                        f"{where}: {name!r} has two sparsities, {finals[name]} and {final}. Name it once."
+                    )
+                finals[name] = final
+            targets.refuse_unusable(parameters, where=where)
+        return fitting(model, finals, self.mask_type, where=where, strict=modifier.strict)
+
+    def update(self, clock: Clock) -> None:
+        point = self.grid.latest(clock)
+        if point is None or self.released:
+            return
+        late = self._late(clock)
+        if point == self.point and not late:
+            return
+        self.run.masker.refresh()
+        parameters = targets.named_parameters(self.run.model)
+        if self.point is None or late:
+            self._start({name: parameters[name] for name in late or self.finals})
+        progress = self.modifier.window.progress(point)
+        self._prune({name: parameters[name] for name in self.initials}, progress, clock)
+        self.point = point
+        if point >= self.modifier.window.end and not self.modifier.leave_enabled:
+            for name in self.initials:
+                self.run.masker.remove(name)
+            self.released = True
+
+    def _late(self, clock: Clock) -> list[str]:
+        """What has no mask though pruning has started: the saved recipe did not name it, or its mask did not fit. Asked
+        once, a step after loading: the weights of the checkpoint are loaded after this state."""
+        if not self.loaded or self.point is None:
+            return []
+        if self.loaded_at is None:
+            self.loaded_at = clock
+        if clock == self.loaded_at:
+            return []
+        self.loaded, self.loaded_at = False, None
+        return [name for name in self.finals if name not in self.frozen and name not in self.run.masker]
+
+    def _start(self, parameters: Mapping[str, nn.Parameter]) -> None:
+        """Fixes what is pruned and from which sparsity on: read when the modifier starts, not when it is attached."""
+        # Asked again: channels may have been removed since.
+        who, strict = type(self.modifier).__name__, self.modifier.strict
+        self.finals, self.input_dims = fitting(self.run.model, self.finals, self.mask_type, where=who, strict=strict)
+        given = {name: parameter for name, parameter in parameters.items() if name in self.finals}
+        parameters = trainable(given, who)
+        self.frozen += [name for name in given if name not in parameters]
+        zeros = {name: int(p.numel() - p.detach().count_nonzero()) for name, p in parameters.items()}
+        overall = sum(zeros.values()) / max(sum(p.numel() for p in parameters.values()), 1)
+        for name, parameter in parameters.items():
+            initial = self.modifier.init_sparsity
+            if isinstance(initial, str):
+                initial = overall if self.modifier.global_sparsity else zeros[name] / parameter.numel()
+                if initial > self.finals[name]:
+                    warnings.warn(
+                        f"{type(self.modifier).__name__}: {name!r} starts with {initial:.4f} zeros, above its "
+                        "final_sparsity "
+                        f"{self.finals[name]}. It is held at that; give a higher final_sparsity to hold all of its "
+                        "zeros.",
+                        SparsifyWarning,
+                        stacklevel=2,
+                    )
+                    initial = self.finals[name]
+            self.initials[name] = initial
+        self.initials = {name: self.initials[name] for name in self.finals if name in self.initials}
+
+    def scores(self, parameters: Mapping[str, nn.Parameter]) -> tuple[Mapping[str, Tensor], bool]:
+        """What each weight is worth, by parameter, and whether the absolute value counts."""
+        return parameters, True
+
+    def _prune(self, parameters: Mapping[str, nn.Parameter], progress: float, clock: Clock) -> None:
+        masker = self.run.masker
+        together = self.modifier.global_sparsity
+        before = masker.masks
+        scores, absolute = self.scores(parameters)
+        masks: dict[str, Tensor] = {}
+        for group in [list(parameters)] if together and parameters else [[name] for name in parameters]:
+            sparsity = between(self.modifier.inter_func, self.initials[group[0]], self.finals[group[0]], progress)
+            masks |= compute_masks(
+                {name: scores[name] for name in group},
+                sparsity,
+                self.mask_type,
+                previous={name: before[name] for name in group if name in before},
+                input_dims=self.input_dims,
+                together=together,
+                absolute=absolute,
+            )
+        distributed.check_same(masks)
+        for name, mask in masks.items():
+            masker.set(name, mask)
+        done = masker.sparsity()
+        for name in masks:
+            self.run.log.scalar(f"sparsity/{name}", done[name], clock.step)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "point": -1.0 if self.point is None else self.point,
+            "released": self.released,
+            "initials": dict(self.initials),
+            "frozen": list(self.frozen),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.point = None if state["point"] < 0 else float(state["point"])
+        self.released = bool(state["released"])
+        self.initials = {name: float(value) for name, value in state["initials"].items() if name in self.finals}
+        self.frozen = [name for name in state["frozen"] if name in self.finals]
+        self.loaded, self.loaded_at = True, None
+
+
+def fitting(
+    model: nn.Module, finals: Mapping[str, float], mask_type: MaskType, *, where: str, strict: bool
+) -> tuple[dict[str, float], dict[str, int]]:
+    """The final sparsity and the dimension of the input channels of what the mask type fits, in the model's order.
+
+    Raises:
+        TargetError: one that it does not fit, unless `strict` is off: then that is a warning, and it is left out.
+    """
+    found: dict[str, float] = {}
+    dims: dict[str, int] = {}
+    for name, module, attribute in targets.owners(model):
+        parameter = module._parameters[attribute]
+        if name not in finals or parameter is None or not parameter.numel():
+            continue
+        dim = targets.input_dim(module)
+        problem = mask_type.why_unfit(parameter.shape, dim)
+        if problem is None:
+            exact = 1.0 - mask_type.keep / mask_type.of
+            if mask_type.kind == "n_of_m" and abs(finals[name] - exact) > 0.005:
+                raise TargetError(
+                    f"{where}: {name!r}: mask_type {mask_type.text} ends at sparsity {exact:g}, but final_sparsity is "
+                    f"{finals[name]}. Give final_sparsity: {exact:g}."
+                )
+            # A final 2/3 may be written .667: the ramp ends at the exact share.
+            found[name] = exact if mask_type.kind == "n_of_m" else finals[name]
+            dims[name] = dim
+            continue
+        message = f"{where}: mask_type {mask_type.text} does not fit: {name!r} {problem}."
+        if strict:
+            raise TargetError(f"{message} Leave it out of params, or give strict: False to have it left out.")
+        warnings.warn(f"{message} Left out.", SparsifyWarning, stacklevel=2)
+    return found, dims
+
+
+def trainable(parameters: Mapping[str, nn.Parameter], who: str) -> dict[str, nn.Parameter]:
+    """Those that are trained; a frozen one is left alone, and that is said."""
+    frozen = [name for name, parameter in parameters.items() if not parameter.requires_grad]
+    if frozen:
+        warnings.warn(
+            f"{who}: {len(frozen)} frozen parameter{'s are' if len(frozen) > 1 else ' is'} left alone: "
+            f"{', '.join(frozen[:5])}{', ...' if len(frozen) > 5 else ''}. Set requires_grad to prune them.",
+            SparsifyWarning,
+            stacklevel=2,
+        )
+    return {name: parameter for name, parameter in parameters.items() if parameter.requires_grad}
