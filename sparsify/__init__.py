@@ -1,24 +1,20 @@
 """Compress PyTorch models while they train: a recipe says what to prune and quantize, an int8 ONNX file comes out.
 
-Every name that is public stands in the `__all__` of its file and is carried from there. Importing this imports neither
-onnx nor onnxruntime, and has no side effects. What is used before training or without it, analysis, optimize and
-oneshot, is imported when a name of it is first asked for: a training job needs none of it.
+A name is public where it stands in the `__all__` of its file; from there it is carried here. Importing this imports
+neither onnx nor onnxruntime, and has no side effects. Analysis, optimization and compression without training are
+imported when a name of theirs is first asked for: a training job needs none of them. Imports every room.
 """
 
 from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from sparsify import errors, modifiers, recipe
 from sparsify.errors import *
 from sparsify.modifiers import *
-from sparsify.onnx import benchmark, export, verify
 from sparsify.onnx.benchmark import *
 from sparsify.onnx.export import *
 from sparsify.onnx.verify import *
-from sparsify.pruning import shrinking
 from sparsify.pruning.shrinking import *
 from sparsify.recipe import *
-from sparsify.training import manager
 from sparsify.training.manager import *
 
 if TYPE_CHECKING:
@@ -28,82 +24,28 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-__all__: list[str] = ["__version__"]
-__all__ += benchmark.__all__
-__all__ += errors.__all__
-__all__ += export.__all__
-__all__ += manager.__all__
-__all__ += modifiers.__all__
-__all__ += recipe.__all__
-__all__ += shrinking.__all__
-__all__ += verify.__all__
-
-# Names that are read before what they stand for is imported.
-_LATER = {
-    "sparsify.analysis": [
-        "ChildOp",
-        "ChosenBits",
-        "LayerInfo",
-        "LayerPerformance",
-        "LossProfile",
-        "ModelAnalysis",
-        "PerformanceProfile",
-        "UnknownOperator",
-        "WeightMetadata",
-        "analyze_model",
-        "choose_bits",
-        "get_weights_metadata",
-        "loss_profile",
-        "performance_profile",
-        "weights_table",
-    ],
-    "sparsify.oneshot": ["quantize_model", "quantize_onnx"],
-    "sparsify.optimize": [
-        "Experiment",
-        "Framework",
-        "LatencyPlan",
-        "LatencyRound",
-        "LayerChoice",
-        "LayerCurve",
-        "LearningRateSchedule",
-        "OptimLevel",
-        "OriginalTraining",
-        "Optimization",
-        "Outcome",
-        "PRESETS",
-        "Plan",
-        "PlannedMoment",
-        "Prediction",
-        "Preset",
-        "Project",
-        "ProjectSettings",
-        "PruningProfile",
-        "PruningSettings",
-        "Report",
-        "TrainingStage",
-        "create_recipe",
-        "curves",
-        "integration_code",
-        "latency_plan",
-        "learning_rates",
-        "optim_level",
-        "plan",
-        "pruning_profile",
-        "score_prediction",
-        "training_script",
-    ],
-}
-for _names in _LATER.values():
-    __all__ += _names
+_AT_ONCE = ("errors", "modifiers", "onnx.benchmark", "onnx.export", "onnx.verify", "pruning.shrinking")
+_AT_ONCE += ("recipe", "training.manager")
+_LATER = ("oneshot", "analysis", "optimize")
 
 
-def __getattr__(name: str) -> Any:
-    for room, names in _LATER.items():
-        if name in names or room == f"sparsify.{name}":
-            found = import_module(room)
-            return found if room == f"sparsify.{name}" else getattr(found, name)
-    raise AttributeError(f"module 'sparsify' has no attribute {name!r}")
+def _public() -> list[str]:
+    rooms = [import_module(f"sparsify.{room}") for room in (*_AT_ONCE, *_LATER)]
+    return ["__version__", *(name for room in rooms for name in room.__all__)]
+
+
+if not TYPE_CHECKING:  # a type checker shall not take every name for one that is there
+
+    def __getattr__(name):
+        if name == "__all__":
+            return _public()
+        if name in _LATER:
+            return import_module(f"sparsify.{name}")
+        for room in () if name.startswith("_") else _LATER:
+            if name in __getattr__(room).__all__:
+                return getattr(__getattr__(room), name)
+        raise AttributeError(f"module 'sparsify' has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    return sorted(_public())

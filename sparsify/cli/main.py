@@ -18,7 +18,7 @@ from sparsify.errors import ArgumentError, SparsifyError, SparsifyWarning
 from sparsify.output.files import replacing
 from sparsify.output.tables import plain
 
-__all__ = ["main"]
+__all__: list[str] = []
 
 FINE, SHORT, BAD = 0, 1, 2
 
