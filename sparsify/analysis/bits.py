@@ -12,8 +12,8 @@ from sparsify.analysis.loss import LossProfile
 from sparsify.analysis.performance import PerformanceProfile
 from sparsify.analysis.units import layer_name
 from sparsify.errors import ArgumentError, TargetError, did_you_mean
-from sparsify.model.signature import unwrapped
-from sparsify.model.targets import by_clean_name, named_parameters
+from sparsify.model.targets import named_parameters
+from sparsify.model.wrappers import by_clean_name, unwrapped
 from sparsify.output.tables import Column, Table
 
 __all__ = ["ChosenBits", "choose_bits"]

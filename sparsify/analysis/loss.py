@@ -19,7 +19,7 @@ from sparsify.analysis.torch_layers import analyze_module
 from sparsify.analysis.trials import Batch, Loss, Trials, collected_batches
 from sparsify.analysis.units import Layers, Of, Unit, layer_weights, weights_of_channel_groups
 from sparsify.errors import ArgumentError, DataError, StateError, did_you_mean
-from sparsify.model.signature import unwrapped
+from sparsify.model.wrappers import unwrapped
 from sparsify.output.files import read_text, replacing
 from sparsify.output.tables import Column, Table, track
 from sparsify.quantization.plan import is_quantized

@@ -16,8 +16,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from sparsify.analysis.macs import FREE_OPERATIONS, Cost, CountedOperand, TensorShape, operation_cost
 from sparsify.errors import ArgumentError
-from sparsify.model.targets import clean_name
 from sparsify.model.trace import ModuleCall, ModuleNames
+from sparsify.model.wrappers import clean_name
 from sparsify.onnx.runtime import first_line
 
 __all__: list[str] = []

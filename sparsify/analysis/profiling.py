@@ -30,7 +30,8 @@ from sparsify.analysis.performance import (
 )
 from sparsify.analysis.variants import Form, cuttable, export, exported_forms, tracked
 from sparsify.errors import ArgumentError, DataError, StateError
-from sparsify.model.signature import SampleInputs, unwrapped
+from sparsify.model.signature import SampleInputs
+from sparsify.model.wrappers import unwrapped
 from sparsify.onnx.runtime import open_session, read_model, run_session
 from sparsify.pruning.groups import ChannelGroups
 from sparsify.quantization.plan import is_quantized

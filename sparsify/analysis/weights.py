@@ -119,8 +119,8 @@ def weights_table(weights: Mapping[str, WeightMetadata]) -> Table:
 
 
 def _of_module(model: nn.Module, threshold: int) -> dict[str, WeightMetadata]:
-    from sparsify.model.signature import unwrapped
     from sparsify.model.targets import named_modules, named_parameters
+    from sparsify.model.wrappers import unwrapped
     from sparsify.quantization.attention import QuantizedProjection
     from sparsify.quantization.layers import Converted, QuantizedEmbedding, QuantizedLayer
 

@@ -11,7 +11,6 @@ from collections.abc import Callable
 from typing import Any, ParamSpec
 
 import torch
-from torch import nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
@@ -214,33 +213,3 @@ def skips_step(optimizer: Any) -> bool:
     """
     found_inf = getattr(optimizer, "found_inf", None)
     return isinstance(found_inf, torch.Tensor) and bool(found_inf.item())
-
-
-def unwrapped(model: nn.Module) -> nn.Module:
-    """The user's module inside DistributedDataParallel, DataParallel, torch.compile and FSDP, in any order."""
-    return _unwrapping(model)[-1]
-
-
-def is_distributed(model: nn.Module) -> bool:
-    """Whether DistributedDataParallel holds buffers for the gradients of `model`."""
-    return any(isinstance(layer, nn.parallel.DistributedDataParallel) for layer in _unwrapping(model))
-
-
-def is_compiled(model: nn.Module) -> bool:
-    """Whether calls of `model` run compiled code, in which hooks are not called."""
-    return any("_orig_mod" in layer._modules or layer._compiled_call_impl is not None for layer in _unwrapping(model))
-
-
-def _unwrapping(model: nn.Module) -> list[nn.Module]:
-    """`model`, what it wraps, and so on inward."""
-    found = [model]
-    while True:
-        inside = found[-1]._modules
-        if isinstance(found[-1], nn.parallel.DistributedDataParallel | nn.DataParallel):
-            inner = inside.get("module")
-        else:
-            # No `or`: an empty Sequential is false.
-            inner = inside["_orig_mod"] if "_orig_mod" in inside else inside.get("_fsdp_wrapped_module")
-        if inner is None:
-            return found
-        found.append(inner)

@@ -90,17 +90,6 @@ def named_outputs(output: Any) -> tuple[dict[str, Tensor], list[str]]:
     return tensors, others
 
 
-def unwrapped(model: nn.Module) -> nn.Module:
-    """The user's module inside DistributedDataParallel, DataParallel and torch.compile wrappers."""
-    while True:
-        if isinstance(getattr(model, "_orig_mod", None), nn.Module):
-            model = model._orig_mod  # type: ignore[assignment]
-        elif type(model).__name__ in ("DistributedDataParallel", "DataParallel"):
-            model = model.module  # type: ignore[assignment]
-        else:
-            return model
-
-
 def _arguments(sample_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     if isinstance(sample_inputs, Tensor):
         return (sample_inputs,), {}

@@ -11,21 +11,19 @@ import re
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from difflib import get_close_matches
-from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from sparsify.errors import DataError, SparsifyWarning, TargetError
+from sparsify.model.wrappers import WRAPPER_PARTS, by_clean_name, clean_name
 
 __all__: list[str] = []
 
 ALL = "__ALL__"
 ALL_PRUNABLE = "__ALL_PRUNABLE__"
 
-# What DataParallel and DDP, torch.compile, FSDP and activation checkpointing put into the path of a parameter.
-_WRAPPERS = frozenset({"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
 _PRUNABLE = (
     nn.Linear,
     nn.Conv1d,
@@ -37,17 +35,6 @@ _PRUNABLE = (
     nn.Embedding,
 )
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-
-T = TypeVar("T")
-
-
-def clean_name(name: str) -> str:
-    """`name` without the path components that wrappers add.
-
-    >>> clean_name("module._orig_mod.fc.weight"), clean_name("modules.fc.weight")
-    ('fc.weight', 'modules.fc.weight')
-    """
-    return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
 
 
 def named_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -233,19 +220,6 @@ def _finite(parameter: Tensor) -> bool:
     return bool(values.sum(dtype=torch.float64).isfinite()) or bool(values.isfinite().all())
 
 
-def by_clean_name(pairs: Iterable[tuple[str, T]]) -> dict[str, T]:
-    """By clean name. Where a model calls its own layer "module", two names may become one: the later stays raw."""
-    named: dict[str, T] = {}
-    for raw, value in pairs:
-        clean = clean_name(raw)
-        # The outermost comes first, and a wrapper and what it wraps have one name: the innermost is the user's module.
-        if clean in named and isinstance(value, nn.Module) and raw != clean and raw.rpartition(".")[2] in _WRAPPERS:
-            named[clean] = value
-        else:
-            named[clean if clean not in named else raw] = value
-    return named
-
-
 def _aliased_modules(model: nn.Module) -> dict[str, nn.Module]:
     """Every module under each of its clean names, the model itself under ""."""
     return by_clean_name(model.named_modules(remove_duplicate=False))
@@ -273,7 +247,7 @@ def _matching(name: str, known: Iterable[str], where: str) -> list[str]:
     found = [one for one in known if match(one)]
     # "re:module.conv.*": only where the wrapper's whole name is written, or a pattern like "re:m" would mean all.
     wrapper = re.match(r"\w+", text)
-    if not found and wrapper and wrapper.group() in _WRAPPERS:
+    if not found and wrapper and wrapper.group() in WRAPPER_PARTS:
         found = [one for one in known if match(f"{wrapper.group()}.{one}")]
     return found
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from sparsify.errors import ArgumentError
-from sparsify.model.targets import clean_name
+from sparsify.model.wrappers import clean_name
 
 __all__: list[str] = []
 

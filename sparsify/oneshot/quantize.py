@@ -17,9 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from sparsify.errors import ArgumentError, DataError, ExportError, SparsifyWarning, StateError, TargetError
-from sparsify.model.signature import unwrapped
 from sparsify.model.targets import named_modules
 from sparsify.model.trace import Trace, trace
+from sparsify.model.wrappers import unwrapped
 from sparsify.modifiers import QuantizationModifier
 from sparsify.oneshot import bias_correction, layer_inputs, rounding
 from sparsify.oneshot.data_free import simulated_norms

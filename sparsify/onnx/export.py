@@ -22,8 +22,8 @@ import torch
 from torch import Tensor, nn
 
 from sparsify.errors import ArgumentError, ExportError, SparsifyError, SparsifyWarning
-from sparsify.model.signature import SampleInputs, named_outputs, unwrapped
-from sparsify.model.targets import clean_name
+from sparsify.model.signature import SampleInputs, named_outputs
+from sparsify.model.wrappers import clean_name, unwrapped
 from sparsify.onnx.runtime import FILE_WEIGHTS, first_line
 from sparsify.output.files import replacing
 from sparsify.quantization import qdq_ops

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sparsify.errors import ArgumentError, ExportError
-from sparsify.model.signature import SampleInputs, named_outputs, unwrapped
+from sparsify.model.signature import SampleInputs, named_outputs
+from sparsify.model.wrappers import unwrapped
 from sparsify.onnx.export import deployed_copy
 from sparsify.onnx.runtime import first_line, open_session, read_model, run_session
 from sparsify.quantization.qdq_ops import QUANTIZE_DEQUANTIZE

@@ -181,7 +181,8 @@ def latency_plan(
 
     from sparsify.analysis.performance import performance_profile
     from sparsify.analysis.variants import cuttable
-    from sparsify.model.signature import SampleInputs, unwrapped
+    from sparsify.model.signature import SampleInputs
+    from sparsify.model.wrappers import unwrapped
     from sparsify.quantization.plan import is_quantized
 
     if isinstance(goal_ms, bool) or not isinstance(goal_ms, (int, float)) or not 0 < goal_ms < math.inf:

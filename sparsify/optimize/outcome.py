@@ -138,7 +138,7 @@ def score_prediction(
     """
     from torch import nn
 
-    from sparsify.model.signature import unwrapped
+    from sparsify.model.wrappers import unwrapped
 
     evidence = recipe.evidence
     if evidence is None:

@@ -232,7 +232,7 @@ class _View:
     """A recipe and, where there is one, a model: what holds at a moment."""
 
     def __init__(self, recipe: Recipe, model: nn.Module | None, sample_inputs: Any) -> None:
-        from sparsify.model.signature import unwrapped
+        from sparsify.model.wrappers import unwrapped
         from sparsify.modifiers.learning_rate_ledger import LearningRateLedger
 
         self.modifiers = recipe.modifiers

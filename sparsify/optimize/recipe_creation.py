@@ -95,7 +95,7 @@ def create_recipe(
     from torch import nn
 
     from sparsify.analysis.loss import loss_profile
-    from sparsify.model.signature import unwrapped
+    from sparsify.model.wrappers import unwrapped
 
     if not isinstance(model, nn.Module):
         raise ArgumentError(f"model: a {type(model).__name__} is no torch.nn.Module.")

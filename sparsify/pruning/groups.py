@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor, nn
 
-from sparsify.model.targets import clean_name, is_prunable_layer, named_modules, named_parameters
+from sparsify.model.targets import is_prunable_layer, named_modules, named_parameters
+from sparsify.model.wrappers import clean_name
 from sparsify.pruning.union_find import NEVER, core, thin, varying
 
 if TYPE_CHECKING:

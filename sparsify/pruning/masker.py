@@ -18,6 +18,7 @@ from torch.optim import Optimizer
 
 from sparsify.errors import DataError, StateError, TargetError, did_you_mean
 from sparsify.model import distributed, targets
+from sparsify.model.wrappers import by_clean_name
 from sparsify.pruning.selection import mask_lowest
 
 if TYPE_CHECKING:
@@ -318,7 +319,7 @@ class Masker:
         Raises:
             TargetError: a parameter is missing there or has another shape; nothing was changed then.
         """
-        parameters = targets.by_clean_name(model.named_parameters(remove_duplicate=False))
+        parameters = by_clean_name(model.named_parameters(remove_duplicate=False))
         for name, mask in self._masks.items():
             if name not in parameters:
                 raise TargetError(
@@ -401,7 +402,7 @@ class Masker:
         """
         self.refresh()
         masks: dict[str, Tensor] = {}
-        parameters = targets.by_clean_name(self.model.named_parameters(remove_duplicate=False))
+        parameters = by_clean_name(self.model.named_parameters(remove_duplicate=False))
         for name, saved in state.get("masks", {}).items():
             problem = None
             if name not in parameters:

@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from torch.optim import LBFGS
 
 from sparsify.errors import ArgumentError, StateError, did_you_mean
-from sparsify.model.optimizer_hooks import innermost_optimizer, is_distributed
-from sparsify.model.targets import by_clean_name, named_modules
+from sparsify.model.optimizer_hooks import innermost_optimizer
+from sparsify.model.targets import named_modules
+from sparsify.model.wrappers import by_clean_name, is_distributed
 from sparsify.pruning.groups import ChannelGroups
 
 __all__: list[str] = []

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from sparsify.errors import ArgumentError, DataError
-from sparsify.model.optimizer_hooks import is_distributed, unwrapped
 from sparsify.model.signature import SampleInputs, named_outputs
+from sparsify.model.wrappers import is_distributed, unwrapped
 from sparsify.pruning.groups import ChannelGroup, ChannelGroups, GroupMember, find
 from sparsify.pruning.removal import PrunedChannels as Gone
 from sparsify.pruning.removal import Removal as Removal

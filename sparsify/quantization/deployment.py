@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sparsify.errors import DataError
+from sparsify.model.wrappers import unwrapped
 from sparsify.quantization.attention import QuantizedMultiheadAttention, QuantizedProjection
 from sparsify.quantization.fake_quantize import GATES, FakeQuantize, gate_of
 from sparsify.quantization.forward_ops import WatchedLayer, WatchedNorm, watching_class
@@ -195,7 +196,7 @@ def deployment_copy(model: nn.Module) -> nn.Module:
                     f"{name}.{key} holds NaN or infinity, of which no integers can be made. Load weights that are "
                     "finite, or find the step at which training diverged."
                 )
-    deployed = copy.deepcopy(getattr(model, "_orig_mod", model)).eval()
+    deployed = copy.deepcopy(unwrapped(model)).eval()
     layers = [
         module
         for module in deployed.modules()

@@ -11,7 +11,8 @@ from typing import Any, Literal
 from torch import Tensor, nn
 
 from sparsify.errors import ArgumentError, SparsifyWarning, StateError
-from sparsify.model.optimizer_hooks import innermost_optimizer, unwrapped
+from sparsify.model.optimizer_hooks import innermost_optimizer
+from sparsify.model.wrappers import unwrapped
 from sparsify.modifiers.base import Modifier
 from sparsify.modifiers.schedule import Clock
 from sparsify.recipe import Recipe, read_recipe

@@ -12,16 +12,9 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from sparsify.errors import DataError, RecipeError, SparsifyWarning, StateError
-from sparsify.model.optimizer_hooks import (
-    ModelCallback,
-    StepHooks,
-    innermost_optimizer,
-    is_compiled,
-    is_distributed,
-    skips_step,
-    unwrapped,
-)
+from sparsify.model.optimizer_hooks import ModelCallback, StepHooks, innermost_optimizer, skips_step
 from sparsify.model.targets import named_parameters
+from sparsify.model.wrappers import is_compiled, is_distributed, unwrapped
 from sparsify.modifiers.base import Active, Modifier, Run
 from sparsify.modifiers.learning_rate_ledger import LearningRateLedger
 from sparsify.modifiers.run_log import RunLog

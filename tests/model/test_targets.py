@@ -8,7 +8,8 @@ from torch import nn
 
 from sparsify.errors import DataError, SparsifyWarning, TargetError
 from sparsify.model import targets
-from sparsify.model.targets import clean_name, named_modules, named_parameters, resolve_layers, resolve_parameters
+from sparsify.model.targets import named_modules, named_parameters, resolve_layers, resolve_parameters
+from sparsify.model.wrappers import clean_name
 
 WHERE = "GMPruningModifier.params"
 

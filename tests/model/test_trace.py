@@ -123,7 +123,7 @@ def test_a_model_that_cannot_be_traced_is_named_with_the_place_in_its_code() -> 
             return x if x.sum() > 0 else -x
 
     model = Branching()
-    with pytest.raises(ArgumentError, match=r"Branching cannot be traced on these inputs in forward \(test_graph.py"):
+    with pytest.raises(ArgumentError, match=r"Branching cannot be traced on these inputs in forward \(test_trace.py"):
         trace(model, (torch.randn(3),))
     assert model.training
 

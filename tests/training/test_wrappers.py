@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from sparsify.errors import StateError
-from sparsify.model.optimizer_hooks import unwrapped
+from sparsify.model.wrappers import unwrapped
 from sparsify.modifiers.base import Modifier
 from sparsify.modifiers.distillation import DistillationModifier
 from sparsify.modifiers.learning_rate import LearningRateFunctionModifier
