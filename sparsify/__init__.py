@@ -24,13 +24,12 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-_AT_ONCE = ("errors", "modifiers", "onnx.benchmark", "onnx.export", "onnx.verify", "pruning.shrinking")
-_AT_ONCE += ("recipe", "training.manager")
-_LATER = ("oneshot", "analysis", "optimize")
+_AT_ONCE = "errors modifiers onnx.benchmark onnx.export onnx.verify pruning.shrinking recipe training.manager".split()
+_LATER = ["oneshot", "analysis", "optimize"]
 
 
 def _public() -> list[str]:
-    rooms = [import_module(f"sparsify.{room}") for room in (*_AT_ONCE, *_LATER)]
+    rooms = [import_module(f"sparsify.{room}") for room in _AT_ONCE + _LATER]
     return ["__version__", *(name for room in rooms for name in room.__all__)]
 
 
