@@ -9,7 +9,9 @@ import random
 import statistics
 import time
 
-from sparsify.optimize.allocation import LayerCurve, PruningSettings, pruning_profile
+from sparsify.optimize.allocation import pruning_profile
+from sparsify.optimize.layer_curves import LayerCurve
+from sparsify.optimize.pruning_profiles import PruningSettings
 
 LAYERS = 100
 LEVELS = (10, 30, 100)

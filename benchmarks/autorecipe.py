@@ -44,10 +44,12 @@ import task
 from models import ResNet
 
 from sparsify import Recipe, ScheduledModifierManager, benchmark_onnx, export_onnx
-from sparsify.analysis.layers import analyze_model
+from sparsify.analysis.analyze import analyze_model
 from sparsify.analysis.loss import LossProfile, loss_profile
-from sparsify.optimize.allocation import PruningProfile, PruningSettings, curves, pruning_profile
+from sparsify.optimize.allocation import pruning_profile
 from sparsify.optimize.latency import latency_plan
+from sparsify.optimize.layer_curves import curves
+from sparsify.optimize.pruning_profiles import PruningProfile, PruningSettings
 from sparsify.optimize.recipe_creation import create_recipe
 from sparsify.optimize.stages import OriginalTraining
 

@@ -18,7 +18,7 @@ import torch
 from models import resnet18
 from paired import machine
 
-from sparsify.analysis.performance import WIDTHS, performance_profile
+from sparsify.analysis.profiling import WIDTHS, performance_profile
 from sparsify.errors import ArgumentError
 from sparsify.optimize.latency import latency_plan
 

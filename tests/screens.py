@@ -7,7 +7,8 @@ from pathlib import Path
 
 from sparsify.analysis.layers import LayerInfo, ModelAnalysis
 from sparsify.onnx.benchmark import Benchmark
-from sparsify.optimize.allocation import LayerCurve, PruningSettings
+from sparsify.optimize.layer_curves import LayerCurve
+from sparsify.optimize.pruning_profiles import PruningSettings
 from sparsify.optimize.screen import Report
 from sparsify.optimize.stages import OriginalTraining
 

@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from sparsify.errors import ArgumentError, DataError, TargetError, did_you_mean
+from sparsify.errors import DataError, TargetError, did_you_mean
 from sparsify.output.tables import Column, Table
 
 if TYPE_CHECKING:
-    from torch import nn
+    pass
 
-__all__ = ["LayerInfo", "ModelAnalysis", "UnknownOperator", "analyze_model"]
+__all__ = ["LayerInfo", "ModelAnalysis", "UnknownOperator"]
 
 Shape = tuple[int, ...]
 ANALYSIS_FORMAT = 1
@@ -193,43 +191,3 @@ def _note(layer: LayerInfo) -> str:
             why = {"not compressed": layer.why_not_prunable}
         notes += [f"{what}: {text}" for what, text in why.items() if text]
     return "; ".join(notes) or "-"
-
-
-def analyze_model(
-    model: nn.Module | str | os.PathLike[str],
-    sample_inputs: Any = None,
-    *,
-    sample_kwargs: Mapping[str, Any] | None = None,
-    batch_size: int = 1,
-) -> ModelAnalysis:
-    """What `model` computes on `sample_inputs`, layer by layer; nothing of it is changed.
-
-    MACs are those of convolutions, linear layers, matrix products, attention and recurrent layers: products that are
-    summed up. Biases, norms, activations, pools, additions and looking up embeddings count nothing. Operators that
-    multiply in a way that is not known here are listed in `unknown`.
-
-    A module is read from its traced view. One that cannot be traced is watched in one forward in eval mode; there
-    `why_not_quantizable` says why it could not be traced, because then it cannot be quantized.
-
-    Args:
-        model: a module, wrapped in DistributedDataParallel or torch.compile, too; or the path of an ONNX file.
-        sample_inputs: a tensor, a tuple of arguments, or a dictionary of keyword arguments. For an ONNX file not
-            needed: arrays, whose shapes take the place of those in the file.
-        sample_kwargs: keyword arguments besides.
-        batch_size: of an ONNX file whose batch may be of any length, where there are no sample inputs.
-
-    Raises:
-        ArgumentError: the model fails on these inputs; the message says in which module.
-        DataError: a file that is no ONNX model.
-    """
-    if isinstance(model, (str, os.PathLike)):
-        from sparsify.analysis.onnx_layers import analyze_file
-
-        return analyze_file(model, sample_inputs, batch_size=batch_size)
-    from torch import nn
-
-    if not isinstance(model, nn.Module):
-        raise ArgumentError(f"model is a {type(model).__name__}; give a torch.nn.Module, or the path of an ONNX file.")
-    from sparsify.analysis.torch_layers import analyze_module
-
-    return analyze_module(model, sample_inputs, sample_kwargs)

@@ -3,26 +3,23 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import json
 import os
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sparsify.errors import ArgumentError, DataError
+from sparsify.errors import DataError
 from sparsify.output.files import read_text, replacing
 from sparsify.output.tables import Column, Table
 
 if TYPE_CHECKING:
-    from torch import nn
+    pass
 
-__all__ = ["LayerPerformance", "PerformanceProfile", "performance_profile"]
+__all__ = ["LayerPerformance", "PerformanceProfile"]
 
 SPARSITIES = (0.0, 0.4, 0.6, 0.7, 0.8, 0.85, 0.9, 0.95, 0.975, 0.99)
-WIDTHS = (1.0, 0.875, 0.75, 0.625, 0.5, 0.375, 0.25)
 SKIPPING_FLOOR = 0.1
 """Of the dense time, that a runtime which skips zeros still needs: activations are read and written all the same."""
 PERFORMANCE_FORMAT = 1
@@ -254,96 +251,6 @@ class PerformanceProfile:
             return cls.from_json(text)
         except DataError as error:
             raise DataError(f"{path}: {error}") from error
-
-
-def performance_profile(
-    model: nn.Module | str | os.PathLike[str],
-    sample_inputs: Any = None,
-    *,
-    batch_sizes: Sequence[int] = (1,),
-    threads: Sequence[int] = (1,),
-    quantized: bool = True,
-    widths: Sequence[float] | None = WIDTHS,
-    iterations: int = 10,
-    warmup: int = 5,
-    cache: bool | str | os.PathLike[str] = False,
-    progress: bool | None = None,
-) -> PerformanceProfile:
-    """Measures a model and each of its layers in onnxruntime: in float, in int8, and with fewer channels.
-
-    The model is exported as it is, quantized, and shrunk to each of `widths` in all channel groups of channels at once,
-    with the rounding of StructuredPruningModifier; each file runs under onnxruntime's profiler, and the time of each
-    node counts to the layer it came from, with what was fused into it and the conversions made for it. What belongs to
-    no layer is reported as `others`. The model itself is not touched; weights play no part in the times.
-
-    Zeros: with a fraction s of zeros, `sparse_ms` is time * max(1 - s, 0.1), which a runtime that skips zeros would
-    reach. onnxruntime gains 0 from zeros: there only removed channels and int8 save time.
-
-    Args:
-        model: a torch module that was not quantized before, or an ONNX file, of which the times as it is are measured.
-        sample_inputs: a tensor, a tuple of arguments or a dictionary of keywords, as the model is called with: batches
-            are made of its items, so token ids stay inside their tables. None for a file: inputs are made up.
-        batch_sizes, threads: layers are measured at the first of each, the whole model at all combinations.
-        quantized: whether int8 is measured; ranges come from the sample inputs, which is good enough for times only.
-        widths: fractions of the channels that stay, 1.0 first; None: not measured.
-        iterations, warmup: calls that are timed, and calls before them.
-        cache: a folder where profiles are kept by the hash of graph, shapes, settings, versions and processor; True:
-            the user's cache folder; False: nothing is kept.
-        progress: whether a bar is shown; None: on a terminal.
-
-    Raises:
-        ExportError: the model cannot be exported, or not be run. Parts that cannot be measured, int8 or widths, are
-            None, with the reason in `notes`.
-        StateError: the model is quantized already; profile its file.
-        ArgumentError: a wrong argument. DataFileError, DataError: a file that is missing or broken.
-    """
-    from sparsify.analysis.profiling import ProfileSettings, profile_of_file, profile_of_model
-
-    settings = ProfileSettings(
-        batch_sizes=_wholes("batch_sizes", batch_sizes, 1),
-        threads=_wholes("threads", threads, 1),
-        quantized=quantized,
-        widths=() if widths is None else _fractions(widths),
-        iterations=_wholes("iterations", [iterations], 1)[0],
-        warmup=_wholes("warmup", [warmup], 0)[0],
-    )
-    folder = _cache_folder(cache)
-    if isinstance(model, (str, os.PathLike)):
-        if sample_inputs is not None:
-            raise ArgumentError("sample_inputs: inputs of a file are made up from what it says; leave them out.")
-        return profile_of_file(Path(model), settings, folder, progress)
-    return profile_of_model(model, sample_inputs, settings, folder, progress)
-
-
-def _wholes(name: str, values: Sequence[int], least: int) -> tuple[int, ...]:
-    if isinstance(values, (str, bytes, int)) or not isinstance(values, Sequence) or not values:
-        raise ArgumentError(f"{name}={values!r}: give a list of whole numbers, {least} or more.")
-    for value in values:
-        if isinstance(value, bool) or not isinstance(value, int) or value < least:
-            raise ArgumentError(f"{name}: {value!r} is no whole number, {least} or more.")
-    return tuple(dict.fromkeys(values))
-
-
-def _fractions(widths: Sequence[float]) -> tuple[float, ...]:
-    if isinstance(widths, (str, bytes)) or not isinstance(widths, Sequence) or not widths:
-        raise ArgumentError(f"widths={widths!r}: give a list of fractions, 1.0 first, or None.")
-    for width in widths:
-        if isinstance(width, bool) or not isinstance(width, (int, float)) or not 0 < width <= 1:
-            raise ArgumentError(f"widths: {width!r} is no fraction of the channels, above 0 and up to 1.")
-    if widths[0] != 1 or any(a <= b for a, b in itertools.pairwise(widths)):
-        raise ArgumentError(f"widths={tuple(widths)}: give them falling, 1.0 first, each once.")
-    return tuple(float(width) for width in widths)
-
-
-def _cache_folder(cache: bool | str | os.PathLike[str]) -> Path | None:
-    if cache is False:
-        return None
-    if cache is True:
-        base = os.environ.get("XDG_CACHE_HOME") or os.environ.get("LOCALAPPDATA")
-        return (Path(base) if base else Path.home() / ".cache") / "sparsify" / "performance"
-    if not isinstance(cache, (str, os.PathLike)):
-        raise ArgumentError(f"cache={cache!r}: give a folder, True or False.")
-    return Path(cache)
 
 
 def _layer_operator(label: str) -> str:

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
-import math
+import os
 import platform
-import re
 import statistics
 import tempfile
 import time
-from collections import Counter, defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,7 +18,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from sparsify.analysis.layers import LayerInfo, ModelAnalysis, analyze_model
+from sparsify.analysis.analyze import analyze_model
+from sparsify.analysis.layers import LayerInfo, ModelAnalysis
+from sparsify.analysis.node_layers import layers_of_nodes
 from sparsify.analysis.node_times import NodeTimes, node_times
 from sparsify.analysis.performance import (
     PERFORMANCE_FORMAT,
@@ -38,9 +39,68 @@ from sparsify.quantization.plan import is_quantized
 
 if TYPE_CHECKING:
     import numpy as np
-    from onnx import GraphProto, ModelProto, NodeProto
+    from onnx import ModelProto
 
-__all__: list[str] = []
+__all__ = ["performance_profile"]
+
+WIDTHS = (1.0, 0.875, 0.75, 0.625, 0.5, 0.375, 0.25)
+
+
+def performance_profile(
+    model: nn.Module | str | os.PathLike[str],
+    sample_inputs: Any = None,
+    *,
+    batch_sizes: Sequence[int] = (1,),
+    threads: Sequence[int] = (1,),
+    quantized: bool = True,
+    widths: Sequence[float] | None = WIDTHS,
+    iterations: int = 10,
+    warmup: int = 5,
+    cache: bool | str | os.PathLike[str] = False,
+    progress: bool | None = None,
+) -> PerformanceProfile:
+    """Measures a model and each of its layers in onnxruntime: in float, in int8, and with fewer channels.
+
+    The model is exported as it is, quantized, and shrunk to each of `widths` in all channel groups of channels at once,
+    with the rounding of StructuredPruningModifier; each file runs under onnxruntime's profiler, and the time of each
+    node counts to the layer it came from, with what was fused into it and the conversions made for it. What belongs to
+    no layer is reported as `others`. The model itself is not touched; weights play no part in the times.
+
+    Zeros: with a fraction s of zeros, `sparse_ms` is time * max(1 - s, 0.1), which a runtime that skips zeros would
+    reach. onnxruntime gains 0 from zeros: there only removed channels and int8 save time.
+
+    Args:
+        model: a torch module that was not quantized before, or an ONNX file, of which the times as it is are measured.
+        sample_inputs: a tensor, a tuple of arguments or a dictionary of keywords, as the model is called with: batches
+            are made of its items, so token ids stay inside their tables. None for a file: inputs are made up.
+        batch_sizes, threads: layers are measured at the first of each, the whole model at all combinations.
+        quantized: whether int8 is measured; ranges come from the sample inputs, which is good enough for times only.
+        widths: fractions of the channels that stay, 1.0 first; None: not measured.
+        iterations, warmup: calls that are timed, and calls before them.
+        cache: a folder where profiles are kept by the hash of graph, shapes, settings, versions and processor; True:
+            the user's cache folder; False: nothing is kept.
+        progress: whether a bar is shown; None: on a terminal.
+
+    Raises:
+        ExportError: the model cannot be exported, or not be run. Parts that cannot be measured, int8 or widths, are
+            None, with the reason in `notes`.
+        StateError: the model is quantized already; profile its file.
+        ArgumentError: a wrong argument. DataFileError, DataError: a file that is missing or broken.
+    """
+    settings = ProfileSettings(
+        batch_sizes=_wholes("batch_sizes", batch_sizes, 1),
+        threads=_wholes("threads", threads, 1),
+        quantized=quantized,
+        widths=() if widths is None else _fractions(widths),
+        iterations=_wholes("iterations", [iterations], 1)[0],
+        warmup=_wholes("warmup", [warmup], 0)[0],
+    )
+    folder = _cache_folder(cache)
+    if isinstance(model, (str, os.PathLike)):
+        if sample_inputs is not None:
+            raise ArgumentError("sample_inputs: inputs of a file are made up from what it says; leave them out.")
+        return profile_of_file(Path(model), settings, folder, progress)
+    return profile_of_model(model, sample_inputs, settings, folder, progress)
 
 
 @dataclass(frozen=True)
@@ -132,6 +192,37 @@ def profile_of_file(
     return profile
 
 
+def _wholes(name: str, values: Sequence[int], least: int) -> tuple[int, ...]:
+    if isinstance(values, (str, bytes, int)) or not isinstance(values, Sequence) or not values:
+        raise ArgumentError(f"{name}={values!r}: give a list of whole numbers, {least} or more.")
+    for value in values:
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            raise ArgumentError(f"{name}: {value!r} is no whole number, {least} or more.")
+    return tuple(dict.fromkeys(values))
+
+
+def _fractions(widths: Sequence[float]) -> tuple[float, ...]:
+    if isinstance(widths, (str, bytes)) or not isinstance(widths, Sequence) or not widths:
+        raise ArgumentError(f"widths={widths!r}: give a list of fractions, 1.0 first, or None.")
+    for width in widths:
+        if isinstance(width, bool) or not isinstance(width, (int, float)) or not 0 < width <= 1:
+            raise ArgumentError(f"widths: {width!r} is no fraction of the channels, above 0 and up to 1.")
+    if widths[0] != 1 or any(a <= b for a, b in itertools.pairwise(widths)):
+        raise ArgumentError(f"widths={tuple(widths)}: give them falling, 1.0 first, each once.")
+    return tuple(float(width) for width in widths)
+
+
+def _cache_folder(cache: bool | str | os.PathLike[str]) -> Path | None:
+    if cache is False:
+        return None
+    if cache is True:
+        base = os.environ.get("XDG_CACHE_HOME") or os.environ.get("LOCALAPPDATA")
+        return (Path(base) if base else Path.home() / ".cache") / "sparsify" / "performance"
+    if not isinstance(cache, (str, os.PathLike)):
+        raise ArgumentError(f"cache={cache!r}: give a folder, True or False.")
+    return Path(cache)
+
+
 # ---------------------------------------------------------------------- measuring
 
 
@@ -190,88 +281,6 @@ def median_ms(session: Any, feed: Mapping[str, np.ndarray], warmup: int, iterati
         session.run(None, inputs)
         times.append(time.perf_counter() - start)
     return statistics.median(times) * 1e3
-
-
-def layers_of_nodes(graph: GraphProto, analysis: ModelAnalysis) -> list[tuple[str, ...]]:
-    """The layers that each node of a file computes: mostly one; none for many; all weights of a recurrent layer.
-
-    Our files name a node "<module>/<operator>" and a weight by its parameter; in files of others a node has the name
-    that `analyze_model` gives it.
-    """
-    names = {layer.name for layer in analysis.layers}
-    producer = {name: node for node in graph.node for name in node.output}
-    stored = {tensor.name: tensor for tensor in graph.initializer}
-    owners = [_owner(node, names, producer, set(stored)) for node in graph.node]
-    # What belongs to no module of its own, in the order in which it stands in its module's forward.
-    products: dict[str, list[str]] = defaultdict(list)
-    weights: dict[str, list[LayerInfo]] = defaultdict(list)
-    calls: dict[str, int] = defaultdict(lambda: 1)
-    for layer in analysis.layers:
-        module = layer.name.rpartition(".")[0]
-        if layer.weight is None:
-            products[module] += [layer.name] * (2 if "attention" in layer.type else 1)
-            calls[module] = max(calls[module], layer.calls)
-        else:
-            weights[module].append(layer)
-    waiting: dict[str, list[int]] = defaultdict(list)
-    recurrent: Counter[str] = Counter()
-    for i, node in enumerate(graph.node):
-        module = _module(node)
-        if owners[i]:
-            continue
-        if node.op_type in ("LSTM", "GRU", "RNN"):
-            level = re.compile(rf"_l{recurrent[module]}(_reverse)?$")
-            recurrent[module] += 1
-            mine = [layer.name for layer in weights[module or node.name]]
-            # In a file all that a recurrent layer stores is packed, without a level in its name.
-            found = [name for name in mine if level.search(name)] or [n for n in mine if n.endswith(("_ih", "_hh"))]
-            owners[i] = tuple(found)
-        elif node.op_type in ("MatMul", "Einsum", "Gemm"):
-            # A weight that was transposed for the product has lost its name; its size tells.
-            sizes = [
-                math.prod(stored[name].dims) for name in node.input if name in stored and len(stored[name].dims) > 1
-            ]
-            of_size = [layer.name for layer in weights[module] if layer.weights in sizes]
-            if len(of_size) == 1:
-                owners[i] = tuple(of_size)
-            elif not sizes:
-                waiting[module].append(i)
-    for module, nodes in waiting.items():
-        own = products.get(module, []) * calls[module]
-        if len(set(own)) == 1:
-            own = own[:1] * len(nodes)
-        if len(own) == len(nodes):
-            for i, name in zip(nodes, own, strict=True):
-                owners[i] = (name,)
-    return owners
-
-
-def _owner(node: NodeProto, names: set[str], producer: Mapping[str, NodeProto], stored: set[str]) -> tuple[str, ...]:
-    module, own = _module(node), str(node.name)
-    parent, _, last = module.rpartition(".")
-    if module in names:
-        return (module,)
-    if last.endswith("_quantizer") and parent in names:
-        return (parent,)
-    for value in node.input:
-        for _ in range(8):
-            made = producer.get(value)
-            if made is None or made.op_type not in ("DequantizeLinear", "Transpose", "Reshape", "Cast"):
-                break
-            value = made.input[0]
-        if value in stored:
-            stem = str(value).removesuffix("_int8")
-            for suffix in (".weight", "_weight"):
-                if stem.endswith(suffix) and stem.removesuffix(suffix) in names:
-                    return (stem.removesuffix(suffix),)
-    # What has no name of its own in a file is called by what it gives.
-    return next(((name,) for name in (own, *node.output) if name and name in names), ())
-
-
-def _module(node: NodeProto) -> str:
-    # Ours are "block.0/Conv", those of others may be "/block/0/Conv".
-    name = str(node.name)
-    return name.rpartition("/")[0] if name.startswith("/") else name.split("/", 1)[0] if "/" in name else ""
 
 
 def _assembled(

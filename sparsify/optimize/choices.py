@@ -17,8 +17,9 @@ if TYPE_CHECKING:
     from sparsify.analysis.layers import ModelAnalysis
     from sparsify.analysis.loss import LossProfile
     from sparsify.analysis.performance import PerformanceProfile
-    from sparsify.optimize.allocation import LayerCurve, PruningProfile, PruningSettings
     from sparsify.optimize.latency import LatencyPlan
+    from sparsify.optimize.layer_curves import LayerCurve
+    from sparsify.optimize.pruning_profiles import PruningProfile, PruningSettings
 
 __all__: list[str] = []
 
@@ -47,7 +48,7 @@ class Sources:
         Raises:
             ArgumentError: a profile is of another model.
         """
-        from sparsify.analysis.layers import analyze_model
+        from sparsify.analysis.analyze import analyze_model
         from sparsify.analysis.loss import HOW
         from sparsify.analysis.units import layer_name
         from sparsify.optimize.group_curves import without_inputs
@@ -101,8 +102,9 @@ class WeightShares:
 
 def by_layers(settings: PruningSettings, given: PruningProfile | None, found: Sources) -> WeightShares:
     """Single weights go, layer by layer."""
-    from sparsify.optimize.allocation import curves, pruning_profile
+    from sparsify.optimize.allocation import pruning_profile
     from sparsify.optimize.group_curves import weights_by_layer
+    from sparsify.optimize.layer_curves import curves
 
     assert found.loss is not None
     layers = curves(found.analysis, found.performance, found.loss)

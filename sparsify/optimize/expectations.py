@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from sparsify.analysis.layers import analyze_model
+from sparsify.analysis.analyze import analyze_model
 from sparsify.model.targets import named_parameters
 from sparsify.modifiers.schedule import Clock
 from sparsify.optimize.piecewise import at
@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     from sparsify.analysis.layers import ModelAnalysis
     from sparsify.analysis.performance import PerformanceProfile
     from sparsify.modifiers.base import Modifier
-    from sparsify.optimize.allocation import PruningProfile
     from sparsify.optimize.latency import LatencyPlan
+    from sparsify.optimize.pruning_profiles import PruningProfile
 
 __all__: list[str] = []
 

@@ -8,8 +8,8 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any, get_args
 
 from sparsify.errors import ArgumentError, did_you_mean
-from sparsify.optimize.allocation import PruningProfile, PruningSettings
 from sparsify.optimize.levels import Experiment, OptimLevel, optim_level, preset_of
+from sparsify.optimize.pruning_profiles import PruningProfile, PruningSettings
 
 __all__: list[str] = []
 

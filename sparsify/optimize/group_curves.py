@@ -13,7 +13,8 @@ from sparsify.analysis.units import layer_name
 from sparsify.errors import ArgumentError, SparsifyError, TargetError
 from sparsify.model.signature import SampleInputs
 from sparsify.model.targets import is_prunable_layer, owners, refuse_unusable
-from sparsify.optimize.allocation import LayerCurve, PruningSettings
+from sparsify.optimize.layer_curves import LayerCurve
+from sparsify.optimize.pruning_profiles import PruningSettings
 from sparsify.pruning import group_scores
 from sparsify.pruning.groups import ChannelGroups, find
 from sparsify.pruning.shrinking import dry_run

@@ -179,7 +179,7 @@ def latency_plan(
     """
     from torch import nn
 
-    from sparsify.analysis.performance import performance_profile
+    from sparsify.analysis.profiling import performance_profile
     from sparsify.analysis.variants import cuttable
     from sparsify.model.signature import SampleInputs
     from sparsify.model.wrappers import unwrapped

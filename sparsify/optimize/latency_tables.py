@@ -37,7 +37,7 @@ class ModelTables:
         int8_loss: LossProfile | None,
         limits: Mapping[str, float],
     ) -> None:
-        from sparsify.analysis.layers import analyze_model
+        from sparsify.analysis.analyze import analyze_model
 
         self.model, self.sample_inputs, self.performance = model, sample_inputs, performance
         self.channel_groups, self.int8 = channel_groups, int8

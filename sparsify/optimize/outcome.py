@@ -211,7 +211,7 @@ def _remaining_macs(model: nn.Module, sample_inputs: Any, notes: list[str]) -> i
     if sample_inputs is None:
         notes.append("MACs: give sample_inputs to have them counted.")
         return None
-    from sparsify.analysis.layers import analyze_model
+    from sparsify.analysis.analyze import analyze_model
 
     return analyze_model(model, sample_inputs).macs
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from sparsify.modifiers.base import Modifier
-    from sparsify.optimize.planning import PlannedMoment
+    from sparsify.optimize.planned import PlannedMoment
 
 __all__: list[str] = []
 

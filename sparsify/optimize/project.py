@@ -23,12 +23,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sparsify.analysis.layers import ModelAnalysis, analyze_model
+from sparsify.analysis.analyze import analyze_model
+from sparsify.analysis.layers import ModelAnalysis
 from sparsify.analysis.loss import LossProfile
 from sparsify.analysis.performance import PerformanceProfile
 from sparsify.errors import ArgumentError, DataError, DataFileError, StateError, did_you_mean
 from sparsify.onnx.benchmark import Benchmark
-from sparsify.optimize.allocation import PruningSettings
+from sparsify.optimize.pruning_profiles import PruningSettings
 from sparsify.optimize.stages import OriginalTraining
 from sparsify.output.files import read_text, replacing
 from sparsify.output.tables import Column, Table

@@ -34,8 +34,8 @@ if TYPE_CHECKING:
     from sparsify.analysis.layers import ModelAnalysis
     from sparsify.analysis.loss import LossProfile
     from sparsify.analysis.performance import PerformanceProfile
-    from sparsify.optimize.allocation import PruningProfile, PruningSettings
     from sparsify.optimize.latency import LatencyPlan
+    from sparsify.optimize.pruning_profiles import PruningProfile, PruningSettings
 
 __all__ = ["create_recipe"]
 

@@ -18,9 +18,11 @@ from sparsify.errors import ArgumentError
 from sparsify.modifiers.base import Modifier
 from sparsify.modifiers.quantization import QuantizationModifier
 from sparsify.modifiers.training import TrainableParamsModifier
-from sparsify.optimize.allocation import REST, LayerCurve, PruningSettings, curves, pruning_profile
+from sparsify.optimize.allocation import pruning_profile
 from sparsify.optimize.code_generation import Framework, integration_code
 from sparsify.optimize.group_curves import weights_by_layer
+from sparsify.optimize.layer_curves import REST, LayerCurve, curves
+from sparsify.optimize.pruning_profiles import PruningSettings
 from sparsify.optimize.recipe_creation import FIRST, UNKNOWN, quantization_epochs
 from sparsify.optimize.stages import LearningRateSchedule, OriginalTraining, learning_rates
 from sparsify.output.files import replacing

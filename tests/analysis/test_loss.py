@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 from sparsify.analysis import trials
-from sparsify.analysis.layers import analyze_model
+from sparsify.analysis.analyze import analyze_model
 from sparsify.analysis.loss import BITS, DATA_LEVELS, LEVELS, LossProfile, loss_profile
 from sparsify.errors import ArgumentError, DataError, DataFileError, StateError, TargetError
 from sparsify.oneshot import quantize_model

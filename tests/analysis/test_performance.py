@@ -17,15 +17,10 @@ from onnx import TensorProto, helper
 from torch import Tensor, nn
 
 from sparsify.analysis import profiling, variants
-from sparsify.analysis.layers import analyze_model
+from sparsify.analysis.analyze import analyze_model
 from sparsify.analysis.node_times import ELSEWHERE, node_times, numbered
-from sparsify.analysis.performance import (
-    SKIPPING_FLOOR,
-    SPARSITIES,
-    LayerPerformance,
-    PerformanceProfile,
-    performance_profile,
-)
+from sparsify.analysis.performance import SKIPPING_FLOOR, SPARSITIES, LayerPerformance, PerformanceProfile
+from sparsify.analysis.profiling import performance_profile
 from sparsify.errors import ArgumentError, DataError, DataFileError, ExportError, StateError
 from sparsify.oneshot import quantize_model
 from sparsify.onnx.export import export_onnx

@@ -13,7 +13,9 @@ from hypothesis import strategies as st
 from sparsify.analysis.layers import LayerInfo, ModelAnalysis
 from sparsify.analysis.loss import LossProfile
 from sparsify.errors import ArgumentError
-from sparsify.optimize.allocation import REST, LayerCurve, PruningProfile, PruningSettings, curves, pruning_profile
+from sparsify.optimize.allocation import pruning_profile
+from sparsify.optimize.layer_curves import REST, LayerCurve, curves
+from sparsify.optimize.pruning_profiles import PruningProfile, PruningSettings
 
 LEVELS = (0.0, 0.4, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99)
 FRACTION = st.floats(0.0, 1.0)

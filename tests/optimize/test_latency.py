@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from sparsify.analysis.layers import analyze_model
+from sparsify.analysis.analyze import analyze_model
 from sparsify.analysis.loss import LossProfile
 from sparsify.analysis.performance import LayerPerformance, PerformanceProfile
 from sparsify.errors import ArgumentError, StateError

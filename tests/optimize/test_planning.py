@@ -13,7 +13,8 @@ import torch
 from torch import nn
 
 from sparsify.errors import ArgumentError, RecipeError, TargetError
-from sparsify.optimize.planning import Plan, plan
+from sparsify.optimize.planned import Plan
+from sparsify.optimize.planning import plan
 from sparsify.recipe import Recipe
 from sparsify.training.manager import ScheduledModifierManager
 

@@ -16,8 +16,8 @@ from sparsify.analysis.performance import PerformanceProfile
 from sparsify.errors import ArgumentError, DataError, DataFileError, ExportError, StateError
 from sparsify.onnx.benchmark import benchmark_onnx
 from sparsify.onnx.export import export_onnx
-from sparsify.optimize.allocation import PruningSettings
 from sparsify.optimize.project import Project, ProjectSettings
+from sparsify.optimize.pruning_profiles import PruningSettings
 from sparsify.optimize.recipe_creation import create_recipe
 from sparsify.optimize.stages import OriginalTraining
 from sparsify.recipe import Recipe

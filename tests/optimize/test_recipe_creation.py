@@ -12,14 +12,16 @@ from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from sparsify.analysis.layers import analyze_model
+from sparsify.analysis.analyze import analyze_model
 from sparsify.analysis.loss import LossProfile, loss_profile
 from sparsify.analysis.performance import SPARSITIES, LayerPerformance, PerformanceProfile
 from sparsify.errors import ArgumentError, TargetError
 from sparsify.modifiers import SetLearningRateModifier
-from sparsify.optimize.allocation import PruningSettings, curves, pruning_profile
+from sparsify.optimize.allocation import pruning_profile
 from sparsify.optimize.latency import LatencyPlan
+from sparsify.optimize.layer_curves import curves
 from sparsify.optimize.planning import plan
+from sparsify.optimize.pruning_profiles import PruningSettings
 from sparsify.optimize.recipe_creation import create_recipe
 from sparsify.optimize.stages import OriginalTraining, learning_rates
 from sparsify.recipe import Recipe

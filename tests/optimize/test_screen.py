@@ -19,7 +19,9 @@ import pytest
 from sparsify.errors import ArgumentError, DataFileError
 from sparsify.modifiers.base import Modifier
 from sparsify.modifiers.schedule import Clock
-from sparsify.optimize.allocation import LayerCurve, PruningSettings, pruning_profile
+from sparsify.optimize.allocation import pruning_profile
+from sparsify.optimize.layer_curves import LayerCurve
+from sparsify.optimize.pruning_profiles import PruningSettings
 from sparsify.optimize.screen import SCRIPTS, Report
 from sparsify.optimize.stages import OriginalTraining, learning_rates
 from sparsify.recipe.recipe import Recipe

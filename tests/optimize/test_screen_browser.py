@@ -24,7 +24,8 @@ import torch
 from torch import nn
 
 from sparsify.analysis import analyze_model, loss_profile
-from sparsify.optimize.allocation import PruningProfile, PruningSettings, pruning_profile
+from sparsify.optimize.allocation import pruning_profile
+from sparsify.optimize.pruning_profiles import PruningProfile, PruningSettings
 from sparsify.optimize.recipe_creation import create_recipe
 from sparsify.optimize.screen import Report
 from sparsify.optimize.stages import OriginalTraining

@@ -1,0 +1,119 @@
+"""Loss and time of each layer over its sparsity, from the profiles of a model."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from sparsify.errors import ArgumentError
+from sparsify.optimize.piecewise import at
+
+if TYPE_CHECKING:
+    from sparsify.analysis.layers import ModelAnalysis
+    from sparsify.analysis.loss import LossProfile
+    from sparsify.analysis.performance import PerformanceProfile
+
+__all__ = ["LayerCurve", "curves"]
+
+
+REST = "(all else)"
+"""The name of the curve of what belongs to no layer."""
+
+
+@dataclass(frozen=True)
+class LayerCurve:
+    """What the profile has to know of one layer: plain figures, so that it can be computed anywhere.
+
+    Attributes:
+        weights: elements that pruning acts on.
+        parameters: with bias.
+        macs, ms: dense.
+        first, grouped: what the settings leave dense by default.
+        why_not: why it cannot be pruned at all; empty where it can.
+        levels: sparsities, 0 first, growing.
+        losses: at each level; comparable between layers.
+        times: milliseconds at each level, of a runtime that skips zeros (or at this share of channels removed).
+    """
+
+    name: str
+    weights: int
+    parameters: int
+    macs: int
+    ms: float
+    first: bool
+    grouped: bool
+    why_not: str
+    levels: tuple[float, ...]
+    losses: tuple[float, ...]
+    times: tuple[float, ...]
+
+
+def curves(
+    analysis: ModelAnalysis, performance: PerformanceProfile | None, loss: LossProfile
+) -> tuple[LayerCurve, ...]:
+    """What `pruning_profile` has to know of a model's layers, from its profiles.
+
+    Profiles of weights give what one more weight costs at a level; its integral over the weights that are gone is the
+    loss here. Without a performance profile a layer takes one millisecond for a million MACs: times then order layers
+    and mean no more. Times at a sparsity are those of a runtime that skips zeros; onnxruntime does not.
+
+    Raises:
+        ArgumentError: the loss profile is one of quantization, or of channels.
+    """
+    if loss.of != "pruning" or loss.families:
+        kind = "quantization" if loss.of != "pruning" else "channels"
+        raise ArgumentError(f"loss: this is a profile of {kind}; give one of pruning single weights.")
+    found = []
+    first = True
+    known = {} if performance is None else {layer.name: layer for layer in performance.layers}
+    for layer in analysis.layers:
+        why = layer.why_not_prunable
+        if not why and layer.name not in loss.losses:
+            why = "the loss profile does not know it"
+        levels = tuple(loss.levels) if not why else (0.0,)
+        timed = known.get(layer.name)
+        if timed is None:
+            ms = layer.macs / 1e6 if performance is None else 0.0
+            times = tuple(ms * (1 - level) for level in levels)
+        else:
+            from sparsify.analysis.performance import SPARSITIES
+
+            ms = timed.ms
+            times = tuple(at(SPARSITIES, timed.sparse_ms, level) for level in levels)
+        found.append(
+            LayerCurve(
+                name=layer.name,
+                weights=layer.weights,
+                parameters=layer.parameters,
+                macs=layer.macs,
+                ms=ms,
+                first=first and not why,
+                grouped=layer.groups > 1,
+                why_not=why,
+                levels=levels,
+                losses=_losses_at(loss, layer.name, layer.weights) if not why else (0.0,),
+                times=times,
+            )
+        )
+        first = first and bool(why)
+    parameters = analysis.parameters - sum(layer.parameters for layer in analysis.layers)
+    rest = 0.0 if performance is None else math.fsum(performance.others.values())
+    if parameters > 0 or rest > 0:
+        found.append(
+            LayerCurve(REST, 0, max(parameters, 0), 0, rest, False, False, "no layer", (0.0,), (0.0,), (rest,))
+        )
+    return tuple(found)
+
+
+def _losses_at(loss: LossProfile, name: str, weights: int) -> tuple[float, ...]:
+    """The loss that is added at each level, 0 at the first."""
+    values = loss.increase(name)
+    if loss.method in ("data", "fisher"):
+        return tuple(value - values[0] for value in values)
+    total, found = 0.0, [0.0]
+    for number in range(1, len(values)):
+        # A value stands for the slice that ends at its level.
+        total += values[number] * (loss.levels[number] - loss.levels[number - 1]) * weights
+        found.append(total)
+    return tuple(found)

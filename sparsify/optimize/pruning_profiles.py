@@ -1,0 +1,73 @@
+"""Settings of a pruning profile, and the profile: the sparsity of each layer with what is expected of it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+__all__ = ["LayerChoice", "PruningProfile", "PruningSettings"]
+
+
+@dataclass(frozen=True)
+class PruningSettings:
+    """What is asked of the profile.
+
+    Attributes:
+        sparsity: zeros / elements, over all layers that may be pruned, 0 to 1.
+        balance: 1.0 looks at recovery alone, 0.0 at performance alone.
+        min_sparsity: a layer that would get less is left dense; its share goes to the others.
+        min_speedup: a layer that would not become this many times faster is left dense; 0: all may.
+        min_recovery: a layer's sparsity stops where its recovery would fall below this; 0: nowhere.
+        max_sparsity: of any layer.
+        first_layer, grouped: whether the first prunable layer, and grouped convolutions, are pruned too.
+        overrides: {layer: sparsity} set by hand; they stand whatever the rest says.
+    """
+
+    sparsity: float = 0.85
+    balance: float = 1.0
+    min_sparsity: float = 0.4
+    min_speedup: float = 0.0
+    min_recovery: float = 0.0
+    max_sparsity: float = 0.95
+    first_layer: bool = False
+    grouped: bool = False
+    overrides: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class LayerChoice:
+    """What the profile gives one layer. `why` says what left it dense or set it by hand; empty where it was free."""
+
+    name: str
+    sparsity: float
+    overridden: bool
+    why: str
+    ms: float
+    speedup: float
+    recovery: float
+    macs: float
+    parameters: float
+
+
+@dataclass(frozen=True)
+class PruningProfile:
+    """The whole: what was asked, what each layer gets, what is expected. Units are those of LayerCurve.
+
+    Attributes:
+        sparsity: what is met, over all layers that may be pruned.
+        recovery: 2 - L(this) / L(the best of the same average); 1.0 for the profile that looks at recovery alone.
+        notes: what could not be met, and why.
+    """
+
+    settings: PruningSettings
+    layers: tuple[LayerChoice, ...]
+    sparsity: float
+    recovery: float
+    speedup: float
+    ms_before: float
+    ms_after: float
+    macs_before: float
+    macs_after: float
+    parameters_before: float
+    parameters_after: float
+    notes: tuple[str, ...]
