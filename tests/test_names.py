@@ -7,8 +7,6 @@ from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 
-import pytest
-
 ROOT = Path(__file__).parents[1] / "sparsify"
 
 # What every file has, and means the same in each.
@@ -34,7 +32,6 @@ def shared(root: Path) -> dict[str, list[str]]:
     return {name: places for name, places in files.items() if len(places) > 1}
 
 
-@pytest.mark.xfail(strict=True, reason="unwrapped and called_with are being merged")
 def test_no_two_things_share_a_name() -> None:
     assert not shared(ROOT)
 

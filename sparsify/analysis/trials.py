@@ -14,8 +14,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from sparsify.errors import ArgumentError, DataError
-from sparsify.model.signature import named_outputs
-from sparsify.quantization.calibration import called_with
+from sparsify.model.signature import batch_arguments, named_outputs
 
 __all__: list[str] = []
 
@@ -72,7 +71,7 @@ def _batch(model: nn.Module, batch: Any, at: int, with_target: bool, where: str)
     elif with_target:
         target = batch[-1]
         inputs = batch[0] if len(batch) <= 2 else tuple(batch[:-1])
-    args, kwargs = called_with(model, inputs)
+    args, kwargs = batch_arguments(model, inputs)
     if not with_target and isinstance(batch, tuple | list) and len(args) < len(batch):
         target = batch[-1]
     device = next((leaf.device for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)), None)

@@ -17,7 +17,7 @@ from torch.optim import LBFGS
 
 from sparsify.errors import ArgumentError, DataError, StateError
 from sparsify.model import distributed
-from sparsify.quantization.calibration import called_with
+from sparsify.model.signature import batch_arguments
 
 __all__: list[str] = []
 
@@ -168,14 +168,14 @@ def _sampled_losses(model: nn.Module, sampler: Any, options: Mapping[str, Any]) 
 
 def _loss(model: nn.Module, batch: Any, loss_function: Callable[..., Any]) -> Any:
     if isinstance(batch, Mapping):
-        args, kwargs = called_with(model, batch)
+        args, kwargs = batch_arguments(model, batch)
         return loss_function(model(*args, **kwargs), batch)
     if not isinstance(batch, tuple | list) or len(batch) < 2:
         raise DataError(
             f"grad_sampler: the loader gave a {type(batch).__name__} where (inputs, target) was expected. Give a "
             "loader of pairs, or a callable that yields losses."
         )
-    args, kwargs = called_with(model, batch[0] if len(batch) == 2 else tuple(batch[:-1]))
+    args, kwargs = batch_arguments(model, batch[0] if len(batch) == 2 else tuple(batch[:-1]))
     target = batch[-1]
     if isinstance(target, Tensor) and args and isinstance(args[0], Tensor):
         target = target.to(args[0].device)

@@ -13,12 +13,16 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from sparsify.errors import ArgumentError
 
 __all__: list[str] = []
+
+CallArguments = tuple[tuple[Any, ...], dict[str, Any]]
+"""(args, kwargs)."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +45,12 @@ class SampleInputs:
         Raises:
             ArgumentError: no tensor among them, or arguments that `forward` does not take.
         """
-        args, kwargs = _arguments(sample_inputs)
+        if not isinstance(sample_inputs, (Tensor, Mapping, tuple, list)):
+            raise ArgumentError(
+                f"sample_inputs={_brief(sample_inputs)}: give a tensor, a tuple of arguments or a dictionary of "
+                "keywords."
+            )
+        args, kwargs = _plain_arguments(sample_inputs)
         kwargs |= {str(name): value for name, value in (more or {}).items()}
         names = _parameter_names(model, args, kwargs)
         leaves, structure = pytree.tree_flatten_with_path((args, kwargs))
@@ -90,16 +99,47 @@ def named_outputs(output: Any) -> tuple[dict[str, Tensor], list[str]]:
     return tensors, others
 
 
-def _arguments(sample_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    if isinstance(sample_inputs, Tensor):
-        return (sample_inputs,), {}
-    if isinstance(sample_inputs, Mapping):
-        return (), {str(name): value for name, value in sample_inputs.items()}
-    if isinstance(sample_inputs, (tuple, list)):
-        return tuple(sample_inputs), {}
-    raise ArgumentError(
-        f"sample_inputs={_brief(sample_inputs)}: give a tensor, a tuple of arguments or a dictionary of keywords."
-    )
+def call_arguments(inputs: Any) -> CallArguments:
+    """The (args, kwargs) that `inputs` stands for.
+
+    Args:
+        inputs: a tensor or another single value, a tuple or list of arguments, a mapping of keyword arguments, or
+            (args, kwargs) itself.
+
+    >>> call_arguments([1, 2]), call_arguments({"x": 1}), call_arguments(((1,), {"y": 2}))
+    (((1, 2), {}), ((), {'x': 1}), ((1,), {'y': 2}))
+    """
+    if isinstance(inputs, tuple) and len(inputs) == 2 and isinstance(inputs[0], tuple) and isinstance(inputs[1], dict):
+        return inputs[0], inputs[1]
+    return _plain_arguments(inputs)
+
+
+def batch_arguments(model: nn.Module, batch: Any) -> CallArguments:
+    """The (args, kwargs) of `model` in one batch of a data loader, moved to the device of the model.
+
+    What `forward` does not take is left out: of a tuple or list the last values (labels), of a mapping the keys that
+    are no parameters of it.
+    """
+    device = next((tensor.device for tensor in [*model.parameters(), *model.buffers()]), torch.device("cpu"))
+    args, kwargs = _plain_arguments(batch)
+    taken = inspect.signature(model.forward).parameters
+    kinds = [parameter.kind for parameter in taken.values()]
+    if isinstance(batch, Mapping) and inspect.Parameter.VAR_KEYWORD not in kinds:
+        kwargs = {name: value for name, value in kwargs.items() if name in taken}
+    if isinstance(batch, (tuple, list)) and inspect.Parameter.VAR_POSITIONAL not in kinds:
+        positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+        args = args[: sum(kind in positional for kind in kinds)]
+    return tuple(_on_device(value, device) for value in args), {k: _on_device(v, device) for k, v in kwargs.items()}
+
+
+def _on_device(value: Any, device: torch.device) -> Any:
+    return value.to(device) if isinstance(value, Tensor) else value
+
+
+def _plain_arguments(inputs: Any) -> CallArguments:
+    if isinstance(inputs, Mapping):
+        return (), {str(name): value for name, value in inputs.items()}
+    return (tuple(inputs) if isinstance(inputs, (tuple, list)) else (inputs,)), {}
 
 
 def _parameter_names(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[str]:

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from sparsify.model.signature import batch_arguments
 from sparsify.model.targets import named_modules
-from sparsify.quantization.calibration import called_with
 from sparsify.quantization.layers import TRANSPOSED, stores_transposed
 
 __all__: list[str] = []
@@ -173,7 +173,7 @@ def _until(
 def watch_inputs(model: nn.Module, names: Sequence[str], batch: Any, see: Callable[[str, Tensor], None]) -> None:
     """One forward without gradients; calls `see` with what each layer reads, quantized where it is."""
     modules: dict[str, Any] = named_modules(model)
-    args, kwargs = called_with(model, batch)
+    args, kwargs = batch_arguments(model, batch)
 
     def hook(name: str) -> Callable[..., None]:
         def before(module: Any, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:

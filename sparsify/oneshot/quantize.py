@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from sparsify.errors import ArgumentError, DataError, ExportError, SparsifyWarning, StateError, TargetError
+from sparsify.model.signature import batch_arguments
 from sparsify.model.targets import named_modules
 from sparsify.model.trace import Trace, trace
 from sparsify.model.wrappers import unwrapped
@@ -29,7 +30,7 @@ from sparsify.onnx.export import ExportedModel, export_onnx
 from sparsify.onnx.verify import Verification, verify_onnx
 from sparsify.output.files import replacing
 from sparsify.output.tables import Column, Table, track
-from sparsify.quantization.calibration import EMPTY, SAMPLES, calibrate, called_with, materialized, samples_in
+from sparsify.quantization.calibration import EMPTY, SAMPLES, calibrate, materialized, samples_in
 from sparsify.quantization.forward_ops import switch_off_all, switched_off
 from sparsify.quantization.layers import QuantizedEmbedding, quantizers
 from sparsify.quantization.placement import make_plan
@@ -181,7 +182,7 @@ def quantize_model(
     devices = sorted({t.device.index for t in model.parameters() if t.is_cuda and t.device.index is not None})
     with torch.random.fork_rng(devices=devices):
         reference = _deep_copied(model)
-        args, kwargs = called_with(reference, sample)
+        args, kwargs = batch_arguments(reference, sample)
         traced = trace(reference, args, kwargs)
         plan = make_plan(reference, traced, modifier.settings())
         if not plan.layers and not plan.sites:
@@ -243,7 +244,7 @@ def quantize_onnx(
     least = options.get("least_samples", SAMPLES)
     data, _ = _batches(calibration_data, options.get("batches"), least)
     quantized = quantize_model(model, data or None, sample_inputs=sample_inputs, **options)
-    args, kwargs = called_with(quantized.model, data[0] if sample_inputs is None else sample_inputs)
+    args, kwargs = batch_arguments(quantized.model, data[0] if sample_inputs is None else sample_inputs)
     sample = kwargs or args
     with replacing(path) as temporary:
         exported = export_onnx(

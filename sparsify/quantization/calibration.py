@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sized
 from itertools import islice
@@ -13,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from sparsify.errors import ArgumentError, DataError, SparsifyError
+from sparsify.model.signature import batch_arguments
 from sparsify.quantization.layers import quantizers
 
 __all__: list[str] = []
@@ -59,7 +59,7 @@ def calibrate(model: nn.Module, data: Iterable[Any], steps: int | None = None) -
 
 
 def _run(model: nn.Module, batch: Any, at: int) -> None:
-    args, kwargs = called_with(model, batch)
+    args, kwargs = batch_arguments(model, batch)
     try:
         # Not through __call__: this may run inside a hook of that very call.
         model.forward(*args, **kwargs)
@@ -117,24 +117,3 @@ def samples_in(batch: Any, at: int) -> int:
         if tensor.is_floating_point() and not (tensor < math.inf).all():
             raise DataError(f"calibration_data: batch {at} holds NaN or infinity; take that sample out.")
     return next((len(tensor) for tensor in tensors if tensor.dim()), 1)
-
-
-def called_with(model: nn.Module, batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The arguments of the model in one batch of a loader, on the model's device."""
-    device = next((tensor.device for tensor in [*model.parameters(), *model.buffers()]), torch.device("cpu"))
-    if isinstance(batch, Mapping):
-        taken = inspect.signature(model.forward).parameters
-        free = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in taken.values())
-        return (), {name: _to(value, device) for name, value in batch.items() if free or name in taken}
-    if not isinstance(batch, (tuple, list)):
-        return (_to(batch, device),), {}
-    kinds = [p.kind for p in inspect.signature(model.forward).parameters.values()]
-    if inspect.Parameter.VAR_POSITIONAL in kinds:
-        return tuple(_to(value, device) for value in batch), {}
-    positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    most = sum(kind in positional for kind in kinds)
-    return tuple(_to(value, device) for value in batch[:most]), {}
-
-
-def _to(value: Any, device: torch.device) -> Any:
-    return value.to(device) if isinstance(value, Tensor) else value

@@ -13,13 +13,13 @@ from torch.utils.hooks import RemovableHandle
 
 from sparsify.errors import DataError, RecipeError, SparsifyWarning, StateError
 from sparsify.model.optimizer_hooks import ModelCallback, StepHooks, innermost_optimizer, skips_step
+from sparsify.model.signature import CallArguments, batch_arguments, call_arguments
 from sparsify.model.targets import named_parameters
 from sparsify.model.wrappers import is_compiled, is_distributed, unwrapped
 from sparsify.modifiers.base import Active, Modifier, Run
 from sparsify.modifiers.learning_rate_ledger import LearningRateLedger
 from sparsify.modifiers.run_log import RunLog
 from sparsify.pruning.masker import Masker
-from sparsify.quantization.calibration import called_with as batch_inputs
 from sparsify.training.checkpoint import checksum
 from sparsify.training.timer import Timer
 
@@ -28,8 +28,6 @@ if TYPE_CHECKING:
     from sparsify.pruning.removal import Removal
 
 __all__: list[str] = []
-
-Inputs = tuple[tuple[Any, ...], dict[str, Any]]
 
 
 class Session:
@@ -68,7 +66,7 @@ class Session:
         self._given = optimizer
         self._compiled = is_compiled(model) or is_compiled(self.model)
         self._waits_for_inputs = waits_for_inputs
-        self._inputs: Inputs | None = None if sample_inputs is None else called_with(sample_inputs)
+        self._inputs: CallArguments | None = None if sample_inputs is None else call_arguments(sample_inputs)
         self._waiting: list[Callable[[tuple[Any, ...], dict[str, Any]], None]] = []
         self._handles: list[RemovableHandle] = []
         self._watch: RemovableHandle | None = None
@@ -80,7 +78,7 @@ class Session:
         self._modifiers = list(written)
         self._due = False
         self._skipped = False
-        self._seen: tuple[Inputs, Any] | None = None
+        self._seen: tuple[CallArguments, Any] | None = None
         self._said_detached = False
 
         log = RunLog(writer)
@@ -234,7 +232,7 @@ class Session:
             self._handles.append(self._watch)
         self._waiting.append(callback)
 
-    def _first_of_calibration(self) -> Inputs:
+    def _first_of_calibration(self) -> CallArguments:
         """Where no forward will come: the inputs of the first batch of calibration data."""
         data = self._run.calibration_data
         if data is None:
@@ -249,7 +247,7 @@ class Session:
         if batches is data:
             # It can be gone through only once: the first batch is put back.
             self._run.calibration_data = chain([first], batches)
-        return batch_inputs(self.model, first)
+        return batch_arguments(self.model, first)
 
     def _compiled_needs_inputs(self) -> StateError:
         return StateError("this recipe has to trace the model, and a compiled one shows no inputs: pass sample_inputs.")
@@ -390,7 +388,7 @@ class Session:
         seen_inputs, seen_outputs = self._seen or (None, None)
         if outputs is None:
             outputs = seen_outputs
-        inputs = seen_inputs if inputs is None else called_with(inputs)
+        inputs = seen_inputs if inputs is None else call_arguments(inputs)
         for active in self._losses:
             loss = active.loss(loss, outputs=outputs, inputs=inputs, labels=labels)
         return loss
@@ -487,15 +485,6 @@ def keyed(modifiers: Sequence[Modifier]) -> dict[str, Modifier]:
         count = sum(key.partition("#")[0] == name for key in found)
         found[f"{name}#{count + 1}" if count else name] = modifier
     return found
-
-
-def called_with(inputs: Any) -> Inputs:
-    """How a model is called with `inputs`: a tensor, a tuple or list of arguments, a mapping, or (args, kwargs)."""
-    if isinstance(inputs, tuple) and len(inputs) == 2 and isinstance(inputs[0], tuple) and isinstance(inputs[1], dict):
-        return inputs[0], inputs[1]
-    if isinstance(inputs, Mapping):
-        return (), dict(inputs)
-    return (tuple(inputs) if isinstance(inputs, tuple | list) else (inputs,)), {}
 
 
 def _overrides(active: Active, method: str) -> bool:
