@@ -129,10 +129,10 @@ def batch_arguments(model: nn.Module, batch: Any) -> CallArguments:
     if isinstance(batch, (tuple, list)) and inspect.Parameter.VAR_POSITIONAL not in kinds:
         positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
         args = args[: sum(kind in positional for kind in kinds)]
-    return tuple(_on_device(value, device) for value in args), {k: _on_device(v, device) for k, v in kwargs.items()}
+    return tuple(_moved_to(value, device) for value in args), {k: _moved_to(v, device) for k, v in kwargs.items()}
 
 
-def _on_device(value: Any, device: torch.device) -> Any:
+def _moved_to(value: Any, device: torch.device) -> Any:
     return value.to(device) if isinstance(value, Tensor) else value
 
 
