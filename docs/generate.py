@@ -1,13 +1,15 @@
-"""Writes docs/reference.md from the fields of the modifiers.
+"""Writes docs/reference.md from the fields of the modifiers, and the picture of docs/design.md from the imports.
 
     python docs/generate.py
 
-A test fails while the file is not what this writes.
+Tests fail while the pages are not what this writes.
 """
 
 from __future__ import annotations
 
 import inspect
+import re
+import sys
 import types
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
@@ -21,6 +23,7 @@ from sparsify.output.files import replacing
 from sparsify.output.tables import Column, Table
 
 PAGE = Path(__file__).with_name("reference.md")
+DESIGN = Path(__file__).with_name("design.md")
 HEAD = """# Recipe reference
 
 Every modifier with its fields, written from the code by `make docs`. How a recipe is put together is told in
@@ -135,9 +138,20 @@ def reference() -> str:
     return "\n\n".join(part.strip("\n") for part in parts) + "\n"
 
 
+def design() -> str:
+    """The page with the picture of today's imports; the floors stand in tests/test_layers.py alone."""
+    root = PAGE.parents[1]
+    sys.path.insert(0, str(root))
+    from tests.test_layers import house
+
+    picture = f"```mermaid\n{house(root / 'sparsify')}\n```"
+    return re.sub(r"```mermaid\n.*?\n```", lambda _: picture, DESIGN.read_text(encoding="utf-8"), flags=re.DOTALL)
+
+
 def main() -> None:
-    with replacing(PAGE) as temporary:
-        temporary.write_text(reference(), encoding="utf-8")
+    for page, text in ((PAGE, reference()), (DESIGN, design())):
+        with replacing(page) as temporary:
+            temporary.write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -24,7 +24,8 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-_AT_ONCE = "errors modifiers onnx.benchmark onnx.export onnx.verify pruning.shrinking recipe training.manager".split()
+_AT_ONCE = ["errors", "modifiers", "recipe", "training.manager", "pruning.shrinking"]
+_AT_ONCE += ["onnx.export", "onnx.verify", "onnx.benchmark"]
 _LATER = ["oneshot", "analysis", "optimize"]
 
 

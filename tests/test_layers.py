@@ -73,6 +73,37 @@ def faults(root: Path) -> list[str]:
     return found
 
 
+def house(root: Path) -> str:
+    """The floors as a mermaid flowchart: an arrow for each import between folders that no longer way shows."""
+    files = files_of(root)
+    edges: dict[str, set[str]] = {}
+    for module, path in files.items():
+        edges.setdefault(room_of(module), set()).update(
+            room_of(target) for target in imports(path, files) if target.split(".")[0] == root.name
+        )
+    down = {room: {below for below in edges[room] if FLOOR[below] < FLOOR[room]} for room in edges}
+
+    def reached(room: str) -> set[str]:
+        return down[room].union(*map(reached, down[room]))
+
+    lines = ["flowchart TD"]
+    for floor, rooms in sorted(enumerate(FLOORS, 1), reverse=True):
+        lines += [
+            f"  subgraph floor{floor} [floor {floor}]",
+            *(f"    {room}" for room in rooms if room in edges),
+            "  end",
+        ]
+    for room in (room for rooms in reversed(FLOORS) for room in rooms if room in edges):
+        longer = set().union(*map(reached, down[room])) if down[room] else set()
+        lines += [f"  {room} --> {below}" for below in sorted(down[room] - longer)]
+    return "\n".join(lines)
+
+
+def test_the_picture_of_the_house_is_current() -> None:
+    page = (ROOT.parent / "docs" / "design.md").read_text(encoding="utf-8")
+    assert f"```mermaid\n{house(ROOT)}\n```" in page, "run `make docs`"
+
+
 @pytest.mark.xfail(strict=True, reason="the walls are being moved")
 def test_imports_point_down_and_in_no_circle() -> None:
     assert not faults(ROOT)
