@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparsify.quantization.fake_quantize import TINY
+from sparsify.quantization.straight_through import TINY
 
 __all__: list[str] = []
 

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from sparsify.errors import DataError
 from sparsify.model.wrappers import unwrapped
 from sparsify.quantization.attention import QuantizedMultiheadAttention, QuantizedProjection
-from sparsify.quantization.fake_quantize import GATES, FakeQuantize, gate_of
+from sparsify.quantization.fake_quantize import FakeQuantize
 from sparsify.quantization.forward_ops import WatchedLayer, WatchedNorm, watching_class
 from sparsify.quantization.layers import (
     NORMS,
@@ -34,6 +34,7 @@ from sparsify.quantization.layers import (
     quantizers,
 )
 from sparsify.quantization.qdq_ops import dequantize, quantize_dequantize
+from sparsify.quantization.straight_through import GATES, gate_of
 from sparsify.quantization.weight_grid import WEIGHT_STEP, on_own_grid, widened
 
 __all__: list[str] = []

@@ -25,7 +25,8 @@ from torch import Tensor, nn
 
 from sparsify.errors import DataError
 from sparsify.model import distributed
-from sparsify.quantization.fake_quantize import TINY, FakeQuantize, in_backward, readable
+from sparsify.quantization.fake_quantize import FakeQuantize
+from sparsify.quantization.straight_through import TINY, in_backward, readable
 
 __all__: list[str] = []
 

@@ -20,7 +20,6 @@ from torch import nn
 from sparsify.model.trace import Trace, TracedNode
 from sparsify.quantization.attention import SLOW
 from sparsify.quantization.attention_products import ATTENTION, MATMUL, OPERANDS, operand
-from sparsify.quantization.fake_quantize import GATES
 from sparsify.quantization.fixed_and_shared import FIXED
 from sparsify.quantization.forward_ops import COUNTED, KINDS, LAYER, NORM, child_name
 from sparsify.quantization.layer_selection import QuantizedLayers
@@ -36,6 +35,7 @@ from sparsify.quantization.layers import (
 )
 from sparsify.quantization.plan import LayerPlan, NormPlan, QuantizationPlan, QuantizerSite, Unquantized
 from sparsify.quantization.scheme import ActivationScheme, QuantizationSettings, Scheme
+from sparsify.quantization.straight_through import GATES
 
 __all__: list[str] = []
 

@@ -16,8 +16,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from sparsify.quantization.affine import affine_grid, affine_integers, fake_affine
-from sparsify.quantization.fake_quantize import fake_weight, weight_integers, weight_scale
 from sparsify.quantization.learned_step import LearnedStep
+from sparsify.quantization.straight_through import fake_weight, weight_integers, weight_scale
 
 if TYPE_CHECKING:
     from sparsify.quantization.layers import Wiring

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from sparsify.oneshot.rounding import adaround, clipped_scale, gptq, nearest, output_error
-from sparsify.quantization.fake_quantize import weight_integers, weight_scale
+from sparsify.quantization.straight_through import weight_integers, weight_scale
 
 LARGEST = 7
 SHAPES = [(1, 24, 64), (16, 1, 9), (2, 8, 36)]

@@ -12,7 +12,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from sparsify.errors import DataError, StateError
-from sparsify.quantization.fake_quantize import FakeQuantize, fake_weight, on_grid
+from sparsify.quantization.fake_quantize import FakeQuantize
+from sparsify.quantization.straight_through import fake_weight, on_grid
 
 
 def reference_weight(weight: Tensor, axis: int | None, largest: int) -> Tensor:

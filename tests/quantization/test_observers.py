@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from sparsify.modifiers.quantization import QuantizationModifier
 from sparsify.quantization import observers
 from sparsify.quantization.calibration import calibrate
-from sparsify.quantization.fake_quantize import FakeQuantize, on_grid
+from sparsify.quantization.fake_quantize import FakeQuantize
 from sparsify.quantization.scheme import ActivationScheme, QuantizationSettings, Scheme
+from sparsify.quantization.straight_through import on_grid
 from tests.zoo.quantizable import quantized, trained
 
 
