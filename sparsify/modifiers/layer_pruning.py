@@ -83,7 +83,7 @@ class _LayerPruning(Active):
                 # Remembered first: Ctrl-C between the two can be undone.
                 self._skipped.add(name)
                 if not isinstance(layer, skipped_layers.Skipped):
-                    skipped_layers.refuse_quantized(layer, name)
+                    _refuse_quantized(layer, name)
                     skipped_layers.skip(layer, name, self._entries.get(name))
             elif name in self._skipped:
                 self._remember(name, layer)
@@ -123,3 +123,18 @@ class _LayerPruning(Active):
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self._entries |= {name: int(entries) for name, entries in state["entries"].items()}
         self._put(list(state["skipped"]))
+
+
+def _refuse_quantized(module: nn.Module, name: str) -> None:
+    """Checks that a layer is not quantized.
+
+    Raises:
+        StateError: it is.
+    """
+    from sparsify.quantization.layers import Converted
+
+    if isinstance(module, Converted):
+        raise StateError(
+            f"LayerPruningModifier.layers: {name!r} is quantized already, and a layer that is not called has no "
+            "ranges. Let LayerPruningModifier start before QuantizationModifier."
+        )

@@ -162,7 +162,7 @@ class _Thinning(Active):
                 known = "; ".join(
                     f"{', '.join(group.rows)} -> {', '.join(dict.fromkeys(p.tensor for p in group.places))}"
                     for group in traced.groups.values()
-                    if mine & {place.tensor for place in channel_group.places}
+                    if mine & {place.tensor for place in group.places}
                 )
                 text = (
                     f"{where}: {', '.join(pruned)} and {', '.join(others) or 'nothing'} do not lose channels together "

@@ -118,7 +118,7 @@ def compute_masks(
     Raises:
         DataError: a score is NaN; the message names it.
 
-    >>> prune({"w": torch.tensor([[1.0, -4.0, 3.0, 2.0]])}, 0.5, MaskType.parse("2:4"))
+    >>> compute_masks({"w": torch.tensor([[1.0, -4.0, 3.0, 2.0]])}, 0.5, MaskType.parse("2:4"))
     {'w': tensor([[False,  True,  True, False]])}
     """
     previous = previous or {}

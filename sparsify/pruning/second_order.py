@@ -34,7 +34,7 @@ def wide(dtype: torch.dtype) -> torch.dtype:
 def in_fisher_blocks(tensor: Tensor, size: int) -> Tensor:
     """The elements in logical order as (blocks, size), with zeros behind the last.
 
-    >>> blocked(torch.arange(3.0), 2)
+    >>> in_fisher_blocks(torch.arange(3.0), 2)
     tensor([[0., 1.],
             [2., 0.]])
     """

@@ -56,7 +56,7 @@ def mask_lowest(
     Raises:
         DataError: a score is NaN; the message names it.
 
-    >>> without_lowest({"a": torch.tensor([3.0, 1.0, 1.0, 2.0])}, 2)
+    >>> mask_lowest({"a": torch.tensor([3.0, 1.0, 1.0, 2.0])}, 2)
     {'a': tensor([ True, False, False,  True])}
     """
     kept = kept or {}

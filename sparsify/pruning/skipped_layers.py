@@ -12,7 +12,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from sparsify.errors import StateError, TargetError
+from sparsify.errors import TargetError
 
 __all__: list[str] = []
 
@@ -217,17 +217,3 @@ def _without_side_effects(module: nn.Module) -> Iterator[None]:
 
 def _first_tensor_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor | None:
     return next((value for value in itertools.chain(args, kwargs.values()) if isinstance(value, Tensor)), None)
-
-
-def refuse_quantized(module: nn.Module, name: str) -> None:
-    """Checks that a layer still is what the user made it.
-
-    Raises:
-        StateError: it is quantized.
-    """
-    # By name: this floor holds quantized layers too, and asking costs no import.
-    if any(cls.__name__ == "Retyped" for cls in type(module).__mro__):
-        raise StateError(
-            f"LayerPruningModifier.layers: {name!r} is quantized already, and a layer that is not called has no "
-            "ranges. Let LayerPruningModifier start before QuantizationModifier."
-        )

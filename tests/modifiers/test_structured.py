@@ -277,7 +277,7 @@ def test_in_one_ranking_what_a_limit_spares_comes_from_the_others() -> None:
     assert kept == {"conv1.weight": 12, "conv2.weight": 10 - round(22 * 0.3)}
 
 
-def test_one_ranking_is_in_units_of_a_familys_mean() -> None:
+def test_one_ranking_is_in_units_of_a_groups_mean() -> None:
     model = small.made(Residual)
     with torch.no_grad():
         model.conv2.weight.mul_(100.0)
@@ -567,7 +567,10 @@ def test_what_cannot_be_meant_is_refused_when_it_is_read(changed: dict[str, Any]
         ({"params": ["conv9"]}, "'conv9' matches nothing in Residual"),
         ({"params": ["fc"]}, r"nothing that is named can be cut in Residual: 'fc.weight': .*conv1.weight"),
         ({"limits": {"conv9": 0.5}}, "limits: 'conv9' matches nothing"),
-        ({"param_groups": [["conv1", "conv2"]]}, "conv1.weight, conv2.weight are not one family.*conv1.weight, conv3"),
+        (
+            {"param_groups": [["conv1", "conv2"]]},
+            "conv1.weight, conv2.weight are not one channel group.*conv3",
+        ),
         ({"param_groups": [["conv9"]]}, "param_groups: 'conv9' matches nothing"),
         (
             {"params": [], "final_sparsity": {0.5: ["conv1"], 0.6: ["conv3"]}},
@@ -596,7 +599,7 @@ def test_a_name_that_cannot_be_cut_is_said_once_and_a_pattern_means_what_can_be(
     at_work(Residual, structured(params=["re:.*weight"]))
 
 
-def test_a_family_with_a_frozen_weight_is_left_alone() -> None:
+def test_a_channel_group_with_a_frozen_weight_is_left_alone() -> None:
     model = small.made(Residual)
     model.bn2.weight.requires_grad_(False)
     manager = ScheduledModifierManager([structured(start_epoch=0.0, init_sparsity=0.5)])
@@ -649,7 +652,7 @@ def test_on_two_ranks_masks_are_the_same_and_nothing_is_removed(tmp_path: Path) 
     assert int((one["conv2.weight"] == 0).flatten(1).all(1).sum()) == 5
 
 
-def test_two_at_work_on_one_family_are_refused_though_they_name_other_weights() -> None:
+def test_two_at_work_on_one_channel_group_are_refused_though_they_name_other_weights() -> None:
     first, second = structured(params=["conv1"]), structured(params=["conv3"], start_epoch=2.0)
     with pytest.raises(RecipeError, match=r"mask the same channels, those of 'conv1.weight'"):
         at_work(Residual, first, second)

@@ -142,17 +142,17 @@ def test_the_shrunk_model_computes_what_the_masked_one_does(case: Case) -> None:
 
 
 def test_as_much_is_cut_as_is_known_to_be_possible(case: Case) -> None:
-    assert {channel_group.kind for channel_group in case.groups.groups.values()} == set(case.expected.cut)
+    assert {channel_group.kind for channel_group in case.channel_groups.groups.values()} == set(case.expected.cut)
     assert size(case.shrunk) / size(case.dense) == pytest.approx(case.expected.kept, abs=0.02)
     # Every layer is a row of a channel group, or there is a reason.
-    rows = {row for channel_group in case.groups.groups.values() for row in channel_group.rows}
+    rows = {row for channel_group in case.channel_groups.groups.values() for row in channel_group.rows}
     layers = {f"{name}.weight" for name, m in case.dense.named_modules() if isinstance(m, (nn.Linear, nn.Conv2d))}
     names = {id(parameter): name for name, parameter in case.dense.named_parameters()}
     first = {names[id(case.dense.get_parameter(layer))] for layer in layers}
-    assert first <= rows | set(case.groups.whole)
-    assert not rows & set(case.groups.whole)
+    assert first <= rows | set(case.channel_groups.whole)
+    assert not rows & set(case.channel_groups.whole)
     for weight, reason in case.expected.whole:
-        assert reason in case.groups.whole[weight]
+        assert reason in case.channel_groups.whole[weight]
 
 
 def test_sizes_of_layers_are_those_of_their_weights(case: Case) -> None:

@@ -79,7 +79,7 @@ def test_rows_alone_are_not_enough_behind_a_sigmoid() -> None:
     assert torch.allclose(model(x), before)
 
 
-def test_one_channel_stays_of_a_family_that_is_dead_altogether() -> None:
+def test_one_channel_stays_of_a_group_that_is_dead_altogether() -> None:
     model = nn.Sequential(nn.Linear(3, 8), nn.ReLU(), nn.Linear(8, 2))
     nn.init.zeros_(model[2].weight)
     x = torch.randn(4, 3)
@@ -283,7 +283,7 @@ def test_a_model_that_cannot_be_copied_is_refused() -> None:
 
 def test_a_live_wrapper_of_several_processes_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     model, x = network()
-    monkeypatch.setattr("sparsify.pruning.removal.distributed", lambda _: True)
-    monkeypatch.setattr("sparsify.pruning.shrinking.distributed", lambda _: True)
+    monkeypatch.setattr("sparsify.pruning.removal.is_distributed", lambda _: True)
+    monkeypatch.setattr("sparsify.pruning.shrinking.is_distributed", lambda _: True)
     with pytest.raises(StateError, match="unwrap, shrink, wrap again"):
         sparsify.shrink(model, x)
