@@ -13,7 +13,8 @@ import pytest
 import torch
 
 from sparsify import Recipe, ScheduledModifierManager
-from sparsify.cli.main import BAD, FINE, SHORT, main
+from sparsify.cli.commands import FINE, SHORT
+from sparsify.cli.main import BAD, main
 
 MODELS = """
 import torch
