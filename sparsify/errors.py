@@ -96,3 +96,9 @@ def did_you_mean(name: str, known: Iterable[str], count: int = 3) -> str:
         return ""
     near = get_close_matches(name, [k for k in known if len(k) <= 100][:1000], n=count, cutoff=0.6)
     return f" Did you mean {' or '.join(repr(n) for n in near)}?" if near else ""
+
+
+def first_line(error: BaseException) -> str:
+    """First line of an error's message that is not blank, cut to 300 characters; its type where there is none."""
+    text = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    return text if len(text) <= 300 else f"{text[:297]}..."

@@ -15,10 +15,9 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sparsify.analysis.macs import FREE_OPERATIONS, Cost, CountedOperand, TensorShape, operation_cost
-from sparsify.errors import ArgumentError
+from sparsify.errors import ArgumentError, first_line
 from sparsify.model.trace import ModuleCall, ModuleNames
 from sparsify.model.wrappers import clean_name
-from sparsify.onnx.runtime import first_line
 
 __all__: list[str] = []
 

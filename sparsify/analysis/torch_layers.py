@@ -13,12 +13,11 @@ from torch import Tensor, nn
 from sparsify.analysis.layers import LayerInfo, ModelAnalysis, UnknownOperator
 from sparsify.analysis.macs import CountedOperand, TensorShape
 from sparsify.analysis.operations import Operation, from_program, recorded_operations
-from sparsify.errors import ArgumentError, DataError, SparsifyError, TargetError
+from sparsify.errors import ArgumentError, DataError, SparsifyError, TargetError, first_line
 from sparsify.model.signature import SampleInputs as Arguments
 from sparsify.model.targets import is_prunable_layer, named_modules, named_parameters, refuse_unusable
 from sparsify.model.trace import ModuleCall, ModuleNames, exported, plain_trace
 from sparsify.model.wrappers import unwrapped
-from sparsify.onnx.runtime import first_line
 from sparsify.quantization.attention import Projection
 from sparsify.quantization.layers import Converted, QuantizedEmbedding, QuantizedLayer
 from sparsify.quantization.placement import make_plan

@@ -17,7 +17,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from sparsify.errors import ArgumentError
+from sparsify.errors import ArgumentError, first_line
 from sparsify.model.wrappers import clean_name
 
 __all__: list[str] = []
@@ -271,8 +271,8 @@ def exported(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | N
         except Exception as error:
             raise ArgumentError(
                 f"{type(model).__name__} cannot be traced on these inputs{_where(error)}: {type(error).__name__}: "
-                f"{_first_lines(error)}. Give sample_inputs that the model accepts as they are; control flow that "
-                "depends on the values of tensors, and custom extensions, cannot be traced."
+                f"{first_line(error).rstrip('.')}. Give sample_inputs that the model accepts as they are; control flow "
+                "that depends on the values of tensors, and custom extensions, cannot be traced."
             ) from error
         finally:
             torch.backends.mha.set_fastpath_enabled(fast)
@@ -408,11 +408,6 @@ def _where(error: Exception) -> str:
         return ""
     last = frames[-1]
     return f" in {last.name} ({last.filename.rpartition('/')[2]}, line {last.lineno}: {last.line})"
-
-
-def _first_lines(error: Exception) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return " ".join(lines[:2]).rstrip(".")[:300]
 
 
 @contextlib.contextmanager

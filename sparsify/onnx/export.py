@@ -21,10 +21,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from sparsify.errors import ArgumentError, ExportError, SparsifyError, SparsifyWarning
+from sparsify.errors import ArgumentError, ExportError, SparsifyError, SparsifyWarning, first_line
 from sparsify.model.signature import SampleInputs, named_outputs
 from sparsify.model.wrappers import clean_name, unwrapped
-from sparsify.onnx.runtime import FILE_WEIGHTS, first_line
+from sparsify.onnx.runtime import FILE_WEIGHTS
 from sparsify.output.files import replacing
 from sparsify.quantization import qdq_ops
 from sparsify.quantization.deployment import opsets

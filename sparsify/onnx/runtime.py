@@ -11,7 +11,7 @@ from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sparsify.errors import ArgumentError, DataError, DataFileError, ExportError
+from sparsify.errors import ArgumentError, DataError, DataFileError, ExportError, first_line
 
 if TYPE_CHECKING:
     import numpy as np
@@ -163,12 +163,6 @@ def session_options(*, optimized: bool, threads: int | None, float_inputs: bool 
     # Fatal only: what goes wrong reaches the user as an exception, not as lines on stderr.
     options.log_severity_level = 4
     return options
-
-
-def first_line(error: BaseException) -> str:
-    """What an error says, in one line of at most 300 characters."""
-    text = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-    return text if len(text) <= 300 else f"{text[:297]}..."
 
 
 def _existing(path: str | os.PathLike[str]) -> Path:

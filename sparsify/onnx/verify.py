@@ -16,11 +16,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from sparsify.errors import ArgumentError, ExportError
+from sparsify.errors import ArgumentError, ExportError, first_line
 from sparsify.model.signature import SampleInputs, named_outputs
 from sparsify.model.wrappers import unwrapped
 from sparsify.onnx.export import deployed_copy
-from sparsify.onnx.runtime import first_line, open_session, read_model, run_session
+from sparsify.onnx.runtime import open_session, read_model, run_session
 from sparsify.quantization.qdq_ops import QUANTIZE_DEQUANTIZE
 
 if TYPE_CHECKING:

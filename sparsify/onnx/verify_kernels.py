@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sparsify.errors import ExportError
-from sparsify.onnx.runtime import first_line, open_session, run_session, session_options
+from sparsify.errors import ExportError, first_line
+from sparsify.onnx.runtime import open_session, run_session, session_options
 
 if TYPE_CHECKING:
     import numpy as np
