@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from sparsify.analysis.layers import ModelAnalysis
-from sparsify.errors import ArgumentError
 
 if TYPE_CHECKING:
     from torch import nn
@@ -46,10 +45,7 @@ def analyze_model(
         from sparsify.analysis.onnx_layers import analyze_file
 
         return analyze_file(model, sample_inputs, batch_size=batch_size)
-    from torch import nn
-
-    if not isinstance(model, nn.Module):
-        raise ArgumentError(f"model is a {type(model).__name__}; give a torch.nn.Module, or the path of an ONNX file.")
     from sparsify.analysis.torch_layers import analyze_module
+    from sparsify.model.signature import check_module
 
-    return analyze_module(model, sample_inputs, sample_kwargs)
+    return analyze_module(check_module(model, other=", or the path of an ONNX file"), sample_inputs, sample_kwargs)

@@ -19,6 +19,7 @@ from sparsify.analysis.torch_layers import analyze_module
 from sparsify.analysis.trials import Batch, Loss, Trials, collected_batches
 from sparsify.analysis.units import Layers, Of, Unit, layer_weights, weights_of_channel_groups
 from sparsify.errors import ArgumentError, DataError, StateError, did_you_mean
+from sparsify.model.signature import check_module
 from sparsify.model.wrappers import unwrapped
 from sparsify.output.files import read_text, replacing
 from sparsify.output.tables import Column, Table, track
@@ -220,8 +221,7 @@ def loss_profile(
         StateError: quantization of a model that is quantized.
     """
     method = _checked_method(of, method, data, loss, structured)
-    if not isinstance(model, nn.Module):
-        raise ArgumentError(f"{LOSS_PROFILE}: model is a {type(model).__name__}: give a torch.nn.Module.")
+    check_module(model, LOSS_PROFILE)
     steps = _checked_levels(of, levels, method)
     model = unwrapped(model)
     if of == "quantization" and is_quantized(model):

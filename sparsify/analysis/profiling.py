@@ -31,7 +31,7 @@ from sparsify.analysis.performance import (
 )
 from sparsify.analysis.variants import Form, cuttable, export, exported_forms, tracked
 from sparsify.errors import ArgumentError, DataError, StateError
-from sparsify.model.signature import SampleInputs
+from sparsify.model.signature import SampleInputs, check_module
 from sparsify.model.wrappers import unwrapped
 from sparsify.onnx.runtime import open_session, read_model, run_session
 from sparsify.pruning.groups import ChannelGroups
@@ -130,8 +130,7 @@ class Measured:
 def profile_of_model(
     model: nn.Module, sample_inputs: Any, settings: ProfileSettings, cache: Path | None, progress: bool | None
 ) -> PerformanceProfile:
-    if not isinstance(model, nn.Module):
-        raise ArgumentError(f"model is a {type(model).__name__}: give a torch.nn.Module or the path of an ONNX file.")
+    check_module(model, other=", or the path of an ONNX file")
     if sample_inputs is None:
         raise ArgumentError("sample_inputs: a torch model is exported with them; give inputs as it is called with.")
     model = unwrapped(model)

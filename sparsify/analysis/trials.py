@@ -15,6 +15,7 @@ from torch.utils import _pytree as pytree
 
 from sparsify.errors import ArgumentError, DataError
 from sparsify.model.signature import batch_arguments, named_outputs
+from sparsify.model.targets import is_finite
 
 __all__: list[str] = []
 
@@ -133,7 +134,7 @@ class Trials:
             for parameter, required in wanted:
                 parameter.requires_grad_(required)
         for name, value in found.items():
-            if not bool(value.isfinite().all()):
+            if not is_finite(value):
                 raise DataError(f"{self.where}: the gradient of {name!r} is not finite on this data.")
         return found
 

@@ -82,11 +82,9 @@ def get_weights_metadata(
         raise ArgumentError(f"weight_threshold={weight_threshold!r}: give a number of elements, 0 or more.")
     if isinstance(model, (str, os.PathLike)):
         return _of_file(model, weight_threshold)
-    from torch import nn
+    from sparsify.model.signature import check_module
 
-    if not isinstance(model, nn.Module):
-        raise ArgumentError(f"model is a {type(model).__name__}; give a torch.nn.Module, or the path of an ONNX file.")
-    return _of_module(model, weight_threshold)
+    return _of_module(check_module(model, other=", or the path of an ONNX file"), weight_threshold)
 
 
 def weights_table(weights: Mapping[str, WeightMetadata]) -> Table:

@@ -25,6 +25,23 @@ CallArguments = tuple[tuple[Any, ...], dict[str, Any]]
 """(args, kwargs)."""
 
 
+def check_module(model: object, where: str = "", *, other: str = "") -> nn.Module:
+    """`model`, which is a torch module.
+
+    Args:
+        model: the argument that a user gave.
+        where: the name of what is called, before the message.
+        other: what may be given in place of a module, after the message.
+
+    Raises:
+        ArgumentError: it is something else.
+    """
+    if not isinstance(model, nn.Module):
+        text = f"model is a {type(model).__name__}: give a torch.nn.Module{other}."
+        raise ArgumentError(f"{where}: {text}" if where else text)
+    return model
+
+
 @dataclass(frozen=True)
 class SampleInputs:
     """One call of a model: its tensors by name, and how to put others in their places."""

@@ -206,7 +206,7 @@ def refuse_unusable(parameters: Mapping[str, Tensor], *, where: str, values: boo
                 "float32 and "
                 "float64 weights can be pruned. Leave it out."
             )
-        if values and not parameter.is_meta and not _finite(parameter):
+        if values and not parameter.is_meta and not is_finite(parameter):
             raise DataError(
                 f"{where}: {name!r} holds NaN or infinity, which cannot be ranked. Load weights that are finite, or "
                 "find the "
@@ -214,9 +214,12 @@ def refuse_unusable(parameters: Mapping[str, Tensor], *, where: str, values: boo
             )
 
 
-def _finite(parameter: Tensor) -> bool:
+def is_finite(tensor: Tensor) -> bool:
+    """True if no value is NaN or infinite."""
+    values = tensor.detach()
+    if not values.is_floating_point():
+        return bool(values.isfinite().all())
     # A sum is several times faster than isfinite().all(), and finite unless a value is not, or it overflows: then look.
-    values = parameter.detach()
     return bool(values.sum(dtype=torch.float64).isfinite()) or bool(values.isfinite().all())
 
 

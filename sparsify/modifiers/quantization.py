@@ -12,7 +12,7 @@ from torch import nn
 from sparsify.errors import DataError, SparsifyWarning, StateError, TargetError
 from sparsify.model import distributed
 from sparsify.model.param_groups import AddedParameters
-from sparsify.model.targets import named_modules
+from sparsify.model.targets import is_finite, named_modules
 from sparsify.modifiers.base import Active, Epoch, FieldProblem, Modifier, ModifierKind, ParamNames, Run
 from sparsify.modifiers.schedule import Clock
 from sparsify.quantization.calibration import SAMPLES, calibrate, materialized
@@ -438,7 +438,7 @@ def _refuse_infinite(model: nn.Module, plan: QuantizationPlan) -> None:
     modules: dict[str, Any] = named_modules(model)
     for name in (layer.name for layer in plan.layers if layer.name in modules):
         for key, value in modules[name]._parameters.items():
-            if value is not None and not value.isfinite().all():
+            if value is not None and not is_finite(value):
                 raise DataError(
                     f"QuantizationModifier: {name}.{key} holds NaN or infinity, of which no integers can be made. Load "
                     "weights that are finite, or find the step at which training diverged."

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from sparsify.errors import ArgumentError, DataError, StateError
 from sparsify.model import distributed, gradients, targets
+from sparsify.model.targets import is_finite
 from sparsify.modifiers.base import Active, FieldProblem, Run
 from sparsify.modifiers.gradual import Gradual, GradualPruning, ScoreType
 from sparsify.modifiers.schedule import EPOCH_TOLERANCE, Clock, between
@@ -309,7 +310,7 @@ class _SecondOrder(Gradual, ABC):
 
     def _worth(self, name: str, parameter: nn.Parameter, kept: Tensor | None) -> Tensor:
         found = self.importance(name, parameter, kept)
-        if bool(found.isfinite().all()):
+        if is_finite(found):
             return found
         raise DataError(
             f"{self.who}: the gradients of {name!r} hold NaN or infinity, or are too large for their squares. Find "

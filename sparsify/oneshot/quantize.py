@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from sparsify.errors import ArgumentError, DataError, ExportError, SparsifyWarning, StateError, TargetError
-from sparsify.model.signature import batch_arguments
-from sparsify.model.targets import named_modules
+from sparsify.model.signature import batch_arguments, check_module
+from sparsify.model.targets import is_finite, named_modules
 from sparsify.model.trace import Trace, trace
 from sparsify.model.wrappers import unwrapped
 from sparsify.modifiers import QuantizationModifier
@@ -161,10 +161,7 @@ def quantize_model(
     """
     _check_choice("ranges", ranges, ("mse", "min_max", "percentile", "entropy"))
     _check_choice("rounding", rounding, ("auto", "nearest", "adaround", "gptq"))
-    if not isinstance(model, nn.Module):
-        raise ArgumentError(
-            f"model is a {type(model).__name__}: give a torch.nn.Module; an ONNX file is made from one."
-        )
+    check_module(model, other="; an ONNX file is made from one")
     user_model, model = model, unwrapped(model)
     if is_quantized(model):
         raise StateError(f"{type(model).__name__} holds quantized layers already; give the model that was trained.")
@@ -210,7 +207,7 @@ def quantize_model(
         job = _Weights(reference, work, plan, traced, rounding, correct_bias, bool(data))
         layers = job.run(data, sequential, progress)
         for name, tensor in work.state_dict().items():
-            if tensor.is_floating_point() and not tensor.isfinite().all():
+            if tensor.is_floating_point() and not is_finite(tensor):
                 raise DataError(f"{name} is not finite after quantization; look at the calibration data.")
     if inplace:
         apply_plan(model, plan)
@@ -465,7 +462,7 @@ def _check_choice(name: str, value: object, known: tuple[str, ...]) -> None:
 
 def _check_weights(model: nn.Module) -> None:
     for name, parameter in model.named_parameters():
-        if parameter.is_floating_point() and not parameter.isfinite().all():
+        if parameter.is_floating_point() and not is_finite(parameter):
             raise DataError(f"{name} holds NaN or infinity, of which no integers can be made.")
 
 

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from sparsify.errors import ArgumentError, ExportError, SparsifyError, SparsifyWarning, first_line
-from sparsify.model.signature import SampleInputs, named_outputs
+from sparsify.model.signature import SampleInputs, check_module, named_outputs
 from sparsify.model.wrappers import clean_name, unwrapped
 from sparsify.onnx.runtime import FILE_WEIGHTS
 from sparsify.output.files import replacing
@@ -135,8 +135,7 @@ def export_onnx(
         ArgumentError: inputs or names that do not fit, an opset that is not supported.
         DataFileError: `path` cannot be written; raised before the work starts.
     """
-    if not isinstance(model, nn.Module):
-        raise ArgumentError(f"model is a {type(model).__name__}; give a torch.nn.Module.")
+    check_module(model)
     if not isinstance(path, (str, os.PathLike)):
         raise ArgumentError(f"path={path!r}: give the path of a file.")
     model = unwrapped(model)

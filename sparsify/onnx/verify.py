@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sparsify.errors import ArgumentError, ExportError, first_line
-from sparsify.model.signature import SampleInputs, named_outputs
+from sparsify.model.signature import SampleInputs, check_module, named_outputs
 from sparsify.model.wrappers import unwrapped
 from sparsify.onnx.export import deployed_copy
 from sparsify.onnx.runtime import open_session, read_model, run_session
@@ -176,8 +176,7 @@ def verify_onnx(
         DataFileError, DataError: the file is missing or broken.
         ExportError: a file that onnxruntime cannot run, or with other outputs than the model's.
     """
-    if not isinstance(model, nn.Module):
-        raise ArgumentError(f"model is a {type(model).__name__}; give a torch.nn.Module.")
+    check_module(model)
     if tolerance is not None and not (isinstance(tolerance, (int, float)) and 0 < tolerance < math.inf):
         raise ArgumentError(f"tolerance={tolerance!r}: give a positive number.")
     model = unwrapped(model)

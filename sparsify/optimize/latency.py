@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sparsify.errors import ArgumentError, StateError
+from sparsify.model.signature import check_module
 from sparsify.optimize.latency_tables import ModelTables
 from sparsify.optimize.widths import Choice
 from sparsify.output.tables import Column, Table
@@ -177,8 +178,6 @@ def latency_plan(
         StateError: the model is quantized already, or nothing of it can be removed or quantized.
         ExportError: the model cannot be exported.
     """
-    from torch import nn
-
     from sparsify.analysis.profiling import performance_profile
     from sparsify.analysis.variants import cuttable
     from sparsify.model.signature import SampleInputs
@@ -187,8 +186,7 @@ def latency_plan(
 
     if isinstance(goal_ms, bool) or not isinstance(goal_ms, (int, float)) or not 0 < goal_ms < math.inf:
         raise ArgumentError(f"goal_ms={goal_ms!r}: give milliseconds, a number above 0.")
-    if not isinstance(model, nn.Module):
-        raise ArgumentError(f"model is a {type(model).__name__}: give a torch.nn.Module.")
+    check_module(model)
     model = unwrapped(model)
     if is_quantized(model):
         raise StateError(f"{type(model).__name__} is quantized already; give the float model.")

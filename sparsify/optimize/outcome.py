@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sparsify.errors import ArgumentError, DataFileError, StateError
+from sparsify.model.signature import check_module
 from sparsify.model.targets import named_modules, named_parameters
 from sparsify.output.tables import Column, Table
 from sparsify.recipe.evidence import Evidence
@@ -136,15 +137,12 @@ def score_prediction(
         StateError: the model was not trained by this recipe to its end: nothing that should be zero is.
         DataFileError: there is no such file.
     """
-    from torch import nn
-
     from sparsify.model.wrappers import unwrapped
 
     evidence = recipe.evidence
     if evidence is None:
         raise ArgumentError("recipe: it has no evidence, so nothing was predicted; give one that create_recipe made.")
-    if not isinstance(model, nn.Module):
-        raise ArgumentError(f"model: a {type(model).__name__} is no torch.nn.Module.")
+    check_module(model)
     for name, value in (("ms", ms), ("score_before", score_before), ("score_after", score_after)):
         if value is not None and (isinstance(value, bool) or not isinstance(value, int | float) or not value >= 0):
             raise ArgumentError(f"{name}: {value!r} is no measured figure; give a number that is not negative.")

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from sparsify.errors import ArgumentError
+from sparsify.model.signature import check_module
 from sparsify.modifiers.base import Modifier
 from sparsify.modifiers.distillation import DistillationModifier
 from sparsify.modifiers.epochs import EpochRangeModifier
@@ -92,13 +93,10 @@ def create_recipe(
         ArgumentError: an argument that cannot be meant, or two that contradict one another.
         TargetError: a name is not in the model, or nothing in it can be pruned.
     """
-    from torch import nn
-
     from sparsify.analysis.loss import loss_profile
     from sparsify.model.wrappers import unwrapped
 
-    if not isinstance(model, nn.Module):
-        raise ArgumentError(f"model: a {type(model).__name__} is no torch.nn.Module.")
+    check_module(model)
     goal = goal_of(
         level=optim_level,
         experiment=experiment,

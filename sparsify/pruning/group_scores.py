@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from sparsify.errors import DataError
-from sparsify.model.targets import named_parameters
+from sparsify.model.targets import is_finite, named_parameters
 from sparsify.pruning.groups import ChannelGroup
 from sparsify.pruning.selection import mask_lowest
 
@@ -41,7 +41,7 @@ def norms(model: nn.Module, channel_groups: Mapping[str, ChannelGroup]) -> dict[
             others = [dim for dim in range(values.dim()) if dim != place.dim]
             # norm() reads the weight once; its square is exact enough to be added to others.
             each = torch.linalg.vector_norm(values, dim=others, dtype=wide).square() if others else values.to(wide) ** 2
-            if not bool(each.isfinite().all()):
+            if not is_finite(each):
                 raise DataError(f"{place.tensor!r} holds NaN or infinity, which cannot be ranked. Load finite weights.")
             channels = torch.tensor(place.channels, device=each.device)
             own = channels >= 0

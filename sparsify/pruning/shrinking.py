@@ -17,7 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from sparsify.errors import ArgumentError, DataError
-from sparsify.model.signature import SampleInputs, named_outputs
+from sparsify.model.signature import SampleInputs, check_module, named_outputs
+from sparsify.model.targets import is_finite
 from sparsify.model.wrappers import is_distributed, unwrapped
 from sparsify.pruning.groups import ChannelGroup, ChannelGroups, GroupMember, find
 from sparsify.pruning.removal import PrunedChannels as Gone
@@ -95,8 +96,7 @@ def shrink(model: nn.Module, sample_inputs: Any, optimizer: Any = None) -> Shrun
         StateError: it is wrapped by DistributedDataParallel.
         DataError: its outputs on these inputs are not finite. Nothing was changed.
     """
-    if not isinstance(model, nn.Module):
-        raise ArgumentError(f"model: {type(model).__name__} is no torch.nn.Module.")
+    check_module(model)
     if is_distributed(model):
         remove(model, Removal({}))  # says what to do
     model = unwrapped(model)
@@ -261,7 +261,7 @@ class _Judge:
         else:
             self._begin(model, (args, kwargs), torch.float32)
         for name, output in self.expected.items():
-            if not bool(output.isfinite().all()):
+            if not is_finite(output):
                 raise DataError(
                     f"the model's output {name!r} is not finite on these inputs, so nothing can be compared. Check the "
                     "inputs and the weights."

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sparsify.errors import DataError
+from sparsify.model.targets import is_finite
 from sparsify.model.wrappers import unwrapped
 from sparsify.quantization.attention import QuantizedMultiheadAttention, QuantizedProjection
 from sparsify.quantization.fake_quantize import FakeQuantize
@@ -192,7 +193,7 @@ def deployment_copy(model: nn.Module) -> nn.Module:
         if not isinstance(module, (QuantizedLayer, QuantizedEmbedding, QuantizedNorm, QuantizedMultiheadAttention)):
             continue
         for key, value in [*module._parameters.items(), *module._buffers.items()]:
-            if value is not None and not value.isfinite().all():
+            if value is not None and not is_finite(value):
                 raise DataError(
                     f"{name}.{key} holds NaN or infinity, of which no integers can be made. Load weights that are "
                     "finite, or find the step at which training diverged."

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from sparsify.errors import ArgumentError, SparsifyWarning, StateError
 from sparsify.model.optimizer_hooks import innermost_optimizer
+from sparsify.model.signature import check_module
 from sparsify.model.wrappers import unwrapped
 from sparsify.modifiers.base import Modifier
 from sparsify.modifiers.schedule import Clock
@@ -305,7 +306,7 @@ class ScheduledModifierManager:
             StateError: the recipe needs inputs or a state that were not given, or the state does not fit.
         """
         self._refuse_second("apply_structure")
-        _checked_model(model)
+        check_module(model)
         epoch = starting_epoch(epoch)
         if state is not None:
             self._verify(state)
@@ -388,7 +389,7 @@ class ScheduledModifierManager:
         """
         if self._session is None:
             return
-        if model is not None and unwrapped(_checked_model(model)) is not self._session.model:
+        if model is not None and unwrapped(check_module(model)) is not self._session.model:
             raise ArgumentError(
                 "finalize(model): this is not the model that modify() was given. Leave it out, or use "
                 "apply_masks(model) for a copy."
@@ -434,7 +435,7 @@ class ScheduledModifierManager:
         Raises:
             TargetError: a masked parameter is missing there or has another shape.
         """
-        self._at_work().masker.apply_to(unwrapped(_checked_model(model)))
+        self._at_work().masker.apply_to(unwrapped(check_module(model)))
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that a resumed run needs besides the model's and the optimizer's state.
@@ -466,7 +467,7 @@ class ScheduledModifierManager:
 
     def _attach(self, model: nn.Module, optimizer: Any, timer: Timer, *, teacher: Teacher, **given: Any) -> Any:
         self._refuse_second("modify" if optimizer is not None else "initialize")
-        _checked_model(model)
+        check_module(model)
         if teacher is not None and teacher != "self" and not isinstance(teacher, nn.Module):
             raise ArgumentError(f'distillation_teacher: {teacher!r} is neither a module nor "self".')
         with warnings.catch_warnings():
@@ -506,9 +507,3 @@ class ScheduledModifierManager:
 
     def _verify(self, state: Any, strict: bool = True) -> None:
         verify(state, recipe=self._recipe.to_yaml(), fingerprint=self._recipe.fingerprint, strict=strict)
-
-
-def _checked_model(model: Any) -> nn.Module:
-    if not isinstance(model, nn.Module):
-        raise ArgumentError(f"model: {type(model).__name__} is no torch.nn.Module.")
-    return model
