@@ -21,7 +21,7 @@ def analyze_model(
     sample_kwargs: Mapping[str, Any] | None = None,
     batch_size: int = 1,
 ) -> ModelAnalysis:
-    """What `model` computes on `sample_inputs`, layer by layer; nothing of it is changed.
+    """The layers that `model` computes on `sample_inputs`, with their shapes and MACs; the model is not changed.
 
     MACs are those of convolutions, linear layers, matrix products, attention and recurrent layers: products that are
     summed up. Biases, norms, activations, pools, additions and looking up embeddings count nothing. Operators that

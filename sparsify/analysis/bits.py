@@ -1,4 +1,4 @@
-"""How many bits the weights of each layer get: the least loss for a size, or for a latency."""
+"""Chooses the bits of the weights of each layer: the least loss for a size, or for a latency."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ CHOOSE_BITS = "choose_bits"
 
 @dataclass(frozen=True)
 class LayerBits:
-    """Of one layer. `adds`: what its rounding adds to the loss, by the profile. `modules`: all that hold its weight."""
+    """Bits of one layer. `adds`: the loss that its rounding adds, by the profile. `modules`: all that hold its weight."""
 
     name: str
     weights: int
@@ -56,17 +56,17 @@ class ChosenBits:
 
     @property
     def loss(self) -> float:
-        """What all layers together add to the loss, if each adds what it adds alone."""
+        """The loss that all layers together add, if each adds what it adds alone."""
         return sum(layer.adds for layer in self.layers)
 
     @property
     def average_bits(self) -> float:
-        """Of a weight, over `layers`."""
+        """Bits per weight, over `layers`."""
         return sum(layer.weights * layer.bits for layer in self.layers) / sum(layer.weights for layer in self.layers)
 
     @property
     def size_bytes(self) -> float:
-        """Of all weights at their bits, and the rest in float; scales are not counted.
+        """Size of all weights at their bits, and the rest in float; scales are not counted.
 
         A file stores values of 5 to 8 bits in a byte, and of 2 to 4 bits in half of one where its opset has int4.
         """
@@ -189,9 +189,9 @@ def least_loss(options: Mapping[str, list[Option]], budget: float) -> dict[str, 
 
 
 def _improved(found: dict[str, Option], options: Mapping[str, list[Option]], budget: float) -> dict[str, Option]:
-    """With one option after the other exchanged for that which saves most for its cost, as long as one fits.
+    """`found` with options exchanged, one at a time, for the one that saves most for its cost, as long as one fits.
 
-    From the cheapest ones this walks along the lower convex hull of each layer's options. What saves nothing but has
+    From the cheapest ones this moves along the lower convex hull of each layer's options. What saves nothing but has
     more bits comes last.
     """
     found = dict(found)
@@ -218,7 +218,7 @@ def _layer_cost(option: Option) -> float:
 def _layer_times(
     performance: PerformanceProfile | None, adds: Mapping[str, Mapping[float, float]]
 ) -> tuple[dict[str, list[Option]], float]:
-    """What each layer takes in float and in int8, with its share of the nodes between layers; and what is fixed."""
+    """Times of each layer in float and in int8, with its share of the nodes between layers; and the fixed time."""
     if performance is None:
         raise ArgumentError(f"{CHOOSE_BITS}: latency_ms needs performance, the performance_profile of the model.")
     if performance.total_int8_ms is None:

@@ -1,4 +1,4 @@
-"""What a model computes, layer by layer: types, shapes, parameters, MACs, and what can be compressed."""
+"""The layers of a model as values: types, shapes, parameters, MACs, and which of them can be compressed."""
 
 from __future__ import annotations
 
@@ -149,7 +149,7 @@ class ModelAnalysis:
         return "\n".join(lines)
 
     def to_json(self) -> str:
-        """As text that `from_json` reads back into an equal analysis."""
+        """JSON that `from_json` reads back into an equal analysis."""
         return json.dumps({"format": ANALYSIS_FORMAT, **dataclasses.asdict(self)}, indent=2)
 
     @classmethod
@@ -182,7 +182,7 @@ class ModelAnalysis:
 
 
 def _note(layer: LayerInfo) -> str:
-    """Why it cannot be compressed, where it has a weight."""
+    """The reasons why a layer with a weight cannot be compressed, and what it shares; "-" where there are none."""
     notes = [f"shared with {layer.shared_with}"] if layer.shared_with else []
     notes += [f"{layer.calls} calls"] if layer.calls > 1 else []
     if layer.weight is not None or layer.weights:

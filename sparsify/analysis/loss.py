@@ -1,4 +1,4 @@
-"""What a model loses when one layer is compressed: from its weights alone, from data, or from gradients."""
+"""Profiles the loss of compressing one layer at a time: from its weights alone, from data, or from gradients."""
 
 from __future__ import annotations
 
@@ -34,10 +34,10 @@ HOW: dict[str, str] = {
     "magnitude": "ordered by the magnitudes of the weights, without data",
     "shape": "ordered by the shapes of the layers, without data",
 }
-"""How losses came to be, by method, in words."""
+"""The origin of the losses in words, by method."""
 
 LEVELS = tuple(level / 100 for level in range(100))
-"""Of a profile without data: 0.00, 0.01, ... 0.99."""
+"""Sparsities of a profile without data: 0.00, 0.01, ... 0.99."""
 DATA_LEVELS = (0.0, 0.2, 0.4, 0.6, 0.7, 0.8, 0.85, 0.9, 0.95, 0.99)
 BITS = (8, 6, 4, 3, 2)
 LOSS_FORMAT = 1
@@ -49,7 +49,7 @@ Listed = TypeVar("Listed")
 
 @dataclass(frozen=True)
 class LossProfile:
-    """How the loss grows with compression, one layer at a time, all others as they are. str() is a table.
+    """Loss over compression, one layer at a time, all others as they are. str() is a table.
 
     Attributes:
         method: "magnitude" and "shape" need no data, "data" measures the loss, "fisher" estimates it from gradients.
@@ -60,7 +60,7 @@ class LossProfile:
         base: the loss of the model as it is; 0 where it was not measured.
         samples: what was fed, 0 without data.
         families: of a profile of channels, whose `levels` are shares of them: {name in `losses`: all layers whose rows
-            go together}. A family bears the name of its first layer. Empty otherwise.
+            go together}. A group bears the name of its first layer. Empty otherwise.
     """
 
     method: Method
@@ -72,7 +72,7 @@ class LossProfile:
     families: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
     def increase(self, layer: str) -> tuple[float, ...]:
-        """What compression of this layer adds to the loss at each level: >= 0, and never less at a stronger one.
+        """Loss that compression of this layer adds at each level: >= 0, and never less at a stronger one.
 
         >>> LossProfile("data", "pruning", (0.0, 0.5, 0.9), {"fc": (1.0, 0.9, 1.5)}, 1.0, 8).increase("fc")
         (0.0, 0.0, 0.5)
@@ -97,7 +97,7 @@ class LossProfile:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> LossProfile:
-        """What `save` wrote: equal to the profile that was saved.
+        """Reads a file that `save` wrote: a profile equal to the one that was saved.
 
         Raises:
             DataFileError: the file is missing or cannot be read. DataError: it is no loss profile, a broken one, or of
@@ -181,7 +181,7 @@ def loss_profile(
     batches: int | None = None,
     progress: bool | None = None,
 ) -> LossProfile:
-    """How much each layer costs when it is compressed; the model is the same afterwards, bit for bit.
+    """Measures the loss of compressing each layer; the model is the same afterwards, bit for bit.
 
     Methods, from the best to the cheapest:
 
@@ -191,7 +191,7 @@ def loss_profile(
     - "fisher": half the sum of F (w' - w)^2 over the weights w that become w', where F is the mean square of gradients:
       one run through `data` forwards and backwards gives all levels.
     - "magnitude": no data. At the level s_k of pruning the mean of abs(w), sorted, in the slice from round(s_k-1 n) to
-      round(s_k n) of n weights: what the next weights are worth. Of quantization: the squared error of rounding as a
+      round(s_k n) of n weights: the importance of the next weights. Of quantization: the squared error of rounding as a
       share of the layer's sum of squares.
     - "shape": no data, no weights. V_in and V_out are the elements of one sample's input and output; the loss is s
       times the level, s = (V_in + V_out) / parameters * max(V_in / V_out, V_out / V_in). Of quantization: s / 4^bits.
@@ -210,7 +210,7 @@ def loss_profile(
                 3, 2.
         layers: names as in a recipe, or an analysis, whose prunable (quantizable) layers are taken. None: all
             convolutions, Linear, Embedding and the projections of MultiheadAttention.
-        structured: whether whole channels go, by families of layers that must lose them together; "data" and "fisher".
+        structured: whether whole channels go, by groups of layers that must lose them together; "data" and "fisher".
         sample_inputs: what the model is traced on ("shape", `structured`); None: the first batch.
         batches: how many of `data` at most; None: all.
         progress: whether a bar is shown; None: on a terminal.
@@ -355,7 +355,7 @@ def _checked_method(of: Any, method: Any, data: Any, loss: Any, structured: bool
         raise ArgumentError(f"{LOSS_PROFILE}: a loss needs data to be computed on; give data, or leave the loss out.")
     if structured and (of != "pruning" or chosen not in ("data", "fisher")):
         raise ArgumentError(
-            f"{LOSS_PROFILE}: structured=True needs data, and of='pruning'; channels are worth what data says."
+            f"{LOSS_PROFILE}: structured=True needs data, and of='pruning'; the importance of channels comes from data."
         )
     return chosen
 

@@ -36,7 +36,7 @@ class CountedOperand:
 
 @dataclass(frozen=True)
 class Cost:
-    """What an operator multiplies.
+    """The factors of an operator, and its MACs.
 
     Attributes:
         macs: multiply-accumulates.

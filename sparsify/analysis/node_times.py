@@ -1,7 +1,7 @@
-"""Where the time goes in an ONNX file: onnxruntime's profiler, read back in terms of the nodes that stand in the file.
+"""Times of the nodes of an ONNX file, from onnxruntime's profiler.
 
-onnxruntime fuses, renames and reorders. So the nodes and values of a copy get numbers for names, which survive in the
-names of what they become: "@12@_nchwc" is what became of node 12.
+onnxruntime fuses, renames and reorders nodes. So the nodes and values of a copy get numbers for names, which survive in
+the names of the nodes that replace them: "@12@_nchwc" comes from node 12.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ ELSEWHERE = "nowhere in the file"
 
 @dataclass(frozen=True)
 class NodeTimes:
-    """Of one call of a file, in milliseconds: the mean of the faster half of the calls, so that all add up.
+    """Times of one call of a file, in milliseconds: means over the faster half of the calls, so that all add up.
 
     Attributes:
         owners: by the name that was given to the nodes.
@@ -208,7 +208,7 @@ class _Origins:
         return self._neighbour(node)
 
     def label(self, name: str, op: str) -> str:
-        """What the time of one without an owner is reported as."""
+        """The name under which the time of a node without a layer is reported."""
         anchors = self.anchors.get(name, [])
         if not anchors:
             return f"{ELSEWHERE}/{op}"

@@ -180,7 +180,7 @@ class _Shapes:
 
 @dataclass
 class _OnnxLayer:
-    """What is gathered of one layer."""
+    """A layer of the file while its nodes are read."""
 
     kind: str
     weight: Stored | None
@@ -225,7 +225,7 @@ class _File:
         )
 
     def _name(self, node: NodeProto) -> str | None:
-        """What the layer of this node is called in torch; None for a function."""
+        """The name in torch of the layer of this node; None for a function."""
         weight = self._weight(node)
         if weight is None:
             return None

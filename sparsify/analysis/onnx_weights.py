@@ -31,7 +31,7 @@ _BITS = {
     "DOUBLE": 64,
 }
 THROUGH = ("DequantizeLinear", "Transpose", "Cast", "Identity", "Reshape", "Squeeze", "Unsqueeze", "QuantizeLinear")
-"""What leads from an initializer to where it is used as a weight."""
+"""Operators between an initializer and the operator that uses it as a weight."""
 _ZERO_POINTS = {"DequantizeLinear": (0, 2), "QLinearConv": (3, 5), "ConvInteger": (1, 3)}
 _ZERO_POINTS |= {"QLinearMatMul": (3, 5), "MatMulInteger": (1, 3)}
 """Operator -> which of its inputs is the weight, and which its zero point."""
@@ -124,7 +124,7 @@ class StoredWeights:
         return self._found[value]
 
     def elements(self, name: str) -> int:
-        """How many numbers of the model a stored tensor holds."""
+        """Number of the model's values that a stored tensor holds."""
         return int(self._elements.get(name, math.prod(self.tensors[name].dims)))
 
     def _parameter(self, name: str) -> str:
@@ -215,7 +215,7 @@ class StoredWeights:
 
 
 def _noted(model: ModelProto, key: str) -> dict[str, Any]:
-    """What the export wrote into the file about its initializers; nothing where it is another's file."""
+    """The notes of `export_onnx` about initializers; empty for a file of another exporter."""
     noted = next((entry.value for entry in model.metadata_props if entry.key == key), "{}")
     try:
         return dict(json.loads(noted))

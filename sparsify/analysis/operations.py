@@ -39,7 +39,7 @@ class Operation:
 
 
 def from_program(model: nn.Module, program: Any) -> list[Operation] | None:
-    """Of an ExportedProgram; None where it holds programs within, whose operators it does not show."""
+    """The operations of an ExportedProgram; None where it holds programs within, whose operators it does not show."""
     names = ModuleNames(model)
     parameters = {
         name: names.parameters.get(target, clean_name(target))
@@ -84,7 +84,9 @@ def _operand_of_node(value: Any, parameters: dict[str, str]) -> Any:
 
 
 def recorded_operations(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Operation]:
-    """Of one forward in eval mode, without gradients. Modes, random states, buffers and hooks are afterwards as before.
+    """The operations of one forward in eval mode, without gradients.
+
+    Modes, random states, buffers and hooks are afterwards as before.
 
     Raises:
         ArgumentError: the model fails on these inputs; the message says in which module.
@@ -221,6 +223,6 @@ def _is_free(target: Any, operator: str) -> bool:
 
 
 def _moves_values(target: Any) -> bool:
-    """Whether it gives a view of what it reads, or such a view's copy."""
+    """True if the operator returns a view of its input, or a copy of such a view."""
     aliases = [argument.alias_info for argument in target._schema.arguments]
     return any(alias is not None and not alias.is_write for alias in aliases)

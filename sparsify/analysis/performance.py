@@ -1,4 +1,4 @@
-"""What each layer costs in onnxruntime: in float, in int8, and with fewer channels. Measured, and kept."""
+"""Times of each layer in onnxruntime: in float, in int8, and with fewer channels. Values, read and written as JSON."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ __all__ = ["LayerPerformance", "PerformanceProfile"]
 
 SPARSITIES = (0.0, 0.4, 0.6, 0.7, 0.8, 0.85, 0.9, 0.95, 0.975, 0.99)
 SKIPPING_FLOOR = 0.1
-"""Of the dense time, that a runtime which skips zeros still needs: activations are read and written all the same."""
+"""The share of the dense time that a runtime which skips zeros still needs, for reading and writing activations."""
 PERFORMANCE_FORMAT = 1
-"""Of saved profiles; raised whenever fields or the way of measuring change, so that none is taken for another."""
+"""The format of saved profiles; raised whenever fields or the way of measuring change."""
 
 
 @dataclass(frozen=True)
 class LayerPerformance:
-    """Of one layer, by the name that it has in `ModelAnalysis`.
+    """Times of one layer, by the name that it has in `ModelAnalysis`.
 
     Attributes:
         ms: one call of the model with the profile's batch, in float; measured, the layer's fused followers included.
@@ -210,7 +210,7 @@ class PerformanceProfile:
 
     @classmethod
     def from_json(cls, text: str) -> PerformanceProfile:
-        """What `to_json` wrote.
+        """The profile that `to_json` wrote.
 
         Raises:
             DataError: something else, or what another version wrote.

@@ -1,4 +1,4 @@
-"""A model, or a file, -> its performance profile: exported, quantized, shrunk, run under the profiler."""
+"""Measures a performance profile: a model is exported, quantized, shrunk, and run under onnxruntime's profiler."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def performance_profile(
 ) -> PerformanceProfile:
     """Measures a model and each of its layers in onnxruntime: in float, in int8, and with fewer channels.
 
-    The model is exported as it is, quantized, and shrunk to each of `widths` in all channel groups of channels at once,
+    The model is exported as it is, quantized, and shrunk to each of `widths` in all channel groups at once,
     with the rounding of StructuredPruningModifier; each file runs under onnxruntime's profiler, and the time of each
     node counts to the layer it came from, with what was fused into it and the conversions made for it. What belongs to
     no layer is reported as `others`. The model itself is not touched; weights play no part in the times.
@@ -105,7 +105,7 @@ def performance_profile(
 
 @dataclass(frozen=True)
 class ProfileSettings:
-    """What is measured; see `performance_profile`."""
+    """The arguments of `performance_profile` that say what is measured."""
 
     batch_sizes: tuple[int, ...]
     threads: tuple[int, ...]
@@ -270,7 +270,7 @@ class Bench:
 
 
 def median_ms(session: Any, feed: Mapping[str, np.ndarray], warmup: int, iterations: int) -> float:
-    """Of one call."""
+    """Median time of one call, in milliseconds."""
     inputs = dict(feed)
     for _ in range(warmup):
         run_session(session, inputs)
@@ -416,7 +416,7 @@ def processor() -> str:
 
 
 def _cached(cache: Path | None, content: str) -> PerformanceProfile | None:
-    """What was kept for this content; None also where it is damaged: it is measured again then, and replaced."""
+    """The profile that was kept for this content; None also for a damaged one: it is measured again, and replaced."""
     if cache is None:
         return None
     try:

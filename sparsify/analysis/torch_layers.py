@@ -72,7 +72,7 @@ def _unknown(operations: list[Operation]) -> tuple[UnknownOperator, ...]:
 
 @dataclass
 class _TorchLayer:
-    """What is gathered of one layer while operations are read."""
+    """A layer of the model while its operations are read."""
 
     weight: str | None
     operator: str
@@ -271,7 +271,7 @@ def _joined(path: str, name: str) -> str:
 
 
 def _class(module: nn.Module) -> str:
-    """What the module's class is called; of a quantized one, what it was before."""
+    """The name of the module's class; of a quantized module, that of the class it had before."""
     return module._wiring.original.__name__ if isinstance(module, Converted) else type(module).__name__
 
 
@@ -293,7 +293,7 @@ def _why_not_prunable(name: str, parameter: nn.Parameter) -> str:
 
 
 class _Reasons:
-    """Why layers stay in float: what the planner of quantization says of them."""
+    """The reasons for which layers stay in float, from the planner of quantization."""
 
     def __init__(self, model: nn.Module) -> None:
         self.quantized = is_quantized(model)

@@ -1,4 +1,4 @@
-"""A model on trial: its loss on the same batches with some of its weights changed, and everything put back."""
+"""Measures a model's loss on the same batches with some of its weights changed, and restores the model."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ __all__: list[str] = []
 
 Loss = Callable[[Any, Any], Any]
 DRAWS = 4
-"""Of the model's own answers, for each batch: more say little, fewer leave one noisy sign a weight."""
+"""Number of labels drawn from the model's outputs for each batch: more add little, fewer leave a noisy estimate."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class Batch:
 def collected_batches(
     model: nn.Module, data: Iterable[Any], *, with_target: bool, most: int | None, where: str
 ) -> list[Batch]:
-    """The batches of `data`, at most `most`, gone through once so that every trial sees the same.
+    """The batches of `data`, at most `most`, read once so that every trial sees the same.
 
     Args:
         with_target: whether the last of a tuple goes to the loss, not to the model. Of a dict all goes to the loss

@@ -1,4 +1,4 @@
-"""What is compressed at once: the weight of a layer, or all that goes with the channels of a family."""
+"""Units of compression: the weight of a layer, or all weights that lose the channels of a channel group."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ Layers = ModelAnalysis | str | Iterable[str] | None
 
 @dataclass(frozen=True)
 class Unit:
-    """What is compressed at once: the weights of a layer, or all that goes with the channels of a family.
+    """A unit of compression: the weight of a layer, or all weights that lose the channels of a channel group.
 
     `compressed` gives at a level the weights that change, by the parameter's name.
     """
@@ -79,7 +79,7 @@ def layer_weights(model: nn.Module, layers: Layers, of: Of = "pruning", *, where
 
 
 def _is_weight(module: nn.Module, own: str) -> bool:
-    """Whether this parameter is compressed where no layers are named."""
+    """True if this parameter is compressed where no layers are named."""
     return (own == "weight" and is_prunable_layer(module)) or (
         isinstance(module, nn.MultiheadAttention) and "_proj_w" in own
     )

@@ -101,7 +101,7 @@ def as_int8(model: nn.Module, sample_inputs: Any, ignore: Sequence[str] = ()) ->
 
 
 def cuttable(model: nn.Module, call: SampleInputs) -> tuple[ChannelGroups | None, str]:
-    """The channel groups of channels that can be removed; or None and why there are none."""
+    """The channel groups that can be removed; or None and why there are none."""
     args, kwargs = call.arguments(list(call.inputs.values()))
     try:
         channel_groups = dry_run(model, find(model, args, kwargs), args, kwargs)
@@ -128,7 +128,7 @@ def narrowed(model: nn.Module, channel_groups: ChannelGroups, width: float | Map
 
 
 def kept_channels(channel_groups: ChannelGroups, name: str, share: float) -> int:
-    """How many channels of a channel group stay, rounded as StructuredPruningModifier does."""
+    """Number of channels of a channel group that stay, rounded as StructuredPruningModifier does."""
     channel_group = channel_groups.groups[name]
     # Exactly what it masks before it rounds: round(n * sparsity) of n.
     wanted = channel_group.size - round(channel_group.size * (1 - share))

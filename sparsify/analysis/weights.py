@@ -59,7 +59,7 @@ class WeightMetadata:
 
     @property
     def size_bytes(self) -> int:
-        """What its values take at `bits` each, packed."""
+        """Size of its values at `bits` each, packed."""
         return -(-int(np.prod(self.val.shape, dtype=np.int64)) * self.bits // 8)
 
 

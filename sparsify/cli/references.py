@@ -1,4 +1,4 @@
-"""What words on a command line mean: "package.module:function", and inputs by their shapes."""
+"""Reads the words of a command line: "package.module:function", and inputs by their shapes."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _INPUT = re.compile(r"(?P<sizes>\d+(x\d+)*)(:(?P<kind>float|int)(<(?P<most>\d+))
 
 
 def resolve(reference: str, what: str) -> Any:
-    """What "package.module:name" names; the working folder is searched too.
+    """The object at "package.module:name"; the working folder is searched too.
 
     Raises:
         ArgumentError: it is written otherwise, the module cannot be imported, or has no such name.
@@ -44,7 +44,7 @@ def resolve(reference: str, what: str) -> Any:
 
 
 def called(reference: str, what: str) -> Any:
-    """What the function at `reference` gives when it is called without arguments.
+    """The result of the function at `reference`, called without arguments.
 
     Raises:
         ArgumentError: there is none, or it raises.
@@ -79,7 +79,7 @@ def model_of(reference: str) -> nn.Module | Path:
 
 
 def torch_model(reference: str) -> nn.Module:
-    """As `model_of`, where a file will not do."""
+    """The torch model at `reference`, where a file will not do."""
     model = model_of(reference)
     if isinstance(model, Path):
         raise ArgumentError(f"model: {reference}: this needs the torch model, as package.module:function.")

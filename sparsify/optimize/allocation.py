@@ -17,9 +17,9 @@ __all__ = ["pruning_profile"]
 BALANCES = tuple(number / 20 for number in range(21))
 """Spreads are computed for these balances; the one that is best at the balance asked for is taken."""
 POINTS = 16
-"""Of a layer's curves, at most so many are looked at."""
+"""At most so many points of a layer's curves are used."""
 AVERAGE_TOLERANCE = 0.005
-"""How far from the sparsity asked for a spread may lie before it is said."""
+"""A spread that misses the sparsity asked for by more than this is reported in the notes."""
 
 
 def pruning_profile(layers: Sequence[LayerCurve], settings: PruningSettings | None = None) -> PruningProfile:
@@ -53,7 +53,7 @@ def pruning_profile(layers: Sequence[LayerCurve], settings: PruningSettings | No
             for layer, share in zip(whole, best.shares, strict=True)
         ]
         spreads = _candidates(limited, settings.sparsity)
-        # The best of the same average, as far as it can be met: what is asked of recovery must not judge itself.
+        # The best of the same average, as far as it can be met: recovery must not be measured against itself.
         best = min(spreads, key=lambda one: (one.loss, one.time))
     losses = max(math.fsum(layer.highest for layer in limited), 1e-300)
     times = max(math.fsum(layer.curve.ms for layer in limited), 1e-300)
@@ -151,7 +151,7 @@ class _SpreadLayer:
 
     @property
     def counted(self) -> bool:
-        """Whether it is among the layers of the average: those that may be pruned."""
+        """True if it is among the layers of the average: those that may be pruned."""
         return not self.curve.why_not and self.why not in ("the first layer", "a grouped convolution")
 
     @property
@@ -202,7 +202,7 @@ def _candidates(layers: Sequence[_SpreadLayer], sparsity: float) -> list[_Spread
 
 
 def _spread(layers: Sequence[_SpreadLayer], budget: float, on_loss: float, on_time: float) -> tuple[float, ...]:
-    """The shares of least `on_loss` L + `on_time` T with `budget` weights gone, as nearly as filters allow."""
+    """The shares of least `on_loss` L + `on_time` T with `budget` weights pruned, as nearly as filters allow."""
     shares = [layer.fixed or 0.0 for layer in layers]
     steps = []
     for index, layer in enumerate(layers):

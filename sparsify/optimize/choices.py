@@ -1,4 +1,4 @@
-"""What each parameter gets, and from which figures: the pruning profile in the words of a recipe."""
+"""The sparsity of each parameter with the figures it comes from: a pruning profile in the terms of a recipe."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ __all__: list[str] = []
 
 @dataclass(frozen=True)
 class Sources:
-    """What the numbers come from."""
+    """The analysis and the profiles that the numbers of a recipe come from."""
 
     analysis: ModelAnalysis
     performance: PerformanceProfile | None
@@ -43,7 +43,7 @@ class Sources:
         loss: LossProfile | None,
         latency: LatencyPlan | None,
     ) -> Sources:
-        """What was given, and what can be had without data.
+        """The analysis and the profiles that were given, completed as far as no data are needed.
 
         Raises:
             ArgumentError: a profile is of another model.
@@ -89,7 +89,7 @@ class Sources:
 
 @dataclass
 class WeightShares:
-    """What each parameter gets: a share of its weights, or of its channels, that goes."""
+    """The share of its weights, or of its channels, that each parameter loses."""
 
     shares: dict[str, float] = field(default_factory=dict)
     evidence: dict[str, LayerEvidence] = field(default_factory=dict)
@@ -101,7 +101,7 @@ class WeightShares:
 
 
 def by_layers(settings: PruningSettings, given: PruningProfile | None, found: Sources) -> WeightShares:
-    """Single weights go, layer by layer."""
+    """Prunes single weights, layer by layer."""
     from sparsify.optimize.allocation import pruning_profile
     from sparsify.optimize.group_curves import weights_by_layer
     from sparsify.optimize.layer_curves import curves
@@ -117,7 +117,7 @@ def by_layers(settings: PruningSettings, given: PruningProfile | None, found: So
 def by_channel_groups(
     model: nn.Module, inputs: Any, settings: PruningSettings, given: PruningProfile | None, found: Sources
 ) -> WeightShares:
-    """Whole channels go, channel group by family."""
+    """Prunes whole channels, channel group by channel group."""
     from sparsify.optimize.allocation import pruning_profile
     from sparsify.optimize.group_curves import channel_group_curves, channel_groups_of, of_channels
 
@@ -135,7 +135,7 @@ def _check_names(profile: PruningProfile, known: Iterable[str]) -> None:
     if missing:
         raise ArgumentError(
             f"pruning_profile: {missing[0]!r} is no layer of this model that can be pruned; make the profile from the "
-            "analysis of this model, and for structured pruning from its families."
+            "analysis of this model, and for structured pruning from its channel groups."
         )
 
 
@@ -164,7 +164,7 @@ def _shares_taken(
 
 
 def by_latency_plan(plan: LatencyPlan, model: nn.Module, found: Sources) -> WeightShares:
-    """Whole channels go, as many as the plan says."""
+    """Prunes whole channels, as many as the plan says."""
     parameters = named_parameters(model)
     missing = [name for name in plan.sparsity if plan.weights.get(name) not in parameters]
     if missing:

@@ -15,7 +15,7 @@ Framework = Literal["torch", "accelerate", "lightning", "transformers"]
 
 
 def integration_code(recipe: str = "recipe.yaml", *, framework: Framework = "torch") -> str:
-    """What is added to a training loop that exists: Python, with the names that such loops usually have.
+    """The lines to add to a training loop that exists: Python, with the names that such loops usually have.
 
     Args:
         recipe: the path of the recipe file as the code is to name it.

@@ -1,4 +1,4 @@
-"""What a recipe is expected to make of a model: zeros, parameters, MACs, size and time, before it is trained."""
+"""Predicts zeros, parameters, MACs, size and time of the model that a recipe makes, before it is trained."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def expected(
     performance: PerformanceProfile | None,
     latency: LatencyPlan | None,
 ) -> Expected:
-    """What `modifiers` make of `model`, which is not touched.
+    """The figures expected of `model` after `modifiers`; the model is not touched.
 
     Args:
         zeros: the sparsity that each parameter gets, where single weights go.

@@ -1,4 +1,4 @@
-"""How much is asked, in whichever way it is said: one goal, checked before anything is done."""
+"""The goal of a recipe, from whichever argument states it, checked before anything is done."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ __all__: list[str] = []
 
 @dataclass(frozen=True)
 class Goal:
-    """What is asked of a recipe.
+    """The goal of a recipe.
 
     Attributes:
         settings: of the pruning; None where nothing is pruned.
@@ -150,7 +150,7 @@ def _does(wanted: PruningSettings | None, whole: bool, fields: Mapping[str, Any]
 
 
 def _transfer(level: OptimLevel, quantize: Mapping[str, Any] | None, asked: dict[str, Any]) -> Goal:
-    """Of the model that is transferred from: its zeros are kept, and it is quantized."""
+    """The goal of sparse transfer: the zeros of the model that is transferred from are kept, and it is quantized."""
     does = ["its zeros are kept"] * level.sparse + ["INT8"] * (quantize is not None)
     source = f"the {level.size} {'sparse' if level.sparse else 'dense'} model"
     text = f"optim level {level.level:g} of sparse-transfer, from {source}: {', then '.join(does) or 'as it is'}"

@@ -1,5 +1,4 @@
-"""Channel groups of channels as a pruning profile sees them: one curve a channel group, and layers of a model without
-inputs."""
+"""Curves of channel groups for a pruning profile, and the layers of a model without inputs."""
 
 from __future__ import annotations
 
@@ -28,7 +27,7 @@ if TYPE_CHECKING:
 __all__: list[str] = []
 
 SHARES = tuple(share / 20 for share in range(20))
-"""Of a channel group's channels: 0, 0.05, ... 0.95."""
+"""Shares of a channel group's channels: 0, 0.05, ... 0.95."""
 
 
 def channel_groups_of(model: nn.Module, sample_inputs: Any) -> ChannelGroups:

@@ -44,7 +44,7 @@ class LatencyRound:
 
 @dataclass(frozen=True)
 class LatencyPlan:
-    """What each layer gets so that the model takes at most `goal_ms`. `str()` is a table.
+    """The channels and bits of each layer with which the model takes at most `goal_ms`. `str()` is a table.
 
     Attributes:
         sparsity: {layer: fraction of its channels that go}, in the words of StructuredPruningModifier: all layers whose
@@ -78,7 +78,7 @@ class LatencyPlan:
 
     @property
     def error(self) -> float | None:
-        """Of the prediction: predicted / measured - 1; None where it was not measured."""
+        """Relative error of the prediction: predicted / measured - 1; None where it was not measured."""
         return None if self.measured_ms is None else self.predicted_ms / self.measured_ms - 1.0
 
     @property
@@ -90,7 +90,7 @@ class LatencyPlan:
 
     @property
     def quantized(self) -> bool:
-        """Whether any layer is in int8."""
+        """True if any layer is in int8."""
         return any(bits <= 8 for bits in self.bits.values())
 
     def final_sparsity(self) -> dict[float, list[str]]:

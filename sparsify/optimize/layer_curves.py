@@ -23,7 +23,7 @@ REST = "(all else)"
 
 @dataclass(frozen=True)
 class LayerCurve:
-    """What the profile has to know of one layer: plain figures, so that it can be computed anywhere.
+    """Loss and time of one layer over its sparsity: plain figures, so that a profile can be computed anywhere.
 
     Attributes:
         weights: elements that pruning acts on.
@@ -52,9 +52,9 @@ class LayerCurve:
 def curves(
     analysis: ModelAnalysis, performance: PerformanceProfile | None, loss: LossProfile
 ) -> tuple[LayerCurve, ...]:
-    """What `pruning_profile` has to know of a model's layers, from its profiles.
+    """The curves of a model's layers for `pruning_profile`, from the model's profiles.
 
-    Profiles of weights give what one more weight costs at a level; its integral over the weights that are gone is the
+    Profiles of weights give what one more weight costs at a level; its integral over the pruned weights is the
     loss here. Without a performance profile a layer takes one millisecond for a million MACs: times then order layers
     and mean no more. Times at a sparsity are those of a runtime that skips zeros; onnxruntime does not.
 

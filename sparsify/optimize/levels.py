@@ -1,4 +1,4 @@
-"""How much in one number, and how in one word: optim levels and presets."""
+"""Optim levels and presets: the strength of compression in one number, its kind in one word."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ RANGES: Mapping[str, tuple[float, float]] = MappingProxyType({"training-aware": 
 
 @dataclass(frozen=True)
 class OptimLevel:
-    """What a level means in an experiment.
+    """The meaning of a level in an experiment.
 
     Attributes:
         level: 0 to 1.
@@ -71,7 +71,7 @@ PRESETS: Mapping[str, Preset] = MappingProxyType(
 
 
 def optim_level(level: Any = 0.5, experiment: Experiment = "training-aware") -> OptimLevel:
-    """What a level means.
+    """The meaning of a level.
 
     training-aware and one-shot: 0 changes nothing; below 0.3 INT8 alone; from 0.3 to 1.0 pruning too, of 60 % to 95 %
     and of 40 % to 80 % of the weights. sparse-transfer: 0 the largest dense model; below 0.25 the largest in INT8;

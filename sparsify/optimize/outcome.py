@@ -1,4 +1,4 @@
-"""What was predicted and what came out: the recipe's evidence against the trained model."""
+"""Compares the prediction in a recipe's evidence with the trained model."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ class Outcome:
     Attributes:
         model: zeros, recovery, parameters, nonzero, MACs, size_bytes, ms.
         layers: the sparsity of each parameter that the recipe prunes; where whole channels go, the share of its
-            elements that is gone for good is not a share of its channels, so there are none.
+            elements that was removed is not a share of its channels, so there are none.
         notes: what could not be compared, and why.
     """
 
@@ -163,7 +163,7 @@ def score_prediction(
     if layers and planned and not zeros:
         raise StateError("model: none of the weights that the recipe prunes is zero; give the model that it trained.")
     if structured and sum(p.numel() for p in parameters.values()) == expected.parameters_before:
-        raise StateError("model: none of its channels is gone; give the model that the recipe trained.")
+        raise StateError("model: none of its channels was removed; give the model that the recipe trained.")
     if file is not None and ms is None and expected.ms is not None:
         from sparsify.onnx.benchmark import benchmark_onnx
 

@@ -9,7 +9,7 @@ __all__: list[str] = []
 
 
 def slope(one: tuple[float, float], other: tuple[float, float]) -> float:
-    """Of the line from one point to another."""
+    """Slope of the line from one point to another."""
     return (other[1] - one[1]) / (other[0] - one[0])
 
 

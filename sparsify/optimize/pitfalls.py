@@ -1,4 +1,4 @@
-"""What in a recipe will not come out as it was probably meant: ends that are not reached, jumps, no time to recover."""
+"""Warnings about a recipe: ends that are not reached, jumps of the learning rate, no time to recover."""
 
 from __future__ import annotations
 

@@ -19,7 +19,7 @@ __all__ = ["Plan", "PlannedMoment"]
 
 @dataclass(frozen=True)
 class PlannedMoment:
-    """What is in force at one epoch.
+    """Learning rates, sparsities and sizes that are in force at one epoch.
 
     Attributes:
         learning_rates: by the optimizer's parameter group; None where the recipe leaves it to the optimizer.
@@ -71,7 +71,7 @@ class Plan:
     notes: tuple[str, ...] = field(default=())
 
     def at(self, epoch: float) -> PlannedMoment:
-        """What is in force at `epoch`: the last moment that is not after it."""
+        """The moment in force at `epoch`: the last one that is not after it."""
         before = [moment for moment in self.moments if moment.epoch <= epoch]
         return before[-1] if before else self.moments[0]
 
@@ -106,7 +106,7 @@ class Plan:
             Column("rate", "LR", ".3g"),
             Column("zeros", "Zeros", ".1%"),
             Column("most", "highest", ".1%"),
-            Column("channels", "Channels gone", ".1%"),
+            Column("channels", "Channels pruned", ".1%"),
             Column("parameters", "Parameters", ",d"),
             Column("nonzero", "not zero", ",.0f"),
             Column("macs", "MACs", ",d"),
@@ -136,7 +136,7 @@ class Plan:
             Column("weights", "Weights", ",d"),
             Column("half", "Zeros half way", ".1%"),
             Column("zeros", "at the end", ".1%"),
-            Column("channels", "Channels gone", ".1%"),
+            Column("channels", "Channels pruned", ".1%"),
         ]
         shown = [c for c in columns if c.field != "channels" or any(row["channels"] is not None for row in rows)]
         return Table.of("Layers", rows, shown)

@@ -1,4 +1,4 @@
-"""What a recipe will do, epoch by epoch, before anything is trained: no data, no steps, the model left as it is."""
+"""Lays out a recipe epoch by epoch before anything is trained: no data, no steps, the model left as it is."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def plan(
     sample_inputs: Any = None,
     epochs: float | None = None,
 ) -> Plan:
-    """What `recipe` will do over the epochs: learning rates, zeros, quantization, parameters, MACs and size.
+    """Lays out `recipe` over the epochs: learning rates, zeros, quantization, parameters, MACs and size.
 
     The modifiers themselves are asked, so the figures are those of a run. Nothing is trained, no data is read, and the
     model stays as it is. Where channels are removed, that is tried on a copy with the weights as they are now.
@@ -149,7 +149,7 @@ class _View:
         return {} if model is None else {n: (p.numel(), p.element_size()) for n, p in named_parameters(model).items()}
 
     def _after(self, recipe: Recipe, cut: float) -> tuple[dict[str, tuple[int, int]], dict[str, int]]:
-        """Sizes and MACs once the channels are gone that go up to `cut`, tried on a copy."""
+        """Sizes and MACs after all removals of channels up to `cut`, tried on a copy."""
         assert self.model is not None
         if self.inputs is None:
             self._note(f"what is left after channels are removed at epoch {cut:g} needs sample_inputs.")

@@ -41,13 +41,13 @@ if TYPE_CHECKING:
 __all__ = ["Optimization", "Project", "ProjectSettings"]
 
 PROJECT_FORMAT = 1
-"""Of project.json; raised when it changes, so that an old one is not misread."""
+"""The format of project.json; raised when it changes, so that an old one is not misread."""
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9 ._-]{0,99}")
 
 
 @dataclass(frozen=True)
 class ProjectSettings:
-    """What is known of a project from the start; may be changed later, which leaves optimizations as they are.
+    """Settings of a project; they may be changed later, which leaves optimizations as they are.
 
     Attributes:
         name: what it is called.
@@ -321,7 +321,7 @@ class Project:
             target.with_suffix(".json").unlink(missing_ok=True)
 
     def table(self) -> Table:
-        """What is in it, a row each."""
+        """Its profiles, optimizations and benchmarks, a row each."""
         rows: list[dict[str, object]] = []
         for name, loss in self.loss_profiles.items():
             rows.append({"what": "loss profile", "name": name, "said": f"{loss.method}, {loss.of}"})

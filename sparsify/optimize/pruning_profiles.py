@@ -10,7 +10,7 @@ __all__ = ["LayerChoice", "PruningProfile", "PruningSettings"]
 
 @dataclass(frozen=True)
 class PruningSettings:
-    """What is asked of the profile.
+    """Settings of a pruning profile.
 
     Attributes:
         sparsity: zeros / elements, over all layers that may be pruned, 0 to 1.
@@ -36,7 +36,7 @@ class PruningSettings:
 
 @dataclass(frozen=True)
 class LayerChoice:
-    """What the profile gives one layer. `why` says what left it dense or set it by hand; empty where it was free."""
+    """The sparsity of one layer. `why` says what left it dense or set it by hand; empty where it was free."""
 
     name: str
     sparsity: float

@@ -43,7 +43,7 @@ __all__ = ["create_recipe"]
 FIRST = 0.05
 """The sparsity that pruning starts with."""
 UNKNOWN = OriginalTraining(90)
-"""Where nothing is said about the original training: as many epochs, and no learning rates."""
+"""The original training where nothing is said about it: as many epochs, and no learning rates."""
 
 
 def create_recipe(

@@ -41,7 +41,7 @@ SCRIPTS = ("allocation.js", "recipe_text.js", "drawing.js", "screen.js", "schedu
 
 @dataclass(frozen=True)
 class Report:
-    """What the Optimize screen shows: a model's layers, what pruning them costs and saves, and how it is trained.
+    """Contents of the Optimize screen: a model's layers, what pruning them costs and saves, and how it is trained.
 
     Attributes:
         analysis: the layers of the model.
@@ -127,7 +127,7 @@ class Report:
         return before + self._json() + after
 
     def data(self) -> dict[str, Any]:
-        """What the page reads: plain values."""
+        """The values that the page reads, all of plain types."""
         by_name = {layer.name: layer for layer in self.analysis.layers}
         weights = weights_by_layer(self.analysis)
         training = self.training or UNKNOWN
@@ -186,7 +186,7 @@ def _file(name: str) -> str:
 
 
 def _plain_number(modifier: Modifier) -> dict[str, Any]:
-    """As the page and `recipe_text.js` know it."""
+    """A modifier in the form that the page and `recipe_text.js` read."""
     return {"type": type(modifier).__name__, "fields": modifier.model_dump(mode="json", exclude_unset=True)}
 
 

@@ -58,7 +58,7 @@ class TrainingStage:
 
 @dataclass(frozen=True)
 class OriginalTraining:
-    """How the dense model was trained: what compressing it is laid out from.
+    """The training of the dense model, from which that of the compressed one is laid out.
 
     Attributes:
         epochs: more than 1, generally 20 or more.
@@ -104,7 +104,7 @@ class OriginalTraining:
 
     @property
     def adaptive(self) -> bool:
-        """Whether the optimizer scales each step by past gradients, like Adam."""
+        """True if the optimizer scales each step by past gradients, like Adam."""
         return self.optimizer.lower() in {name.lower() for name in ADAPTIVE}
 
     @property

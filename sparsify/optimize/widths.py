@@ -1,7 +1,7 @@
-"""How wide each part of a model may stay within a time: measured tables in, the choice of least loss out. Pure figures.
+"""Chooses the width of each part of a model within a time: measured tables in, the choice of least loss out.
 
 The time of a layer is read off its measured table at the share of its multiplications that is left. The table was
-measured with all channel groups of channels equally wide; that a layer with half of its inputs takes as long as one
+measured with all channel groups equally wide; that a layer with half of its inputs takes as long as one
 with half of its outputs is the approximation.
 """
 
@@ -60,7 +60,7 @@ class WidthCurve:
 
 @dataclass(frozen=True)
 class LayerTime:
-    """What a layer takes.
+    """Times of a layer.
 
     Attributes:
         dims: for each dimension of its weight {part: the share of the dimension that is the part's}; the product over
@@ -102,7 +102,7 @@ class SpeedPart:
 
 @dataclass(frozen=True)
 class Choice:
-    """What was chosen: {part: share}, the layers in int8, and what that is expected to take and to cost."""
+    """A choice: {part: share}, the layers in int8, and the time and the loss expected of them."""
 
     shares: Mapping[str, float]
     int8: frozenset[str]
@@ -112,7 +112,7 @@ class Choice:
 
 @dataclass(frozen=True)
 class Tables:
-    """What is known of a model: the loss of each part, the time of each layer, and of the rest by the mean width."""
+    """Measured tables of a model: the loss of each part, the time of each layer, and of the rest by the mean width."""
 
     parts: tuple[SpeedPart, ...]
     layers: tuple[LayerTime, ...]
@@ -228,7 +228,7 @@ class Tables:
         return choice
 
     def _bits(self, shares: Mapping[str, float], price: float | None) -> frozenset[str]:
-        """The layers for which int8 is worth its loss at this price of a millisecond; None: at any."""
+        """The layers for which int8 saves more than its loss at this price of a millisecond; None: at any."""
         found = set()
         for layer in self.layers:
             if layer.int8 is None:

@@ -84,7 +84,7 @@ def test_channels_that_went_are_compared_by_what_is_left() -> None:
     outcome = score_prediction(recipe, model, sample_inputs=X)
     assert outcome.layers == ()
     assert outcome["parameters"].error == outcome["MACs"].error == 0
-    with pytest.raises(StateError, match="none of its channels is gone"):
+    with pytest.raises(StateError, match="none of its channels was removed"):
         score_prediction(recipe, network())
 
 
