@@ -25,7 +25,7 @@ CHOOSE_BITS = "choose_bits"
 
 @dataclass(frozen=True)
 class LayerBits:
-    """Bits of one layer. `adds`: the loss that its rounding adds, by the profile. `modules`: all that hold its weight."""
+    """Bits of one layer. `adds`: loss that its rounding adds, by the profile. `modules`: those that hold its weight."""
 
     name: str
     weights: int

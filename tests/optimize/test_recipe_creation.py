@@ -328,7 +328,7 @@ def test_what_cannot_be_meant_is_refused(model: Net, fields: dict[str, Any], mes
 
 
 def test_other_models_and_profiles_are_refused(model: Net) -> None:
-    with pytest.raises(ArgumentError, match="model: a str is no torch"):
+    with pytest.raises(ArgumentError, match="model is a str: give a torch"):
         create_recipe("model.onnx")  # type: ignore[arg-type]
     with pytest.raises(ArgumentError, match="loss: a profile of quantization"):
         create_recipe(model, loss=loss_profile(model, of="quantization", progress=False))

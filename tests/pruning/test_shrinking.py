@@ -261,7 +261,7 @@ def test_outputs_that_are_not_finite_are_refused() -> None:
 
 
 def test_bad_input_is_refused() -> None:
-    with pytest.raises(ArgumentError, match="str is no"):
+    with pytest.raises(ArgumentError, match="model is a str"):
         sparsify.shrink("model", torch.randn(1))  # type: ignore[arg-type]
 
     class Looks(nn.Module):

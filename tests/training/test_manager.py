@@ -528,7 +528,7 @@ def test_wrong_arguments_are_refused(given: dict[str, Any], text: str) -> None:
 
 
 def test_what_is_no_model_is_refused() -> None:
-    with pytest.raises(ArgumentError, match=r"model: OrderedDict is no torch\.nn\.Module"):
+    with pytest.raises(ArgumentError, match=r"model is a OrderedDict: give a torch\.nn\.Module"):
         ScheduledModifierManager([pruning()]).initialize(network().state_dict())  # type: ignore[arg-type]
 
 
