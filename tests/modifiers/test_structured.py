@@ -21,6 +21,7 @@ from sparsify.modifiers.structured import StructuredPruningModifier
 from sparsify.modifiers.training import TrainableParamsModifier
 from sparsify.pruning.group_scores import Bounds
 from sparsify.training.session import Session
+from tests.ranks import on_two_ranks
 from tests.zoo import prunable as small
 from tests.zoo.prunable import Encoder, Residual
 
@@ -644,9 +645,7 @@ def _wrapped(rank: int, folder: str) -> None:
 
 
 def test_on_two_ranks_masks_are_the_same_and_nothing_is_removed(tmp_path: Path) -> None:
-    from tests.training.test_ddp import _two_ranks
-
-    _two_ranks(_wrapped, tmp_path)
+    on_two_ranks(_wrapped, tmp_path)
     one, two = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1))
     assert all(torch.equal(one[n], two[n]) for n in one if "running" not in n)
     assert int((one["conv2.weight"] == 0).flatten(1).all(1).sum()) == 5

@@ -28,8 +28,9 @@ from sparsify.onnx.export import ExportedModel, export_onnx
 from sparsify.onnx.runtime import open_session, optimized_operators, run_session
 from sparsify.onnx.verify import verify_onnx
 from sparsify.quantization.scheme import NAMED, QuantizationSettings
+from tests.loops import quantized, train
 from tests.zoo.integer_forms import Encoder, ResNet
-from tests.zoo.quantizable import Up, images, quantized, train
+from tests.zoo.quantizable import Up, images
 
 
 class Net(nn.Module):

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from sparsify.onnx import rewrite_attention
 from sparsify.onnx.export import export_onnx
 from sparsify.onnx.runtime import open_session, optimized_operators, run_session
-from tests.zoo.quantizable import quantized
+from tests.loops import quantized
 
 
 def kinds(model: ModelProto) -> Counter[str]:

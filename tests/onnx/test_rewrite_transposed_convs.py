@@ -19,7 +19,7 @@ from sparsify.onnx.reference import Reference
 from sparsify.onnx.rewrite_transposed_convs import Axis, transposed_convolutions
 from sparsify.onnx.runtime import open_session, optimized_operators, run_session
 from sparsify.onnx.verify import verify_onnx
-from tests.zoo.quantizable import quantized, train
+from tests.loops import quantized, train
 
 AXES = st.builds(
     Axis,

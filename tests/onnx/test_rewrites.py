@@ -21,8 +21,8 @@ from sparsify.onnx.graph import remove_unused
 from sparsify.onnx.runtime import open_session, optimized_operators, run_session
 from sparsify.onnx.verify import verify_onnx
 from sparsify.quantization.scheme import NAMED, QuantizationSettings
+from tests.loops import quantized, quantized_and_trained, train
 from tests.zoo.integer_forms import IntegerWeights, Quantizer
-from tests.zoo.quantizable import quantized, train, trained
 
 
 def kinds(model: ModelProto | Path) -> Counter[str]:
@@ -67,7 +67,7 @@ def test_other_means_stay(axes: list[int], shape: list[int | str]) -> None:
 def test_the_mean_of_an_image_is_pooled_in_integers(tmp_path: Path) -> None:
     """What another network's test leaves out: the mean in forward, without a pool."""
     path = tmp_path / "inverted.onnx"
-    model, x = trained("inverted")
+    model, x = quantized_and_trained("inverted")
     exported = export_onnx(model, x, path)
     found = optimized_operators(path)
     assert found["QLinearGlobalAveragePool"] == found["QGemm"] == 1 and exported.floating == ()
@@ -363,7 +363,7 @@ def test_signed_tanh_keeps_a_range_of_its_own() -> None:
 
 
 def test_gates_run_in_integers(tmp_path: Path) -> None:
-    model, inputs = trained("gated")
+    model, inputs = quantized_and_trained("gated")
     found = optimized_operators(export_onnx(model.eval(), inputs, tmp_path / "gated.onnx"))
     # SiLU, HardSwish, and the product of squeeze-and-excitation; its sigmoid and that of SiLU.
     assert found["QLinearMul"] == 3 and found["QLinearSigmoid"] == 2

@@ -18,8 +18,8 @@ from sparsify.onnx import integer_kernels
 from sparsify.onnx.export import export_onnx
 from sparsify.onnx.verify import verify_onnx
 from sparsify.quantization.qdq_ops import quantize_dequantize
+from tests.loops import quantized, train
 from tests.zoo.integer_forms import Encoder, ResNet
-from tests.zoo.quantizable import quantized, train
 
 
 class Net(nn.Module):

@@ -22,7 +22,8 @@ from sparsify.quantization.affine import affine_grid, affine_integers, fake_affi
 from sparsify.quantization.deployment import deployment_copy
 from sparsify.quantization.plan import QuantizationPlan
 from sparsify.quantization.scheme import QuantizationSettings, Scheme, WeightScheme
-from tests.zoo.quantizable import Conv1D, Net, images, quantized
+from tests.loops import quantized
+from tests.zoo.quantizable import Conv1D, Net, images
 
 
 def affine(bits: int = 4, block: Any = None, strategy: Any = "channel") -> QuantizationSettings:

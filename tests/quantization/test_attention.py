@@ -24,7 +24,7 @@ from sparsify.quantization.layers import quantizers, restore_layers
 from sparsify.quantization.placement import make_plan
 from sparsify.quantization.plan import QuantizationPlan, apply_plan
 from sparsify.quantization.scheme import QuantizationSettings, Scheme
-from tests.zoo.quantizable import quantized, train
+from tests.loops import quantized, train
 
 
 class Mixed(nn.Module):

@@ -22,7 +22,8 @@ from sparsify.quantization.layers import quantizers, restore_layers
 from sparsify.quantization.placement import make_plan
 from sparsify.quantization.plan import QuantizationPlan
 from sparsify.quantization.scheme import ActivationScheme, QuantizationSettings, Scheme
-from tests.zoo.quantizable import Attention, quantized, train
+from tests.loops import quantized, train
+from tests.zoo.quantizable import Attention
 
 SCHEME = Scheme(matmul_activations=ActivationScheme())
 MASKS: dict[str, Callable[[], dict[str, Any]]] = {

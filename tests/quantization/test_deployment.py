@@ -13,7 +13,8 @@ from sparsify.errors import DataError, StateError
 from sparsify.quantization.deployment import deployment_copy
 from sparsify.quantization.layers import WEIGHTED, QuantizedLayer, deployed_integers, quantizers, restore_layers
 from sparsify.quantization.scheme import NAMED, ActivationScheme, QuantizationSettings, Scheme, WeightScheme
-from tests.zoo.quantizable import ZOO, Conv1D, Net, images, mlp, quantized, train, trained
+from tests.loops import quantized, quantized_and_trained, train
+from tests.zoo.quantizable import ZOO, Conv1D, Net, images, mlp
 
 SETTINGS = {
     "default": QuantizationSettings(),
@@ -30,7 +31,7 @@ SETTINGS = {
 @pytest.mark.parametrize("settings", SETTINGS)
 @pytest.mark.parametrize("name", ZOO)
 def test_eval_mode_and_deployment_copy_agree_to_the_bit(name: str, settings: str) -> None:
-    model, inputs = trained(name, settings=SETTINGS[settings])
+    model, inputs = quantized_and_trained(name, settings=SETTINGS[settings])
     keys = list(model.state_dict())
     deployed = deployment_copy(model)
     assert model.training and list(model.state_dict()) == keys
@@ -41,7 +42,7 @@ def test_eval_mode_and_deployment_copy_agree_to_the_bit(name: str, settings: str
 
 @pytest.mark.parametrize("name", ZOO)
 def test_it_holds_integers_and_no_float_weights(name: str) -> None:
-    model, _ = trained(name)
+    model, _ = quantized_and_trained(name)
     deployed = deployment_copy(model)
     for path, module in model.named_modules():
         if isinstance(module, (*WEIGHTED, Conv1D)):
@@ -82,7 +83,7 @@ def test_batch_norm_is_folded_exactly() -> None:
 
 def test_a_norm_alone_is_exact_but_for_the_grid_of_its_bias() -> None:
     """Also where its factor is negative, 0, or so small that a bias has no room in 32 bits beside it."""
-    model, x = trained("dense")
+    model, x = quantized_and_trained("dense")
     norm: Any = model.norm  # type: ignore[union-attr]
     with torch.no_grad():
         norm.weight.copy_(torch.tensor([1.0, -0.5, 0.0, 1e-12, -1e-12, 1e-30, 3.0, 1.0, 1.0, 1.0]))
@@ -132,7 +133,7 @@ def test_norms_before_convolutions_of_one_to_three_dimensions(rank: int, kind: s
 
 
 def test_a_norm_alone_learns_in_training_and_in_eval_mode_and_is_given_back() -> None:
-    model, x = trained("dense")
+    model, x = quantized_and_trained("dense")
     norm: Any = model.norm  # type: ignore[union-attr]
     for mode in (True, False):
         model.train(mode).zero_grad()
@@ -152,7 +153,7 @@ def test_a_norm_alone_learns_in_training_and_in_eval_mode_and_is_given_back() ->
 
 
 def test_the_float_model_is_near() -> None:
-    model, inputs = trained("residual", steps=150, lr=0.01)
+    model, inputs = quantized_and_trained("residual", steps=150, lr=0.01)
     model.eval()
     with torch.no_grad():
         got = model(inputs)
@@ -164,7 +165,7 @@ def test_the_float_model_is_near() -> None:
 
 
 def test_pruned_zeros_are_zeros_of_the_integers() -> None:
-    model, inputs = trained("residual")
+    model, inputs = quantized_and_trained("residual")
     zeros: dict[str, Tensor] = {}
     with torch.no_grad():
         for path, module in model.named_modules():
@@ -194,14 +195,14 @@ def test_a_model_that_saw_nothing_is_refused() -> None:
 
 
 def test_a_broken_range_is_refused() -> None:
-    model, _ = trained("mlp")
+    model, _ = quantized_and_trained("mlp")
     model[0].input_quantizer.high.fill_(float("nan"))
     with pytest.raises(DataError, match=r"0\.input_quantizer"):
         deployment_copy(model)
 
 
 def test_weights_that_are_not_finite_are_refused_by_name() -> None:
-    model, _ = trained("mlp")
+    model, _ = quantized_and_trained("mlp")
     with torch.no_grad():
         model[4].weight[0, 0] = float("nan")
     with pytest.raises(DataError, match=r"4\.weight"):
@@ -210,7 +211,7 @@ def test_weights_that_are_not_finite_are_refused_by_name() -> None:
 
 @pytest.mark.parametrize("name", ZOO)
 def test_it_is_traced_by_torch_export_with_a_dynamic_batch(name: str) -> None:
-    model, inputs = trained(name)
+    model, inputs = quantized_and_trained(name)
     deployed = deployment_copy(model)
     program = torch.export.export(deployed, (inputs,), strict=False, dynamic_shapes=({0: torch.export.Dim.DYNAMIC},))
     names = [str(node.target) for node in program.graph.nodes]
@@ -220,7 +221,7 @@ def test_it_is_traced_by_torch_export_with_a_dynamic_batch(name: str) -> None:
 
 
 def test_it_stays_the_same_when_the_model_trains_on() -> None:
-    model, inputs = trained("mlp")
+    model, inputs = quantized_and_trained("mlp")
     deployed = deployment_copy(model)
     before = deployed(inputs)
     train(model, inputs, 2)

@@ -13,7 +13,8 @@ from sparsify import export_onnx, verify_onnx
 from sparsify.quantization.deployment import deployment_copy
 from sparsify.quantization.plan import QuantizationPlan
 from sparsify.quantization.scheme import NAMED, QuantizationSettings, Scheme
-from tests.zoo.quantizable import images, quantized, train
+from tests.loops import quantized, train
+from tests.zoo.quantizable import images
 
 
 class Volume(nn.Module):

@@ -27,7 +27,8 @@ from sparsify.quantization.layers import (
     restore_layers,
 )
 from sparsify.quantization.plan import is_quantized
-from tests.zoo.quantizable import ZOO, Attention, Block, Gated, Net, images, quantized, train, trained
+from tests.loops import quantized, quantized_and_trained, train
+from tests.zoo.quantizable import ZOO, Attention, Block, Gated, Net, images
 
 
 @pytest.mark.parametrize("name", ZOO)
@@ -64,7 +65,7 @@ def test_undo_gives_back_classes_keys_and_values(name: str) -> None:
 @pytest.mark.parametrize("name", ZOO)
 @pytest.mark.parametrize("how", ["deepcopy", "pickle", "torch.save"])
 def test_copies_compute_the_same_and_go_their_own_way(name: str, how: str) -> None:
-    model, inputs = trained(name)
+    model, inputs = quantized_and_trained(name)
     if how == "deepcopy":
         other = copy.deepcopy(model)
     elif how == "pickle":
@@ -126,7 +127,7 @@ def test_one_quantizer_a_tensor_in_a_residual_block() -> None:
 
 
 def test_values_between_layers_lie_on_the_grids() -> None:
-    model, inputs = trained("residual")
+    model, inputs = quantized_and_trained("residual")
     model.eval()
     got: dict[str, Tensor] = {}
     for name in ("conv1", "conv2"):
@@ -443,7 +444,7 @@ def test_shared_inputs_are_quantized_once() -> None:
 
 
 def test_autocast_and_other_dtypes() -> None:
-    model, inputs = trained("residual")
+    model, inputs = quantized_and_trained("residual")
     with torch.autocast("cpu", dtype=torch.bfloat16):
         loss = model(inputs).float().square().mean()
     loss.backward()
@@ -455,7 +456,7 @@ def test_autocast_and_other_dtypes() -> None:
 
 
 def test_gradients_reach_weights_in_eval_mode_too() -> None:
-    model, inputs = trained("residual")
+    model, inputs = quantized_and_trained("residual")
     model.eval()
     model.zero_grad()
     inputs.requires_grad_()

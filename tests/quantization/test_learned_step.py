@@ -14,7 +14,8 @@ from sparsify.errors import DataError, StateError
 from sparsify.quantization.deployment import deployment_copy
 from sparsify.quantization.learned_step import LearnedQuantize, LearnedStep, learned_parameters
 from sparsify.quantization.scheme import ActivationScheme, QuantizationSettings, Scheme, WeightScheme
-from tests.zoo.quantizable import Net, images, mlp, quantized, train
+from tests.loops import quantized, train
+from tests.zoo.quantizable import Net, images, mlp
 
 STEPS = 4
 

@@ -16,7 +16,7 @@ from sparsify.quantization.calibration import calibrate
 from sparsify.quantization.fake_quantize import FakeQuantize
 from sparsify.quantization.scheme import ActivationScheme, QuantizationSettings, Scheme
 from sparsify.quantization.straight_through import on_grid
-from tests.zoo.quantizable import quantized, trained
+from tests.loops import quantized, quantized_and_trained
 
 
 def values(seed: int = 0, count: int = 20000) -> Tensor:
@@ -100,7 +100,7 @@ def test_behind_a_relu_the_range_begins_at_zero(observer: str) -> None:
 @pytest.mark.parametrize("observer", ["min_max", *sorted(observers.HISTOGRAMS)])
 def test_training_resumes_to_the_bit_with_every_observer(observer: str) -> None:
     scheme = Scheme(input_activations=ActivationScheme(observer=observer, num_bits=4))
-    model, inputs = trained("residual", 2, QuantizationSettings(scheme=scheme))
+    model, inputs = quantized_and_trained("residual", 2, QuantizationSettings(scheme=scheme))
     other = copy.deepcopy(model)
     state = copy.deepcopy(model.state_dict())
     with torch.no_grad():

@@ -17,20 +17,8 @@ from sparsify.quantization.layers import quantizers
 from sparsify.quantization.placement import make_plan
 from sparsify.quantization.plan import QuantizationPlan, apply_plan
 from sparsify.quantization.scheme import NAMED, ActivationScheme, QuantizationSettings, Scheme, WeightScheme
-from tests.zoo.quantizable import (
-    ZOO,
-    Attention,
-    Dense,
-    Detector,
-    Gated,
-    Inverted,
-    Net,
-    Subclassed,
-    Up,
-    images,
-    mlp,
-    quantized,
-)
+from tests.loops import quantized
+from tests.zoo.quantizable import ZOO, Attention, Dense, Detector, Gated, Inverted, Net, Subclassed, Up, images, mlp
 
 
 def plan_of(model: nn.Module, *inputs: Tensor, **settings: object) -> QuantizationPlan:

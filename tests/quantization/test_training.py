@@ -15,7 +15,8 @@ from sparsify.errors import DataError, RecipeError, StateError, TargetError
 from sparsify.quantization.deployment import deployment_copy
 from sparsify.quantization.layers import quantizers
 from sparsify.quantization.plan import is_quantized
-from tests.zoo.quantizable import Net, images, mlp, train
+from tests.loops import train
+from tests.zoo.quantizable import Net, images, mlp
 
 STEPS = 4
 """Optimizer steps in an epoch."""

@@ -17,7 +17,8 @@ from sparsify import QuantizationModifier, ScheduledModifierManager, export_onnx
 from sparsify.errors import ExportError, RecipeError
 from sparsify.quantization.deployment import deployment_copy
 from sparsify.quantization.scheme import ActivationScheme, QuantizationSettings, Scheme, WeightScheme
-from tests.zoo.quantizable import Conv1D, images, quantized
+from tests.loops import quantized
+from tests.zoo.quantizable import Conv1D, images
 
 
 def weights(bits: int, block: Any = None, **more: Any) -> QuantizationSettings:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import io
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -26,6 +25,7 @@ from sparsify.modifiers.training import (
 )
 from sparsify.training.checkpoint import checksum
 from sparsify.training.manager import ScheduledModifierManager
+from tests.loops import assert_same_state, reloaded
 from tests.optimizer_forms import FORMS, Form
 
 STEPS_PER_EPOCH = 4
@@ -77,33 +77,6 @@ def train(
             after(step + 1)
 
 
-def saved(**states: Any) -> Any:
-    """Through a file and back, as a checkpoint goes."""
-    file = io.BytesIO()
-    torch.save(states, file)
-    file.seek(0)
-    return torch.load(file, weights_only=True)
-
-
-def flat(value: Any, path: str = "") -> dict[str, Any]:
-    if isinstance(value, dict):
-        return {k: v for key, item in value.items() for k, v in flat(item, f"{path}.{key}").items()}
-    if isinstance(value, list | tuple):
-        return {k: v for i, item in enumerate(value) for k, v in flat(item, f"{path}.{i}").items()}
-    return {path: value}
-
-
-def assert_same(found: Any, wanted: Any, where: object) -> None:
-    mine, theirs = flat(found), flat(wanted)
-    assert mine.keys() == theirs.keys(), where
-    for key, value in mine.items():
-        other = theirs[key]
-        if isinstance(value, torch.Tensor):
-            assert value.dtype == other.dtype and torch.equal(value, other), (where, key)
-        else:
-            assert value == other or value != value, (where, key, value, other)
-
-
 def snapshots(form: Form, modifiers: Sequence[Modifier], **given: Any) -> tuple[dict[int, Any], Any]:
     """A checkpoint before every step and the states at the end, of one run that is never stopped."""
     model = network()
@@ -113,7 +86,7 @@ def snapshots(form: Form, modifiers: Sequence[Modifier], **given: Any) -> tuple[
     found: dict[int, Any] = {}
 
     def keep(step: int) -> None:
-        found[step] = saved(model=model.state_dict(), optimizer=optimizer.state_dict(), manager=manager.state_dict())
+        found[step] = reloaded(model=model.state_dict(), optimizer=optimizer.state_dict(), manager=manager.state_dict())
 
     keep(0)
     train(model, optimizer, manager, range(STEPS), keep)
@@ -136,7 +109,7 @@ def test_resuming_at_any_step_equals_never_stopping(name: str) -> None:
         assert manager.step == step
         train(model, optimizer, manager, range(step, STEPS))
         final = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "manager": manager.state_dict()}
-        assert_same(final, end, f"{name}, resumed at step {step}")
+        assert_same_state(final, end, f"{name}, resumed at step {step}")
 
 
 def _without(states: Any) -> Any:
@@ -166,7 +139,9 @@ def test_for_pruning_any_order_of_loading_works(name: str, order: str) -> None:
             manager.load_state_dict(checkpoint["manager"])
         train(model, optimizer, manager, range(step, STEPS))
         # What the optimizer remembers of masked weights too: muon mixes it into the others.
-        assert_same({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, _without(end), (order, step))
+        assert_same_state(
+            {"model": model.state_dict(), "optimizer": optimizer.state_dict()}, _without(end), (order, step)
+        )
 
 
 def test_resuming_with_training_modifiers_and_a_teacher_that_is_itself() -> None:
@@ -189,7 +164,7 @@ def test_resuming_with_training_modifiers_and_a_teacher_that_is_itself() -> None
         optimizer.load_state_dict(checkpoint["optimizer"])
         train(model, optimizer, manager, range(step, STEPS))
         final = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "manager": manager.state_dict()}
-        assert_same(final, end, f"resumed at step {step}")
+        assert_same_state(final, end, f"resumed at step {step}")
 
 
 class Residual(nn.Module):
@@ -242,13 +217,13 @@ def test_resuming_quantization_at_any_step_equals_never_stopping(name: str, modi
         return {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "manager": manager.state_dict()}
 
     model, optimizer, manager = start(0)
-    found[0] = saved(**states(model, optimizer, manager))
+    found[0] = reloaded(**states(model, optimizer, manager))
     convolve(
         model,
         optimizer,
         manager,
         range(STEPS),
-        lambda step: found.__setitem__(step, saved(**states(model, optimizer, manager))),
+        lambda step: found.__setitem__(step, reloaded(**states(model, optimizer, manager))),
     )
     assert any("scale" in key for key in found[STEPS]["model"]), "it was quantized"
     for step in range(STEPS):
@@ -258,7 +233,7 @@ def test_resuming_quantization_at_any_step_equals_never_stopping(name: str, modi
         other.load_state_dict(checkpoint["model"])
         optimizer.load_state_dict(checkpoint["optimizer"])
         convolve(other, optimizer, manager, range(step, STEPS))
-        assert_same(states(other, optimizer, manager), found[STEPS], f"{name}, resumed at step {step}")
+        assert_same_state(states(other, optimizer, manager), found[STEPS], f"{name}, resumed at step {step}")
     plain = ScheduledModifierManager(modifiers).apply_structure(residual(3), state=found[STEPS]["manager"])
     plain.load_state_dict(found[STEPS]["model"])
     inputs = torch.randn(2, 2, 5, 5)
@@ -283,7 +258,7 @@ def test_resuming_with_marked_epochs_equals_never_stopping(cut: int) -> None:
                 if step < manager.step:
                     continue
                 if step == stop:
-                    return saved(
+                    return reloaded(
                         model=model.state_dict(), optimizer=optimizer.state_dict(), manager=manager.state_dict()
                     )
                 train(model, optimizer, manager, range(step, step + 1))
@@ -292,7 +267,7 @@ def test_resuming_with_marked_epochs_equals_never_stopping(cut: int) -> None:
     with pytest.warns(SparsifyWarning, match="steps_per_epoch was not given"):
         whole = run(None)
         resumed = run(None, run(cut))
-    assert_same(resumed, whole, cut)
+    assert_same_state(resumed, whole, cut)
 
 
 # ---------------------------------------------------------------------------------------------- what is in it
@@ -304,13 +279,13 @@ def test_values_that_were_set_are_not_set_again_over_what_was_learned() -> None:
         GradualParamModifier(params="0.bias", init_val=0.5, final_val=-0.5, start_epoch=0.0, end_epoch=1.0),
     ]
     model, _, manager = at_work(modifiers)
-    checkpoint = saved(model=model.state_dict(), manager=manager.state_dict())
+    checkpoint = reloaded(model=model.state_dict(), manager=manager.state_dict())
     other = network(seed=5)
     resumed = ScheduledModifierManager(modifiers)
     resumed.modify(other, FORMS["adam"](other), steps_per_epoch=STEPS_PER_EPOCH)
     other.load_state_dict(checkpoint["model"])
     resumed.load_state_dict(checkpoint["manager"])
-    assert_same(other.state_dict(), checkpoint["model"], "")
+    assert_same_state(other.state_dict(), checkpoint["model"], "")
 
 
 def at_work(modifiers: list[Modifier] | None = None, steps: int = 6) -> tuple[nn.Module, Any, ScheduledModifierManager]:
@@ -340,7 +315,7 @@ def test_a_state_in_memory_does_not_change_while_training_goes_on() -> None:
     state = manager.state_dict()
     before = copy.deepcopy(state)
     train(model, optimizer, manager, range(6, 9))
-    assert_same(state, before, "")
+    assert_same_state(state, before, "")
     manager.load_state_dict(state)
     assert manager.step == 6
 
@@ -387,11 +362,11 @@ def damaged(state: dict[str, Any]) -> dict[str, Any]:
 def test_a_state_that_does_not_fit_changes_nothing(spoil: Callable[[Any], Any], text: str, strict: bool) -> None:
     _, _, other = at_work(steps=9)
     model, optimizer, manager = at_work(steps=3)
-    before = saved(model=model.state_dict(), optimizer=optimizer.state_dict(), manager=manager.state_dict())
+    before = reloaded(model=model.state_dict(), optimizer=optimizer.state_dict(), manager=manager.state_dict())
     with pytest.raises(StateError, match=text):
         manager.load_state_dict(spoil(other.state_dict()), strict=strict)
     after = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "manager": manager.state_dict()}
-    assert_same(after, before, text)
+    assert_same_state(after, before, text)
 
 
 def test_every_flipped_byte_of_a_mask_is_found() -> None:
@@ -414,7 +389,7 @@ def test_the_state_of_another_recipe_is_refused_and_what_differs_is_said() -> No
     with pytest.raises(StateError, match=r"(?s)another recipe.*- .*0\.7.*\+ .*0\.8.*strict=False"):
         manager.load_state_dict(other.state_dict())
     assert manager.step == 2
-    assert_same(model.state_dict(), before, "")
+    assert_same_state(model.state_dict(), before, "")
     with pytest.warns(SparsifyWarning, match="another recipe"):
         manager.load_state_dict(other.state_dict(), strict=False)
     assert manager.step == 6
@@ -430,7 +405,7 @@ def test_masks_of_another_model_are_refused_by_name() -> None:
     with pytest.raises(StateError, match=r"\(3, 9\) for '4.weight', which Sequential has in shape \(5, 9\)"):
         other.load_state_dict(manager.state_dict())
     assert other.step == 0
-    assert_same(wide.state_dict(), before, "")
+    assert_same_state(wide.state_dict(), before, "")
     other.load_state_dict(manager.state_dict(), strict=False)
     assert other.step == 6 and other.sparsity()["0.weight"] == manager.sparsity()["0.weight"]
 
@@ -516,4 +491,4 @@ def test_the_plan_of_another_model_is_refused_before_the_clock_moves() -> None:
     with pytest.raises(StateError, match=r"2 is a Tanh, not one of"):
         manager.load_state_dict(other.state_dict())
     assert manager.step == 1
-    assert_same(model.state_dict(), before, "weights")
+    assert_same_state(model.state_dict(), before, "weights")

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from sparsify import ScheduledModifierManager
 from sparsify.errors import StateError
+from tests.ranks import on_two_ranks
 
 RECIPE = """
 modifiers:
@@ -81,23 +80,8 @@ def _observe(rank: int, folder: str, recipe: str = QAT) -> None:
     torch.save(model.state_dict(), Path(folder) / f"{rank}.pt")
 
 
-def _on_rank(rank: int, work: Callable[[int, str], None], folder: str) -> None:
-    torch.set_num_threads(1)
-    # A file, not a port: nothing else on the machine can take it, and it outlives the rank that ends first.
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
-    work(rank, folder)
-    dist.barrier()
-    # What was to be shown is in files. Seen twice: taking the process group and its threads down at
-    # the end of a process aborted ("terminate called without an active exception"), after all work was done.
-    os._exit(0)
-
-
-def _two_ranks(work: Callable[[int, str], None], folder: Path) -> None:
-    mp.start_processes(_on_rank, (work, str(folder)), nprocs=2, start_method="spawn")
-
-
 def test_masks_and_weights_are_the_same_on_both_ranks(tmp_path: Path) -> None:
-    _two_ranks(_train, tmp_path)
+    on_two_ranks(_train, tmp_path)
     first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1))
     assert first.keys() == _network().state_dict().keys()
     for name in first:
@@ -106,14 +90,14 @@ def test_masks_and_weights_are_the_same_on_both_ranks(tmp_path: Path) -> None:
 
 
 def test_masks_that_differ_between_ranks_are_refused_by_name(tmp_path: Path) -> None:
-    _two_ranks(_differ, tmp_path)
+    on_two_ranks(_differ, tmp_path)
     messages = [path.read_text() for path in tmp_path.glob("*.txt")]
     assert len(messages) == 2 and all("0.weight" in message and "rank" in message for message in messages)
 
 
 @pytest.mark.parametrize("observe", [_observe, _observe_by_histogram])
 def test_ranges_of_activations_are_the_same_on_both_ranks(observe: Callable[[int, str], None], tmp_path: Path) -> None:
-    _two_ranks(observe, tmp_path)
+    on_two_ranks(observe, tmp_path)
     first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1))
     assert any("scale" in name for name in first)
     for name in first:

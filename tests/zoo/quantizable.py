@@ -8,11 +8,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from sparsify.model.trace import trace
-from sparsify.quantization.placement import make_plan
-from sparsify.quantization.plan import QuantizationPlan, apply_plan, check_traced_ops
-from sparsify.quantization.scheme import QuantizationSettings
-
 
 class Block(nn.Module):
     """One in-place ReLU module at two places, and `out += x`: the residual block as everybody writes it."""
@@ -270,37 +265,3 @@ ZOO: dict[str, tuple[Any, Any]] = {
     "mlp": (mlp, lambda: torch.randn(16, 6)),
 }
 """Name -> (constructor, one batch)."""
-
-
-def quantized(model: nn.Module, *inputs: Any, settings: QuantizationSettings | None = None) -> QuantizationPlan:
-    """Quantizes `model` in place as its trace on `inputs` says; gives the plan."""
-    plan = make_plan(model, trace(model, inputs), settings or QuantizationSettings())
-    apply_plan(model, plan)
-    check_traced_ops(model, inputs, {})
-    return plan
-
-
-def trained(
-    name: str, steps: int = 4, settings: QuantizationSettings | None = None, lr: float = 0.05
-) -> tuple[nn.Module, Tensor]:
-    """A quantized model of the zoo after a few steps, in training mode, and a batch."""
-    build, batch = ZOO[name]
-    torch.manual_seed(0)
-    model = build()
-    inputs = batch()
-    quantized(model, inputs, settings=settings)
-    train(model, inputs, steps, lr)
-    return model, inputs
-
-
-def train(model: nn.Module, inputs: Any, steps: int, lr: float = 0.05) -> list[float]:
-    """A few steps of SGD with momentum; gives the losses."""
-    optimizer = torch.optim.SGD(model.parameters(), lr=lr, momentum=0.9)
-    losses = []
-    for _ in range(steps):
-        optimizer.zero_grad()
-        loss = (model(inputs) - 1.0).square().mean()
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
-    return losses
