@@ -14,7 +14,13 @@ __all__: list[str] = []
 
 @contextmanager
 def preserved(
-    model: nn.Module, *, modes: bool = True, buffers: bool = True, grads: bool = True, rng: bool = True
+    model: nn.Module,
+    *,
+    modes: bool = True,
+    buffers: bool = True,
+    grads: bool = True,
+    requires_grad: bool = True,
+    rng: bool = True,
 ) -> Iterator[None]:
     """The model as it was, after the block: also where the block raises, or Ctrl-C ends it.
 
@@ -28,10 +34,17 @@ def preserved(
             meta device, and those without a shape yet, have no values to be kept.
         grads: in the block no parameter has a `.grad`, so that nothing is added to those of the user; afterwards each
             has the very tensor that it had.
+        requires_grad: `requires_grad` of each parameter.
         rng: the random state of the CPU and of the CUDA devices that the model is on.
     """
     with ExitStack() as undo:
-        for wanted, keep in ((rng, _keep_rng), (grads, _keep_grads), (buffers, _keep_buffers), (modes, _keep_modes)):
+        for wanted, keep in (
+            (modes, _keep_modes),
+            (buffers, _keep_buffers),
+            (grads, _keep_grads),
+            (requires_grad, _keep_requires_grad),
+            (rng, _keep_rng),
+        ):
             if wanted:
                 keep(model, undo)
         yield
@@ -40,7 +53,7 @@ def preserved(
 @contextmanager
 def preserved_rng(model: nn.Module) -> Iterator[None]:
     """The random state as it was, after the block: that of the CPU and of the CUDA devices that `model` is on."""
-    with preserved(model, modes=False, buffers=False, grads=False):
+    with preserved(model, modes=False, buffers=False, grads=False, requires_grad=False):
         yield
 
 
@@ -84,6 +97,16 @@ def _keep_grads(model: nn.Module, undo: ExitStack) -> None:
     _call_at_exit(undo, put_back)
     for parameter, _ in grads:
         parameter.grad = None
+
+
+def _keep_requires_grad(model: nn.Module, undo: ExitStack) -> None:
+    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+
+    def put_back() -> None:
+        for parameter, wanted in flags:
+            parameter.requires_grad = wanted
+
+    _call_at_exit(undo, put_back)
 
 
 def _keep_rng(model: nn.Module, undo: ExitStack) -> None:
