@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import traceback
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +14,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from sparsify.analysis.macs import FREE_OPERATIONS, Cost, CountedOperand, TensorShape, operation_cost
 from sparsify.errors import ArgumentError, first_line
-from sparsify.model.trace import ModuleCall, ModuleNames
+from sparsify.model.preserved import eval_mode_, preserved
+from sparsify.model.trace import ModuleCall, ModuleNames, without_fast_path
 from sparsify.model.wrappers import clean_name
 
 __all__: list[str] = []
@@ -94,7 +93,13 @@ def recorded_operations(model: nn.Module, args: tuple[Any, ...], kwargs: dict[st
     watch = _OperationRecorder(model)
     handles: list[Any] = []
     try:
-        with untouched(model), torch.compiler.set_stance("force_eager"):
+        with (
+            preserved(model),
+            without_fast_path(),
+            torch.no_grad(),
+            torch.compiler.set_stance("force_eager"),
+        ):
+            eval_mode_(model)
             for name, module in model.named_modules():
                 path = clean_name(name)
                 handles.append(module.register_forward_pre_hook(lambda *_, path=path: watch.enter(path)))
@@ -163,32 +168,6 @@ class _OperationRecorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 def _has_storage(value: Tensor) -> bool:
     return value.layout is torch.strided and not value.is_nested
-
-
-@contextlib.contextmanager
-def untouched(model: nn.Module) -> Iterator[None]:
-    """The model in eval mode, without gradients and fused encoders; then its modes, buffers and random states again."""
-    modes = {module: module.training for module in model.modules()}
-    buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
-    fast = torch.backends.mha.get_fastpath_enabled()
-    devices = sorted({t.device.index for t in model.parameters() if t.is_cuda and t.device.index is not None})
-    with torch.random.fork_rng(devices=devices):
-        try:
-            # The fast path of TransformerEncoderLayer is one opaque operator.
-            torch.backends.mha.set_fastpath_enabled(False)
-            for module in modes:
-                module.training = False
-            with torch.no_grad():
-                yield
-        finally:
-            torch.backends.mha.set_fastpath_enabled(fast)
-            for module, mode in modes.items():
-                module.training = mode
-            with torch.no_grad():
-                for buffer, value in buffers:
-                    # By value only where it changed: a copy would bump version counters that autograd looks at.
-                    if not buffer.is_meta and not torch.equal(buffer, value):
-                        buffer.copy_(value)
 
 
 def _operation(target: Any, args: list[Any], owner: ModuleCall, result: Any) -> Operation | None:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from sparsify.errors import ArgumentError, DataError
+from sparsify.model.preserved import eval_mode_, preserved, preserved_rng
 from sparsify.model.signature import batch_arguments, named_outputs
 from sparsify.model.targets import is_finite
 
@@ -53,7 +54,7 @@ def collected_batches(
         raise ArgumentError(f"{where}: data is a {type(data).__name__}: give an iterable of batches, as a loader.")
     if most is not None and (isinstance(most, bool) or not isinstance(most, int) or most < 1):
         raise ArgumentError(f"{where}: batches={most!r}: give a whole number above 0, or None for all.")
-    with torch.random.fork_rng(devices=_devices(model)):  # a loader draws its order from torch's generator
+    with preserved_rng(model):  # a loader draws its order from torch's generator
         batches = [_batch(model, one, at, with_target, where) for at, one in enumerate(islice(data, most))]
     if not batches:
         raise DataError(f"{where}: data holds no batch. Give an iterable that can be gone through once more.")
@@ -123,16 +124,12 @@ class Trials:
             name: torch.zeros(p.shape, dtype=torch.promote_types(p.dtype, torch.float32), device=p.device)
             for name, p in parameters.items()
         }
-        wanted = [(parameter, parameter.requires_grad) for parameter in parameters.values()]
-        try:
-            for parameter, _ in wanted:
-                parameter.requires_grad_(True)
-            for at, batch in enumerate(self.batches):
-                with _restored(self.model), torch.enable_grad():
-                    self._add_squares(found, parameters, at, batch)
-        finally:
-            for parameter, required in wanted:
-                parameter.requires_grad_(required)
+        for at, batch in enumerate(self.batches):
+            with preserved(self.model), torch.enable_grad():
+                eval_mode_(self.model)
+                for parameter in parameters.values():
+                    parameter.requires_grad_(True)
+                self._add_squares(found, parameters, at, batch)
         for name, value in found.items():
             if not is_finite(value):
                 raise DataError(f"{self.where}: the gradient of {name!r} is not finite on this data.")
@@ -159,7 +156,8 @@ class Trials:
         first = not hasattr(self, "base")
         total = 0.0
         for at, batch in enumerate(self.batches):
-            with _restored(self.model), torch.no_grad():
+            with preserved(self.model), torch.no_grad():
+                eval_mode_(self.model)
                 outputs = self.model(*batch.args, **batch.kwargs)
                 if first and self._loss is None and _own_loss(outputs) is None:
                     self._keep(outputs, batch)
@@ -270,30 +268,3 @@ def replaced_weights(parameters: Mapping[str, nn.Parameter], values: Mapping[str
         except KeyboardInterrupt:
             put_back()
             raise
-
-
-@contextmanager
-def _restored(model: nn.Module) -> Iterator[None]:
-    """In eval mode; at the end modes, buffers and random state are what they were."""
-    modes = [(module, module.training) for module in model.modules()]
-    buffers = [
-        (module, name, buffer, buffer.detach().clone())
-        for module in model.modules()
-        for name, buffer in module._buffers.items()
-        if buffer is not None
-    ]
-    try:
-        with torch.random.fork_rng(devices=_devices(model)):
-            for module, _ in modes:
-                module.training = False
-            yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
-        for module, name, buffer, value in buffers:
-            module._buffers[name] = buffer
-            buffer.data.copy_(value)
-
-
-def _devices(model: nn.Module) -> list[int]:
-    return sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})

@@ -17,6 +17,7 @@ from torch.optim import LBFGS
 
 from sparsify.errors import ArgumentError, DataError, StateError
 from sparsify.model import distributed
+from sparsify.model.preserved import preserved
 from sparsify.model.signature import batch_arguments
 
 __all__: list[str] = []
@@ -140,7 +141,7 @@ def sampled(
         DataError: it yields nothing, or no loss.
     """
     losses: Iterator[Any] | None = None
-    with _without_traces(model):
+    with _sampling_from(model):
         for _ in range(count):
             loss = None if losses is None else next(losses, None)
             if loss is None:
@@ -183,19 +184,11 @@ def _loss(model: nn.Module, batch: Any, loss_function: Callable[..., Any]) -> An
 
 
 @contextmanager
-def _without_traces(model: nn.Module) -> Iterator[None]:
-    """Gradients, buffers and the RNG are at the end what they were at the beginning."""
-    gradients = [(parameter, parameter.grad) for parameter in model.parameters()]
-    buffers = [(b, b.detach().clone()) for b in model.buffers()]
-    devices = sorted({parameter.device.index or 0 for parameter, _ in gradients if parameter.device.type == "cuda"})
+def _sampling_from(model: nn.Module) -> Iterator[None]:
+    """The forwards in the block are told to be of a sampler, and leave the model as it was."""
     token = _SAMPLING.set(True)
     try:
-        with torch.random.fork_rng(devices=devices), torch.enable_grad():
+        with preserved(model), torch.enable_grad():
             yield
     finally:
         _SAMPLING.reset(token)
-        for parameter, gradient in gradients:
-            parameter.grad = gradient
-        with torch.no_grad():
-            for buffer, value in buffers:
-                buffer.copy_(value)

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from sparsify.errors import ArgumentError, first_line
+from sparsify.model.preserved import eval_mode_, preserved
 from sparsify.model.wrappers import clean_name
 
 __all__: list[str] = []
@@ -251,40 +252,42 @@ def exported(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | N
     Raises:
         ArgumentError: the model cannot be traced or fails on these inputs; the message says where in its code.
     """
-    modes = {module: module.training for module in model.modules()}
-    buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
+    try:
+        with preserved(model), without_fast_path(), _without_cache(model), torch.no_grad(), _quiet_export():
+            eval_mode_(model)
+            return torch.export.export(model, args, kwargs or {}, strict=False)
+    # Any code of a user may stand in forward, and fail in any way.
+    except Exception as error:
+        raise ArgumentError(
+            f"{type(model).__name__} cannot be traced on these inputs{_where(error)}: {type(error).__name__}: "
+            f"{first_line(error).rstrip('.')}. Give sample_inputs that the model accepts as they are; control flow "
+            "that depends on the values of tensors, and custom extensions, cannot be traced."
+        ) from error
+
+
+@contextlib.contextmanager
+def without_fast_path() -> Iterator[None]:
+    """Attention as training computes it: the fast path of TransformerEncoderLayer is one opaque operator."""
     fast = torch.backends.mha.get_fastpath_enabled()
-    # Hugging Face models that return a cache of keys and values: an object that no trace can return.
+    try:
+        torch.backends.mha.set_fastpath_enabled(False)
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
+
+
+@contextlib.contextmanager
+def _without_cache(model: nn.Module) -> Iterator[None]:
+    """No cache of keys and values in what a model of transformers returns: an object that no trace can return."""
     config = getattr(model, "config", None)
     caches = getattr(config, "use_cache", None)
-    devices = sorted({t.device.index for t in model.parameters() if t.is_cuda and t.device.index is not None})
-    with torch.random.fork_rng(devices=devices):
-        try:
-            # The fast path of TransformerEncoderLayer is one opaque operator; training takes the other.
-            torch.backends.mha.set_fastpath_enabled(False)
-            if caches is True:
-                config.use_cache = False  # type: ignore[union-attr]
-            for module in modes:
-                module.training = False
-            with torch.no_grad(), _quiet_export():
-                return torch.export.export(model, args, kwargs or {}, strict=False)
-        except Exception as error:
-            raise ArgumentError(
-                f"{type(model).__name__} cannot be traced on these inputs{_where(error)}: {type(error).__name__}: "
-                f"{first_line(error).rstrip('.')}. Give sample_inputs that the model accepts as they are; control flow "
-                "that depends on the values of tensors, and custom extensions, cannot be traced."
-            ) from error
-        finally:
-            torch.backends.mha.set_fastpath_enabled(fast)
-            if caches is True:
-                config.use_cache = True  # type: ignore[union-attr]
-            for module, mode in modes.items():
-                module.training = mode
-            with torch.no_grad():
-                for buffer, value in buffers:
-                    # By value only where it changed: a copy would bump version counters that autograd looks at.
-                    if not torch.equal(buffer, value):
-                        buffer.copy_(value)
+    try:
+        if caches is True:
+            config.use_cache = False  # type: ignore[union-attr]
+        yield
+    finally:
+        if caches is True:
+            config.use_cache = True  # type: ignore[union-attr]
 
 
 class ModuleNames:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from sparsify.errors import ArgumentError, DataError, ExportError, SparsifyWarning, StateError, TargetError
+from sparsify.model.preserved import preserved_rng
 from sparsify.model.signature import batch_arguments, check_module
 from sparsify.model.targets import is_finite, named_modules
 from sparsify.model.trace import Trace, trace
@@ -176,8 +177,7 @@ def quantize_model(
     if not data and sample_inputs is None:
         raise ArgumentError("neither calibration_data nor sample_inputs: give at least inputs to trace the model on.")
     sample = data[0] if sample_inputs is None else sample_inputs
-    devices = sorted({t.device.index for t in model.parameters() if t.is_cuda and t.device.index is not None})
-    with torch.random.fork_rng(devices=devices):
+    with preserved_rng(model):
         reference = _deep_copied(model)
         args, kwargs = batch_arguments(reference, sample)
         traced = trace(reference, args, kwargs)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sparsify.errors import ArgumentError, ExportError, first_line
+from sparsify.model.preserved import preserved_rng
 from sparsify.model.signature import SampleInputs, check_module, named_outputs
 from sparsify.model.wrappers import unwrapped
 from sparsify.onnx.export import deployed_copy
@@ -256,7 +257,7 @@ def _eager(model: nn.Module, call: SampleInputs) -> dict[str, np.ndarray]:
     model = copy.deepcopy(model).eval()
     device = next((tensor.device for tensor in [*model.parameters(), *model.buffers()]), torch.device("cpu"))
     args, kwargs = call.arguments([tensor.detach().to(device) for tensor in call.inputs.values()])
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), torch.no_grad():
+    with preserved_rng(model), torch.no_grad():
         try:
             outputs = model(*args, **kwargs)
         # Whatever the user's own code raises on inputs that it was not written for.
@@ -393,7 +394,7 @@ def _record(deployed: nn.Module, call: SampleInputs) -> dict[str, np.ndarray]:
             return result
 
     args, kwargs = call.arguments([tensor.detach().cpu() for tensor in call.inputs.values()])
-    with _module_stack(deployed) as inside, torch.random.fork_rng(devices=[]), torch.no_grad(), cast(Any, Recorder)():
+    with _module_stack(deployed) as inside, preserved_rng(deployed), torch.no_grad(), cast(Any, Recorder)():
         deployed(*args, **kwargs)
     return recorded
 

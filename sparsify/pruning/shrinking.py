@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from sparsify.errors import ArgumentError, DataError
+from sparsify.model.preserved import preserved, preserved_rng
 from sparsify.model.signature import SampleInputs, check_module, named_outputs
 from sparsify.model.targets import is_finite
 from sparsify.model.wrappers import is_distributed, unwrapped
@@ -276,8 +276,7 @@ class _Judge:
         self.expected = self._outputs(self.model)
 
     def _outputs(self, model: nn.Module) -> dict[str, Tensor]:
-        devices = sorted({p.device.index for p in model.parameters() if p.is_cuda and p.device.index is not None})
-        with torch.no_grad(), torch.random.fork_rng(devices=devices):
+        with preserved_rng(model), torch.no_grad():
             given, _ = named_outputs(model(*self.args, **self.kwargs))
         return {name: value for name, value in given.items() if value.is_floating_point()}
 
@@ -352,7 +351,8 @@ class _Judge:
 
 
 def _copy(model: nn.Module) -> nn.Module:
-    with _without_grads(model):
+    # Gradients are not copied, and hold no memory twice.
+    with preserved(model, modes=False, buffers=False, requires_grad=False, rng=False):
         try:
             return copy.deepcopy(model)
         # Any code of a user may stand in __deepcopy__; torch refuses outputs of a graph with RuntimeError, pickle's way
@@ -362,19 +362,6 @@ def _copy(model: nn.Module) -> nn.Module:
                 f"{type(model).__name__} cannot be copied, and removing channels is tried on a copy first: {error} "
                 "Take out of its modules what a forward pass left there, such as outputs that are kept."
             ) from error
-
-
-@contextmanager
-def _without_grads(model: nn.Module) -> Iterator[None]:
-    """Gradients are not copied, and hold no memory twice."""
-    held = [(p, p.grad) for p in model.parameters()]
-    try:
-        for p, _ in held:
-            p.grad = None
-        yield
-    finally:
-        for p, grad in held:
-            p.grad = grad
 
 
 def _shake(model: nn.Module) -> None:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from sparsify.errors import TargetError
+from sparsify.model.preserved import eval_mode_, preserved
 
 __all__: list[str] = []
 
@@ -160,7 +161,7 @@ def entries_of(
 
         handles.append(module.register_forward_hook(see, with_kwargs=True))
     try:
-        with _without_side_effects(model):
+        with _evaluated(model):
             model.forward(*args, **kwargs)
     finally:
         for handle in handles:
@@ -170,7 +171,7 @@ def entries_of(
 
 def _given_by(module: nn.Module, known: Skip, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int:
     forward = known.forward or functools.partial(known.original.forward, module)
-    with _without_side_effects(module):
+    with _evaluated(module):
         return _compared(known.name, _first_tensor_of(args, kwargs), forward(*args, **kwargs))
 
 
@@ -194,25 +195,11 @@ def _compared(name: str, read: Tensor | None, gives: Any) -> int:
 
 
 @contextlib.contextmanager
-def _without_side_effects(module: nn.Module) -> Iterator[None]:
-    """In eval mode and without gradients; afterwards modes, buffers and random numbers are what they were."""
-    modes = [(one, one.training) for one in module.modules()]
-    buffers = [(one, name, held) for one in module.modules() for name, held in one._buffers.items() if held is not None]
-    values = [held.clone() for _, _, held in buffers]
-    tensors = itertools.chain(module.parameters(), module.buffers())
-    devices = sorted({tensor.device.index or 0 for tensor in tensors if tensor.device.type == "cuda"})
-    try:
-        for one, _ in modes:
-            one.training = False
-        with torch.no_grad(), torch.random.fork_rng(devices):
-            yield
-    finally:
-        for one, training in modes:
-            one.training = training
-        with torch.no_grad():
-            for (one, name, held), value in zip(buffers, values, strict=True):
-                one._buffers[name] = held
-                held.copy_(value)
+def _evaluated(module: nn.Module) -> Iterator[None]:
+    """In eval mode and without gradients; afterwards the module is what it was."""
+    with preserved(module), torch.no_grad():
+        eval_mode_(module)
+        yield
 
 
 def _first_tensor_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor | None:

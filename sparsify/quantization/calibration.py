@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from sparsify.errors import ArgumentError, DataError, SparsifyError
+from sparsify.model.preserved import eval_mode_, preserved
 from sparsify.model.signature import batch_arguments
 from sparsify.quantization.layers import quantizers
 
@@ -35,15 +36,14 @@ def calibrate(model: nn.Module, data: Iterable[Any], steps: int | None = None) -
     Raises:
         DataError: there was no batch, one that the model cannot take, or values were not finite.
     """
-    modes = {module: module.training for module in model.modules()}
     found = list(quantizers(model))
     count = samples = 0
     try:
         for quantizer in found:
             quantizer.calibrating = True
-        for module in modes:
-            module.training = False
-        with torch.no_grad():
+        # Ranges are buffers; and the data may be drawn from the random state that training goes on with.
+        with preserved(model, buffers=False, rng=False), torch.no_grad():
+            eval_mode_(model)
             for batch in islice(data, steps):
                 samples += samples_in(batch, count)
                 _run(model, batch, count)
@@ -51,8 +51,6 @@ def calibrate(model: nn.Module, data: Iterable[Any], steps: int | None = None) -
     finally:
         for quantizer in found:
             quantizer.calibrating = False
-        for module, mode in modes.items():
-            module.training = mode
     if not count:
         raise DataError(EMPTY)
     return count, samples

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from sparsify.errors import StateError
+from sparsify.model.preserved import eval_mode_, preserved
 from sparsify.model.targets import named_modules
 from sparsify.quantization.attention import FORMS, disable_fast_path, quantize_attention
 from sparsify.quantization.fake_quantize import FakeQuantize
@@ -333,23 +334,10 @@ def check_traced_ops(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, 
     }
     if not any(module._counts for module in watched.values()):
         return []
-    modes = {module: module.training for module in model.modules()}
-    kept = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
-    devices = sorted({t.device.index for t in model.parameters() if t.is_cuda and t.device.index is not None})
-    with torch.random.fork_rng(devices=devices):
-        try:
-            for module in modes:
-                module.training = False
-            with torch.no_grad():
-                # Not through __call__: this may run inside a hook of that very call.
-                model.forward(*args, **kwargs)
-        finally:
-            for module, mode in modes.items():
-                module.training = mode
-            with torch.no_grad():
-                for buffer, value in kept:
-                    if not torch.equal(buffer, value):
-                        buffer.copy_(value)
+    with preserved(model), torch.no_grad():
+        eval_mode_(model)
+        # Not through __call__: this may run inside a hook of that very call.
+        model.forward(*args, **kwargs)
     return [name for name, module in watched.items() if module._off]
 
 
