@@ -17,7 +17,8 @@ sys.path.insert(0, str(ROOT))
 
 from sparsify.output.files import replacing  # noqa: E402
 from tests import conftest  # noqa: E402, F401  makes torchvision importable
-from tests.quantization.test_quantized_zoo import NAMES, STEPS, Passed, taken_through  # noqa: E402
+from tests.zoo.quantized_runs import QAT_ARCHITECTURES, QatRun, run_qat  # noqa: E402
+from tests.zoo.quantized_runs import QAT_STEPS as STEPS  # noqa: E402
 
 HEAD = f"""# The quantized zoo
 
@@ -41,7 +42,7 @@ training with the default recipe, `export_onnx`, `verify_onnx` on a fresh batch.
 """
 
 
-def row(passed: Passed) -> str:
+def row(passed: QatRun) -> str:
     found = passed.verification
     integer = [tensor for tensor in found.tensors if tensor.exact]
     right = sum(1 for tensor in integer if tensor.optimized is not None and tensor.optimized.count == 0)
@@ -66,8 +67,8 @@ def main() -> None:
     names = sys.argv[1:]
     rows = []
     with tempfile.TemporaryDirectory() as folder:
-        for name in names or NAMES:
-            passed = taken_through(name, Path(folder) / "model.onnx")
+        for name in names or QAT_ARCHITECTURES:
+            passed = run_qat(name, Path(folder) / "model.onnx")
             rows.append(row(passed))
             print(passed.verification if names else rows[-1], flush=True)
     if not names:

@@ -153,3 +153,9 @@ def train(model: nn.Module, inputs: Any, steps: int, lr: float = 0.05) -> list[f
     """The losses of a few steps of SGD with momentum that bring all outputs towards one."""
     optimizer = torch.optim.SGD(model.parameters(), lr=lr, momentum=0.9)
     return [train_step(model, optimizer, inputs, 1.0) for _ in range(steps)]
+
+
+def holds_state(model: nn.Module, before: dict[str, Tensor]) -> bool:
+    """True if the model's state is this one, to the bit."""
+    after = model.state_dict()
+    return before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)

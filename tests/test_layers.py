@@ -153,6 +153,13 @@ def test_at_the_top_stand_folders_alone() -> None:
         assert "mports" in (ast.get_docstring(ast.parse(path.read_text())) or ""), f"{path}: say what it may import"
 
 
+def test_no_test_file_imports_another() -> None:
+    """Tests share tests/loops.py, tests/zoo/ and their like, so that each file can be read, moved and run alone."""
+    files = files_of(ROOT.parent / "tests")
+    for module, path in files.items():
+        assert not [name for name in imports(path, files) if "test_" in name and name.startswith("tests.")], module
+
+
 def test_no_file_is_called_utils_or_helpers() -> None:
     vague = {"utils", "util", "helpers", "common", "misc"}
     assert not [module for module in files_of(ROOT) if module.split(".")[-1] in vague]

@@ -18,31 +18,14 @@ from sparsify.pruning.masker import Masker
 from sparsify.pruning.removal import Removal, plan_removal, remove, tensors
 from sparsify.pruning.shrinking import deletion_masks
 from sparsify.training.checkpoint import checksum
+from tests.loops import holds_state, train_step
 from tests.optimizer_forms import FORMS, Form
-from tests.zoo.prunable import Encoder, Residual
-
-IMAGES = torch.randn(6, 2, 8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
-WORDS = torch.randn(5, 7, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(4))
-
-
-def network(kind: type[nn.Module] = Residual) -> tuple[nn.Module, Tensor]:
-    torch.manual_seed(0)
-    return kind().double(), IMAGES if kind is Residual else WORDS
-
-
-def half(channel_groups: ChannelGroups) -> dict[str, list[int]]:
-    return {name: list(range(0, channel_group.size, 2)) for name, channel_group in channel_groups.groups.items()}
+from tests.zoo.prunable import Encoder, Residual, every_second, made_in_double
 
 
 def loss_of(model: nn.Module, x: Tensor) -> Tensor:
     out: Tensor = model(x)
     return out.square().mean()
-
-
-def step(model: nn.Module, optimizer: Any, x: Tensor) -> None:
-    optimizer.zero_grad()
-    loss_of(model, x).backward()
-    optimizer.step()
 
 
 def kept(model: nn.Module, removal: Removal) -> dict[str, Tensor]:
@@ -69,14 +52,14 @@ UNMOVED = {f"{layer}.{what}" for layer in ("conv1", "conv3", "attention.key") fo
 @pytest.mark.parametrize("kind", [Residual, Encoder])
 @pytest.mark.parametrize("form", LOCAL.values(), ids=LOCAL.keys())
 def test_training_goes_on_as_the_masked_model_would(form: Form, kind: type[nn.Module]) -> None:
-    masked, x = network(kind)
+    masked, x = made_in_double(kind)
     optimizer = form(masked)
     scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 2, 0.5)
     for _ in range(3):
-        step(masked, optimizer, x)
+        train_step(masked, optimizer, x)
         scheduler.step()
     channel_groups = find(masked, (x,))
-    pruned = half(channel_groups)
+    pruned = every_second(channel_groups)
     assert pruned
     masker = Masker(masked, optimizer)
     for name, mask in deletion_masks(masked, channel_groups, pruned).items():
@@ -85,10 +68,10 @@ def test_training_goes_on_as_the_masked_model_would(form: Form, kind: type[nn.Mo
     plan = plan_removal(shrunk, channel_groups, pruned)
     remove(shrunk, plan, its_optimizer)
     for _ in range(3):
-        step(masked, optimizer, x)
+        train_step(masked, optimizer, x)
         masker.apply()
         scheduler.step()
-        step(shrunk, its_optimizer, x)
+        train_step(shrunk, its_optimizer, x)
         its_scheduler.step()
     assert its_optimizer.param_groups[0]["lr"] == optimizer.param_groups[0]["lr"]
     assert torch.allclose(shrunk(x), masked(x), rtol=1e-9, atol=1e-11)
@@ -99,7 +82,7 @@ def test_training_goes_on_as_the_masked_model_would(form: Form, kind: type[nn.Mo
 
 
 def test_lbfgs_begins_its_history_anew_and_goes_on() -> None:
-    model, x = network()
+    model, x = made_in_double()
     optimizer = torch.optim.LBFGS(model.parameters(), lr=0.1, max_iter=2)
 
     def closure() -> Tensor:
@@ -110,14 +93,14 @@ def test_lbfgs_begins_its_history_anew_and_goes_on() -> None:
 
     optimizer.step(closure)
     channel_groups = find(model, (x,))
-    remove(model, plan_removal(model, channel_groups, half(channel_groups)), optimizer)
+    remove(model, plan_removal(model, channel_groups, every_second(channel_groups)), optimizer)
     before = closure().item()
     optimizer.step(closure)
     assert closure().item() < before
 
 
 def test_parameters_stay_the_objects_that_they_are() -> None:
-    model, x = network()
+    model, x = made_in_double()
     parameters = dict(model.named_parameters())
     ids = {name: id(p) for name, p in parameters.items()}
     refs = {name: weakref.ref(p) for name, p in parameters.items()}
@@ -126,7 +109,7 @@ def test_parameters_stay_the_objects_that_they_are() -> None:
     held = loss_of(model, x)  # a user's own variable, alive across the removal
     held.backward(retain_graph=True)
     channel_groups = find(model, (x,))
-    remove(model, plan_removal(model, channel_groups, half(channel_groups)))
+    remove(model, plan_removal(model, channel_groups, every_second(channel_groups)))
     assert {name: id(p) for name, p in model.named_parameters()} == ids
     assert all(refs[name]() is p for name, p in model.named_parameters())
     assert all(p.grad is not None and p.grad.shape == p.shape for p in model.parameters())
@@ -136,20 +119,20 @@ def test_parameters_stay_the_objects_that_they_are() -> None:
 
 
 def test_compiled_code_sees_the_smaller_model() -> None:
-    model, x = network()
+    model, x = made_in_double()
     compiled = torch.compile(model, backend="aot_eager")
     compiled(x).sum().backward()
     channel_groups = find(model, (x,))
-    remove(model, plan_removal(model, channel_groups, half(channel_groups)))
+    remove(model, plan_removal(model, channel_groups, every_second(channel_groups)))
     assert torch.allclose(compiled(x), model(x))
     compiled(x).sum().backward()
 
 
 def test_gradients_are_cut_and_memory_is_given_back() -> None:
-    model, x = network()
+    model, x = made_in_double()
     loss_of(model, x).backward()
     channel_groups = find(model, (x,))
-    plan = plan_removal(model, channel_groups, half(channel_groups))
+    plan = plan_removal(model, channel_groups, every_second(channel_groups))
     grads = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
     remove(model, plan)
     index = plan.keep["conv1.weight"][0]
@@ -174,7 +157,7 @@ def test_layers_numbers_follow_their_weights(
     model = nn.Sequential(one(4, 4, 1), layer, nn.ReLU(), one(8, 3, 1)).double()
     x = torch.randn(shape, dtype=torch.float64)
     channel_groups = find(model, (x,))
-    pruned = half(channel_groups)
+    pruned = every_second(channel_groups)
     for name, mask in deletion_masks(model, channel_groups, pruned).items():
         with torch.no_grad():
             dict(model.named_parameters())[name].mul_(mask)
@@ -188,16 +171,16 @@ def test_layers_numbers_follow_their_weights(
 def test_groups_of_a_depthwise_convolution_become_fewer() -> None:
     model = nn.Sequential(nn.Conv2d(3, 8, 1), nn.Conv2d(8, 8, 3, groups=8), nn.Conv2d(8, 2, 1))
     channel_groups = find(model, (torch.randn(1, 3, 6, 6),))
-    remove(model, plan_removal(model, channel_groups, half(channel_groups)))
+    remove(model, plan_removal(model, channel_groups, every_second(channel_groups)))
     depthwise = model[1]
     assert (depthwise.groups, depthwise.in_channels, depthwise.out_channels) == (4, 4, 4)
 
 
 def test_channels_last_stays() -> None:
-    model, x = network()
+    model, x = made_in_double()
     model.to(memory_format=torch.channels_last)
     channel_groups = find(model, (x,))
-    remove(model, plan_removal(model, channel_groups, half(channel_groups)))
+    remove(model, plan_removal(model, channel_groups, every_second(channel_groups)))
     weight = dict(model.named_parameters())["conv2.weight"]
     assert weight.is_contiguous(memory_format=torch.channels_last)
     assert not weight.is_contiguous()
@@ -219,7 +202,7 @@ def test_tied_weights_stay_tied() -> None:
     model = Tied().double()
     x = torch.randn(4, 3, dtype=torch.float64)
     channel_groups = find(model, (x,))
-    pruned = half(channel_groups)
+    pruned = every_second(channel_groups)
     remove(model, plan_removal(model, channel_groups, pruned))
     assert model.first.weight is model.second.weight
     assert model.first.in_features == model.second.out_features == model.first.weight.shape[0] < 6
@@ -227,15 +210,15 @@ def test_tied_weights_stay_tied() -> None:
 
 
 def test_a_removal_is_saved_and_applied_to_a_fresh_model() -> None:
-    model, x = network(Encoder)
+    model, x = made_in_double(Encoder)
     channel_groups = find(model, (x,))
-    plan = plan_removal(model, channel_groups, half(channel_groups))
+    plan = plan_removal(model, channel_groups, every_second(channel_groups))
     file = io.BytesIO()
     torch.save(plan.state_dict(), file)
     file.seek(0)
     state = torch.load(file, weights_only=True)
     assert checksum(state) == checksum(plan.state_dict())
-    fresh, _ = network(Encoder)
+    fresh, _ = made_in_double(Encoder)
     fresh.load_state_dict(model.state_dict())
     remove(model, plan)
     remove(fresh, Removal.from_state(state))
@@ -264,18 +247,13 @@ def test_a_config_is_changed_in_a_copy() -> None:
     remove(transformers.BertModel(config), plan)
 
 
-def unchanged(model: nn.Module, before: dict[str, Tensor]) -> bool:
-    after = model.state_dict()
-    return before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
-
-
 def test_what_fails_half_way_is_undone(monkeypatch: pytest.MonkeyPatch) -> None:
-    model, x = network(Encoder)
+    model, x = made_in_double(Encoder)
     optimizer = torch.optim.AdamW(model.parameters())
-    step(model, optimizer, x)
+    train_step(model, optimizer, x)
     before, remembered = copy.deepcopy(model.state_dict()), copy.deepcopy(optimizer.state_dict())
     channel_groups = find(model, (x,))
-    plan = plan_removal(model, channel_groups, half(channel_groups))
+    plan = plan_removal(model, channel_groups, every_second(channel_groups))
     put, calls = removals._put, []
 
     def fails(*args: Any) -> None:
@@ -288,11 +266,11 @@ def test_what_fails_half_way_is_undone(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(KeyboardInterrupt):
         remove(model, plan, optimizer)
     monkeypatch.undo()
-    assert unchanged(model, before)
+    assert holds_state(model, before)
     assert model.attention.heads == 4
     after = optimizer.state_dict()["state"]
     assert all(torch.equal(after[i]["exp_avg"], s["exp_avg"]) for i, s in remembered["state"].items())
-    step(model, optimizer, x)
+    train_step(model, optimizer, x)
 
 
 @pytest.mark.parametrize(
@@ -304,30 +282,30 @@ def test_what_fails_half_way_is_undone(monkeypatch: pytest.MonkeyPatch) -> None:
     ],
 )
 def test_what_cannot_be_removed_is_refused(pruned: dict[str, Any], error: type[Exception], message: str) -> None:
-    model, x = network()
+    model, x = made_in_double()
     with pytest.raises(error, match=message):
         plan_removal(model, find(model, (x,)), pruned)
 
 
 def test_another_model_is_refused_before_anything_changes() -> None:
-    model, x = network()
+    model, x = made_in_double()
     channel_groups = find(model, (x,))
-    plan = plan_removal(model, channel_groups, half(channel_groups))
+    plan = plan_removal(model, channel_groups, every_second(channel_groups))
     other = Residual(width=14).double()
     before = copy.deepcopy(other.state_dict())
     with pytest.raises(StateError, match=r"'conv1.weight' has shape \(14, 2, 3, 3\).*\(12, 2, 3, 3\)"):
         remove(other, plan)
-    assert unchanged(other, before)
+    assert holds_state(other, before)
     with pytest.raises(StateError, match=r"has no 'conv1\.weight'"):
         remove(nn.Linear(2, 2), plan)
 
 
 def test_channel_groups_of_a_model_that_changed_since_are_refused() -> None:
-    model, x = network()
+    model, x = made_in_double()
     channel_groups = find(model, (x,))
-    remove(model, plan_removal(model, channel_groups, half(channel_groups)))
+    remove(model, plan_removal(model, channel_groups, every_second(channel_groups)))
     with pytest.raises(StateError, match="the model was changed since"):
-        plan_removal(model, channel_groups, half(channel_groups))
+        plan_removal(model, channel_groups, every_second(channel_groups))
 
 
 def test_a_number_in_code_that_means_two_sizes_is_left_alone() -> None:

@@ -18,8 +18,9 @@ from torch.utils._pytree import tree_leaves, tree_map
 from sparsify import export_onnx
 from sparsify.pruning.groups import ChannelGroups, find
 from sparsify.pruning.removal import Removal, plan_removal, remove
-from sparsify.pruning.shrinking import deletion_masks, dry_run
+from sparsify.pruning.shrinking import dry_run
 from tests.zoo.architectures import ARCHITECTURES, Architecture
+from tests.zoo.prunable import mask_channels_
 
 Inputs = tuple[tuple[Any, ...], dict[str, Any]]
 
@@ -75,10 +76,7 @@ def half(channel_groups: ChannelGroups, kinds: frozenset[str] | None = None) -> 
 def masked(model: nn.Module, channel_groups: ChannelGroups, pruned: dict[str, list[int]]) -> nn.Module:
     """A copy whose deleted channels are zeros, in all that belongs to them."""
     result = copy.deepcopy(model)
-    parameters = dict(result.named_parameters(remove_duplicate=False))
-    with torch.no_grad():
-        for name, kept in deletion_masks(result, channel_groups, pruned).items():
-            parameters[name].mul_(kept)
+    mask_channels_(result, channel_groups, pruned)
     return result
 
 

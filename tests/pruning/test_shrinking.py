@@ -10,24 +10,18 @@ from torch import Tensor, nn
 
 import sparsify
 from sparsify.errors import ArgumentError, DataError, StateError
-from sparsify.pruning.groups import ChannelGroups, find
-from sparsify.pruning.shrinking import dead, deletion_masks, dry_run
-from tests.pruning.test_removal import half, network, unchanged
-from tests.zoo.prunable import Encoder, Residual
-
-
-def masked(model: nn.Module, channel_groups: ChannelGroups, pruned: dict[str, list[int]]) -> None:
-    with torch.no_grad():
-        for name, mask in deletion_masks(model, channel_groups, pruned).items():
-            dict(model.named_parameters())[name].mul_(mask)
+from sparsify.pruning.groups import find
+from sparsify.pruning.shrinking import dead, dry_run
+from tests.loops import holds_state
+from tests.zoo.prunable import Encoder, Residual, every_second, made_in_double, mask_channels_
 
 
 @pytest.mark.parametrize("kind", [Residual, Encoder])
 def test_what_was_masked_is_found_and_removed(kind: type[nn.Module]) -> None:
-    model, x = network(kind)
+    model, x = made_in_double(kind)
     channel_groups = find(model, (x,))
-    pruned = half(channel_groups)
-    masked(model, channel_groups, pruned)
+    pruned = every_second(channel_groups)
+    mask_channels_(model, channel_groups, pruned)
     assert {name: list(channels) for name, channels in dead(model, channel_groups).items()} == pruned
     modes = {name: module.training for name, module in model.named_modules()}
     state = torch.get_rng_state()
@@ -44,9 +38,9 @@ def test_what_was_masked_is_found_and_removed(kind: type[nn.Module]) -> None:
 
 
 def test_a_second_time_nothing_is_left_to_remove() -> None:
-    model, x = network()
+    model, x = made_in_double()
     channel_groups = find(model, (x,))
-    masked(model, channel_groups, half(channel_groups))
+    mask_channels_(model, channel_groups, every_second(channel_groups))
     sparsify.shrink(model, x)
     again = sparsify.shrink(model, x)
     assert again.widths == {}
@@ -89,13 +83,13 @@ def test_one_channel_stays_of_a_group_that_is_dead_altogether() -> None:
 
 
 def test_a_copy_is_shrunk_alike_and_an_optimizer_goes_on() -> None:
-    model, x = network(Encoder)
+    model, x = made_in_double(Encoder)
     optimizer = torch.optim.AdamW(model.parameters())
     model(x).sum().backward()
     optimizer.step()
     average = copy.deepcopy(model)
     channel_groups = find(model, (x,))
-    masked(model, channel_groups, half(channel_groups))
+    mask_channels_(model, channel_groups, every_second(channel_groups))
     done = sparsify.shrink(model, x, optimizer)
     done.apply_to(average)
     assert {n: p.shape for n, p in average.named_parameters()} == {n: p.shape for n, p in model.named_parameters()}
@@ -127,7 +121,7 @@ def test_what_code_has_as_a_fixed_size_stays_whole_with_the_reason() -> None:
     checked = dry_run(model, found, (x,))
     assert set(checked.groups) == {"down.weight", "free.weight"}
     assert "the smaller model fails: RuntimeError" in checked.whole["up.weight"]
-    assert unchanged(model, before)
+    assert holds_state(model, before)
 
 
 class Lying(nn.Module):
@@ -243,7 +237,7 @@ def test_a_constant_that_equals_a_size_by_chance_is_told_from_one_that_follows()
     model, x = Buckets().double(), torch.randn(3, 4, dtype=torch.float64)
     checked = dry_run(model, find(model, (x,)), (x,))
     assert checked.constants == {"buckets"}
-    masked(model, checked, half(checked))
+    mask_channels_(model, checked, every_second(checked))
     before = model(x)
     sparsify.shrink(model, x)
     assert (model.width, model.buckets) == (4, 8)
@@ -251,7 +245,7 @@ def test_a_constant_that_equals_a_size_by_chance_is_told_from_one_that_follows()
 
 
 def test_outputs_that_are_not_finite_are_refused() -> None:
-    model, x = network()
+    model, x = made_in_double()
     with torch.no_grad():
         model.fc.weight[0, 0] = torch.nan
     before = model.conv1.weight.clone()
@@ -282,7 +276,7 @@ def test_a_model_that_cannot_be_copied_is_refused() -> None:
 
 
 def test_a_live_wrapper_of_several_processes_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    model, x = network()
+    model, x = made_in_double()
     monkeypatch.setattr("sparsify.pruning.removal.is_distributed", lambda _: True)
     monkeypatch.setattr("sparsify.pruning.shrinking.is_distributed", lambda _: True)
     with pytest.raises(StateError, match="unwrap, shrink, wrap again"):

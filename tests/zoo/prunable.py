@@ -7,6 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sparsify.pruning.groups import ChannelGroups
+from sparsify.pruning.shrinking import deletion_masks
+
 
 class Residual(nn.Module):
     """Convolutions with a way around two of them: conv1 and conv3 give one channel group, conv2 another."""
@@ -109,3 +112,27 @@ def step(model: nn.Module, optimizer: Any, number: int, dtype: torch.dtype = tor
     loss.backward()
     optimizer.step()
     return float(loss.detach())
+
+
+# float64 for `made_in_double`.
+IMAGES = torch.randn(6, 2, 8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+
+WORDS = torch.randn(5, 7, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(4))
+
+
+def made_in_double(kind: type[nn.Module] = Residual) -> tuple[nn.Module, Tensor]:
+    """A model in float64 and a batch for it."""
+    torch.manual_seed(0)
+    return kind().double(), IMAGES if kind is Residual else WORDS
+
+
+def every_second(channel_groups: ChannelGroups) -> dict[str, list[int]]:
+    """Half of the channels of every channel group."""
+    return {name: list(range(0, channel_group.size, 2)) for name, channel_group in channel_groups.groups.items()}
+
+
+def mask_channels_(model: nn.Module, channel_groups: ChannelGroups, pruned: dict[str, list[int]]) -> None:
+    """Writes zeros into all that belongs to these channels."""
+    with torch.no_grad():
+        for name, mask in deletion_masks(model, channel_groups, pruned).items():
+            dict(model.named_parameters(remove_duplicate=False))[name].mul_(mask)
