@@ -11,7 +11,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Protocol
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
     from torch.optim import Optimizer
 
+    from sparsify.model.signature import CallArguments
     from sparsify.model.trace import Trace
     from sparsify.modifiers.learning_rate_ledger import Entry, LearningRateLedger
     from sparsify.modifiers.run_log import RunLog
@@ -212,13 +213,48 @@ class Active:
         """Continues from `state`, first putting the model into the structure that it had."""
 
 
+class RunInputs(Protocol):
+    """The inputs of the model, for a modifier that traces it."""
+
+    given: CallArguments | None
+    """What the user gave as `sample_inputs`: known before the first forward."""
+    calibration_data: Iterable[Any] | None
+    """Batches of inputs; a modifier that reads an iterator puts back what it read."""
+
+    def when_known(self, callback: Callable[[tuple[Any, ...], dict[str, Any]], None]) -> None:
+        """Calls `callback(args, kwargs)`: at once where inputs are known, otherwise in the first forward, before it
+        computes."""
+
+    def trace(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Trace:
+        """The traced view of the model on these inputs, taken once and shared."""
+
+
+class RunChannels(Protocol):
+    """The channels of the model, for a modifier that masks or removes them."""
+
+    def groups(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> ChannelGroups:
+        """The channel groups that a dry run on these inputs found to be exact; found once and shared."""
+
+    def claim(self, modifier: Modifier, channel_groups: Mapping[str, Iterable[str]]) -> None:
+        """Notes that `modifier` masks these channel groups, {name: tensors}.
+
+        Raises:
+            RecipeError: another modifier is at work on one of them.
+        """
+
+    def remove(self, removal: Removal) -> None:
+        """Removes channels from the model, the optimizer's state and the masks, and tells every modifier. Call between
+        steps."""
+
+    def rerouted(self) -> None:
+        """To be called where the model runs through other layers than before: what was traced is forgotten."""
+
+
 @dataclass
 class Run:
     """What a modifier may touch. One for all modifiers of a manager.
 
     `model` is the user's module without DDP's or torch.compile's wrapper; names are given without their prefixes.
-    `on_inputs` calls back with (args, kwargs) of the model: at once where `sample_inputs` were given, otherwise at the
-    first forward, before it computes.
     """
 
     model: nn.Module
@@ -226,25 +262,12 @@ class Run:
     masker: Masker
     learning_rates: LearningRateLedger
     log: RunLog
-    on_inputs: Callable[[Callable[[tuple[Any, ...], dict[str, Any]], None]], None]
-    trace: Callable[[tuple[Any, ...], dict[str, Any]], Trace]
-    """The traced view on these inputs, taken once and shared."""
-    channel_groups: Callable[[tuple[Any, ...], dict[str, Any]], ChannelGroups]
-    """The channel groups of channels that a dry run on these inputs found to be exact; found once and shared."""
-    claim: Callable[[Modifier, Mapping[str, Iterable[str]]], None]
-    """Says which channel groups a modifier masks, {name: tensors}; a RecipeError where another one is at work on
-    them."""
-    shrink: Callable[[Removal], None]
-    """Removes channels from the model, the optimizer's state and the masks, and tells every modifier. Between steps."""
-    rerouted: Callable[[], None]
-    """To be called where the model runs through other layers than before: what was traced is forgotten."""
+    inputs: RunInputs
+    channels: RunChannels
     teacher: nn.Module | Literal["self"] | None = None
     grad_sampler: Any = None
-    calibration_data: Iterable[Any] | None = None
-    sample_inputs: tuple[tuple[Any, ...], dict[str, Any]] | None = None
-    """(args, kwargs) of the model, where they are known before its first forward."""
     closure: bool = False
-    """Whether the step at hand computes its gradients itself: before it they are old, after it they are there."""
+    """True while a step computes its gradients itself: before it they are old, after it they are there."""
     steps_per_epoch: int | None = None
 
 

@@ -64,9 +64,9 @@ class _LayerPruning(Active):
         self._layers = layers
         self._entries: dict[str, int] = {}
         self._skipped: set[str] = set()
-        if run.sample_inputs is not None:
+        if run.inputs.given is not None:
             whole = {name: layer for name, layer in layers.items() if not isinstance(layer, skipped_layers.Skipped)}
-            self._entries = skipped_layers.entries_of(run.model, whole, *run.sample_inputs)
+            self._entries = skipped_layers.entries_of(run.model, whole, *run.inputs.given)
 
     def update(self, clock: Clock) -> None:
         window = self._modifier.window
@@ -77,7 +77,7 @@ class _LayerPruning(Active):
     def _put(self, wanted: Collection[str]) -> None:
         """Exactly `wanted` are skipped."""
         if self._skipped != set(wanted):
-            self._run.rerouted()
+            self._run.channels.rerouted()
         for name, layer in self._layers.items():
             if name in wanted:
                 # Remembered first: Ctrl-C between the two can be undone.

@@ -258,9 +258,9 @@ class QuantizationModifier(Modifier):
         _refuse_quantized(run.model)
         for note in self.notes():
             run.log.text("quantization", f"{type(self).__name__}: {note}")
-        if run.calibration_data is not None:
+        if run.inputs.calibration_data is not None:
             # Here, and not epochs later, when it is needed.
-            run.calibration_data = materialized(run.calibration_data, self.num_calibration_steps)
+            run.inputs.calibration_data = materialized(run.inputs.calibration_data, self.num_calibration_steps)
         return Quantization(self, run)
 
 
@@ -288,7 +288,7 @@ class Quantization(Active):
         self._clock = clock
         if self._plan is None and not self._asked and clock.reached(self._modifier.window.start):
             self._asked = True
-            self._run.on_inputs(self._begin)
+            self._run.inputs.when_known(self._begin)
         self._freeze()
 
     def _begin(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -297,7 +297,7 @@ class Quantization(Active):
             return
         model, log = self._run.model, self._run.log
         _refuse_quantized(model)
-        plan = make_plan(model, self._run.trace(args, kwargs), self._modifier.settings())
+        plan = make_plan(model, self._run.inputs.trace(args, kwargs), self._modifier.settings())
         if not plan.layers and not plan.sites:
             raise TargetError(
                 f"{type(self._modifier).__name__}: nothing in {type(model).__name__} can be quantized. {plan}"
@@ -330,7 +330,7 @@ class Quantization(Active):
         )
 
     def _calibrate(self) -> None:
-        data, most = self._run.calibration_data, self._modifier.num_calibration_steps
+        data, most = self._run.inputs.calibration_data, self._modifier.num_calibration_steps
         if data is None:
             if most is not None:
                 self._run.log.text(
@@ -382,7 +382,7 @@ class Quantization(Active):
             if "plan" in state:
                 self._rebuild(state)
         elif epoch >= self._modifier.window.start and self._plan is None:
-            self._run.on_inputs(self._begin)
+            self._run.inputs.when_known(self._begin)
 
     def state_dict(self) -> dict[str, Any]:
         """The plan, once the model is quantized."""

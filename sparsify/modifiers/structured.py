@@ -121,10 +121,10 @@ class _Structured(Active):
         self.channel_groups: dict[str, ChannelGroup] = {}
         self.finals: dict[str, float] = {}
         self.frozen: dict[str, str] = {}
-        if run.sample_inputs is not None:
+        if run.inputs.given is not None:
             # What cannot be is found before anything is changed; the channel groups are asked for again when they are
             # needed.
-            self._take(run.channel_groups(*run.sample_inputs))
+            self._take(run.channels.groups(*run.inputs.given))
             self.traced, self.channel_groups = None, {}
 
     def _named(self) -> dict[str, float]:
@@ -155,7 +155,7 @@ class _Structured(Active):
     def _begin(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """On the inputs of one call of the model."""
         if self.traced is None and not self._over():
-            self._take(self.run.channel_groups(args, kwargs))
+            self._take(self.run.channels.groups(args, kwargs))
             self._report()
         self._advance()
 
@@ -195,7 +195,7 @@ class _Structured(Active):
                     f"{self.who}: the state has {size} channels for {name!r}, and this model {now or 'none to cut'}. "
                     "Load the state of this model."
                 )
-        self.run.claim(
+        self.run.channels.claim(
             self.modifier, {name: [p.tensor for p in channel_group.places] for name, channel_group in meant.items()}
         )
         self.traced, self.channel_groups = traced, meant
@@ -248,7 +248,7 @@ class _Structured(Active):
         if self.traced is None and not self.asked and not self._over():
             # At the start of training, not of the ramp: what cannot be cut is said now.
             self.asked = True
-            self.run.on_inputs(self._begin)
+            self.run.inputs.when_known(self._begin)
         else:
             self._advance()
 
@@ -286,7 +286,7 @@ class _Structured(Active):
 
         pruned, self.pruned, self.traced, self.channel_groups = self.pruned, {}, None, {}
         if self.modifier.shrink and any(pruned.values()):
-            self.run.shrink(plan_removal(self.run.model, traced, pruned))
+            self.run.channels.remove(plan_removal(self.run.model, traced, pruned))
         if not self.modifier.leave_enabled:
             masker = self.run.masker
             for name, mask in own.items():

@@ -112,14 +112,14 @@ class _Thinning(Active):
         self.removed = False
         self.asked = False
         modifier.targets(run.model)
-        if run.sample_inputs is not None and modifier.groups():
-            self._meant(run.channel_groups(*run.sample_inputs))
+        if run.inputs.given is not None and modifier.groups():
+            self._meant(run.channels.groups(*run.inputs.given))
 
     def update(self, clock: Clock) -> None:
         self.due = sum(clock.reached(epoch) for epoch in self.modifier.cuts())
         if self.due > self.done and not self.asked:
             self.asked = True
-            self.run.on_inputs(self._thin)
+            self.run.inputs.when_known(self._thin)
 
     def _thin(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         from sparsify.pruning.removal import plan_removal
@@ -127,13 +127,13 @@ class _Thinning(Active):
 
         if self.due <= self.done:
             return
-        traced = self.run.channel_groups(args, kwargs)
+        traced = self.run.channels.groups(args, kwargs)
         meant = self._meant(traced)
         gone = {name: found for name, found in dead(self.run.model, traced).items() if found and name in meant}
         self.done, self.asked = self.due, False
         if gone:
             self.removed = True
-            self.run.shrink(plan_removal(self.run.model, traced, gone))
+            self.run.channels.remove(plan_removal(self.run.model, traced, gone))
         elif not self.removed:
             warnings.warn(
                 f"{self.who}: no channel is zero with all that hangs together with it, so nothing was removed. "

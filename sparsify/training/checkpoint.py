@@ -5,12 +5,13 @@ from __future__ import annotations
 import difflib
 import hashlib
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 
 from sparsify.errors import SparsifyWarning, StateError
+from sparsify.modifiers.base import Modifier
 
 __all__: list[str] = []
 
@@ -123,3 +124,13 @@ def detached(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [detached(item) for item in value]
     return value
+
+
+def keyed(modifiers: Sequence[Modifier]) -> dict[str, Modifier]:
+    """Modifiers under names for saved state: the class, numbered from the second on, so that others may come and go."""
+    found: dict[str, Modifier] = {}
+    for modifier in modifiers:
+        name = type(modifier).__name__
+        count = sum(key.partition("#")[0] == name for key in found)
+        found[f"{name}#{count + 1}" if count else name] = modifier
+    return found

@@ -269,7 +269,7 @@ class ScheduledModifierManager:
             calibration_data=calibration_data,
             sample_inputs=sample_inputs,
             writer=writer,
-            waits_for_inputs=False,
+            forward_comes=False,
         )
         session = self._at_work()
         try:
@@ -318,7 +318,7 @@ class ScheduledModifierManager:
             None,
             Timer(None),
             sample_inputs=sample_inputs,
-            waits_for_inputs=False,
+            forward_comes=False,
         )
         session.structure(epoch, state)
         return model

@@ -4,27 +4,27 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from itertools import chain
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from sparsify.errors import DataError, RecipeError, SparsifyWarning, StateError
+from sparsify.errors import SparsifyWarning, StateError
 from sparsify.model.optimizer_hooks import ModelCallback, StepHooks, innermost_optimizer, skips_step
-from sparsify.model.signature import CallArguments, batch_arguments, call_arguments
+from sparsify.model.signature import CallArguments, call_arguments
 from sparsify.model.targets import named_parameters
 from sparsify.model.wrappers import is_compiled, is_distributed, unwrapped
 from sparsify.modifiers.base import Active, Modifier, Run
 from sparsify.modifiers.learning_rate_ledger import LearningRateLedger
 from sparsify.modifiers.run_log import RunLog
 from sparsify.pruning.masker import Masker
-from sparsify.training.checkpoint import checksum
+from sparsify.training.channel_removal import ChannelRemoval
+from sparsify.training.checkpoint import keyed
+from sparsify.training.model_inputs import ModelInputs
 from sparsify.training.timer import Timer
 
 if TYPE_CHECKING:
-    from sparsify.pruning.groups import ChannelGroups
     from sparsify.pruning.removal import Removal
 
 __all__: list[str] = []
@@ -57,24 +57,14 @@ class Session:
         calibration_data: Iterable[Any] | None = None,
         sample_inputs: Any = None,
         writer: Any = None,
-        waits_for_inputs: bool = True,
+        forward_comes: bool = True,
     ) -> None:
         self.model = unwrapped(model)
         self.timer = timer
         self.hooks: StepHooks | None = None
         self._optimizer = None if optimizer is None else innermost_optimizer(optimizer)
         self._given = optimizer
-        self._compiled = is_compiled(model) or is_compiled(self.model)
-        self._waits_for_inputs = waits_for_inputs
-        self._inputs: CallArguments | None = None if sample_inputs is None else call_arguments(sample_inputs)
-        self._waiting: list[Callable[[tuple[Any, ...], dict[str, Any]], None]] = []
         self._handles: list[RemovableHandle] = []
-        self._watch: RemovableHandle | None = None
-        self._trace: Any = None
-        self._channel_groups: ChannelGroups | None = None
-        self._claims: list[tuple[Modifier, Mapping[str, Iterable[str]]]] = []
-        self._removals: list[dict[str, Any]] = []
-        self._removing: Removal | None = None
         self._modifiers = list(written)
         self._due = False
         self._skipped = False
@@ -86,27 +76,31 @@ class Session:
         # What is no torch Optimizer may keep no state, or where nobody knows.
         self._stateful = self._optimizer if isinstance(getattr(self._optimizer, "state", None), Mapping) else None
         self.masker = Masker(self.model, self._stateful)
+        self.inputs = ModelInputs(
+            self.model,
+            None if sample_inputs is None else call_arguments(sample_inputs),
+            calibration_data,
+            compiled=is_compiled(model) or is_compiled(self.model),
+            forward_comes=forward_comes,
+        )
+        self.channels = ChannelRemoval(
+            self.model, self._modifiers, self.masker, self._stateful, self.inputs, self._resized
+        )
         self._run = run = Run(
             model=self.model,
             optimizer=self._optimizer,
             masker=self.masker,
             learning_rates=self.ledger,
             log=log,
-            on_inputs=self._on_inputs,
-            trace=self._traced,
-            channel_groups=self._found,
-            claim=self._claim,
-            shrink=self._shrink,
-            rerouted=self._rerouted,
+            inputs=self.inputs,
+            channels=self.channels,
             teacher=teacher,
             grad_sampler=grad_sampler,
-            calibration_data=calibration_data,
-            sample_inputs=self._inputs,
             steps_per_epoch=timer.given,
         )
         self.actives: dict[str, Active] = {}
-        if self._compiled and self._inputs is None and any(m.traces for m in modifiers) and waits_for_inputs:
-            raise self._compiled_needs_inputs()
+        if any(m.traces for m in modifiers):
+            self.inputs.check_available()
         if is_distributed(model) and any(m.cuts() for m in modifiers):
             raise StateError(
                 "channels cannot be removed while DistributedDataParallel holds their gradients. Mask them in training "
@@ -147,12 +141,12 @@ class Session:
 
     def finish(self) -> None:
         """Hooks off, modifiers detached, masks baked in; each of them, also where another one raises."""
-        undo: list[Callable[[], object]] = [self._settle, *(handle.remove for handle in self._handles)]
+        undo: list[Callable[[], object]] = [self.channels.settle, self.inputs.close]
+        undo += (handle.remove for handle in self._handles)
         if self.hooks is not None:
             undo.append(self.hooks.remove)
         undo += [active.detach for active in reversed(self.actives.values())]
         undo.append(self.masker.finalize)
-        self._waiting.clear()
         self._seen = None
         _all_of(undo)
 
@@ -195,7 +189,7 @@ class Session:
         self.update()
 
     def _refuse_waiting(self) -> None:
-        if self._waiting:
+        if self.inputs.awaited:
             raise StateError(
                 "a step was taken, but the model's inputs were never seen: it was called in compiled code, or not as a "
                 "whole. Pass sample_inputs to modify()."
@@ -216,156 +210,17 @@ class Session:
             update(clock)
         self.ledger.update(clock)
 
-    # ------------------------------------------------------------------ inputs and outputs
+    # ------------------------------------------------------------------ structure
 
-    def _on_inputs(self, callback: Callable[[tuple[Any, ...], dict[str, Any]], None]) -> None:
-        if self._inputs is None and not self._waits_for_inputs:
-            self._inputs = self._first_of_calibration()
-        if self._inputs is not None:
-            callback(*self._inputs)
-            return
-        if self._compiled:
-            raise self._compiled_needs_inputs()
-        if not self._waiting:
-            begins = ModelCallback(self._forward_begins)
-            self._watch = self.model.register_forward_pre_hook(begins, with_kwargs=True)
-            self._handles.append(self._watch)
-        self._waiting.append(callback)
-
-    def _first_of_calibration(self) -> CallArguments:
-        """Where no forward will come: the inputs of the first batch of calibration data."""
-        data = self._run.calibration_data
-        if data is None:
-            raise StateError(
-                "this recipe has to trace the model: pass sample_inputs (or calibration_data, or the state= of a saved "
-                "run, where there is such an argument)."
-            )
-        batches = iter(data)
-        first = next(batches, None)
-        if first is None:
-            raise DataError("calibration_data holds no batch.")
-        if batches is data:
-            # It can be gone through only once: the first batch is put back.
-            self._run.calibration_data = chain([first], batches)
-        return batch_arguments(self.model, first)
-
-    def _compiled_needs_inputs(self) -> StateError:
-        return StateError("this recipe has to trace the model, and a compiled one shows no inputs: pass sample_inputs.")
-
-    def _forward_begins(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """The first forward: whoever waited for inputs gets them."""
-        while self._waiting:
-            self._waiting[0](args, kwargs)
-            self._waiting.pop(0)
-        if self._watch is not None:
-            self._watch.remove()
-
-    def _traced(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if self._trace is None:
-            # Here and not above: torch.export is slow to import, and pruning never asks for it.
-            from sparsify.model.trace import trace
-
-            self._trace = trace(self.model, args, kwargs)
-        return self._trace
-
-    # ------------------------------------------------------------------ channels
-
-    def _found(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> ChannelGroups:
-        if self._channel_groups is None:
-            # Here and not above, as in `_traced`.
-            from sparsify.pruning.groups import find
-            from sparsify.pruning.shrinking import dry_run
-
-            self._channel_groups = dry_run(self.model, find(self.model, args, kwargs), args, kwargs)
-        return self._channel_groups
-
-    def _rerouted(self) -> None:
-        self._trace = self._channel_groups = None
-
-    def _claim(self, modifier: Modifier, channel_groups: Mapping[str, Iterable[str]]) -> None:
-        name = type(modifier).__name__
-        for other, theirs in self._claims:
-            both = [channel_group for channel_group in channel_groups if channel_group in theirs]
-            if other is not modifier and both and modifier.window.overlaps(other.window):
-                raise RecipeError(
-                    f"{name} and {type(other).__name__} mask the same channels, those of {both[0]!r}, from epoch "
-                    f"{modifier.window.start:g} to {modifier.window.end:g} and from {other.window.start:g} to "
-                    f"{other.window.end:g}. Let one end where the other starts, or take names out of one."
-                )
-        masked = {tensor for tensors in channel_groups.values() for tensor in tensors}
-        for other in self._modifiers:
-            if other.kind != "pruning" or other.whole_channels or other.window.start >= modifier.window.end:
-                continue
-            both = [tensor for tensor in other.targets(self.model) if tensor in masked]
-            if both:
-                raise RecipeError(
-                    f"{type(other).__name__} prunes {both[0]!r} from epoch {other.window.start:g}, but until "
-                    f"{modifier.window.end:g} {name} masks channels that this weight gives or reads. Let it start at "
-                    f"epoch {modifier.window.end:g} or later, or leave the name out."
-                )
-        self._claims = [claim for claim in self._claims if claim[0] is not modifier] + [(modifier, channel_groups)]
-
-    def _shrink(self, removal: Removal) -> None:
-        from sparsify.pruning.removal import remove
-
-        # Remembered first: where Ctrl-C comes in between, `finish` brings the masks up to it.
-        self._removing = removal
-        remove(self.model, removal, self._stateful)
-        self._settle()
-
-    def _settle(self) -> None:
-        """After channels were removed: masks, the trace and modifiers follow. Nothing to do where none were."""
-        removal = self._removing
-        if removal is None:
-            return
-        shapes = self._shapes()
-        if all(shapes.get(name) == tuple(after) for name, after in removal.after.items()):
-            self.masker.resize(removal)
-            self._rerouted()
-            self._removals.append(removal.state_dict())
-            for active in self.actives.values():
-                active.resized(removal)
-        self._removing = None
-
-    def _shapes(self) -> dict[str, tuple[int, ...]]:
-        from sparsify.pruning.removal import tensors
-
-        return {name: tuple(tensor.shape) for name, tensor in tensors(self.model).items()}
-
-    def _to_remove(self, saved: Sequence[Any], shapes: dict[str, tuple[int, ...]]) -> list[Removal]:
-        """What was removed when a state was saved and is here still; `shapes` become those after it.
-
-        Raises:
-            StateError: something else was removed here, or the model is another one.
-        """
-        if not saved and not self._removals:
-            return []
-        from sparsify.pruning.removal import Removal
-
-        done = len(self._removals)
-        if [checksum(one) for one in saved[:done]] != [checksum(one) for one in self._removals]:
-            raise StateError(
-                "channels were removed from this model that are there, or other ones, in the one whose state this is, "
-                "and what was removed cannot come back. Call modify() on a fresh model, at epoch 0, then load the "
-                "state: it says the epoch, and what is removed."
-            )
-        removals = [Removal.from_state(one) for one in saved[done:]]
-        for removal in removals:
-            for name, before in removal.before.items():
-                if shapes.get(name) != tuple(before):
-                    raise StateError(
-                        f"the state was saved after channels of {name!r} were removed, of shape {tuple(before)} then; "
-                        f"in {type(self.model).__name__} it has {shapes.get(name, 'no such tensor')}. Load it into a "
-                        "model as it was before the first modify()."
-                    )
-            shapes.update({name: tuple(after) for name, after in removal.after.items()})
-        return removals
+    def _resized(self, removal: Removal) -> None:
+        for active in self.actives.values():
+            active.resized(removal)
 
     def structure(self, epoch: float, state: Mapping[str, Any] | None) -> None:
         """Gives the model the structure that it had at `epoch`, or in `state`."""
         if state is not None:
-            for removal in self._to_remove(state.get("removals", ()), self._shapes()):
-                self._shrink(removal)
+            for removal in self.channels.outstanding(state.get("removals", ()), self.channels.shapes()):
+                self.channels.remove(removal)
         else:
             for modifier in self._modifiers:
                 if any(cut <= epoch for cut in modifier.cuts()):
@@ -400,7 +255,7 @@ class Session:
         return {
             **self.timer.state_dict(),
             "masks": self.masker.state_dict(),
-            **({"removals": list(self._removals)} if self._removals else {}),
+            **({"removals": list(self.channels.done)} if self.channels.done else {}),
             "modifiers": {key: active.state_dict() for key, active in self.actives.items()},
         }
 
@@ -423,8 +278,8 @@ class Session:
         Raises:
             StateError: something in it does not fit.
         """
-        shapes = self._shapes()
-        removals = self._to_remove(state.get("removals", ()), shapes)
+        shapes = self.channels.shapes()
+        removals = self.channels.outstanding(state.get("removals", ()), shapes)
         if strict:
             self._check_masks(state["masks"], shapes)
         for key, active in self.actives.items():
@@ -433,7 +288,7 @@ class Session:
         self.timer.load_state_dict(state)
         # Structure first: what follows is about parameters as they are then.
         for removal in removals:
-            self._shrink(removal)
+            self.channels.remove(removal)
         for key, active in self.actives.items():
             if key in state["modifiers"]:
                 active.load_state_dict(state["modifiers"][key])
@@ -475,16 +330,6 @@ class Session:
                 SparsifyWarning,
                 stacklevel=4,
             )
-
-
-def keyed(modifiers: Sequence[Modifier]) -> dict[str, Modifier]:
-    """Modifiers under names for saved state: the class, numbered from the second on, so that others may come and go."""
-    found: dict[str, Modifier] = {}
-    for modifier in modifiers:
-        name = type(modifier).__name__
-        count = sum(key.partition("#")[0] == name for key in found)
-        found[f"{name}#{count + 1}" if count else name] = modifier
-    return found
 
 
 def _overrides(active: Active, method: str) -> bool:

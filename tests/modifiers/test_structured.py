@@ -20,7 +20,7 @@ from sparsify.modifiers.magnitude_pruning import GMPruningModifier
 from sparsify.modifiers.structured import StructuredPruningModifier
 from sparsify.modifiers.training import TrainableParamsModifier
 from sparsify.pruning.group_scores import Bounds
-from sparsify.training.session import Session
+from sparsify.training.channel_removal import ChannelRemoval
 from tests.ranks import on_two_ranks
 from tests.zoo import prunable as small
 from tests.zoo.prunable import Encoder, Residual
@@ -504,7 +504,7 @@ def test_the_state_of_another_width_is_refused_before_anything_changes() -> None
     assert same(other.state_dict(), before) and second.step == 0
 
 
-@pytest.mark.parametrize("where", ["remove", "resize", "_rerouted", "resized", "plan_removal", "deletion_masks"])
+@pytest.mark.parametrize("where", ["remove", "resize", "rerouted", "resized", "plan_removal", "deletion_masks"])
 def test_an_interruption_leaves_a_whole_model(where: str, monkeypatch: pytest.MonkeyPatch) -> None:
     import sparsify.pruning.removal
     import sparsify.pruning.shrinking
@@ -516,7 +516,7 @@ def test_an_interruption_leaves_a_whole_model(where: str, monkeypatch: pytest.Mo
         small.step(model, optimizer, number)
     owners: dict[str, Any] = {
         "resize": Masker,
-        "_rerouted": Session,
+        "rerouted": ChannelRemoval,
         "resized": _Structured,
         "deletion_masks": sparsify.pruning.shrinking,
     }
