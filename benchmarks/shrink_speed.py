@@ -1,4 +1,4 @@
-"""What removed channels are worth in onnxruntime: dense against shrunk, in float and in int8.
+"""The speed-up by removed channels in onnxruntime: dense against shrunk, in float and in int8.
 
     python benchmarks/shrink_speed.py [--quick] [--only NAME] [--threads 1 2] [--widths half ...] [--no-int8]
 

@@ -430,10 +430,10 @@ def test_channels_are_lost_with_all_that_belongs_to_them() -> None:
     norms = (
         model.conv1.weight.flatten(1).square().sum(1) + model.conv2.weight.movedim(1, 0).flatten(1).square().sum(1)
     ).detach()
-    gone = norms.argsort()[:3]
+    lowest = norms.argsort()[:3]
 
     def change() -> None:
-        model.conv2.weight[:, gone] = 0.0
+        model.conv2.weight[:, lowest] = 0.0
 
     expected = reference(model, data, F.cross_entropy, change)
     assert profile.losses["conv1"] == pytest.approx((profile.base, expected), rel=1e-5)
