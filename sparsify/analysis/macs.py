@@ -56,14 +56,14 @@ def operation_cost(operator: str, args: Sequence[Any], output: TensorShape) -> C
 
     Args:
         operator: its name without the namespace "aten", overload and the "_" of in-place ones.
-        args: positional arguments, with an `CountedOperand` in the place of each tensor.
+        args: positional arguments, with a `CountedOperand` in the place of each tensor.
         output: the shape of the first tensor that it gives.
 
     A depthwise convolution of 8 channels and a full one, both 3x3 to 30x30:
 
-    >>> count("conv2d", [Operand((1, 8, 32, 32)), Operand((8, 1, 3, 3))], (1, 8, 30, 30)).macs
+    >>> operation_cost("conv2d", [CountedOperand((1, 8, 32, 32)), CountedOperand((8, 1, 3, 3))], (1, 8, 30, 30)).macs
     64800
-    >>> count("conv2d", [Operand((1, 3, 32, 32)), Operand((8, 3, 3, 3))], (1, 8, 30, 30)).macs
+    >>> operation_cost("conv2d", [CountedOperand((1, 3, 32, 32)), CountedOperand((8, 3, 3, 3))], (1, 8, 30, 30)).macs
     194400
     """
     rule = _RULES.get(operator)

@@ -256,8 +256,8 @@ class PerformanceProfile:
 def _layer_operator(label: str) -> str:
     """The operator in the label of what is in no layer.
 
-    >>> _operator("block.0/Add_2"), _operator("nowhere in the file/ReorderOutput"), _operator("head, in float")
-    ('Add', 'ReorderOutput', 'in float')
+    >>> [_layer_operator(label) for label in ("block.0/Add_2", "nowhere in the file/ReorderOutput", "head, in float")]
+    ['Add', 'ReorderOutput', 'in float']
     """
     if "/" not in label:
         return label.rpartition(", ")[2]

@@ -99,7 +99,7 @@ def _layer(title: str, name: str, module: nn.Module, parameter: nn.Parameter, of
 def rounded_weight(weight: Tensor, axis: int, bits: int) -> Tensor:
     """Rounded to symmetric integers of so many bits, with the scale of least squared error for each index of `axis`.
 
-    >>> on_grid(torch.tensor([[1.0, -0.3, 0.4, 0.1]]), axis=0, bits=3)
+    >>> rounded_weight(torch.tensor([[1.0, -0.3, 0.4, 0.1]]), axis=0, bits=3)
     tensor([[ 1.0000, -0.3333,  0.3333,  0.0000]])
     """
     rows = weight.movedim(axis, 0)

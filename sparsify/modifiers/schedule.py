@@ -109,7 +109,7 @@ class UpdateGrid:
         The value that is put in force belongs to that point, not to the clock, so that a resumed run and one with
         another number of steps per epoch see the same values.
 
-        >>> grid = Grid(Window(0.0, 2.0), 0.5)
+        >>> grid = UpdateGrid(Window(0.0, 2.0), 0.5)
         >>> [grid.latest(Clock(step, step / 4, 4)) for step in (0, 1, 2, 7, 8, 90)]
         [0.0, 0.0, 0.5, 1.5, 2.0, 2.0]
         """

@@ -526,7 +526,7 @@ def _signature(values: Mapping[str, tuple[int | str, ...]]) -> str:
 def _in_bytes(count: int) -> str:
     """Bytes for people.
 
-    >>> _size(999), _size(1536), _size(5 * 2**20)
+    >>> _in_bytes(999), _in_bytes(1536), _in_bytes(5 * 2**20)
     ('999 B', '1.5 KiB', '5.0 MiB')
     """
     size = float(count)

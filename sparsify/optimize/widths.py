@@ -27,7 +27,7 @@ EXCHANGES = 20_000
 class WidthCurve:
     """Times over a share from 0 to 1, linear in between, the nearest outside; never falling as the share grows.
 
-    >>> curve = Curve.of((0.25, 0.5, 1.0), (1.0, 3.0, 2.0))
+    >>> curve = WidthCurve.of((0.25, 0.5, 1.0), (1.0, 3.0, 2.0))
     >>> curve(1.0), curve(0.1), curve(0.375)
     (2.5, 1.0, 1.75)
     """

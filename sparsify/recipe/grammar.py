@@ -367,7 +367,7 @@ def _scalar(event: yaml.ScalarEvent, line: int) -> YamlNode:
 def plain_value(text: str, line: int | None = None) -> Any:
     """What a text without quotes means: null, true, a number, or itself.
 
-    >>> plain("1e-3"), plain("2:4"), plain("010"), plain("yes"), plain("~"), plain("1_000"), plain("0x10")
+    >>> plain_value("1e-3"), plain_value("2:4"), plain_value("010"), plain_value("yes"), plain_value("~"), plain_value("1_000"), plain_value("0x10")
     (0.001, '2:4', 10, True, None, 1000, 16)
     """
     if text in NULLS:
