@@ -15,8 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sparsify.errors import ExportError, first_line
-from sparsify.onnx.runtime import run_session, session_options
+from sparsify.onnx.runtime import SessionSettings, run_session, start_session
 
 if TYPE_CHECKING:
     import numpy as np
@@ -58,7 +57,7 @@ def node_times(
     threads: int | None,
     warmup: int,
     iterations: int,
-    folder: Path | None = None,
+    path: Path | None = None,
 ) -> NodeTimes:
     """Runs a model under the profiler and counts the time of what onnxruntime made of each node to the node's owner.
 
@@ -69,15 +68,13 @@ def node_times(
     Args:
         owners: of each node of the model's graph, in order; several share its time, () has none.
         shares: by owner, e.g. multiplications.
-        folder: where values lie that the model has outside of its file.
+        path: the file that the model is from, next to which its external values lie.
 
     Raises:
         ExportError: onnxruntime cannot run the model.
     """
     with tempfile.TemporaryDirectory(prefix="sparsify-") as text:
-        runs, optimized = _profiled(
-            numbered(model), feed, threads, warmup + iterations, Path(text), None if folder is None else str(folder)
-        )
+        runs, optimized = _profiled(numbered(model), feed, threads, warmup + iterations, Path(text), path)
     runs = sorted(runs[warmup:], key=lambda run: sum(run.values()))
     runs = runs[: (len(runs) + 1) // 2]
     means: dict[tuple[str, str], float] = defaultdict(float)
@@ -138,25 +135,22 @@ def _profiled(
     threads: int | None,
     calls: int,
     scratch: Path,
-    folder: str | None,
+    path: Path | None,
 ) -> tuple[list[dict[tuple[str, str], float]], ModelProto]:
     """({(node, operator): microseconds} of every call, the graph that was run)."""
     import onnx
-    import onnxruntime
 
-    options = session_options(optimized=True, threads=threads)
-    options.enable_profiling = True
-    options.profile_file_prefix = str(scratch / "profile")
-    options.optimized_model_filepath = str(scratch / "optimized.onnx")
-    # Without the weights, which nobody reads here.
-    options.add_session_config_entry("session.optimized_model_external_initializers_file_name", "weights")
-    options.add_session_config_entry("session.optimized_model_external_initializers_min_size_in_bytes", "64")
-    if folder is not None:
-        options.add_session_config_entry("session.model_external_initializers_file_folder_path", folder)
-    try:
-        session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
-    except Exception as error:  # its exceptions have no common base
-        raise ExportError(f"onnxruntime cannot run this model under its profiler: {first_line(error)}") from error
+    settings = SessionSettings(
+        threads=threads,
+        optimized_path=scratch / "optimized.onnx",
+        profile_prefix=scratch / "profile",
+        # Without the weights, which nobody reads here.
+        entries={
+            "session.optimized_model_external_initializers_file_name": "weights",
+            "session.optimized_model_external_initializers_min_size_in_bytes": "64",
+        },
+    )
+    session = start_session(model, settings, path=path, changed=True)
     for _ in range(calls):
         run_session(session, dict(feed))
     events = json.loads(Path(session.end_profiling()).read_text(encoding="utf-8"))

@@ -259,7 +259,7 @@ class Bench:
             threads=settings.threads[0],
             warmup=settings.warmup,
             iterations=settings.iterations,
-            folder=path.parent,
+            path=path,
         )
         totals = {}
         for count in settings.threads if all_totals else settings.threads[:1]:

@@ -6,7 +6,7 @@ so that BLAS does them, and wrap at 32 bits as the kernel's accumulator does. Kn
 
 The formulas were found by experiment on x86 with AVX2 and later; `tests/onnx/test_reference.py` holds each against
 onnxruntime. Two kernels have a bound instead, both on CPUs without VNNI: products of uint8 and int8 saturate there in
-pairs at 16 bits, which `reduce_range` avoids.
+pairs at 16 bits, which the sessions of `runtime` avoid, and `reduce_range`.
 """
 
 from __future__ import annotations

@@ -12,10 +12,10 @@ import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from sparsify.errors import ExportError, first_line
-from sparsify.onnx.runtime import open_session, run_session, session_options
+from sparsify.errors import ExportError
+from sparsify.onnx.runtime import SessionSettings, open_session, run_session, start_session
 
 if TYPE_CHECKING:
     import numpy as np
@@ -77,7 +77,8 @@ class TensorDifference:
         if self.optimized is not None and self.exact and self.optimized.count:
             return (
                 f"onnxruntime's {self.kernel} gives other integers than exact arithmetic ({_words(self.optimized)}). "
-                "On a CPU without VNNI products of uint8 and int8 saturate: train with reduce_range"
+                "On a CPU without VNNI sums of int8 products saturate where onnxruntime cannot follow "
+                "session.x64quantprecision: train with reduce_range"
             )
         if self.torch is not None and self._float_diverges(self.torch):
             return (
@@ -227,16 +228,14 @@ def _inside(
             mine.graph.output.add().name = name
     with tempfile.TemporaryDirectory() as folder:
         target = Path(folder) / "optimized.onnx"
-        options = session_options(optimized=True, threads=1, float_inputs=True)
-        options.optimized_model_filepath = str(target)
-        _session(mine, options, path)
+        start_session(mine, SessionSettings(float_inputs=True, optimized_path=target), path=path, changed=True)
         seen = onnx.load(target)
     producer = {name: node for node in seen.graph.node for name in node.output}
     have = {value.name for value in seen.graph.output}
     for name in wanted:
         if name in producer and name not in have:
             seen.graph.output.add().name = name
-    session = _session(seen, session_options(optimized=False, threads=1), path)
+    session = start_session(seen, SessionSettings(optimized=False), path=path, changed=True)
     values = run_session(session, feed)
     for name, value in expected.items():
         if not np.array_equal(values[name], value, equal_nan=value.dtype.kind == "f"):
@@ -246,15 +245,6 @@ def _inside(
             )
     kernels = {name: _kernel(producer, name) for name in wanted if name in producer}
     return {name: values[name] for name in wanted if name in values}, kernels
-
-
-def _session(model: ModelProto, options: Any, path: str | os.PathLike[str]) -> Any:
-    import onnxruntime
-
-    try:
-        return onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
-    except Exception as error:  # its exceptions have no common base
-        raise ExportError(f"{Path(path)}: onnxruntime cannot run this file: {first_line(error)}") from error
 
 
 def _kernel(producer: Mapping[str, NodeProto], name: str) -> str:

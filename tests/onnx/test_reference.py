@@ -21,7 +21,7 @@ from sparsify.onnx.float_kernels import compute
 from sparsify.onnx.fusion import Fusion
 from sparsify.onnx.integer_kernels import QuantizationGrid, Quantized, quantize
 from sparsify.onnx.reference import Reference
-from sparsify.onnx.runtime import session_options
+from sparsify.onnx.runtime import SessionSettings, start_session
 
 Array = NDArray[Any]
 
@@ -116,9 +116,7 @@ def built(case: Case, seed: int, ties: bool) -> tuple[ModelProto, dict[str, Arra
 
 
 def optimized(model: ModelProto, feed: dict[str, Array], path: Any) -> tuple[Array, Counter[str]]:
-    options = session_options(optimized=True, threads=1)
-    options.optimized_model_filepath = str(path)
-    session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    session = start_session(model, SessionSettings(optimized_path=path), path=None, changed=True)
     return session.run(None, feed)[0], Counter(node.op_type for node in onnx.load(path).graph.node)
 
 

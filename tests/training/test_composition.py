@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import onnx
-import onnxruntime
 import pytest
 import torch
 from onnx import numpy_helper
@@ -26,6 +25,7 @@ from sparsify.modifiers.sparse_training import MovementPruningModifier
 from sparsify.modifiers.structured import StructuredPruningModifier
 from sparsify.modifiers.thinning import LayerThinningModifier
 from sparsify.modifiers.top_kast import TopKASTPruningModifier
+from sparsify.onnx.runtime import open_session, run_session
 from sparsify.recipe import Recipe
 from tests.zoo import prunable as small
 from tests.zoo.prunable import Encoder, Residual
@@ -115,8 +115,8 @@ def test_zeros_survive_into_the_initializers_of_a_smaller_integer_file(kind: Any
     weights = [values for values in integers if values.ndim > 1]
     zeros = sum(int((values == 0).sum()) for values in weights)
     assert zeros >= sum(int((weight == 0).sum()) for weight in masked.values())
-    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
-    (out,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+    session = open_session(path)
+    (out,) = run_session(session, {session.get_inputs()[0].name: x.numpy()}).values()
     torch.testing.assert_close(torch.from_numpy(out), model(x).detach(), rtol=0.1, atol=0.1)
 
 
