@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from sparsify.errors import ArgumentError, DataError, DataFileError, ExportError
 from sparsify.onnx import integer_kernels
 from sparsify.onnx.export import export_onnx
+from sparsify.onnx.runtime import open_session
 from sparsify.onnx.verify import verify_onnx
 from sparsify.quantization.qdq_ops import quantize_dequantize
 from tests.loops import quantized, train
@@ -273,3 +274,54 @@ def test_inputs_that_the_model_does_not_take_are_an_argument_error(path: Path) -
     export_onnx(nn.Linear(6, 3), torch.randn(2, 6), path)
     with pytest.raises(ArgumentError, match=r"inputs do not run through Linear: RuntimeError: .*export_onnx"):
         verify_onnx(nn.Linear(4, 3), path, torch.randn(2, 6))
+
+
+class Saturating:
+    """A session whose first output is off."""
+
+    def __init__(self, session: Any, off: float) -> None:
+        self.session, self.off = session, off
+
+    def get_outputs(self) -> Any:
+        return self.session.get_outputs()
+
+    def run(self, names: list[str], inputs: dict[str, np.ndarray]) -> list[np.ndarray]:
+        first, *others = self.session.run(names, inputs)
+        return [first + self.off * np.abs(first).max(), *others]
+
+
+@pytest.mark.parametrize("off", [0.0, 0.6])
+def test_a_session_without_the_option_is_told_of_and_the_file_is_right(
+    path: Path, monkeypatch: pytest.MonkeyPatch, off: float
+) -> None:
+    torch.manual_seed(0)
+    model = ResNet(1, 8)
+    export_onnx(model, torch.randn(2, 3, 16, 16), path)
+    seen: list[bool] = []
+
+    def opened(*args: Any, exact: bool = True, **others: Any) -> Any:
+        # With the option on both sides, so that the CPU at hand does not matter.
+        session = open_session(*args, **others)
+        seen.append(exact)
+        return session if exact else Saturating(session, off)
+
+    monkeypatch.setattr("sparsify.onnx.verify.open_session", opened)
+    result = verify_onnx(model, path, torch.randn(4, 3, 16, 16))
+    assert result.ok and result.exact and seen.count(False) == 1
+    if off:
+        assert result.stock == pytest.approx(off, rel=1e-5)
+        assert "saturate in a session without session.x64quantprecision: outputs differ by 0.6 of" in str(result)
+    else:
+        assert result.stock is None and "x64quantprecision" not in str(result)
+
+
+def test_a_float_file_has_no_sums_of_integers(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = Net()
+    export_onnx(model, torch.randn(2, 6), path)
+
+    def opened(*args: Any, exact: bool = True, **others: Any) -> Any:
+        assert exact
+        return open_session(*args, **others)
+
+    monkeypatch.setattr("sparsify.onnx.verify.open_session", opened)
+    assert verify_onnx(model, path, torch.randn(9, 6)).stock is None
