@@ -16,6 +16,7 @@ from sparsify.onnx.verify import *
 from sparsify.pruning.shrinking import *
 from sparsify.recipe import *
 from sparsify.training.manager import *
+from sparsify.training.phases import *
 
 if TYPE_CHECKING:
     from sparsify.analysis import *
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-_AT_ONCE = ["errors", "modifiers", "recipe", "training.manager", "pruning.shrinking"]
+_AT_ONCE = ["errors", "modifiers", "recipe", "training.manager", "training.phases", "pruning.shrinking"]
 _AT_ONCE += ["onnx.export", "onnx.verify", "onnx.benchmark"]
 _LATER = ["oneshot", "analysis", "optimize"]
 

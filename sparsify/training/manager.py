@@ -18,12 +18,12 @@ from sparsify.modifiers.base import Modifier
 from sparsify.modifiers.schedule import Clock
 from sparsify.recipe import Recipe, read_recipe
 from sparsify.training.checkpoint import sealed, verify
+from sparsify.training.phases import Phase, is_quantizing, phase_at
 from sparsify.training.session import Session
 from sparsify.training.timer import Timer, starting_epoch, steps_in_epoch
 
-__all__ = ["Phase", "ScheduledModifierManager"]
+__all__ = ["ScheduledModifierManager"]
 
-Phase = Literal["dense", "pruned", "pruned_quantized", "quantized_pruned", "dense_quantized"]
 Teacher = nn.Module | Literal["self"] | None
 
 
@@ -117,37 +117,17 @@ class ScheduledModifierManager:
         return self._recipe.min_epochs
 
     def qat_active(self, epoch: float) -> bool:
-        """Whether quantization has started by the end of the first step of `epoch`."""
-        per_epoch = None if self._session is None else self._session.timer.steps_per_epoch
-        clock = Clock(0, epoch if per_epoch is None else epoch + 1 / per_epoch, per_epoch)
-        return any(m.kind == "quantization" and clock.reached(m.window.start) for m in self._recipe.modifiers)
+        """True if quantization has started by the end of the first step of `epoch`."""
+        steps_per_epoch = None if self._session is None else self._session.timer.steps_per_epoch
+        return is_quantizing(self._recipe.modifiers, epoch, steps_per_epoch)
 
     def phase(self, epoch: float) -> Phase | None:
-        """What the model is at `epoch`; None while that changes.
+        """The phase of the model at `epoch`; None while it changes.
 
         A pruning window changes it from its start to its end, both included; quantization at its very start. A modifier
         that only holds zeros changes nothing after its start.
         """
-        pruning = [m for m in self._recipe.modifiers if m.kind == "pruning"]
-        starts = [m.window.start for m in self._recipe.modifiers if m.kind == "quantization"]
-        for modifier in pruning:
-            window = modifier.window
-            # What holds zeros from "at once" on has no moment at which it changes something.
-            if modifier.holds:
-                if epoch == window.start and modifier.start_epoch != -1:
-                    return None
-            elif window.start <= epoch <= window.end:
-                return None
-        if epoch in starts:
-            return None
-        done = [m.window.start if m.holds else m.window.end for m in pruning]
-        pruned = [e for e in done if e <= epoch]
-        quantized = [start for start in starts if start < epoch]
-        if not pruned:
-            return "dense_quantized" if quantized else "dense"
-        if not quantized:
-            return "pruned"
-        return "quantized_pruned" if min(quantized) < max(pruned) else "pruned_quantized"
+        return phase_at(self._recipe.modifiers, epoch)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes the recipe as YAML; the file is the old one or the new one, never half of either.
