@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 from sparsify.errors import RecipeError
 from sparsify.modifiers.base import Modifier
+from sparsify.recipe.stage import Stage
 from sparsify.recipe.writer import fields
-
-if TYPE_CHECKING:
-    from sparsify.recipe.recipe import Recipe
 
 __all__: list[str] = []
 
@@ -18,23 +17,43 @@ _MOMENTS = ("start_epoch", "end_epoch", "disable_quantization_observer_epoch", "
 _LISTS_OF_MOMENTS = ("update_epochs",)
 
 
-def staged(base: Recipe, additional: Recipe, *, keep_original_epochs: bool) -> list[dict[str, Any]]:
-    """The stages of both, as fields of a Stage."""
-    flat_base = f"pre_{additional.stages[0].name}" if additional.staged else "stage_0"
-    flat_additional = f"stage_{len(base.stages) + 1}" if base.staged else "stage_1"
-    earlier = _stages(base, flat_base)
-    later = _stages(additional, flat_additional)
-    names = [stage["name"] for stage in earlier]
-    for stage in later:
-        if stage["name"] in names:
+def whole(stages: Sequence[Stage], variables: Mapping[str, Any], metadata: Any) -> list[Stage]:
+    """`stages` with their recipe's variables and metadata in each: another recipe may give the same names other
+    values."""
+    return [
+        stage.model_copy(
+            update={
+                "variables": {**variables, **stage.variables},
+                "metadata": stage.metadata if stage.metadata is not None else metadata,
+            }
+        )
+        for stage in stages
+    ]
+
+
+def joined(earlier: Sequence[Stage], later: Sequence[Stage], offset: int | None) -> tuple[Stage, ...]:
+    """The stages of one recipe and then of another; one without a name gets a name.
+
+    Args:
+        earlier: whole stages of the first recipe.
+        later: whole stages of the second recipe.
+        offset: the epoch at which the first recipe ends and the second begins; None: epochs stay as they are.
+
+    Raises:
+        RecipeError: two stages have one name.
+    """
+    before = _named(earlier, "stage_0" if later[0].name is None else f"pre_{later[0].name}")
+    after = _named(later, "stage_1" if earlier[0].name is None else f"stage_{len(earlier) + 1}")
+    names = [str(stage.name) for stage in before]
+    for stage in after:
+        if stage.name in names:
             raise RecipeError(
-                f"both recipes have a stage {stage['name']!r}. Give it another name in one of them: {', '.join(names)}."
+                f"both recipes have a stage {stage.name!r}. Give it another name in one of them: {', '.join(names)}."
             )
-    if not keep_original_epochs:
-        offset = base.max_epochs
-        _change(earlier, lambda modifier: ended(modifier, offset))
-        _change(later, lambda modifier: shifted(modifier, offset))
-    return earlier + later
+    if offset is not None:
+        before = [_changed(stage, lambda modifier: ended(modifier, offset)) for stage in before]
+        after = [_changed(stage, lambda modifier: shifted(modifier, offset)) for stage in after]
+    return (*before, *after)
 
 
 def shifted(modifier: Modifier, offset: float) -> Modifier:
@@ -63,19 +82,10 @@ def _replaced(modifier: Modifier, changes: dict[str, Any]) -> Modifier:
     return type(modifier)(**(fields(modifier) | changes))
 
 
-def _change(stages: list[dict[str, Any]], change: Any) -> None:
-    for stage in stages:
-        stage["groups"] = {key: tuple(change(m) for m in group) for key, group in stage["groups"].items()}
+def _changed(stage: Stage, change: Callable[[Modifier], Modifier]) -> Stage:
+    groups = {key: tuple(change(modifier) for modifier in group) for key, group in stage.groups.items()}
+    return stage.model_copy(update={"groups": groups})
 
 
-def _stages(recipe: Recipe, flat_name: str) -> list[dict[str, Any]]:
-    """With the recipe's own variables in each of them: another recipe may give the same names other values."""
-    return [
-        {
-            "name": stage.name if stage.name is not None else flat_name,
-            "variables": recipe.variables | stage.variables,
-            "metadata": stage.metadata if stage.metadata is not None else recipe.metadata,
-            "groups": stage.groups,
-        }
-        for stage in recipe.stages
-    ]
+def _named(stages: Sequence[Stage], name: str) -> list[Stage]:
+    return [stage if stage.name is not None else stage.model_copy(update={"name": name}) for stage in stages]

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, TypeAlias
 
-from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny
+from pydantic import BaseModel, ConfigDict, Field
 
 # Imported whole: every modifier registers itself under its name.
 import sparsify.modifiers  # noqa: F401
@@ -22,6 +22,7 @@ from sparsify.recipe import compose, grammar, schema, writer
 from sparsify.recipe.conflicts import conflict, in_order
 from sparsify.recipe.evidence import Evidence
 from sparsify.recipe.reader import overrides_of, read_parts
+from sparsify.recipe.stage import Stage
 
 if TYPE_CHECKING:
     from torch import nn
@@ -30,25 +31,6 @@ __all__ = ["Recipe"]
 
 Source: TypeAlias = "str | bytes | os.PathLike[str] | IO[str] | IO[bytes] | Recipe | Iterable[Modifier]"
 Variables: TypeAlias = "Mapping[str, Any] | str | None"
-
-
-class Stage(BaseModel):
-    """Modifiers under one name; a recipe without stages has one whose name is None.
-
-    `groups` are the lists of modifiers by the key that they stand under, as they were written.
-    """
-
-    model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=True)
-
-    name: str | None = None
-    variables: dict[str, Any] = Field(default_factory=dict)
-    metadata: Any = None
-    groups: dict[str, tuple[SerializeAsAny[Modifier], ...]]
-
-    @property
-    def modifiers(self) -> list[Modifier]:
-        """In the order of the text."""
-        return [modifier for group in self.groups.values() for modifier in group]
 
 
 class Recipe(BaseModel):
@@ -143,7 +125,7 @@ class Recipe(BaseModel):
     @property
     def fingerprint(self) -> str:
         """The SHA-256 of all that it says, defaults included: equal recipes have the same, however they are written."""
-        return hashlib.sha256(writer.to_yaml(self, everything=True).encode()).hexdigest()
+        return hashlib.sha256(self._text(everything=True).encode()).hexdigest()
 
     def to_yaml(self) -> str:
         """Its text: tags, the fields that were given in the order of their declaration, `eval(...)` as what it gave.
@@ -151,7 +133,10 @@ class Recipe(BaseModel):
         A recipe with evidence has it as comments too: beside the numbers, and summed up before them.
         Reading it gives an equal recipe, and writing that one the same text.
         """
-        return writer.to_yaml(self)
+        return self._text()
+
+    def _text(self, *, everything: bool = False) -> str:
+        return writer.to_yaml(self.stages, self.variables, self.metadata, everything=everything)
 
     def __str__(self) -> str:
         return self.to_yaml()
@@ -224,8 +209,8 @@ class Recipe(BaseModel):
             RecipeError: two stages would have one name, or two pruning modifiers would work on one parameter.
         """
         first, second = read_recipe(base), read_recipe(additional)
-        stages = compose.staged(first, second, keep_original_epochs=keep_original_epochs)
-        recipe = Recipe(stages=tuple(Stage(**stage) for stage in stages))
+        earlier, later = (compose.whole(r.stages, r.variables, r.metadata) for r in (first, second))
+        recipe = Recipe(stages=compose.joined(earlier, later, None if keep_original_epochs else first.max_epochs))
         if problem := conflict(recipe.written):
             raise RecipeError(problem[1])
         return recipe

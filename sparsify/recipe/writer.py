@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import Any
 
 import yaml
 from yaml.representer import RepresenterError
@@ -12,23 +13,27 @@ from sparsify.modifiers.base import Modifier
 from sparsify.recipe.evidence import Evidence, head, woven
 from sparsify.recipe.grammar import Problem, plain_value
 from sparsify.recipe.reader import METADATA
-
-if TYPE_CHECKING:
-    from sparsify.recipe.recipe import Recipe, Stage
+from sparsify.recipe.stage import Stage
 
 __all__: list[str] = []
 
 
-def to_yaml(recipe: Recipe, *, everything: bool = False) -> str:
-    """The text of `recipe`; `everything`: also the fields that were not given.
+def to_yaml(stages: Sequence[Stage], variables: dict[str, Any], metadata: Any, *, everything: bool = False) -> str:
+    """The text of a recipe.
+
+    Args:
+        stages: its stages; one without a name where it has none.
+        variables: those of the recipe as a whole.
+        metadata: that of the recipe as a whole.
+        everything: True: also the fields of modifiers that were not given.
 
     Raises:
         RecipeError: metadata holds what YAML has no form for.
     """
-    evidence = None if everything or recipe.staged else Evidence.of(recipe.metadata)
-    metadata = [] if recipe.metadata is None else [_scalar_text({METADATA: recipe.metadata})]
-    sections = [_scalar_text(recipe.variables)] if recipe.variables else []
-    for stage in recipe.stages:
+    evidence = None if everything or stages[0].name is not None else Evidence.of(metadata)
+    kept = [] if metadata is None else [_scalar_text({METADATA: metadata})]
+    sections = [_scalar_text(variables)] if variables else []
+    for stage in stages:
         body = _stage(stage, everything)
         if stage.name is not None:
             sections.append(_scalar_text({stage.name: body}))
@@ -40,8 +45,9 @@ def to_yaml(recipe: Recipe, *, everything: bool = False) -> str:
                 for key, value in body.items()
             ]
     # Whoever opens a recipe that was made from measurements looks for what it does first.
-    ordered = [*metadata, *sections] if evidence is None else [head(evidence, recipe.written), *sections, *metadata]
-    return "\n".join(ordered)
+    if evidence is not None:
+        return "\n".join([head(evidence, [m for stage in stages for m in stage.modifiers]), *sections, *kept])
+    return "\n".join([*kept, *sections])
 
 
 def _commented(key: str, modifiers: tuple[Modifier, ...], evidence: Evidence) -> str:
