@@ -19,7 +19,7 @@ from sparsify.analysis.torch_layers import analyze_module
 from sparsify.analysis.trials import Batch, Loss, Trials, collected_batches
 from sparsify.analysis.units import Layers, Of, Unit, layer_weights, weights_of_channel_groups
 from sparsify.errors import ArgumentError, DataError, StateError, did_you_mean
-from sparsify.model.signature import check_module
+from sparsify.model.signature import ModelInputs, check_module
 from sparsify.model.wrappers import unwrapped
 from sparsify.output.files import read_text, replacing
 from sparsify.output.tables import Column, Table, track
@@ -177,7 +177,7 @@ def loss_profile(
     levels: Iterable[float] | None = None,
     layers: Layers = None,
     structured: bool = False,
-    sample_inputs: Any = None,
+    sample_inputs: ModelInputs | None = None,
     batches: int | None = None,
     progress: bool | None = None,
 ) -> LossProfile:
@@ -336,7 +336,7 @@ def _shapes(
 # ---------------------------------------------------------------------------------------------- arguments
 
 
-def _checked_method(of: Any, method: Any, data: Any, loss: Any, structured: bool) -> Method:
+def _checked_method(of: object, method: Method | None, data: object, loss: object, structured: bool) -> Method:
     if of not in get_args(Of):
         raise ArgumentError(f"{LOSS_PROFILE}: of={of!r} is none of {', '.join(get_args(Of))}.")
     chosen: Method = ("magnitude" if data is None else "data") if method is None else method

@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._ops import OpOverload
+from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -37,7 +39,7 @@ class Operation:
     output: TensorShape
 
 
-def from_program(model: nn.Module, program: Any) -> list[Operation] | None:
+def from_program(model: nn.Module, program: ExportedProgram) -> list[Operation] | None:
     """The operations of an ExportedProgram; None where it holds programs within, whose operators it does not show."""
     names = ModuleNames(model)
     parameters = {
@@ -50,7 +52,7 @@ def from_program(model: nn.Module, program: Any) -> list[Operation] | None:
             continue
         if isinstance(node.target, torch._ops.HigherOrderOperator):
             return None
-        if not isinstance(node.target, torch._ops.OpOverload):
+        if not isinstance(node.target, OpOverload):
             # Arithmetic of Python on sizes, and picking one of several outputs.
             _follow(node, parameters)
             continue
@@ -64,14 +66,14 @@ def from_program(model: nn.Module, program: Any) -> list[Operation] | None:
     return found
 
 
-def _follow(node: Any, parameters: dict[str, str]) -> None:
+def _follow(node: torch.fx.Node, parameters: dict[str, str]) -> None:
     """A view of a parameter, and a part of one, goes by the parameter's name."""
     read = node.all_input_nodes
     if len(read) == 1 and read[0].name in parameters:
         parameters[node.name] = parameters[read[0].name]
 
 
-def _operand_of_node(value: Any, parameters: dict[str, str]) -> Any:
+def _operand_of_node(value: object, parameters: dict[str, str]) -> object:
     if not isinstance(value, torch.fx.Node):
         return value
     tensor = value.meta.get("val")
@@ -148,7 +150,9 @@ class _OperationRecorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def leave(self) -> None:
         self.stack.pop()
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(
+        self, func: OpOverload, types: object, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
         result = func(*args, **(kwargs or {}))
         plain = pytree.tree_map(self._operand, list(args))
         operation = _operation(func, plain, self.stack[-1] if self.stack else ModuleCall("", 0), result)
@@ -156,7 +160,7 @@ class _OperationRecorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self.found.append(operation)
         return result
 
-    def _operand(self, value: Any) -> Any:
+    def _operand(self, value: object) -> object:
         if not isinstance(value, Tensor):
             return value
         shape = tuple(map(int, value.shape))
@@ -170,7 +174,7 @@ def _has_storage(value: Tensor) -> bool:
     return value.layout is torch.strided and not value.is_nested
 
 
-def _operation(target: Any, args: list[Any], owner: ModuleCall, result: Any) -> Operation | None:
+def _operation(target: OpOverload, args: list[Any], owner: ModuleCall, result: object) -> Operation | None:
     """None for an operator that multiplies nothing."""
     namespace, _, name = target._schema.name.partition("::")
     name = name if name.startswith("__") else name.rstrip("_")
@@ -188,7 +192,7 @@ def _plain_name(operator: str) -> str:
     return "scaled_dot_product_attention" if operator.startswith("_scaled_dot_product") else operator
 
 
-def _is_free(target: Any, operator: str) -> bool:
+def _is_free(target: OpOverload, operator: str) -> bool:
     tags = {torch.Tag.pointwise, torch.Tag.reduction, torch.Tag.view_copy} & set(target.tags)
     reads = any("Tensor" in str(argument.type) for argument in target._schema.arguments)
     # Our own operators quantize, dequantize and mask.
@@ -201,7 +205,7 @@ def _is_free(target: Any, operator: str) -> bool:
     )
 
 
-def _moves_values(target: Any) -> bool:
+def _moves_values(target: OpOverload) -> bool:
     """True if the operator returns a view of its input, or a copy of such a view."""
     aliases = [argument.alias_info for argument in target._schema.arguments]
     return any(alias is not None and not alias.is_write for alias in aliases)

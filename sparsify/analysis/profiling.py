@@ -13,7 +13,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -40,6 +40,9 @@ from sparsify.quantization.plan import is_quantized
 if TYPE_CHECKING:
     import numpy as np
     from onnx import ModelProto
+    from onnxruntime import InferenceSession
+
+    from sparsify.model.signature import ModelInputs
 
 __all__ = ["performance_profile"]
 
@@ -48,7 +51,7 @@ WIDTHS = (1.0, 0.875, 0.75, 0.625, 0.5, 0.375, 0.25)
 
 def performance_profile(
     model: nn.Module | str | os.PathLike[str],
-    sample_inputs: Any = None,
+    sample_inputs: ModelInputs | None = None,
     *,
     batch_sizes: Sequence[int] = (1,),
     threads: Sequence[int] = (1,),
@@ -128,7 +131,11 @@ class Measured:
 
 
 def profile_of_model(
-    model: nn.Module, sample_inputs: Any, settings: ProfileSettings, cache: Path | None, progress: bool | None
+    model: nn.Module,
+    sample_inputs: ModelInputs | None,
+    settings: ProfileSettings,
+    cache: Path | None,
+    progress: bool | None,
 ) -> PerformanceProfile:
     check_module(model, other=", or the path of an ONNX file")
     if sample_inputs is None:
@@ -269,7 +276,7 @@ class Bench:
         return Measured(times, totals, floating)
 
 
-def median_ms(session: Any, feed: Mapping[str, np.ndarray], warmup: int, iterations: int) -> float:
+def median_ms(session: InferenceSession, feed: Mapping[str, np.ndarray], warmup: int, iterations: int) -> float:
     """Median time of one call, in milliseconds."""
     inputs = dict(feed)
     for _ in range(warmup):

@@ -9,11 +9,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.export import ExportedProgram
 
 from sparsify.analysis.layers import LayerInfo, ModelAnalysis, UnknownOperator
 from sparsify.analysis.macs import CountedOperand, TensorShape
 from sparsify.analysis.operations import Operation, from_program, recorded_operations
 from sparsify.errors import ArgumentError, DataError, SparsifyError, TargetError, first_line
+from sparsify.model.signature import ModelInputs
 from sparsify.model.signature import SampleInputs as Arguments
 from sparsify.model.targets import is_prunable_layer, named_modules, named_parameters, refuse_unusable
 from sparsify.model.trace import ModuleCall, ModuleNames, exported, plain_trace
@@ -31,7 +33,9 @@ NO_WEIGHT = "it has no weight of its own"
 RECOMPUTED = "its weight is recomputed before every forward (weight_norm, a parametrization or torch's own pruning)"
 
 
-def analyze_module(model: nn.Module, sample_inputs: Any, sample_kwargs: Mapping[str, Any] | None) -> ModelAnalysis:
+def analyze_module(
+    model: nn.Module, sample_inputs: ModelInputs | None, sample_kwargs: Mapping[str, Any] | None
+) -> ModelAnalysis:
     """As `analyze_model`."""
     model = unwrapped(model)
     call = Arguments.of(model, () if sample_inputs is None and sample_kwargs else sample_inputs, sample_kwargs)
@@ -301,7 +305,7 @@ class _Reasons:
         self.layers: set[str] = set()
         self.left: dict[str, str] = {}
 
-    def plan(self, model: nn.Module, program: Any) -> None:
+    def plan(self, model: nn.Module, program: ExportedProgram) -> None:
         if self.quantized:
             return
         try:

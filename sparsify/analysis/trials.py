@@ -61,7 +61,7 @@ def collected_batches(
     return batches
 
 
-def _batch(model: nn.Module, batch: Any, at: int, with_target: bool, where: str) -> Batch:
+def _batch(model: nn.Module, batch: object, at: int, with_target: bool, where: str) -> Batch:
     tensors = [leaf for leaf in pytree.tree_leaves(batch) if isinstance(leaf, Tensor)]
     if not tensors:
         raise DataError(f"{where}: batch {at} of data is a {type(batch).__name__} without a tensor.")
@@ -171,7 +171,7 @@ class Trials:
             total += number * batch.samples
         return total / self.samples
 
-    def _number(self, outputs: Any, batch: Batch) -> Any:
+    def _number(self, outputs: object, batch: Batch) -> Tensor | float:
         value = _own_loss(outputs) if self._loss is None else self._loss(outputs, batch.target)
         if isinstance(value, Tensor) and value.numel() == 1:
             return value.reshape(())
@@ -182,7 +182,7 @@ class Trials:
 
     # -- distances from the model as it was
 
-    def _keep(self, outputs: Any, batch: Batch) -> None:
+    def _keep(self, outputs: object, batch: Batch) -> None:
         given = {name: value for name, value in named_outputs(outputs)[0].items() if value.is_floating_point()}
         classes = {name: dim for name, value in given.items() if (dim := _class_dim(name, value, batch.target)) >= 0}
         if not given:
@@ -191,7 +191,7 @@ class Trials:
         self._dense.append({name: value.clone() for name, value in given.items() if not classes or name in classes})
         self._classes.append(classes)
 
-    def _distance(self, outputs: Any, at: int) -> Tensor:
+    def _distance(self, outputs: object, at: int) -> Tensor:
         now = named_outputs(outputs)[0]
         found = []
         for name, dense in self._dense[at].items():
@@ -208,7 +208,7 @@ class Trials:
                 found.append((now[name].float() - dense.float()).square().mean() / power)
         return torch.stack(found).mean()
 
-    def _draws(self, outputs: Any, at: int) -> list[Tensor]:
+    def _draws(self, outputs: object, at: int) -> list[Tensor]:
         """Numbers whose squared gradients are, in the mean, the curvature of `_distance`."""
         now = named_outputs(outputs)[0]
         scalars = []
@@ -228,12 +228,12 @@ class Trials:
         return scalars
 
 
-def _own_loss(outputs: Any) -> Any:
+def _own_loss(outputs: object) -> Tensor | None:
     value = outputs.get("loss") if isinstance(outputs, Mapping) else getattr(outputs, "loss", None)
     return value if isinstance(value, Tensor) and value.numel() == 1 else None
 
 
-def _class_dim(name: str, output: Tensor, target: Any) -> int:
+def _class_dim(name: str, output: Tensor, target: object) -> int:
     """The dimension of the classes; -1 where the output is no distribution over classes."""
     if output.dim() < 2:
         return -1

@@ -13,9 +13,9 @@ from typing import Any
 from torch import nn
 
 from sparsify.errors import ExportError, SparsifyError, SparsifyWarning
-from sparsify.model.signature import SampleInputs
+from sparsify.model.signature import ModelInputs, SampleInputs
 from sparsify.oneshot import quantize_model
-from sparsify.onnx.export import export_onnx
+from sparsify.onnx.export import ExportedModel, export_onnx
 from sparsify.output.tables import track
 from sparsify.pruning.group_scores import Bounds, multiple_of
 from sparsify.pruning.groups import ChannelGroups, find
@@ -35,7 +35,7 @@ class Form:
 
 def exported_forms(
     model: nn.Module,
-    sample_inputs: Any,
+    sample_inputs: ModelInputs,
     channel_groups: ChannelGroups | None,
     quantized: bool,
     widths: Sequence[float],
@@ -70,7 +70,7 @@ def exported_forms(
     return forms
 
 
-def export(model: nn.Module, sample_inputs: Any, path: Path) -> Any:
+def export(model: nn.Module, sample_inputs: ModelInputs, path: Path) -> ExportedModel:
     """With a free batch size, or with that of the inputs where the model's forward fixes it."""
     try:
         return export_onnx(model, sample_inputs, path)
@@ -80,7 +80,7 @@ def export(model: nn.Module, sample_inputs: Any, path: Path) -> Any:
         return export_onnx(model, sample_inputs, path, dynamic_batch=False)
 
 
-def as_int8(model: nn.Module, sample_inputs: Any, ignore: Sequence[str] = ()) -> nn.Module:
+def as_int8(model: nn.Module, sample_inputs: ModelInputs, ignore: Sequence[str] = ()) -> nn.Module:
     """Quantized for the sake of its speed: the ranges are those of one batch, the weights rounded to nearest.
 
     What `ignore` names stays in float.
@@ -135,7 +135,7 @@ def kept_channels(channel_groups: ChannelGroups, name: str, share: float) -> int
     return Bounds.of(channel_group.size, multiple_of(channel_group, None)).nearest(wanted)
 
 
-def _as_tuple(sample_inputs: Any) -> Any:
+def _as_tuple(sample_inputs: ModelInputs) -> Any:
     return tuple(sample_inputs) if isinstance(sample_inputs, list) else sample_inputs
 
 

@@ -21,6 +21,8 @@ from sparsify.errors import ArgumentError
 
 __all__: list[str] = []
 
+ModelInputs = Tensor | tuple[Any, ...] | list[Any] | Mapping[str, Any]
+"""Sample inputs as a user gives them: a tensor, a tuple or list of arguments, or keyword arguments."""
 CallArguments = tuple[tuple[Any, ...], dict[str, Any]]
 """(args, kwargs)."""
 
@@ -53,7 +55,9 @@ class SampleInputs:
     structure: pytree.TreeSpec
 
     @classmethod
-    def of(cls, model: nn.Module, sample_inputs: Any, more: Mapping[str, Any] | None = None) -> SampleInputs:
+    def of(
+        cls, model: nn.Module, sample_inputs: ModelInputs | None, more: Mapping[str, Any] | None = None
+    ) -> SampleInputs:
         """`sample_inputs`: a tensor; a tuple or list of arguments; or a mapping of keyword arguments. `more` of these.
 
         Names are those of the parameters of `model.forward`; what stands inside a tuple or dictionary argument is

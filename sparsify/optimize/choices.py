@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from sparsify.errors import ArgumentError
 from sparsify.model.targets import named_parameters, owners
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from sparsify.analysis.layers import ModelAnalysis
     from sparsify.analysis.loss import LossProfile
     from sparsify.analysis.performance import PerformanceProfile
+    from sparsify.model.signature import ModelInputs
     from sparsify.optimize.latency import LatencyPlan
     from sparsify.optimize.layer_curves import LayerCurve
     from sparsify.optimize.pruning_profiles import PruningProfile, PruningSettings
@@ -37,7 +38,7 @@ class Sources:
     def of(
         cls,
         model: nn.Module,
-        inputs: Any,
+        inputs: ModelInputs | None,
         analysis: ModelAnalysis | None,
         performance: PerformanceProfile | None,
         loss: LossProfile | None,
@@ -115,7 +116,11 @@ def by_layers(settings: PruningSettings, given: PruningProfile | None, found: So
 
 
 def by_channel_groups(
-    model: nn.Module, inputs: Any, settings: PruningSettings, given: PruningProfile | None, found: Sources
+    model: nn.Module,
+    inputs: ModelInputs | None,
+    settings: PruningSettings,
+    given: PruningProfile | None,
+    found: Sources,
 ) -> WeightShares:
     """Prunes whole channels, channel group by channel group."""
     from sparsify.optimize.allocation import pruning_profile

@@ -6,7 +6,7 @@ import copy
 import math
 import warnings
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from sparsify.analysis.analyze import analyze_model
 from sparsify.model.targets import named_parameters
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
     from sparsify.analysis.layers import ModelAnalysis
     from sparsify.analysis.performance import PerformanceProfile
+    from sparsify.model.signature import ModelInputs
     from sparsify.modifiers.base import Modifier
     from sparsify.optimize.latency import LatencyPlan
     from sparsify.optimize.pruning_profiles import PruningProfile
@@ -34,7 +35,7 @@ def expected(
     modifiers: Sequence[Modifier],
     zeros: Mapping[str, float],
     *,
-    inputs: Any,
+    inputs: ModelInputs | None,
     analysis: ModelAnalysis | None,
     profile: PruningProfile | None,
     performance: PerformanceProfile | None,
@@ -86,7 +87,7 @@ def expected(
 
 
 def without_channels(
-    model: nn.Module, modifiers: Sequence[Modifier], inputs: Any, epoch: float = math.inf
+    model: nn.Module, modifiers: Sequence[Modifier], inputs: ModelInputs | None, epoch: float = math.inf
 ) -> nn.Module:
     """A copy of `model` without the channels that `modifiers` remove up to `epoch`, by the weights as they are now.
 

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any, get_args
 
 from sparsify.errors import ArgumentError, did_you_mean
+from sparsify.optimize.latency import LatencyPlan
 from sparsify.optimize.levels import Experiment, OptimLevel, optim_level, preset_of
 from sparsify.optimize.pruning_profiles import PruningProfile, PruningSettings
 
@@ -40,79 +41,72 @@ class Goal:
         return self.settings is not None
 
 
-def goal_of(
-    *,
-    level: Any,
-    experiment: Any,
-    preset: Any,
-    sparsity: Any,
-    settings: Any,
-    profile: PruningProfile | None,
-    latency: Any,
-    quantize: Any,
-    structured: Any,
-) -> Goal:
-    """The goal that the arguments of `create_recipe` say.
+@dataclass(frozen=True)
+class GoalArguments:
+    """The arguments of `create_recipe` that state a goal, as the user gave them: nothing of them is checked yet."""
+
+    level: float | None
+    experiment: Experiment
+    preset: str | None
+    sparsity: object
+    settings: object
+    profile: object
+    latency: object
+    quantize: object
+    structured: object
+
+    @property
+    def strength(self) -> str:
+        """The argument that says how much; empty where none does.
+
+        Raises:
+            ArgumentError: several do.
+        """
+        said = {
+            "optim_level": self.level,
+            "sparsity": self.sparsity,
+            "settings": self.settings,
+            "pruning_profile": self.profile,
+            "latency_plan": self.latency,
+        }
+        given = [name for name, value in said.items() if value is not None]
+        if len(given) > 1:
+            raise ArgumentError(f"{' and '.join(given)}: each says how much; give one of them.")
+        return given[0] if given else ""
+
+
+def goal_of(said: GoalArguments) -> Goal:
+    """The goal that the arguments state.
 
     Raises:
         ArgumentError: one of them cannot be meant, or two contradict one another.
     """
-    said = {
-        "optim_level": level,
-        "sparsity": sparsity,
-        "settings": settings,
-        "pruning_profile": profile,
-        "latency_plan": latency,
-    }
-    given = [name for name, value in said.items() if value is not None]
-    if len(given) > 1:
-        raise ArgumentError(f"{' and '.join(given)}: each says how much; give one of them.")
-    known = get_args(Experiment)
-    if experiment not in known:
-        raise ArgumentError(
-            f"experiment: {experiment!r} is none of {', '.join(known)}.{did_you_mean(str(experiment), known)}"
-        )
-    if preset is not None and given and given[0] not in ("optim_level", "sparsity"):
-        raise ArgumentError(f"preset and {given[0]}: the latter says all that a preset says; leave one out.")
-    named = None if preset is None else preset_of(preset)
-    if structured is not None and not isinstance(structured, bool):
-        raise ArgumentError(f"structured: {structured!r} is neither True nor False.")
-    whole = structured if structured is not None else named is not None and named.structured
-    asked: dict[str, Any] = {"experiment": experiment} | ({} if preset is None else {"preset": preset})
-    if experiment == "sparse-transfer" and given and given[0] != "optim_level":
-        raise ArgumentError(f"{given[0]}: sparse transfer keeps the zeros that a model has; give an optim_level.")
-    if latency is not None:
-        return _timed_goal(latency, experiment, structured, quantize, asked)
-    wanted: PruningSettings | None
-    balance = None if named is None else named.balance
-    if profile is not None:
-        if not isinstance(profile, PruningProfile):
-            raise ArgumentError(f"pruning_profile: a {type(profile).__name__} is none; give what pruning_profile gave.")
-        wanted, text, int8 = profile.settings, "a pruning profile", False
-    elif settings is not None:
-        if not isinstance(settings, PruningSettings):
-            raise ArgumentError(f"settings: a {type(settings).__name__} is none; give PruningSettings(...).")
-        wanted, text, int8 = settings, "the settings given", False
-    elif sparsity is not None:
-        wanted, text, int8 = (
-            _settings(_sparsity(sparsity), balance),
-            f"sparsity {float(sparsity):.4g}",
-            False,
-        )
+    _check_goal(said)
+    preset = None if said.preset is None else preset_of(said.preset)
+    asked: dict[str, Any] = {"experiment": said.experiment} | ({} if preset is None else {"preset": said.preset})
+    if said.latency is not None:
+        return _timed_goal(said, said.latency, asked)
+    level: OptimLevel | None = None
+    int8 = False
+    stated = _stated_settings(said, None if preset is None else preset.balance)
+    if stated is not None:
+        wanted: PruningSettings | None = stated[0]
+        text = stated[1]
     else:
-        value = level if level is not None else named.level if named is not None else 0.5
-        meant = optim_level(value, experiment)
-        asked["optim_level"] = meant.level
-        if experiment == "sparse-transfer":
-            return _transfer(meant, _wants_int8(quantize, meant.quantize), asked)
-        wanted = _settings(meant.sparsity, balance) if meant.sparsity else None
-        int8 = meant.quantize and (named is None or named.quantize)
-        text = f"optim level {meant.level:g} of {experiment}"
-    fields = _wants_int8(quantize, int8)
+        value = said.level if said.level is not None else preset.level if preset is not None else 0.5
+        level = optim_level(value, said.experiment)
+        asked["optim_level"] = level.level
+        if said.experiment == "sparse-transfer":
+            return _transfer(level, _wants_int8(said.quantize, level.quantize), asked)
+        wanted = _settings(level.sparsity, None if preset is None else preset.balance) if level.sparsity else None
+        int8 = level.quantize and (preset is None or preset.quantize)
+        text = f"optim level {level.level:g} of {said.experiment}"
+    fields = _wants_int8(said.quantize, int8)
     if preset is not None:
-        text += f', preset "{preset}"'
+        text += f', preset "{said.preset}"'
+    whole = said.structured if isinstance(said.structured, bool) else preset is not None and preset.structured
     return Goal(
-        experiment,
+        said.experiment,
         wanted,
         whole and wanted is not None,
         fields,
@@ -122,20 +116,51 @@ def goal_of(
     )
 
 
-def _timed_goal(
-    latency: Any, experiment: Experiment, structured: bool | None, quantize: Any, asked: dict[str, Any]
-) -> Goal:
-    from sparsify.optimize.latency import LatencyPlan
+def _check_goal(said: GoalArguments) -> None:
+    """Refuses arguments that contradict one another, and an experiment that is none."""
+    strength = said.strength
+    known = get_args(Experiment)
+    if said.experiment not in known:
+        raise ArgumentError(
+            f"experiment: {said.experiment!r} is none of {', '.join(known)}.{did_you_mean(str(said.experiment), known)}"
+        )
+    if said.preset is not None and strength not in ("", "optim_level", "sparsity"):
+        raise ArgumentError(f"preset and {strength}: the latter says all that a preset says; leave one out.")
+    if said.preset is not None:
+        preset_of(said.preset)
+    if said.structured is not None and not isinstance(said.structured, bool):
+        raise ArgumentError(f"structured: {said.structured!r} is neither True nor False.")
+    if said.experiment == "sparse-transfer" and strength not in ("", "optim_level"):
+        raise ArgumentError(f"{strength}: sparse transfer keeps the zeros that a model has; give an optim_level.")
 
+
+def _stated_settings(said: GoalArguments, balance: float | None) -> tuple[PruningSettings, str] | None:
+    """(the settings of the pruning, their origin in words); None where an optim level decides."""
+    if said.profile is not None:
+        if not isinstance(said.profile, PruningProfile):
+            kind = type(said.profile).__name__
+            raise ArgumentError(f"pruning_profile: a {kind} is none; give what pruning_profile gave.")
+        return said.profile.settings, "a pruning profile"
+    if said.settings is not None:
+        if not isinstance(said.settings, PruningSettings):
+            raise ArgumentError(f"settings: a {type(said.settings).__name__} is none; give PruningSettings(...).")
+        return said.settings, "the settings given"
+    if said.sparsity is not None:
+        sparsity = _sparsity(said.sparsity)
+        return _settings(sparsity, balance), f"sparsity {sparsity:.4g}"
+    return None
+
+
+def _timed_goal(said: GoalArguments, latency: object, asked: dict[str, Any]) -> Goal:
     if not isinstance(latency, LatencyPlan):
         raise ArgumentError(f"latency_plan: a {type(latency).__name__} is none; give what latency_plan gave.")
-    if structured is False:
+    if said.structured is False:
         raise ArgumentError("structured: False, but a latency plan is about whole channels; leave it out.")
-    fields = _wants_int8(quantize, latency.quantized)
+    fields = _wants_int8(said.quantize, latency.quantized)
     text = f"at most {latency.goal_ms:.4g} ms at batch {latency.batch_size}: whole channels go"
     text += ", then INT8" if fields is not None else ""
     asked |= {"goal_ms": latency.goal_ms, "batch_size": latency.batch_size, "threads": latency.threads}
-    return Goal(experiment, None, True, fields, False, text, asked)
+    return Goal(said.experiment, None, True, fields, False, text, asked)
 
 
 def _does(wanted: PruningSettings | None, whole: bool, fields: Mapping[str, Any] | None) -> str:
@@ -162,7 +187,7 @@ def _settings(sparsity: float, balance: float | None) -> PruningSettings:
     return settings if balance is None else replace(settings, balance=balance)
 
 
-def _sparsity(value: Any) -> float:
+def _sparsity(value: object) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
         raise ArgumentError(f"sparsity: {value!r} is no fraction in [0, 1].")
     if not 0 <= value <= 1:
@@ -171,7 +196,7 @@ def _sparsity(value: Any) -> float:
     return float(value)
 
 
-def _wants_int8(given: Any, by_level: bool) -> Mapping[str, Any] | None:
+def _wants_int8(given: object, by_level: bool) -> Mapping[str, Any] | None:
     """Fields of the QuantizationModifier that were given; None where nothing is quantized."""
     if given is None:
         return {} if by_level else None

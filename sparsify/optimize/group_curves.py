@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from sparsify.analysis.layers import LayerInfo, ModelAnalysis
 from sparsify.analysis.units import layer_name
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
     from sparsify.analysis.loss import LossProfile
     from sparsify.analysis.performance import PerformanceProfile
+    from sparsify.model.signature import ModelInputs
 
 __all__: list[str] = []
 
@@ -30,7 +31,7 @@ SHARES = tuple(share / 20 for share in range(20))
 """Shares of a channel group's channels: 0, 0.05, ... 0.95."""
 
 
-def channel_groups_of(model: nn.Module, sample_inputs: Any) -> ChannelGroups:
+def channel_groups_of(model: nn.Module, sample_inputs: ModelInputs | None) -> ChannelGroups:
     """The channel groups whose channels can be removed.
 
     Raises:

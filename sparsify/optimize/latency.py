@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from json import dumps
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from sparsify.errors import ArgumentError, StateError
 from sparsify.model.signature import check_module
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
     from sparsify.analysis.loss import LossProfile
     from sparsify.analysis.performance import PerformanceProfile
+    from sparsify.model.signature import ModelInputs
 
 __all__ = ["LatencyPlan", "LatencyRound", "latency_plan"]
 
@@ -135,7 +136,7 @@ class LatencyPlan:
 
 def latency_plan(
     model: nn.Module,
-    sample_inputs: Any,
+    sample_inputs: ModelInputs,
     goal_ms: float,
     *,
     batch_size: int = 1,

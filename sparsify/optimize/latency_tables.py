@@ -5,7 +5,7 @@ from __future__ import annotations
 import bisect
 from collections import defaultdict
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from sparsify.errors import ArgumentError
 from sparsify.optimize.widths import LayerTime, SpeedPart, Tables, WidthCurve
@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
     from sparsify.analysis.loss import LossProfile
     from sparsify.analysis.performance import PerformanceProfile
+    from sparsify.model.signature import ModelInputs
     from sparsify.pruning.groups import ChannelGroups
 
 __all__: list[str] = []
@@ -29,7 +30,7 @@ class ModelTables:
     def __init__(
         self,
         model: nn.Module,
-        sample_inputs: Any,
+        sample_inputs: ModelInputs,
         performance: PerformanceProfile,
         channel_groups: ChannelGroups | None,
         int8: bool,

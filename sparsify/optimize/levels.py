@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 from sparsify.errors import ArgumentError, did_you_mean
 
@@ -70,7 +70,7 @@ PRESETS: Mapping[str, Preset] = MappingProxyType(
 )
 
 
-def optim_level(level: Any = 0.5, experiment: Experiment = "training-aware") -> OptimLevel:
+def optim_level(level: float = 0.5, experiment: Experiment = "training-aware") -> OptimLevel:
     """The meaning of a level.
 
     training-aware and one-shot: 0 changes nothing; below 0.3 INT8 alone; from 0.3 to 1.0 pruning too, of 60 % to 95 %
@@ -105,7 +105,7 @@ def optim_level(level: Any = 0.5, experiment: Experiment = "training-aware") -> 
     return OptimLevel(value, experiment, sparsity if pruned else 0.0, value > 0.0, "", pruned)
 
 
-def preset_of(name: Any) -> Preset:
+def preset_of(name: object) -> Preset:
     """The preset of that name.
 
     Raises:
@@ -116,7 +116,7 @@ def preset_of(name: Any) -> Preset:
     return PRESETS[name]
 
 
-def _level_fraction(level: Any) -> float:
+def _level_fraction(level: object) -> float:
     if isinstance(level, bool) or not isinstance(level, int | float) or not math.isfinite(level):
         raise ArgumentError(f"optim_level: {level!r} is no level; give a number from 0 to 1, like 0.5.")
     if 0 <= level <= 1:

@@ -6,7 +6,7 @@ import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from sparsify.errors import ArgumentError, DataFileError, StateError
 from sparsify.model.signature import check_module
@@ -17,6 +17,7 @@ from sparsify.recipe.evidence import Evidence
 if TYPE_CHECKING:
     from torch import nn
 
+    from sparsify.model.signature import ModelInputs
     from sparsify.recipe import Recipe
 
 __all__ = ["Outcome", "Prediction", "score_prediction"]
@@ -115,7 +116,7 @@ def score_prediction(
     recipe: Recipe,
     model: nn.Module,
     *,
-    sample_inputs: Any = None,
+    sample_inputs: ModelInputs | None = None,
     path: str | os.PathLike[str] | None = None,
     ms: float | None = None,
     score_before: float | None = None,
@@ -205,7 +206,7 @@ def _stored_share(model: nn.Module) -> dict[str, int]:
     return {n: p.numel() for n, p in named_parameters(model).items() if n.rpartition(".")[0] not in own}
 
 
-def _remaining_macs(model: nn.Module, sample_inputs: Any, notes: list[str]) -> int | None:
+def _remaining_macs(model: nn.Module, sample_inputs: ModelInputs | None, notes: list[str]) -> int | None:
     if sample_inputs is None:
         notes.append("MACs: give sample_inputs to have them counted.")
         return None

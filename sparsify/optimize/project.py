@@ -38,6 +38,8 @@ from sparsify.recipe import Recipe
 if TYPE_CHECKING:
     from torch import nn
 
+    from sparsify.model.signature import ModelInputs
+
 __all__ = ["Optimization", "Project", "ProjectSettings"]
 
 PROJECT_FORMAT = 1
@@ -101,7 +103,7 @@ class Project:
         model: nn.Module | str | os.PathLike[str],
         settings: ProjectSettings | None = None,
         *,
-        sample_inputs: Any = None,
+        sample_inputs: ModelInputs | None = None,
     ) -> Project:
         """Makes the folder, with the model as an ONNX file and its analysis.
 

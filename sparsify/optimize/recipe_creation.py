@@ -17,7 +17,7 @@ from sparsify.modifiers.quantization import QuantizationModifier
 from sparsify.modifiers.structured import StructuredPruningModifier
 from sparsify.modifiers.training import TrainableParamsModifier
 from sparsify.optimize.choices import Sources, WeightShares, by_channel_groups, by_latency_plan, by_layers
-from sparsify.optimize.goals import Goal, goal_of
+from sparsify.optimize.goals import Goal, GoalArguments, goal_of
 from sparsify.optimize.levels import Experiment
 from sparsify.optimize.stages import (
     LearningRateSchedule,
@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from sparsify.analysis.layers import ModelAnalysis
     from sparsify.analysis.loss import LossProfile
     from sparsify.analysis.performance import PerformanceProfile
+    from sparsify.model.signature import ModelInputs
     from sparsify.optimize.latency import LatencyPlan
     from sparsify.optimize.pruning_profiles import PruningProfile, PruningSettings
 
@@ -48,7 +49,7 @@ UNKNOWN = OriginalTraining(90)
 
 def create_recipe(
     model: nn.Module,
-    sample_inputs: Any = None,
+    sample_inputs: ModelInputs | None = None,
     *,
     optim_level: float | None = None,
     experiment: Experiment = "training-aware",
@@ -97,7 +98,7 @@ def create_recipe(
     from sparsify.model.wrappers import unwrapped
 
     check_module(model)
-    goal = goal_of(
+    said = GoalArguments(
         level=optim_level,
         experiment=experiment,
         preset=preset,
@@ -108,6 +109,7 @@ def create_recipe(
         quantize=quantize,
         structured=structured,
     )
+    goal = goal_of(said)
     _check_arguments(goal, training, learning_rate, distill, sample_inputs, loss)
     model = unwrapped(model)
     if loss is None and goal.prunes:
@@ -329,7 +331,12 @@ def _evidence(
 
 
 def _check_arguments(
-    goal: Goal, training: Any, learning_rate: Any, distill: Any, sample_inputs: Any, loss: Any
+    goal: Goal,
+    training: OriginalTraining | None,
+    learning_rate: object,
+    distill: object,
+    sample_inputs: ModelInputs | None,
+    loss: LossProfile | None,
 ) -> None:
     """Refuses what cannot be meant, before any work."""
     if training is not None and not isinstance(training, OriginalTraining):

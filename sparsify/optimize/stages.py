@@ -201,7 +201,7 @@ def learning_rates(
     return found
 
 
-def check_schedule(schedule: Any) -> None:
+def check_schedule(schedule: object) -> None:
     """Refuses what is no name of a schedule; None is fine."""
     known = get_args(LearningRateSchedule)
     if schedule is not None and schedule not in known:
@@ -257,7 +257,7 @@ def _neat(rate: float) -> float:
     return float(f"{rate:.6g}")
 
 
-def _written_number(name: str, value: Any) -> float:
+def _written_number(name: str, value: object) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise ArgumentError(f"{name}: {value!r} is no number.")
     return float(value)

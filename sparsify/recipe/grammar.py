@@ -365,10 +365,10 @@ def _scalar(event: yaml.ScalarEvent, line: int) -> YamlNode:
 
 
 def plain_value(text: str, line: int | None = None) -> Any:
-    """What a text without quotes means: null, true, a number, or itself.
+    """The value of a text without quotes: null, true, a number, or itself.
 
-    >>> plain_value("1e-3"), plain_value("2:4"), plain_value("010"), plain_value("yes"), plain_value("~"), plain_value("1_000"), plain_value("0x10")
-    (0.001, '2:4', 10, True, None, 1000, 16)
+    >>> [plain_value(text) for text in ("1e-3", "2:4", "010", "yes", "~", "1_000", "0x10")]
+    [0.001, '2:4', 10, True, None, 1000, 16]
     """
     if text in NULLS:
         return None
