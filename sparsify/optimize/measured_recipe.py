@@ -126,6 +126,7 @@ def recipe_from_measurements(
             model, sample_inputs, batch_sizes=(measurements.batch_size,), threads=(measurements.threads,)
         )
     if measurements.goal_ms is not None:
+        assert sample_inputs is not None  # performance_profile has refused None
         latency = latency_plan(
             model,
             sample_inputs,
