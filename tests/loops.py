@@ -11,6 +11,8 @@ from torch import Tensor, nn
 
 from sparsify.model.trace import trace
 from sparsify.modifiers.base import Modifier
+from sparsify.modifiers.magnitude_pruning import GMPruningModifier
+from sparsify.modifiers.structured import StructuredPruningModifier
 from sparsify.modifiers.top_kast import TopKASTPruningModifier
 from sparsify.quantization.placement import make_plan
 from sparsify.quantization.plan import QuantizationPlan, apply_plan, check_traced_ops
@@ -108,15 +110,30 @@ def regression_at_work(
 
 
 def weights_of(model: nn.Module) -> dict[str, Tensor]:
+    """All weights by name, without their graphs."""
     return {name: p.detach() for name, p in model.named_parameters() if name.endswith("weight")}
 
 
 def zeros_of(model: nn.Module) -> dict[str, int]:
+    """Number of zeros of each weight."""
     return {name: int((w == 0).sum()) for name, w in weights_of(model).items()}
 
 
 def pruning_fields(**changed: Any) -> dict[str, Any]:
+    """Fields of a modifier that prunes all there is, from epoch 0 to 5."""
     return {"params": "__ALL_PRUNABLE__", "start_epoch": 0.0, "end_epoch": 5.0, "update_frequency": 1.0, **changed}
+
+
+def gradual_pruning(start: float = 0.0, end: float = 2.0, frequency: float = 0.5, **fields: Any) -> GMPruningModifier:
+    """Magnitude pruning of all layers from a sparsity of 0.1 to 0.8."""
+    given = {"params": "__ALL_PRUNABLE__", "init_sparsity": 0.1, "final_sparsity": 0.8, **fields}
+    return GMPruningModifier(start_epoch=start, end_epoch=end, update_frequency=frequency, **given)
+
+
+def channel_pruning(**changed: Any) -> StructuredPruningModifier:
+    """Half of the channels, from epoch 1 to 4."""
+    ramp = {"init_sparsity": 0.1, "final_sparsity": 0.5, "update_frequency": 0.5, "multiple": 1}
+    return StructuredPruningModifier(**pruning_fields(**{"start_epoch": 1.0, "end_epoch": 4.0, **ramp, **changed}))
 
 
 def masks_of(manager: ScheduledModifierManager) -> dict[str, Tensor]:

@@ -13,6 +13,7 @@ from torch import nn
 from sparsify.errors import ArgumentError, StateError
 from sparsify.modifiers.distillation import DistillationModifier, divergence
 from sparsify.training.manager import ScheduledModifierManager
+from tests.zoo.small import perceptron
 
 STUDENT = torch.tensor([[1.0, 2.0, 3.0], [0.0, 0.0, 1.0]])
 TEACHER = torch.tensor([[4.0, 1.0, 0.0], [2.0, 0.0, 0.0]])
@@ -196,8 +197,7 @@ def test_the_teacher_gets_the_students_inputs_or_those_that_are_named() -> None:
 
 
 def network() -> nn.Module:
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Dropout(0.5), nn.Linear(8, 3))
+    return perceptron(4, 8, 3, activation=nn.ReLU, norm=True, dropout=0.5)
 
 
 def test_the_gradient_reaches_the_student_and_not_the_teacher() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+from functools import partial
 from typing import Any
 
 import pytest
@@ -14,14 +15,15 @@ from torch.nn import functional
 from sparsify.errors import ArgumentError, StateError, TargetError
 from sparsify.modifiers.layer_distillation import PerLayerDistillationModifier
 from sparsify.training.manager import ScheduledModifierManager
+from tests.loops import train_step
+from tests.zoo.small import perceptron
 
 X = torch.randn(6, 4, generator=torch.Generator().manual_seed(1))
 NAMES = {"student_layer_names": ["0", "2"], "teacher_layer_names": ["0", "2"]}
 
 
 def network(width: int = 5, seed: int = 0) -> nn.Sequential:
-    torch.manual_seed(seed)
-    return nn.Sequential(nn.Linear(4, width), nn.ReLU(inplace=True), nn.Linear(width, 3))
+    return perceptron(4, width, 3, activation=partial(nn.ReLU, inplace=True), seed=seed)
 
 
 def manager_of(**fields: Any) -> ScheduledModifierManager:
@@ -35,11 +37,7 @@ def optimizer_of(model: nn.Module, kind: str = "adam") -> torch.optim.Optimizer:
 
 
 def train(manager: Any, model: nn.Module, optimizer: torch.optim.Optimizer, x: torch.Tensor = X) -> float:
-    optimizer.zero_grad()
-    loss = manager.update_loss(model(x).square().mean())
-    loss.backward()
-    optimizer.step()
-    return float(loss.detach())
+    return train_step(model, optimizer, x, update=manager.update_loss)
 
 
 def same(a: dict[str, Any], b: dict[str, Any]) -> bool:

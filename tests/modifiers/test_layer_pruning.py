@@ -20,6 +20,7 @@ from sparsify.modifiers.quantization import QuantizationModifier
 from sparsify.onnx.export import export_onnx
 from sparsify.pruning.skipped_layers import Skipped
 from sparsify.training.manager import ScheduledModifierManager
+from tests.loops import train_step
 
 X = torch.randn(6, 3, 8, 8, generator=torch.Generator().manual_seed(1))
 
@@ -60,14 +61,6 @@ def optimizer_of(model: nn.Module, kind: str = "sgd") -> torch.optim.Optimizer:
     return torch.optim.AdamW(model.parameters(), lr=0.01)
 
 
-def train(model: nn.Module, optimizer: torch.optim.Optimizer, to_none: bool = True) -> float:
-    optimizer.zero_grad(set_to_none=to_none)
-    loss = model(X).square().mean()
-    loss.backward()
-    optimizer.step()
-    return float(loss.detach())
-
-
 def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
 
@@ -83,7 +76,7 @@ def test_training_is_that_of_a_network_written_without_the_layers(kind: str, inp
         inside = 3 <= step < 6
         reference.pruned = ("one", "two.a") if inside else ()
         assert isinstance(model.one, Skipped) == isinstance(model.two.a, Skipped) == inside
-        assert train(model, optimizer) == train(reference, plain)
+        assert train_step(model, optimizer, X) == train_step(reference, plain, X)
         assert same(model.state_dict(), reference.state_dict())
     assert type(model.one) is Block and type(model.two.a) is nn.Conv2d
 
@@ -108,7 +101,7 @@ def test_finalize_brings_back_what_was_to_come_back(end: float) -> None:
     manager = manager_of(end_epoch=end)
     optimizer = optimizer_of(model)
     manager.modify(model, optimizer, steps_per_epoch=3)
-    train(model, optimizer)
+    train_step(model, optimizer, X)
     manager.finalize(model)
     manager.finalize(model)
     assert isinstance(model.one, Skipped) == (end == -1.0)
@@ -119,7 +112,7 @@ def test_a_recipe_whose_time_never_comes_changes_nothing() -> None:
     model, reference = Network(), Network()
     optimizer, plain = optimizer_of(model), optimizer_of(reference)
     manager_of(start_epoch=7.0).modify(model, optimizer, steps_per_epoch=3, sample_inputs=X)
-    assert [train(model, optimizer) for _ in range(5)] == [train(reference, plain) for _ in range(5)]
+    assert [train_step(model, optimizer, X) for _ in range(5)] == [train_step(reference, plain, X) for _ in range(5)]
     assert same(model.state_dict(), reference.state_dict()), "the check left no trace in the statistics either"
 
 
@@ -169,7 +162,7 @@ def test_copies_and_pickles_of_a_pruned_model_are_pruned() -> None:
     back = manager_of(end_epoch=1.0)
     optimizer = optimizer_of(twin)
     back.modify(twin, optimizer, steps_per_epoch=1)
-    train(twin, optimizer)
+    train_step(twin, optimizer, X)
     assert type(twin.one) is Block
 
 
@@ -183,7 +176,7 @@ def test_a_run_resumed_at_every_step_is_the_one_that_never_stopped(to_none: bool
     saved = []
     for _ in range(8):
         saved.append(copy.deepcopy((manager.state_dict(), model.state_dict(), optimizer.state_dict())))
-        train(model, optimizer, to_none)
+        train_step(model, optimizer, X, set_to_none=to_none)
     for step, (state, weights, memory) in enumerate(saved):
         again = Network()
         other = optimizer_of(again, "adamw")
@@ -197,7 +190,7 @@ def test_a_run_resumed_at_every_step_is_the_one_that_never_stopped(to_none: bool
         other.load_state_dict(memory)
         assert isinstance(again.one, Skipped) == (3 <= step < 6)
         for _ in range(8 - step):
-            train(again, other, to_none)
+            train_step(again, other, X, set_to_none=to_none)
         assert same(again.state_dict(), model.state_dict()), step
 
 
@@ -209,7 +202,7 @@ def test_the_structure_comes_from_an_epoch_or_a_state() -> None:
     model = Network()
     optimizer = optimizer_of(model)
     manager.modify(model, optimizer, steps_per_epoch=1)
-    train(model, optimizer)
+    train_step(model, optimizer, X)
     fresh = manager_of(start_epoch=1.0, end_epoch=3.0).apply_structure(Network(), state=manager.state_dict())
     fresh.load_state_dict(model.state_dict())
     assert torch.equal(fresh.eval()(X), model.eval()(X)) and isinstance(fresh.two.a, Skipped)
@@ -336,7 +329,7 @@ def test_a_quantized_layer_is_refused() -> None:
     )
     manager.modify(model, optimizer, steps_per_epoch=1, sample_inputs=X)
     with pytest.raises(StateError, match=r"'two\.a' is quantized already.*start before QuantizationModifier"):
-        train(model, optimizer)
+        train_step(model, optimizer, X)
     manager.finalize()
     assert model.eval()(X).isfinite().all()
 
@@ -369,7 +362,7 @@ def test_it_works_with_pruning_and_quantization(tmp_path: Path) -> None:
     ])  # fmt: skip
     manager.modify(model, optimizer, steps_per_epoch=2, sample_inputs=X)
     for _ in range(4):
-        train(model, optimizer)
+        train_step(model, optimizer, X)
     manager.finalize(model)
     export_onnx(model, X, tmp_path / "int8.onnx")
     graph = onnx.load(tmp_path / "int8.onnx").graph

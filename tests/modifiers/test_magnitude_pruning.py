@@ -19,6 +19,7 @@ from sparsify.modifiers.magnitude_pruning import (
     MagnitudePruningModifier,
 )
 from sparsify.training.manager import ScheduledModifierManager
+from tests.loops import train_step
 
 STEPS = 3
 
@@ -53,11 +54,7 @@ def train(model: nn.Module, optimizer: Any, steps: int, first: int = 0) -> list[
     losses = []
     for number in range(first, first + steps):
         x = torch.randn(6, 4, 5, 5, generator=torch.Generator().manual_seed(number))
-        optimizer.zero_grad()
-        loss = (model(x) - 1).square().mean()
-        loss.backward()
-        optimizer.step()
-        losses.append(float(loss.detach()))
+        losses.append(train_step(model, optimizer, x, 1.0))
     return losses
 
 

@@ -17,10 +17,10 @@ from sparsify import ScheduledModifierManager, SparsifyWarning
 from sparsify.errors import DataError, RecipeError, StateError, TargetError
 from sparsify.modifiers.base import Modifier
 from sparsify.modifiers.magnitude_pruning import GMPruningModifier
-from sparsify.modifiers.structured import StructuredPruningModifier
 from sparsify.modifiers.training import TrainableParamsModifier
 from sparsify.pruning.group_scores import Bounds
 from sparsify.training.channel_removal import ChannelRemoval
+from tests.loops import channel_pruning
 from tests.ranks import on_two_ranks
 from tests.zoo import prunable as small
 from tests.zoo.prunable import Encoder, Residual
@@ -30,25 +30,12 @@ both = pytest.mark.parametrize("kind", [Residual, Encoder])
 optimizers = pytest.mark.parametrize("name", ["sgd", "adamw"])
 
 
-def structured(**changed: Any) -> StructuredPruningModifier:
-    fields: dict[str, Any] = {
-        "params": "__ALL_PRUNABLE__",
-        "init_sparsity": 0.1,
-        "final_sparsity": 0.5,
-        "start_epoch": 1.0,
-        "end_epoch": 4.0,
-        "update_frequency": 0.5,
-        "multiple": 1,
-    }
-    return StructuredPruningModifier(**{**fields, **changed})
-
-
 def at_work(
     kind: type[nn.Module], *modifiers: Modifier, name: str = "sgd", dtype: torch.dtype = torch.float32, **given: Any
 ) -> tuple[Any, Any, ScheduledModifierManager]:
     model = small.made(kind, dtype=dtype)
     optimizer = small.optimizer_of(name, model)
-    manager = ScheduledModifierManager(list(modifiers) or [structured()])
+    manager = ScheduledModifierManager(list(modifiers) or [channel_pruning()])
     given.setdefault("sample_inputs", small.batch(kind, 0, dtype)[0])
     return model, manager.modify(model, optimizer, steps_per_epoch=PER_EPOCH, **given), manager
 
@@ -176,7 +163,7 @@ def test_what_is_masked_is_the_sparsity_that_is_reported(kind: Any) -> None:
 
 @both
 def test_a_sparsity_of_zero_changes_no_loss(kind: Any) -> None:
-    model, optimizer, _ = at_work(kind, structured(init_sparsity=0.0, final_sparsity=0.0, shrink=True))
+    model, optimizer, _ = at_work(kind, channel_pruning(init_sparsity=0.0, final_sparsity=0.0, shrink=True))
     plain = small.made(kind)
     bare = small.optimizer_of("sgd", plain)
     for number in range(14):
@@ -186,7 +173,7 @@ def test_a_sparsity_of_zero_changes_no_loss(kind: Any) -> None:
 
 @both
 def test_without_inputs_the_first_forward_shows_the_channel_groups(kind: Any) -> None:
-    modifier = structured(start_epoch=0.0, shrink=True)
+    modifier = channel_pruning(start_epoch=0.0, shrink=True)
     given, optimizer, _ = at_work(kind, modifier)
     waits, other, _ = at_work(kind, modifier, sample_inputs=None)
     assert not any(pruned(waits, channel_group, size) for channel_group, size in small.FAMILIES[kind].items())
@@ -197,7 +184,7 @@ def test_without_inputs_the_first_forward_shows_the_channel_groups(kind: Any) ->
 
 def test_a_compiled_model_needs_inputs() -> None:
     model = small.made(Residual)
-    manager = ScheduledModifierManager([structured()])
+    manager = ScheduledModifierManager([channel_pruning()])
     with pytest.raises(StateError, match="pass sample_inputs"):
         manager.modify(torch.compile(model, backend="eager"), small.optimizer_of("sgd", model), steps_per_epoch=3)
 
@@ -240,16 +227,16 @@ def kept_of(kind: Any, *modifiers: Modifier) -> dict[str, int]:
     ],
 )
 def test_the_number_that_stays_is_rounded(multiple: int | None, sparsity: float, kept: dict[str, int]) -> None:
-    assert kept_of(Residual, structured(multiple=multiple, final_sparsity=sparsity, init_sparsity=0.0)) == kept
+    assert kept_of(Residual, channel_pruning(multiple=multiple, final_sparsity=sparsity, init_sparsity=0.0)) == kept
 
 
 def test_products_of_matrices_are_not_rounded_unless_told() -> None:
-    assert kept_of(Encoder, structured(multiple=None, final_sparsity=0.3)) == {
+    assert kept_of(Encoder, channel_pruning(multiple=None, final_sparsity=0.3)) == {
         "attention.query.weight": 3,
         "up.weight": 17,
     }
     # A head is eight columns, so one head is a multiple of 4.
-    assert kept_of(Encoder, structured(multiple=4, final_sparsity=0.3)) == {
+    assert kept_of(Encoder, channel_pruning(multiple=4, final_sparsity=0.3)) == {
         "attention.query.weight": 3,
         "up.weight": 16,
     }
@@ -257,7 +244,7 @@ def test_products_of_matrices_are_not_rounded_unless_told() -> None:
 
 @pytest.mark.parametrize("together", [False, True])
 def test_limits_hold(together: bool) -> None:
-    modifier = structured(final_sparsity=0.8, limits={"conv3": 0.25, "re:fc": 0.5}, global_sparsity=together)
+    modifier = channel_pruning(final_sparsity=0.8, limits={"conv3": 0.25, "re:fc": 0.5}, global_sparsity=together)
     kept = kept_of(Residual, modifier)
     # conv3 gives the channels of the first channel group and reads those of the second; fc reads those of the first.
     assert kept == {"conv1.weight": 9, "conv2.weight": 8}
@@ -265,16 +252,16 @@ def test_limits_hold(together: bool) -> None:
 
 def test_one_ranking_takes_exactly_so_many_of_all_and_leaves_one_of_each() -> None:
     for sparsity in (0.3, 0.5, 0.8):
-        kept = kept_of(Residual, structured(final_sparsity=sparsity, global_sparsity=True))
+        kept = kept_of(Residual, channel_pruning(final_sparsity=sparsity, global_sparsity=True))
         assert sum(kept.values()) == 22 - round(22 * sparsity)
-    assert kept_of(Residual, structured(final_sparsity=1.0, global_sparsity=True)) == {
+    assert kept_of(Residual, channel_pruning(final_sparsity=1.0, global_sparsity=True)) == {
         "conv1.weight": 1,
         "conv2.weight": 1,
     }
 
 
 def test_in_one_ranking_what_a_limit_spares_comes_from_the_others() -> None:
-    kept = kept_of(Residual, structured(final_sparsity=0.3, global_sparsity=True, limits={"fc": 0.0}))
+    kept = kept_of(Residual, channel_pruning(final_sparsity=0.3, global_sparsity=True, limits={"fc": 0.0}))
     assert kept == {"conv1.weight": 12, "conv2.weight": 10 - round(22 * 0.3)}
 
 
@@ -289,7 +276,7 @@ def test_one_ranking_is_in_units_of_a_groups_mean() -> None:
         for channel_group, own in values.items()
         for channel, value in enumerate(own)
     )
-    ScheduledModifierManager([structured(global_sparsity=True, init_sparsity=0.5, start_epoch=0.0)]).modify(
+    ScheduledModifierManager([channel_pruning(global_sparsity=True, init_sparsity=0.5, start_epoch=0.0)]).modify(
         model, small.optimizer_of("sgd", model), steps_per_epoch=3, sample_inputs=small.batch(Residual, 0)[0]
     )
     expected = {(channel_group, channel) for _, channel_group, channel in ranked[:11]}
@@ -313,7 +300,7 @@ def test_the_start_can_be_what_is_there() -> None:
     for channel in (1, 4, 7):
         for part in slices_of(model, "conv1.weight", channel):
             part.zero_()
-    manager = ScheduledModifierManager([structured(init_sparsity="__FROM_PARAM__", start_epoch=0.0)])
+    manager = ScheduledModifierManager([channel_pruning(init_sparsity="__FROM_PARAM__", start_epoch=0.0)])
     optimizer = small.optimizer_of("sgd", model)
     manager.modify(model, optimizer, steps_per_epoch=3, sample_inputs=small.batch(Residual, 0)[0])
     assert pruned(model, "conv1.weight", 12) == {1, 4, 7} and not pruned(model, "conv2.weight", 10)
@@ -324,21 +311,24 @@ def test_the_start_can_be_what_is_there() -> None:
 
 def test_channels_can_be_named_by_those_who_read_them() -> None:
     # fc reads the first channel group, and gives no channel that can go.
-    assert kept_of(Residual, structured(params=["fc"], mask_type="channel")) == {"conv1.weight": 6, "conv2.weight": 10}
-    assert kept_of(Residual, structured(params=["conv3"], mask_type="channel")) == {
+    assert kept_of(Residual, channel_pruning(params=["fc"], mask_type="channel")) == {
+        "conv1.weight": 6,
+        "conv2.weight": 10,
+    }
+    assert kept_of(Residual, channel_pruning(params=["conv3"], mask_type="channel")) == {
         "conv1.weight": 12,
         "conv2.weight": 5,
     }
-    assert kept_of(Residual, structured(params=["conv3"])) == {"conv1.weight": 6, "conv2.weight": 10}
+    assert kept_of(Residual, channel_pruning(params=["conv3"])) == {"conv1.weight": 6, "conv2.weight": 10}
 
 
 def test_sparsities_by_name() -> None:
-    modifier = structured(params=[], final_sparsity={0.25: ["conv1"], 0.8: ["conv2"]}, init_sparsity=0.0)
+    modifier = channel_pruning(params=[], final_sparsity={0.25: ["conv1"], 0.8: ["conv2"]}, init_sparsity=0.0)
     assert kept_of(Residual, modifier) == {"conv1.weight": 9, "conv2.weight": 2}
 
 
 def test_at_the_end_channels_can_grow_back() -> None:
-    model, optimizer, manager = at_work(Residual, structured(leave_enabled=False))
+    model, optimizer, manager = at_work(Residual, channel_pruning(leave_enabled=False))
     for number in range(12):
         small.step(model, optimizer, number)
     assert manager.sparsity() == {}
@@ -356,8 +346,8 @@ def shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
 @both
 @optimizers
 def test_a_shrunk_model_computes_what_the_masked_one_does_and_trains_the_same(kind: Any, name: str) -> None:
-    one, first, _ = at_work(kind, structured(), name=name, dtype=torch.float64)
-    two, second, manager = at_work(kind, structured(shrink=True), name=name, dtype=torch.float64)
+    one, first, _ = at_work(kind, channel_pruning(), name=name, dtype=torch.float64)
+    two, second, manager = at_work(kind, channel_pruning(shrink=True), name=name, dtype=torch.float64)
     kept = [id(parameter) for parameter in two.parameters()]
     for number in range(18):
         a, b = (small.step(m, o, number, torch.float64) for m, o in ((one, first), (two, second)))
@@ -390,7 +380,7 @@ def assert_equal_outputs(one: nn.Module, two: nn.Module) -> None:
 
 
 def test_a_loss_that_is_still_held_does_not_stop_the_next_step() -> None:
-    model, optimizer, _ = at_work(Residual, structured(shrink=True))
+    model, optimizer, _ = at_work(Residual, channel_pruning(shrink=True))
     losses = []
     for number in range(14):
         x, y = small.batch(Residual, number)
@@ -405,22 +395,22 @@ def test_a_loss_that_is_still_held_does_not_stop_the_next_step() -> None:
 def test_apply_and_initialize_need_no_optimizer(kind: Any) -> None:
     model = small.made(kind)
     x = small.batch(kind, 0)[0]
-    ScheduledModifierManager([structured(shrink=True)]).apply(model, sample_inputs=x)
+    ScheduledModifierManager([channel_pruning(shrink=True)]).apply(model, sample_inputs=x)
     dense = small.made(kind)
     for channel_group, size in small.FAMILIES[kind].items():
         tensor, dim, width = PARTS[kind][channel_group][0]
         assert model.get_parameter(tensor).shape[dim] == width * (size - size // 2)
     model(x)
-    manager = ScheduledModifierManager([structured(shrink=True)])
+    manager = ScheduledModifierManager([channel_pruning(shrink=True)])
     manager.initialize(dense, epoch=2.0, sample_inputs=x)
     assert shapes(dense) == shapes(small.made(kind))
     assert manager.sparsity()
     with pytest.raises(StateError, match="has to trace the model"):
-        ScheduledModifierManager([structured()]).apply(small.made(kind))
+        ScheduledModifierManager([channel_pruning()]).apply(small.made(kind))
 
 
 def test_copies_are_masked_and_get_the_structure() -> None:
-    model, optimizer, manager = at_work(Residual, structured(shrink=True))
+    model, optimizer, manager = at_work(Residual, channel_pruning(shrink=True))
     average = copy.deepcopy(model)
     for number in range(9):
         small.step(model, optimizer, number)
@@ -428,14 +418,14 @@ def test_copies_are_masked_and_get_the_structure() -> None:
     assert all(pruned(average, f, n) == pruned(model, f, n) != set() for f, n in small.FAMILIES[Residual].items())
     for number in range(9, 12):
         small.step(model, optimizer, number)
-    manager_two = ScheduledModifierManager([structured(shrink=True)])
+    manager_two = ScheduledModifierManager([channel_pruning(shrink=True)])
     manager_two.apply_structure(average, state=manager.state_dict())
     assert shapes(average) == shapes(model)
     average.load_state_dict(model.state_dict())
 
 
 def test_structure_needs_a_state_where_channels_are_gone() -> None:
-    manager = ScheduledModifierManager([structured(shrink=True)])
+    manager = ScheduledModifierManager([channel_pruning(shrink=True)])
     model = small.made(Residual)
     manager.apply_structure(model, epoch=3.9)
     assert shapes(model) == shapes(small.made(Residual))
@@ -458,7 +448,7 @@ def test_resumed_at_every_step_it_is_the_run_that_never_stopped(
     kind: Any, name: str, inputs: bool, tmp_path: Path
 ) -> None:
     given: dict[str, Any] = {} if inputs else {"sample_inputs": None}
-    modifier = structured(start_epoch=0.0, end_epoch=2.0, shrink=True)
+    modifier = channel_pruning(start_epoch=0.0, end_epoch=2.0, shrink=True)
     model, optimizer, manager = at_work(kind, modifier, name=name, **given)
     steps = 9
     for number in range(steps):
@@ -480,7 +470,7 @@ def test_resumed_at_every_step_it_is_the_run_that_never_stopped(
 
 
 def test_a_state_from_before_cannot_undo_a_removal() -> None:
-    model, optimizer, manager = at_work(Residual, structured(shrink=True))
+    model, optimizer, manager = at_work(Residual, channel_pruning(shrink=True))
     early = manager.state_dict()
     for number in range(12):
         small.step(model, optimizer, number)
@@ -491,12 +481,12 @@ def test_a_state_from_before_cannot_undo_a_removal() -> None:
 
 
 def test_the_state_of_another_width_is_refused_before_anything_changes() -> None:
-    model, optimizer, manager = at_work(Residual, structured(shrink=True))
+    model, optimizer, manager = at_work(Residual, channel_pruning(shrink=True))
     for number in range(12):
         small.step(model, optimizer, number)
     state = manager.state_dict()
     other = Residual(width=14)
-    second = ScheduledModifierManager([structured(shrink=True)])
+    second = ScheduledModifierManager([channel_pruning(shrink=True)])
     second.modify(other, small.optimizer_of("sgd", other), steps_per_epoch=3)
     before = copy.deepcopy(other.state_dict())
     with pytest.raises(StateError, match=r"after channels of 'conv1.weight' were removed, of shape \(12, 2, 3, 3\)"):
@@ -511,7 +501,7 @@ def test_an_interruption_leaves_a_whole_model(where: str, monkeypatch: pytest.Mo
     from sparsify.modifiers.structured import _Structured
     from sparsify.pruning.masker import Masker
 
-    model, optimizer, manager = at_work(Residual, structured(shrink=True))
+    model, optimizer, manager = at_work(Residual, channel_pruning(shrink=True))
     for number in range(11):
         small.step(model, optimizer, number)
     owners: dict[str, Any] = {
@@ -559,7 +549,7 @@ def test_an_interruption_leaves_a_whole_model(where: str, monkeypatch: pytest.Mo
 )
 def test_what_cannot_be_meant_is_refused_when_it_is_read(changed: dict[str, Any], text: str) -> None:
     with pytest.raises(RecipeError, match=text):
-        structured(**changed)
+        channel_pruning(**changed)
 
 
 @pytest.mark.parametrize(
@@ -582,7 +572,7 @@ def test_what_cannot_be_meant_is_refused_when_it_is_read(changed: dict[str, Any]
 def test_what_does_not_fit_the_model_is_refused_before_anything_changes(changed: dict[str, Any], text: str) -> None:
     model = small.made(Residual)
     before = copy.deepcopy(model.state_dict())
-    manager = ScheduledModifierManager([structured(start_epoch=0.0, **changed)])
+    manager = ScheduledModifierManager([channel_pruning(start_epoch=0.0, **changed)])
     with pytest.raises(TargetError, match=text):
         manager.modify(
             model, small.optimizer_of("sgd", model), steps_per_epoch=3, sample_inputs=small.batch(Residual, 0)[0]
@@ -591,19 +581,19 @@ def test_what_does_not_fit_the_model_is_refused_before_anything_changes(changed:
 
 
 def test_groups_that_are_channel_groups_are_taken() -> None:
-    assert kept_of(Residual, structured(param_groups=[["conv3", "conv1"], ["conv2"]]))["conv1.weight"] == 6
+    assert kept_of(Residual, channel_pruning(param_groups=[["conv3", "conv1"], ["conv2"]]))["conv1.weight"] == 6
 
 
 def test_a_name_that_cannot_be_cut_is_said_once_and_a_pattern_means_what_can_be() -> None:
     with pytest.warns(SparsifyWarning, match="leaves whole: 'fc.weight'"):
-        at_work(Residual, structured(params=["conv1", "fc"]))
-    at_work(Residual, structured(params=["re:.*weight"]))
+        at_work(Residual, channel_pruning(params=["conv1", "fc"]))
+    at_work(Residual, channel_pruning(params=["re:.*weight"]))
 
 
 def test_a_channel_group_with_a_frozen_weight_is_left_alone() -> None:
     model = small.made(Residual)
     model.bn2.weight.requires_grad_(False)
-    manager = ScheduledModifierManager([structured(start_epoch=0.0, init_sparsity=0.5)])
+    manager = ScheduledModifierManager([channel_pruning(start_epoch=0.0, init_sparsity=0.5)])
     with pytest.warns(SparsifyWarning, match="'conv2.weight': 'bn2.weight' is frozen"):
         manager.modify(
             model, small.optimizer_of("sgd", model), steps_per_epoch=3, sample_inputs=small.batch(Residual, 0)[0]
@@ -625,7 +615,7 @@ def _wrapped(rank: int, folder: str) -> None:
         inner = small.made(Residual)
         model = nn.parallel.DistributedDataParallel(inner)
         optimizer = small.optimizer_of("sgd", inner)
-        manager = ScheduledModifierManager([structured(start_epoch=0.0, end_epoch=2.0, shrink=shrink)])
+        manager = ScheduledModifierManager([channel_pruning(start_epoch=0.0, end_epoch=2.0, shrink=shrink)])
         x = small.batch(Residual, 0)[0]
         if shrink:
             with pytest.raises(StateError, match="while DistributedDataParallel holds"):
@@ -652,10 +642,10 @@ def test_on_two_ranks_masks_are_the_same_and_nothing_is_removed(tmp_path: Path) 
 
 
 def test_two_at_work_on_one_channel_group_are_refused_though_they_name_other_weights() -> None:
-    first, second = structured(params=["conv1"]), structured(params=["conv3"], start_epoch=2.0)
+    first, second = channel_pruning(params=["conv1"]), channel_pruning(params=["conv3"], start_epoch=2.0)
     with pytest.raises(RecipeError, match=r"mask the same channels, those of 'conv1.weight'"):
         at_work(Residual, first, second)
-    at_work(Residual, first, structured(params=["conv3"], start_epoch=4.0, end_epoch=5.0))
+    at_work(Residual, first, channel_pruning(params=["conv3"], start_epoch=4.0, end_epoch=5.0))
 
 
 def test_one_that_prunes_what_reads_the_channels_is_refused() -> None:
@@ -663,14 +653,14 @@ def test_one_that_prunes_what_reads_the_channels_is_refused() -> None:
         params=["fc"], init_sparsity=0.1, final_sparsity=0.5, start_epoch=0.0, end_epoch=2.0, update_frequency=1.0
     )
     with pytest.raises(RecipeError, match=r"GMPruningModifier prunes 'fc.weight' from epoch 0, but until 4"):
-        at_work(Residual, structured(params=["conv1"]), single)
+        at_work(Residual, channel_pruning(params=["conv1"]), single)
     # Those of conv2 it does not touch.
-    at_work(Residual, structured(params=["conv2"]), single)
+    at_work(Residual, channel_pruning(params=["conv2"]), single)
 
 
 def test_two_on_channel_groups_that_share_a_weight_mask_it_together() -> None:
     # The columns of conv3 read sigmoid(0), so only their own mask holds them, whoever masks its rows afterwards.
-    model, optimizer, _ = at_work(Residual, structured(params=["conv2"]), structured(params=["conv1"]))
+    model, optimizer, _ = at_work(Residual, channel_pruning(params=["conv2"]), channel_pruning(params=["conv1"]))
     for number in range(13):
         assert len(pruned(model, "conv1.weight", 12)) == ramp(number, 0.1, 0.5, 12)
         assert len(pruned(model, "conv2.weight", 10)) == ramp(number, 0.1, 0.5, 10)
@@ -679,8 +669,8 @@ def test_two_on_channel_groups_that_share_a_weight_mask_it_together() -> None:
 
 def test_two_on_channel_groups_that_share_a_weight_end_apart() -> None:
     """conv2's rows are of one, its columns of the other; one shrinks in the middle of the other's ramp."""
-    one = structured(params=["conv1"], end_epoch=2.0, shrink=True)
-    model, optimizer, _ = at_work(Residual, one, structured(params=["conv2"], shrink=True))
+    one = channel_pruning(params=["conv1"], end_epoch=2.0, shrink=True)
+    model, optimizer, _ = at_work(Residual, one, channel_pruning(params=["conv2"], shrink=True))
     seen = []
     for number in range(13):
         small.step(model, optimizer, number)
@@ -691,7 +681,7 @@ def test_two_on_channel_groups_that_share_a_weight_end_apart() -> None:
 
 def test_what_else_is_in_the_recipe_goes_on() -> None:
     frozen = TrainableParamsModifier(params=["fc.bias"], trainable=False, start_epoch=0.0)
-    model, optimizer, _ = at_work(Residual, structured(shrink=True), frozen)
+    model, optimizer, _ = at_work(Residual, channel_pruning(shrink=True), frozen)
     before = model.fc.bias.detach().clone()
     for number in range(13):
         small.step(model, optimizer, number)

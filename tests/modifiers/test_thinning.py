@@ -15,6 +15,7 @@ from sparsify import ScheduledModifierManager, SparsifyWarning
 from sparsify.errors import RecipeError, StateError, TargetError
 from sparsify.modifiers.structured import StructuredPruningModifier
 from sparsify.modifiers.thinning import LayerThinningModifier
+from tests.loops import channel_pruning
 from tests.zoo import prunable as small
 from tests.zoo.prunable import Residual
 
@@ -26,16 +27,7 @@ def thinning(**changed: Any) -> LayerThinningModifier:
 
 
 def pruning(**changed: Any) -> StructuredPruningModifier:
-    fields: dict[str, Any] = {
-        "params": "__ALL_PRUNABLE__",
-        "init_sparsity": 0.2,
-        "final_sparsity": 0.5,
-        "start_epoch": 0.0,
-        "end_epoch": 4.0,
-        "update_frequency": 1.0,
-        "multiple": 1,
-    }
-    return StructuredPruningModifier(**{**fields, **changed})
+    return channel_pruning(**{"init_sparsity": 0.2, "start_epoch": 0.0, "update_frequency": 1.0, **changed})
 
 
 def at_work(*modifiers: Any, model: Any = None, name: str = "sgd", **given: Any) -> tuple[Any, Any, Any]:

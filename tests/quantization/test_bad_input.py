@@ -15,6 +15,7 @@ from sparsify import QuantizationModifier, ScheduledModifierManager, export_onnx
 from sparsify.errors import ArgumentError, DataError, ExportError, RecipeError, SparsifyWarning, StateError, TargetError
 from sparsify.quantization.layers import quantizers, restore_layers
 from sparsify.quantization.plan import is_quantized
+from tests.loops import train_step
 from tests.zoo.quantizable import Block, Net, images
 
 STEPS = 2
@@ -35,12 +36,6 @@ def modify(manager: ScheduledModifierManager, model: nn.Module, **more: Any) -> 
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
     manager.modify(model, optimizer, steps_per_epoch=STEPS, **{"sample_inputs": images(8), **more})
     return optimizer
-
-
-def step(model: nn.Module, optimizer: torch.optim.Optimizer, x: Tensor) -> None:
-    optimizer.zero_grad()
-    model(x).square().mean().backward()
-    optimizer.step()
 
 
 @pytest.mark.parametrize(
@@ -121,9 +116,9 @@ def test_a_generator_that_somebody_else_goes_through_still_calibrates() -> None:
     model = Net()
     optimizer = modify(recipe(start_epoch=1.0), model, calibration_data=data)
     assert not list(data)
-    step(model, optimizer, images(8))
+    train_step(model, optimizer, images(8))
     assert not is_quantized(model)
-    step(model, optimizer, images(8))
+    train_step(model, optimizer, images(8))
     assert {int(quantizer.batches) for quantizer in quantizers(model)} == {3}
 
 
@@ -192,7 +187,7 @@ def test_layers_that_stay_in_float_unasked_are_said_once_with_reasons(tmp_path: 
     with pytest.warns(SparsifyWarning, match="layers with weights stay in float") as said:
         optimizer = modify(recipe(), model, sample_inputs=IDS)
         for _ in range(3):
-            step(model, optimizer, IDS)
+            train_step(model, optimizer, IDS)
     assert len(said) == 1
     assert str(said[0].message).splitlines()[1:] == [
         # What no input reaches computes nothing in float; it is listed, and not warned about.
@@ -213,7 +208,7 @@ def test_layers_that_stay_in_float_unasked_are_said_once_with_reasons(tmp_path: 
 @pytest.mark.parametrize("how", [{"ignore": ["lstm", "unused"]}, {"scheme_overrides": {"lstm": None, "unused": None}}])
 def test_what_the_recipe_leaves_out_is_listed_and_not_warned_about(how: dict[str, Any], tmp_path: Path) -> None:
     model = Tagger(bare=False)
-    step(model, modify(recipe(**how), model, sample_inputs=IDS), IDS)
+    train_step(model, modify(recipe(**how), model, sample_inputs=IDS), IDS)
     assert floating_layers(model) == dict.fromkeys(["lstm", "unused"], "left out by the recipe")
     file = export_onnx(model, IDS, tmp_path / "model.onnx")
     assert str(file).endswith("\n  in float: lstm/LSTM: left out by the recipe")
@@ -301,11 +296,11 @@ def test_a_batch_with_nan_is_refused_and_training_goes_on_as_if_it_never_came(ob
         model = Net()
         scheme = {"input_activations": {"observer": observer}}
         optimizer = modify(recipe(scheme=scheme), model, sample_inputs=good)
-        step(model, optimizer, good)
+        train_step(model, optimizer, good)
         if bad is not None:
             with pytest.raises(DataError, match=r"stem.*NaN or infinity"):
-                step(model, optimizer, with_nan(bad))
-        step(model, optimizer, good)
+                train_step(model, optimizer, with_nan(bad))
+        train_step(model, optimizer, good)
         states.append(model.state_dict())
     assert all(torch.equal(state[name], value) for state in states[1:] for name, value in states[0].items())
 
@@ -314,7 +309,7 @@ def test_a_batch_with_nan_is_refused_and_training_goes_on_as_if_it_never_came(ob
 @pytest.mark.parametrize("scheme", ["default", "weight_only"])
 def test_what_is_not_finite_is_refused_before_export(what: str, scheme: str, tmp_path: Path) -> None:
     model = Net()
-    step(model, modify(recipe(scheme=scheme), model), images(8))
+    train_step(model, modify(recipe(scheme=scheme), model), images(8))
     with torch.no_grad():
         model.state_dict()[what][0] = math.nan
     with pytest.raises(DataError, match=rf"{what} holds NaN or infinity"):
@@ -326,7 +321,7 @@ def test_what_is_not_finite_is_refused_before_export(what: str, scheme: str, tmp
 def test_integers_beside_other_floats_are_refused_before_export(dtype: torch.dtype, tmp_path: Path) -> None:
     model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2)).to(dtype)
     x = torch.randn(8, 4, dtype=dtype)
-    step(model, modify(recipe(), model, sample_inputs=x), x)
+    train_step(model, modify(recipe(), model, sample_inputs=x), x)
     with pytest.raises(ExportError, match=rf"has weights in {str(dtype)[6:]}; .*deepcopy\(model\)\.float\(\)"):
         export_onnx(model, x, tmp_path / "model.onnx")
     assert not list(tmp_path.iterdir())
@@ -348,7 +343,7 @@ class Turning(nn.Module):
 def test_a_layer_that_never_ran_in_training_is_refused_before_export(tmp_path: Path) -> None:
     model = Turning()
     x = torch.randn(8, 4)
-    step(model, modify(recipe(), model, sample_inputs=x), x)
+    train_step(model, modify(recipe(), model, sample_inputs=x), x)
     with pytest.raises(StateError, match=r"second\..*no values were ever observed.*name the layer in `ignore`"):
         export_onnx(model, x, tmp_path / "model.onnx")
     assert not list(tmp_path.iterdir())

@@ -14,7 +14,7 @@ from sparsify.errors import DataError, StateError
 from sparsify.quantization.deployment import deployment_copy
 from sparsify.quantization.learned_step import LearnedQuantize, LearnedStep, learned_parameters
 from sparsify.quantization.scheme import ActivationScheme, QuantizationSettings, Scheme, WeightScheme
-from tests.loops import quantized, train
+from tests.loops import quantized, train, train_step
 from tests.zoo.quantizable import Net, images, mlp
 
 STEPS = 4
@@ -110,21 +110,13 @@ def start(manager: ScheduledModifierManager, decay: float = 0.1) -> tuple[nn.Mod
     return model, optimizer
 
 
-def step(model: nn.Module, optimizer: torch.optim.Optimizer, x: Tensor) -> float:
-    optimizer.zero_grad(set_to_none=False)
-    loss = (model(x) - 1.0).square().mean()
-    loss.backward()
-    optimizer.step()
-    return loss.item()
-
-
 def test_the_users_optimizer_trains_the_steps_without_decay_until_they_are_frozen() -> None:
     manager = ScheduledModifierManager(
         [QuantizationModifier(start_epoch=0.0, scheme=scheme(), disable_quantization_observer_epoch=1.0)]
     )
     model, optimizer = start(manager)
     data = batches(2 * STEPS)
-    step(model, optimizer, data[0])
+    train_step(model, optimizer, data[0], 1.0, set_to_none=False)
     steps = learned_parameters(model)
     assert len(steps) > 6
     group = optimizer.param_groups[1]
@@ -135,12 +127,12 @@ def test_the_users_optimizer_trains_the_steps_without_decay_until_they_are_froze
     )
     before = {name: parameter.detach().clone() for name, parameter in steps.items()}
     for x in data[1:STEPS]:
-        step(model, optimizer, x)
+        train_step(model, optimizer, x, 1.0, set_to_none=False)
     moved = [name for name, value in before.items() if not torch.equal(value, steps[name])]
     assert len(moved) > 0.8 * len(before)
     before = {name: parameter.detach().clone() for name, parameter in steps.items()}
     for x in data[STEPS:]:
-        step(model, optimizer, x)
+        train_step(model, optimizer, x, 1.0, set_to_none=False)
     assert all(torch.equal(value, steps[name]) for name, value in before.items())
     manager.finalize(model)
     assert len(optimizer.param_groups) == 1 and not {id(p) for p in steps.values()} & {id(p) for p in optimizer.state}
@@ -156,13 +148,13 @@ def test_a_resumed_run_is_the_uninterrupted_one_to_the_bit(stop: int) -> None:
     for index, x in enumerate(data):
         if index == stop:
             saved = copy.deepcopy((manager.state_dict(), model.state_dict(), optimizer.state_dict()))
-        losses.append(step(model, optimizer, x))
+        losses.append(train_step(model, optimizer, x, 1.0, set_to_none=False))
     again = ScheduledModifierManager([QuantizationModifier(**fields)])
     fresh, other = start(again)
     again.load_state_dict(saved[0])
     fresh.load_state_dict(saved[1])
     other.load_state_dict(saved[2])
-    assert [step(fresh, other, x) for x in data[stop:]] == losses[stop:]
+    assert [train_step(fresh, other, x, 1.0, set_to_none=False) for x in data[stop:]] == losses[stop:]
     for name, value in model.state_dict().items():
         assert torch.equal(value, fresh.state_dict()[name]), name
 
@@ -211,7 +203,7 @@ def test_nan_and_an_optimizer_of_one_group_are_refused() -> None:
     manager = ScheduledModifierManager([QuantizationModifier(**fields)])
     model, optimizer = start(manager)
     with pytest.raises(DataError, match=r"stem\.input_quantizer: its values hold NaN"):
-        step(model, optimizer, torch.full((2, 3, 12, 12), float("nan")))
+        train_step(model, optimizer, torch.full((2, 3, 12, 12), float("nan")), 1.0, set_to_none=False)
     model = Net()
     manager = ScheduledModifierManager([QuantizationModifier(**fields)])
     with pytest.raises(StateError, match="lsq trains scales, and LBFGS takes no further"):

@@ -15,7 +15,7 @@ from sparsify.errors import DataError, RecipeError, StateError, TargetError
 from sparsify.quantization.deployment import deployment_copy
 from sparsify.quantization.layers import quantizers
 from sparsify.quantization.plan import is_quantized
-from tests.loops import train
+from tests.loops import train, train_step
 from tests.zoo.quantizable import Net, images, mlp
 
 STEPS = 4
@@ -40,21 +40,13 @@ def start(manager: ScheduledModifierManager, **more: Any) -> tuple[nn.Module, to
     return model, optimizer
 
 
-def step(model: nn.Module, optimizer: torch.optim.Optimizer, x: Tensor) -> float:
-    optimizer.zero_grad()
-    loss = (model(x) - 1.0).square().mean()
-    loss.backward()
-    optimizer.step()
-    return loss.item()
-
-
 def test_a_model_is_quantized_from_its_start_epoch_on() -> None:
     manager = recipe(start_epoch=1.0)
     data = batches(6)
     model, optimizer = start(manager)
     for index, x in enumerate(data):
         assert is_quantized(model) == (index > STEPS), index
-        step(model, optimizer, x)
+        train_step(model, optimizer, x, 1.0)
     manager.finalize(model)
     assert is_quantized(model)
     deployed = deployment_copy(model)
@@ -70,11 +62,11 @@ def test_with_sample_inputs_it_is_in_force_at_once() -> None:
 def test_before_the_start_the_losses_are_those_without_a_recipe() -> None:
     data = batches(STEPS)
     model, optimizer = start(recipe(start_epoch=5.0))
-    with_recipe = [step(model, optimizer, x) for x in data]
+    with_recipe = [train_step(model, optimizer, x, 1.0) for x in data]
     torch.manual_seed(0)
     model = Net()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
-    assert [step(model, optimizer, x) for x in data] == with_recipe
+    assert [train_step(model, optimizer, x, 1.0) for x in data] == with_recipe
 
 
 def test_ranges_stand_still_after_their_epoch() -> None:
@@ -82,7 +74,7 @@ def test_ranges_stand_still_after_their_epoch() -> None:
     model, optimizer = start(manager, sample_inputs=images())
     ranges: list[Tensor] = []
     for x in batches(3 * STEPS):
-        step(model, optimizer, x)
+        train_step(model, optimizer, x, 1.0)
         ranges.append(torch.stack([torch.stack([q.low, q.high]) for q in quantizers(model)]).clone())
     assert not torch.equal(ranges[STEPS - 2], ranges[STEPS - 1])
     assert all(torch.equal(ranges[STEPS - 1], later) for later in ranges[STEPS:])
@@ -93,7 +85,7 @@ def test_a_freeze_at_the_start_waits_for_the_first_batch() -> None:
     model, optimizer = start(manager, sample_inputs=images())
     counts = []
     for x in batches(3):
-        step(model, optimizer, x)
+        train_step(model, optimizer, x, 1.0)
         counts.append({int(q.batches) for q in quantizers(model)})
     assert counts == [{1}, {1}, {1}]
 
@@ -103,7 +95,7 @@ def test_statistics_of_batches_stand_still_after_their_epoch_and_are_used() -> N
     model, optimizer = start(manager, sample_inputs=images())
     means = []
     for x in batches(2 * STEPS):
-        step(model, optimizer, x)
+        train_step(model, optimizer, x, 1.0)
         means.append(model.bn.running_mean.clone())
     assert not torch.equal(means[STEPS - 2], means[STEPS - 1])
     assert torch.equal(means[STEPS - 1], means[-1])
@@ -125,13 +117,13 @@ def test_a_resumed_run_is_the_uninterrupted_one_to_the_bit(stop: int) -> None:
     for index, x in enumerate(data):
         if index == stop:
             saved = copy.deepcopy((manager.state_dict(), model.state_dict(), optimizer.state_dict()))
-        losses.append(step(model, optimizer, x))
+        losses.append(train_step(model, optimizer, x, 1.0))
     again = recipe(**fields)
     fresh, other = start(again)
     again.load_state_dict(saved[0])
     fresh.load_state_dict(saved[1])
     other.load_state_dict(saved[2])
-    assert [step(fresh, other, x) for x in data[stop:]] == losses[stop:]
+    assert [train_step(fresh, other, x, 1.0) for x in data[stop:]] == losses[stop:]
     for name, value in model.state_dict().items():
         assert torch.equal(value, fresh.state_dict()[name]), name
 
@@ -140,7 +132,7 @@ def test_the_managers_state_is_plain_and_rebuilds_the_structure() -> None:
     manager = recipe(start_epoch=0.0)
     model, optimizer = start(manager)
     for x in batches(2):
-        step(model, optimizer, x)
+        train_step(model, optimizer, x, 1.0)
     fresh = Net()
     recipe(start_epoch=0.0).apply_structure(fresh, state=manager.state_dict())
     fresh.load_state_dict(model.state_dict())
@@ -156,10 +148,10 @@ def test_the_managers_state_is_plain_and_rebuilds_the_structure() -> None:
 def test_loading_a_state_from_before_the_start_gives_float_layers_back() -> None:
     manager = recipe(start_epoch=1.0)
     model, optimizer = start(manager)
-    step(model, optimizer, images())
+    train_step(model, optimizer, images(), 1.0)
     early = copy.deepcopy((manager.state_dict(), model.state_dict()))
     for x in batches(STEPS + 1):
-        step(model, optimizer, x)
+        train_step(model, optimizer, x, 1.0)
     assert is_quantized(model)
     manager.load_state_dict(early[0])
     assert not is_quantized(model)
@@ -222,7 +214,7 @@ modifiers:
     optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
     manager.modify(model, optimizer, steps_per_epoch=STEPS)
     for x in batches(2 * STEPS):
-        step(model, optimizer, x)
+        train_step(model, optimizer, x, 1.0)
     manager.finalize(model)
     deployed = deployment_copy(model)
     for name, mask in zeros.items():
@@ -318,13 +310,13 @@ def test_a_nan_in_training_is_an_error_that_names_the_tensor() -> None:
     manager = recipe(start_epoch=0.0)
     model, optimizer = start(manager, sample_inputs=images())
     with pytest.raises(DataError, match=r"stem\.input_quantizer"):
-        step(model, optimizer, torch.full((2, 3, 12, 12), float("nan")))
+        train_step(model, optimizer, torch.full((2, 3, 12, 12), float("nan")), 1.0)
 
 
 def test_an_optimizer_made_before_goes_on_with_the_same_parameters() -> None:
     manager = recipe(start_epoch=0.0)
     model, optimizer = start(manager)
     ids = [id(p) for group in optimizer.param_groups for p in group["params"]]
-    step(model, optimizer, images())
+    train_step(model, optimizer, images(), 1.0)
     assert ids == [id(p) for p in model.parameters()]
     train(model, images(), 1)

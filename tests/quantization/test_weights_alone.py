@@ -17,7 +17,7 @@ from sparsify import QuantizationModifier, ScheduledModifierManager, export_onnx
 from sparsify.errors import ExportError, RecipeError
 from sparsify.quantization.deployment import deployment_copy
 from sparsify.quantization.scheme import ActivationScheme, QuantizationSettings, Scheme, WeightScheme
-from tests.loops import quantized
+from tests.loops import quantized, train_step
 from tests.zoo.quantizable import Conv1D, images
 
 
@@ -48,9 +48,7 @@ class Gpt(nn.Module):
 def step(model: nn.Module, x: Tensor, steps: int = 3) -> None:
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
     for _ in range(steps):
-        optimizer.zero_grad()
-        (model(x) - 1.0).square().mean().backward()
-        optimizer.step()
+        train_step(model, optimizer, x, 1.0)
 
 
 def by_hand(weight: Tensor, bits: int, block: int) -> Tensor:

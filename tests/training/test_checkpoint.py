@@ -25,8 +25,9 @@ from sparsify.modifiers.training import (
 )
 from sparsify.training.checkpoint import checksum
 from sparsify.training.manager import ScheduledModifierManager
-from tests.loops import assert_same_state, reloaded
+from tests.loops import assert_same_state, reloaded, train_step
 from tests.optimizer_forms import FORMS, Form
+from tests.zoo.small import perceptron
 
 STEPS_PER_EPOCH = 4
 STEPS = 14
@@ -50,8 +51,7 @@ def recipe(final: float = 0.8) -> list[Modifier]:
 
 
 def network(seed: int = 0) -> nn.Module:
-    torch.manual_seed(seed)
-    return nn.Sequential(nn.Linear(6, 9), nn.BatchNorm1d(9), nn.Tanh(), nn.Dropout(0.2), nn.Linear(9, 3))
+    return perceptron(6, 9, 3, norm=True, dropout=0.2, seed=seed)
 
 
 def train(
@@ -60,19 +60,7 @@ def train(
     """Steps that depend on their number alone, and on the RNG that a checkpoint would carry."""
     for step in steps:
         torch.manual_seed(1000 + step)
-        inputs = torch.randn(8, 6)
-
-        def closure(inputs: torch.Tensor = inputs) -> torch.Tensor:
-            optimizer.zero_grad()
-            loss = manager.update_loss(model(inputs).square().mean())
-            loss.backward()
-            return loss
-
-        if isinstance(optimizer, torch.optim.LBFGS):
-            optimizer.step(closure)
-        else:
-            closure()
-            optimizer.step()
+        train_step(model, optimizer, torch.randn(8, 6), update=manager.update_loss)
         if after is not None:
             after(step + 1)
 
@@ -189,9 +177,7 @@ def residual(seed: int = 0) -> nn.Module:
 def convolve(model: nn.Module, optimizer: Any, manager: Any, steps: range, after: Any = None) -> None:
     for step in steps:
         inputs = torch.randn(4, 2, 5, 5, generator=torch.Generator().manual_seed(step))
-        optimizer.zero_grad()
-        manager.update_loss(model(inputs).square().mean()).backward()
-        optimizer.step()
+        train_step(model, optimizer, inputs, update=manager.update_loss)
         if after is not None:
             after(step + 1)
 

@@ -27,6 +27,7 @@ from sparsify.modifiers.thinning import LayerThinningModifier
 from sparsify.modifiers.top_kast import TopKASTPruningModifier
 from sparsify.onnx.runtime import open_session, run_session
 from sparsify.recipe import Recipe
+from tests.loops import channel_pruning
 from tests.zoo import prunable as small
 from tests.zoo.prunable import Encoder, Residual
 
@@ -34,17 +35,7 @@ both = pytest.mark.parametrize("kind", [Residual, Encoder])
 
 
 def structured(**changed: Any) -> StructuredPruningModifier:
-    fields: dict[str, Any] = {
-        "params": "__ALL_PRUNABLE__",
-        "init_sparsity": 0.1,
-        "final_sparsity": 0.5,
-        "start_epoch": 0.0,
-        "end_epoch": 1.0,
-        "update_frequency": 0.5,
-        "multiple": 2,
-        "shrink": True,
-    }
-    return StructuredPruningModifier(**{**fields, **changed})
+    return channel_pruning(**{"start_epoch": 0.0, "end_epoch": 1.0, "multiple": 2, "shrink": True, **changed})
 
 
 def ramp(**changed: Any) -> dict[str, Any]:
@@ -78,14 +69,6 @@ def at_work(kind: Any, modifiers: list[Modifier], name: str = "sgd") -> tuple[An
     return model, optimizer, manager
 
 
-def step(model: Any, optimizer: Any, manager: ScheduledModifierManager, number: int) -> None:
-    x, y = small.batch(type(model), number)
-    model.train()
-    optimizer.zero_grad()
-    manager.update_loss(nn.functional.cross_entropy(model(x), y)).backward()
-    optimizer.step()
-
-
 @both
 @pytest.mark.parametrize("single", ["unstructured", "2:4"])
 def test_zeros_survive_into_the_initializers_of_a_smaller_integer_file(kind: Any, single: str, tmp_path: Path) -> None:
@@ -93,7 +76,7 @@ def test_zeros_survive_into_the_initializers_of_a_smaller_integer_file(kind: Any
     # 2:4 wants what a layer reads to be a multiple of 4.
     model, optimizer, manager = at_work(kind, [*composed(**changed)[:3], structured(multiple=4)])
     for number in range(12):
-        step(model, optimizer, manager, number)
+        small.step(model, optimizer, number, update=manager.update_loss)
     sparsity = manager.sparsity()
     manager.finalize(model)
     masked = {name: p.detach().clone() for name, p in model.named_parameters() if name in sparsity}
@@ -125,7 +108,7 @@ def test_a_width_that_single_weights_cannot_be_masked_in_is_refused_by_name() ->
     model, optimizer, manager = at_work(Residual, modifiers)
     with pytest.raises(TargetError, match=r"'conv2.weight' has 6 input channels, which 4 does not divide"):
         for number in range(4):
-            step(model, optimizer, manager, number)
+            small.step(model, optimizer, number, update=manager.update_loss)
     manager.finalize(model)
     assert model(small.batch(Residual, 0)[0]).shape == (8, 4)
 
@@ -134,7 +117,7 @@ def test_a_width_that_single_weights_cannot_be_masked_in_is_refused_by_name() ->
 def test_quantization_sees_the_model_that_was_shrunk(kind: Any) -> None:
     model, optimizer, manager = at_work(kind, composed())
     for number in range(7):
-        step(model, optimizer, manager, number)
+        small.step(model, optimizer, number, update=manager.update_loss)
     assert manager.qat_active(2.0) and manager.phase(2.5) == "pruned_quantized"
     layers = [m for m in model.modules() if isinstance(m, nn.Conv2d | nn.Linear)]
     assert all(type(layer) not in (nn.Conv2d, nn.Linear) for layer in layers)
@@ -151,7 +134,7 @@ def test_resumed_at_every_step_it_is_the_run_that_never_stopped(kind: Any, name:
     for number in range(steps):
         parts = (model.state_dict(), optimizer.state_dict(), manager.state_dict())
         torch.save(parts, tmp_path / f"{number}.pt")
-        step(model, optimizer, manager, number)
+        small.step(model, optimizer, number, update=manager.update_loss)
     for number in range(steps):
         parts = torch.load(tmp_path / f"{number}.pt", weights_only=True)
         again, other, second = at_work(kind, composed(), name)
@@ -159,7 +142,7 @@ def test_resumed_at_every_step_it_is_the_run_that_never_stopped(kind: Any, name:
         again.load_state_dict(parts[0])
         other.load_state_dict(parts[1])
         for later in range(number, steps):
-            step(again, other, second, later)
+            small.step(again, other, later, update=second.update_loss)
         expected = model.state_dict()
         assert set(again.state_dict()) == set(expected)
         for key, value in expected.items():
@@ -171,7 +154,7 @@ def test_resumed_at_every_step_it_is_the_run_that_never_stopped(kind: Any, name:
 def test_a_checkpoint_loads_into_a_fresh_model(kind: Any) -> None:
     model, optimizer, manager = at_work(kind, composed())
     for number in range(9):
-        step(model, optimizer, manager, number)
+        small.step(model, optimizer, number, update=manager.update_loss)
     fresh = small.made(kind, seed=5)
     ScheduledModifierManager(composed()).apply_structure(fresh, state=manager.state_dict())
     fresh.load_state_dict(model.state_dict())

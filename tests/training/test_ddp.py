@@ -14,6 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 from sparsify import ScheduledModifierManager
 from sparsify.errors import StateError
 from tests.ranks import on_two_ranks
+from tests.zoo.small import perceptron
 
 RECIPE = """
 modifiers:
@@ -30,8 +31,7 @@ QAT_BY_HISTOGRAM = QAT + "    scheme:\n      input_activations: {num_bits: 4, ob
 
 
 def _network() -> nn.Module:
-    torch.manual_seed(3)
-    return nn.Sequential(nn.Linear(12, 16), nn.ReLU(), nn.Linear(16, 4))
+    return perceptron(12, 16, 4, activation=nn.ReLU, seed=3)
 
 
 def _train(rank: int, folder: str) -> None:

@@ -9,31 +9,13 @@ import pytest
 import torch
 from torch import nn
 
-from sparsify.modifiers.base import Modifier
-from sparsify.modifiers.magnitude_pruning import GMPruningModifier
 from sparsify.modifiers.quantization import QuantizationModifier
 from sparsify.training.manager import ScheduledModifierManager
+from tests.loops import gradual_pruning
+from tests.zoo.small import perceptron
 
 # The frameworks warn about much of their own.
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
-
-
-def recipe() -> list[Modifier]:
-    return [
-        GMPruningModifier(
-            params="__ALL_PRUNABLE__",
-            init_sparsity=0.1,
-            final_sparsity=0.8,
-            start_epoch=0.0,
-            end_epoch=2.0,
-            update_frequency=0.5,
-        )
-    ]
-
-
-def network() -> nn.Sequential:
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(6, 9), nn.Tanh(), nn.Linear(9, 4))
 
 
 def exact(model: nn.Sequential) -> bool:
@@ -48,8 +30,8 @@ def test_lightning_counts_every_step(accumulation: int, precision: str, tmp_path
     class Module(lightning.LightningModule):  # type: ignore[name-defined, misc]
         def __init__(self) -> None:
             super().__init__()
-            self.model = network()
-            self.manager = ScheduledModifierManager(recipe())
+            self.model = perceptron(6, 9, 4)
+            self.manager = ScheduledModifierManager([gradual_pruning()])
 
         def training_step(self, batch: Any, index: int) -> Any:
             return self.manager.update_loss(self.model(batch[0]).square().mean())
@@ -83,7 +65,7 @@ def test_lightning_computes_forward_inside_the_step_and_quantizes_all_the_same(t
     class Module(lightning.LightningModule):  # type: ignore[name-defined, misc]
         def __init__(self) -> None:
             super().__init__()
-            self.model = network()
+            self.model = perceptron(6, 9, 4)
             # Without sample_inputs: the trace waits for a forward, which comes after the step has begun.
             self.manager = ScheduledModifierManager([QuantizationModifier(start_epoch=1.0)])
 
@@ -115,7 +97,7 @@ def test_the_trainer_of_transformers_counts_every_step(accumulation: int, tmp_pa
     class Model(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.layers = network()
+            self.layers = perceptron(6, 9, 4)
 
         def forward(self, x: torch.Tensor, labels: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
             outputs = self.layers(x)
@@ -123,7 +105,7 @@ def test_the_trainer_of_transformers_counts_every_step(accumulation: int, tmp_pa
 
     model = Model()
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
-    manager = ScheduledModifierManager(recipe())
+    manager = ScheduledModifierManager([gradual_pruning()])
     manager.modify(model, optimizer, steps_per_epoch=8 // accumulation)
     arguments = transformers.TrainingArguments(
         output_dir=str(tmp_path),

@@ -13,6 +13,7 @@ from torch import nn
 from sparsify import ScheduledModifierManager
 from sparsify.modifiers.base import Active
 from sparsify.pruning.masker import Masker
+from tests.zoo.small import perceptron
 
 RECIPE = """
 modifiers:
@@ -40,8 +41,7 @@ modifiers:
 
 
 def _network() -> nn.Module:
-    torch.manual_seed(1)
-    return nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3))
+    return perceptron(6, 8, 3, activation=nn.ReLU, seed=1)
 
 
 @contextmanager

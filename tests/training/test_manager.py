@@ -20,11 +20,13 @@ from sparsify.errors import ArgumentError, RecipeError, SparsifyWarning, StateEr
 from sparsify.modifiers.base import Active, Modifier
 from sparsify.modifiers.epochs import EpochRangeModifier
 from sparsify.modifiers.learning_rate import SetLearningRateModifier
-from sparsify.modifiers.magnitude_pruning import ConstantPruningModifier, GMPruningModifier
+from sparsify.modifiers.magnitude_pruning import ConstantPruningModifier
 from sparsify.modifiers.quantization import QuantizationModifier
 from sparsify.recipe import Recipe
 from sparsify.training.manager import ScheduledModifierManager
 from sparsify.training.timer import Timer
+from tests.loops import gradual_pruning, train_step
+from tests.zoo.small import perceptron
 
 YAML = """
 modifiers:
@@ -39,31 +41,19 @@ modifiers:
 """
 
 
-def pruning(start: float = 0.0, end: float = 2.0, frequency: float = 0.5, **fields: Any) -> Modifier:
-    given = {"init_sparsity": 0.1, "final_sparsity": 0.8, "params": "__ALL_PRUNABLE__", **fields}
-    return GMPruningModifier(start_epoch=start, end_epoch=end, update_frequency=frequency, **given)
-
-
-def network() -> nn.Sequential:
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(6, 9), nn.Tanh(), nn.Linear(9, 4))
-
-
 def at_work(
     *modifiers: Modifier, **given: Any
 ) -> tuple[nn.Sequential, torch.optim.Optimizer, ScheduledModifierManager]:
-    model = network()
+    model = perceptron(6, 9, 4)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    manager = ScheduledModifierManager(list(modifiers) or [pruning()])
+    manager = ScheduledModifierManager(list(modifiers) or [gradual_pruning()])
     manager.modify(model, optimizer, **{"steps_per_epoch": 4, **given})
     return model, optimizer, manager
 
 
 def step(model: nn.Module, optimizer: torch.optim.Optimizer, count: int = 1) -> None:
     for _ in range(count):
-        optimizer.zero_grad()
-        model(torch.randn(5, 6)).square().mean().backward()
-        optimizer.step()
+        train_step(model, optimizer, torch.randn(5, 6))
 
 
 def zeros(model: nn.Module) -> int:
@@ -74,22 +64,22 @@ def zeros(model: nn.Module) -> int:
 
 
 def test_what_is_due_at_the_start_is_in_force_before_the_first_forward() -> None:
-    model, _, manager = at_work(pruning())
+    model, _, manager = at_work(gradual_pruning())
     assert (manager.step, manager.epoch, zeros(model)) == (0, 0.0, round(0.1 * 54))
-    model, _, manager = at_work(pruning(), epoch=2.0)
+    model, _, manager = at_work(gradual_pruning(), epoch=2.0)
     assert (manager.step, manager.epoch, zeros(model)) == (8, 2.0, round(0.8 * 54))
 
 
 def test_the_end_is_reached_when_training_stops_exactly_there() -> None:
     for frequency in (0.3, 0.7, 2.0, 5.0, -1.0):
-        model, optimizer, manager = at_work(pruning(end=2.0, frequency=frequency))
+        model, optimizer, manager = at_work(gradual_pruning(end=2.0, frequency=frequency))
         step(model, optimizer, 8)
         assert zeros(model) == 43, frequency
         manager.finalize(model)
 
 
 def test_integers_are_counted_not_fractions_added() -> None:
-    model, optimizer, manager = at_work(pruning(end=10.0), steps_per_epoch=7)
+    model, optimizer, manager = at_work(gradual_pruning(end=10.0), steps_per_epoch=7)
     step(model, optimizer, 70)
     assert (manager.step, manager.epoch) == (70, 10.0)
 
@@ -99,7 +89,7 @@ def test_integers_are_counted_not_fractions_added() -> None:
     [(10, 10), (range(7), 7), ([1, 2, 3], 3), (torch.utils.data.DataLoader(list(range(12)), 4), 3)],
 )
 def test_steps_per_epoch_is_an_int_or_a_container(given: Any, expected: int) -> None:
-    model, optimizer, manager = at_work(pruning(), steps_per_epoch=given)
+    model, optimizer, manager = at_work(gradual_pruning(), steps_per_epoch=given)
     step(model, optimizer)
     assert manager.epoch == 1 / expected
 
@@ -117,9 +107,9 @@ class Endless(torch.utils.data.IterableDataset):  # type: ignore[type-arg]
     ],
 )
 def test_a_wrong_steps_per_epoch_is_refused_before_anything_changes(wrong: Any) -> None:
-    model = network()
+    model = perceptron(6, 9, 4)
     before = copy.deepcopy(model.state_dict())
-    manager = ScheduledModifierManager([pruning()])
+    manager = ScheduledModifierManager([gradual_pruning()])
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     with pytest.raises(ArgumentError, match="steps_per_epoch"):
         manager.modify(model, optimizer, steps_per_epoch=wrong)
@@ -134,7 +124,7 @@ def test_a_wrong_epoch_is_refused(wrong: Any) -> None:
 
 
 def test_a_step_without_steps_per_epoch_and_epochs_says_what_to_pass() -> None:
-    model, optimizer, manager = at_work(pruning(), steps_per_epoch=None)
+    model, optimizer, manager = at_work(gradual_pruning(), steps_per_epoch=None)
     before = copy.deepcopy(model.state_dict())
     model(torch.randn(5, 6)).sum().backward()
     with pytest.raises(StateError, match=r"Pass steps_per_epoch to modify\(\)"):
@@ -144,7 +134,9 @@ def test_a_step_without_steps_per_epoch_and_epochs_says_what_to_pass() -> None:
 
 
 def test_epochs_without_steps_per_epoch_count_them() -> None:
-    model, optimizer, manager = at_work(pruning(0.0, 2.0, 0.5), EpochRangeModifier(end_epoch=3.0), steps_per_epoch=None)
+    model, optimizer, manager = at_work(
+        gradual_pruning(0.0, 2.0, 0.5), EpochRangeModifier(end_epoch=3.0), steps_per_epoch=None
+    )
     seen = []
     with pytest.warns(SparsifyWarning, match="the first epoch has the resolution of a whole epoch") as said:
         for epoch in manager.epochs():
@@ -160,7 +152,9 @@ def test_epochs_without_steps_per_epoch_count_them() -> None:
 
 
 def test_the_last_update_comes_when_epochs_end() -> None:
-    model, optimizer, manager = at_work(pruning(0.0, 2.0), EpochRangeModifier(end_epoch=2.0), steps_per_epoch=None)
+    model, optimizer, manager = at_work(
+        gradual_pruning(0.0, 2.0), EpochRangeModifier(end_epoch=2.0), steps_per_epoch=None
+    )
     with pytest.warns(SparsifyWarning):
         for _ in manager.epochs():
             step(model, optimizer, 3)
@@ -168,7 +162,7 @@ def test_the_last_update_comes_when_epochs_end() -> None:
 
 
 def test_epochs_with_steps_per_epoch_put_the_clock_on_the_whole_epoch() -> None:
-    model, optimizer, manager = at_work(pruning(0.0, 3.0), EpochRangeModifier(end_epoch=3.0), steps_per_epoch=4)
+    model, optimizer, manager = at_work(gradual_pruning(0.0, 3.0), EpochRangeModifier(end_epoch=3.0), steps_per_epoch=4)
     seen = []
     for epoch in manager.epochs():
         seen.append((epoch, manager.epoch))
@@ -209,21 +203,21 @@ def test_the_timer_never_goes_back() -> None:
 
 
 def test_training_leaves_class_keys_and_parameters_as_they_were() -> None:
-    model = network()
+    model = perceptron(6, 9, 4)
     parameters, keys, types = list(model.parameters()), list(model.state_dict()), [type(m) for m in model.modules()]
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    manager = ScheduledModifierManager([pruning(), SetLearningRateModifier(learning_rate=0.2)])
+    manager = ScheduledModifierManager([gradual_pruning(), SetLearningRateModifier(learning_rate=0.2)])
     manager.modify(model, optimizer, steps_per_epoch=4)
     step(model, optimizer, 9)
     manager.finalize(model)
     assert all(a is b for a, b in zip(model.parameters(), parameters, strict=True))
     assert list(model.state_dict()) == keys and [type(m) for m in model.modules()] == types
     assert not any(m._forward_hooks or m._forward_pre_hooks or m._backward_hooks for m in model.modules())
-    network().load_state_dict(model.state_dict(), strict=True)
+    perceptron(6, 9, 4).load_state_dict(model.state_dict(), strict=True)
 
 
 def test_finalize_may_be_called_twice_and_without_modify() -> None:
-    manager = ScheduledModifierManager([pruning()])
+    manager = ScheduledModifierManager([gradual_pruning()])
     manager.finalize()
     model, optimizer, manager = at_work()
     step(model, optimizer, 3)
@@ -262,10 +256,10 @@ def test_modify_twice_is_an_error_and_changes_nothing() -> None:
 
 
 def test_two_managers_work_on_one_model() -> None:
-    model = network()
+    model = perceptron(6, 9, 4)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    first = ScheduledModifierManager([pruning(params="0.weight")])
-    second = ScheduledModifierManager([pruning(params="2.weight")])
+    first = ScheduledModifierManager([gradual_pruning(params="0.weight")])
+    second = ScheduledModifierManager([gradual_pruning(params="2.weight")])
     first.modify(model, optimizer, steps_per_epoch=4)
     second.modify(model, optimizer, steps_per_epoch=4)
     step(model, optimizer, 8)
@@ -285,13 +279,13 @@ def test_finalize_of_another_model_is_refused() -> None:
 
 @pytest.mark.parametrize("call", ["step", "epoch", "sparsity", "epochs", "apply_masks", "update_loss"])
 def test_before_modify_there_is_nothing_to_ask(call: str) -> None:
-    manager = ScheduledModifierManager([pruning()])
+    manager = ScheduledModifierManager([gradual_pruning()])
     calls: dict[str, Callable[[], Any]] = {
         "step": lambda: manager.step,
         "epoch": lambda: manager.epoch,
         "sparsity": manager.sparsity,
         "epochs": lambda: list(manager.epochs()),
-        "apply_masks": lambda: manager.apply_masks(network()),
+        "apply_masks": lambda: manager.apply_masks(perceptron(6, 9, 4)),
         "update_loss": lambda: manager.update_loss(torch.ones(())),
     }
     with pytest.raises(StateError, match=r"not at work: call modify\(\) first"):
@@ -314,8 +308,8 @@ def test_a_manager_that_nobody_holds_goes_on_and_one_that_ended_is_let_go() -> N
 
 
 def test_initialize_needs_no_optimizer() -> None:
-    model = network()
-    manager = ScheduledModifierManager([pruning(), EpochRangeModifier(end_epoch=2.0)])
+    model = perceptron(6, 9, 4)
+    manager = ScheduledModifierManager([gradual_pruning(), EpochRangeModifier(end_epoch=2.0)])
     manager.initialize(model, epoch=1.0)
     assert manager.attached and manager.epoch == 1.0 and zeros(model) == round(54 * (0.1 + 0.7 * 0.875))
     assert list(manager.epochs()) == [1]
@@ -324,30 +318,32 @@ def test_initialize_needs_no_optimizer() -> None:
 
 
 def test_apply_does_everything_at_once() -> None:
-    model = network()
+    model = perceptron(6, 9, 4)
     kept = model[0].weight.detach().abs().flatten().sort().values[43:]
-    manager = ScheduledModifierManager([pruning(), ConstantPruningModifier(params="0.weight", start_epoch=2.0)])
+    manager = ScheduledModifierManager([gradual_pruning(), ConstantPruningModifier(params="0.weight", start_epoch=2.0)])
     assert manager.apply(model) is model
     assert zeros(model) == 43 and not manager.attached
     assert torch.equal(model[0].weight.detach().abs().flatten().sort().values[43:], kept)
-    assert ScheduledModifierManager([pruning()]).apply(network(), epoch=0.0)[0].weight.eq(0).sum() == 5
+    assert (
+        ScheduledModifierManager([gradual_pruning()]).apply(perceptron(6, 9, 4), epoch=0.0)[0].weight.eq(0).sum() == 5
+    )
 
 
 def test_apply_reaches_the_sparsity_also_where_the_masks_do_not_stay() -> None:
-    assert zeros(ScheduledModifierManager([pruning(leave_enabled=False)]).apply(network())) == 43
+    assert zeros(ScheduledModifierManager([gradual_pruning(leave_enabled=False)]).apply(perceptron(6, 9, 4))) == 43
 
 
 def test_apply_structure_touches_no_value_of_what_is_only_pruned() -> None:
-    model = network()
+    model = perceptron(6, 9, 4)
     before = copy.deepcopy(model.state_dict())
     _, _, other = at_work()
     for given in ({}, {"state": other.state_dict()}):
-        manager = ScheduledModifierManager([pruning()])
+        manager = ScheduledModifierManager([gradual_pruning()])
         assert manager.apply_structure(model, **given) is model
         assert not manager.attached
         assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
     with pytest.raises(StateError, match="another recipe"):
-        ScheduledModifierManager([pruning(end=3.0)]).apply_structure(model, state=other.state_dict())
+        ScheduledModifierManager([gradual_pruning(end=3.0)]).apply_structure(model, state=other.state_dict())
 
 
 def test_masks_are_applied_to_an_averaged_copy() -> None:
@@ -386,7 +382,7 @@ def test_modifiers_and_metadata_are_added() -> None:
     assert manager.recipe.metadata == {"run": 7}
     assert ScheduledModifierManager.from_yaml(str(manager)).recipe == manager.recipe
     with pytest.raises(RecipeError, match="GMPruningModifier prunes"):
-        ScheduledModifierManager.from_yaml(YAML, add_modifiers=pruning(2.0, 4.0))
+        ScheduledModifierManager.from_yaml(YAML, add_modifiers=gradual_pruning(2.0, 4.0))
 
 
 def test_metadata_that_cannot_be_saved_is_refused_at_once() -> None:
@@ -407,19 +403,19 @@ def test_stages_are_composed_from_managers_recipes_and_text() -> None:
 @pytest.mark.parametrize(
     ("modifiers", "expected"),
     [
-        ([pruning(2.0, 4.0)], {1: "dense", 2: None, 3: None, 4: None, 4.5: "pruned", 9: "pruned"}),
+        ([gradual_pruning(2.0, 4.0)], {1: "dense", 2: None, 3: None, 4: None, 4.5: "pruned", 9: "pruned"}),
         ([QuantizationModifier(start_epoch=2.0)], {1: "dense", 2: None, 2.1: "dense_quantized"}),
         (
-            [pruning(1.0, 2.0), QuantizationModifier(start_epoch=3.0)],
+            [gradual_pruning(1.0, 2.0), QuantizationModifier(start_epoch=3.0)],
             {0: "dense", 1.5: None, 2.5: "pruned", 3: None, 4: "pruned_quantized"},
         ),
         (
-            [QuantizationModifier(start_epoch=1.0), pruning(2.0, 3.0)],
+            [QuantizationModifier(start_epoch=1.0), gradual_pruning(2.0, 3.0)],
             {0: "dense", 1: None, 1.5: "dense_quantized", 2.5: None, 4: "quantized_pruned"},
         ),
         ([ConstantPruningModifier(params="__ALL__")], {0: "pruned", 5: "pruned"}),
         (
-            [pruning(1.0, 2.0), ConstantPruningModifier(params="__ALL_PRUNABLE__", start_epoch=2.0)],
+            [gradual_pruning(1.0, 2.0), ConstantPruningModifier(params="__ALL_PRUNABLE__", start_epoch=2.0)],
             {0.5: "dense", 2: None, 2.5: "pruned", 9: "pruned"},
         ),
         ([EpochRangeModifier(end_epoch=4.0)], {0: "dense", 4: "dense"}),
@@ -433,16 +429,16 @@ def test_phases(modifiers: list[Modifier], expected: dict[float, str | None]) ->
 def test_qat_is_active_by_the_end_of_an_epochs_first_step() -> None:
     manager = ScheduledModifierManager([QuantizationModifier(start_epoch=2.0)])
     assert [manager.qat_active(epoch) for epoch in (0.0, 1.0, 1.99, 2.0, 3.0)] == [False, False, False, True, True]
-    assert not ScheduledModifierManager([pruning()]).qat_active(5.0)
+    assert not ScheduledModifierManager([gradual_pruning()]).qat_active(5.0)
 
 
 @pytest.mark.parametrize(
     ("modifiers", "least", "most"),
     [
         ([EpochRangeModifier(end_epoch=4.0)], 0, 4),
-        ([pruning(1.5, 2.2)], 1, 3),
+        ([gradual_pruning(1.5, 2.2)], 1, 3),
         ([SetLearningRateModifier(learning_rate=0.1)], 0, 0),
-        ([SetLearningRateModifier(learning_rate=0.1, start_epoch=7.5), pruning(2.0, 3.0)], 2, 8),
+        ([SetLearningRateModifier(learning_rate=0.1, start_epoch=7.5), gradual_pruning(2.0, 3.0)], 2, 8),
     ],
 )
 def test_how_long_it_lasts(modifiers: list[Modifier], least: int, most: int) -> None:
@@ -486,31 +482,35 @@ def _unregistered() -> Iterator[None]:
 
 @pytest.mark.parametrize("when", ["attach", "update"])
 def test_nothing_is_left_where_a_later_modifier_fails(when: str) -> None:
-    model = network()
+    model = perceptron(6, 9, 4)
     before = copy.deepcopy(model.state_dict())
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    manager = ScheduledModifierManager([pruning(end=1.0), Failing(when=when)])
+    manager = ScheduledModifierManager([gradual_pruning(end=1.0), Failing(when=when)])
     with pytest.raises(ArgumentError if when == "attach" else KeyboardInterrupt):
         manager.modify(model, optimizer, steps_per_epoch=4)
     if when == "attach":
         assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
     assert not optimizer._optimizer_step_pre_hooks and not manager.attached
     step(model, optimizer)
-    ScheduledModifierManager([pruning()]).modify(model, optimizer, steps_per_epoch=4)
+    ScheduledModifierManager([gradual_pruning()]).modify(model, optimizer, steps_per_epoch=4)
 
 
 def test_names_that_match_nothing_are_found_before_anything_changes() -> None:
-    model = network()
+    model = perceptron(6, 9, 4)
     before = copy.deepcopy(model.state_dict())
-    manager = ScheduledModifierManager([pruning(params="0.weight"), pruning(params="2.weigth", end=3.0)])
+    manager = ScheduledModifierManager(
+        [gradual_pruning(params="0.weight"), gradual_pruning(params="2.weigth", end=3.0)]
+    )
     with pytest.raises(TargetError, match=r"(?s)'2.weigth' matches nothing.*'2.weight'"):
         manager.modify(model, torch.optim.SGD(model.parameters(), lr=0.1), steps_per_epoch=4)
     assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
 
 
 def test_patterns_that_prune_one_parameter_twice_are_refused() -> None:
-    model = network()
-    manager = ScheduledModifierManager([pruning(params="re:0.*weight"), pruning(params="__ALL_PRUNABLE__", end=3.0)])
+    model = perceptron(6, 9, 4)
+    manager = ScheduledModifierManager(
+        [gradual_pruning(params="re:0.*weight"), gradual_pruning(params="__ALL_PRUNABLE__", end=3.0)]
+    )
     with pytest.raises(RecipeError, match=r"'0\.weight'"):
         manager.modify(model, torch.optim.SGD(model.parameters(), lr=0.1), steps_per_epoch=4)
 
@@ -529,7 +529,7 @@ def test_wrong_arguments_are_refused(given: dict[str, Any], text: str) -> None:
 
 def test_what_is_no_model_is_refused() -> None:
     with pytest.raises(ArgumentError, match=r"model is a OrderedDict: give a torch\.nn\.Module"):
-        ScheduledModifierManager([pruning()]).initialize(network().state_dict())  # type: ignore[arg-type]
+        ScheduledModifierManager([gradual_pruning()]).initialize(perceptron(6, 9, 4).state_dict())  # type: ignore[arg-type]
 
 
 def test_a_run_is_logged(caplog: pytest.LogCaptureFixture) -> None:
@@ -542,7 +542,7 @@ def test_a_run_is_logged(caplog: pytest.LogCaptureFixture) -> None:
 
 
 def quantizing(start: float = 0.0) -> list[Modifier]:
-    return [pruning(), QuantizationModifier(start_epoch=start)]
+    return [gradual_pruning(), QuantizationModifier(start_epoch=start)]
 
 
 def quantized(model: nn.Module) -> bool:
@@ -552,19 +552,19 @@ def quantized(model: nn.Module) -> bool:
 @pytest.mark.parametrize("once", [False, True])
 def test_apply_quantizes_with_calibration_data_alone(once: bool) -> None:
     batches = [(torch.randn(5, 6), torch.zeros(5)) for _ in range(4)]
-    model = network()
+    model = perceptron(6, 9, 4)
     manager = ScheduledModifierManager(quantizing(start=2.0))
     manager.apply(model, calibration_data=iter(batches) if once else batches)
     assert quantized(model) and zeros(model) == 43
     other = ScheduledModifierManager(quantizing(start=2.0)).apply(
-        network(), calibration_data=batches, sample_inputs=batches[0][0]
+        perceptron(6, 9, 4), calibration_data=batches, sample_inputs=batches[0][0]
     )
     for name, value in other.state_dict().items():
         assert torch.equal(value, model.state_dict()[name]), name
 
 
 def test_apply_without_inputs_says_what_to_pass_and_leaves_a_usable_model() -> None:
-    model = network()
+    model = perceptron(6, 9, 4)
     manager = ScheduledModifierManager(quantizing())
     with pytest.raises(StateError, match=r"has to trace the model: pass sample_inputs \(or calibration_data"):
         manager.apply(model)
@@ -576,14 +576,14 @@ def test_apply_structure_needs_a_state_or_inputs() -> None:
     model, optimizer, manager = at_work(*quantizing(), sample_inputs=torch.randn(5, 6))
     step(model, optimizer, 3)
     state, weights = manager.state_dict(), model.state_dict()
-    fresh = network()
+    fresh = perceptron(6, 9, 4)
     with pytest.raises(StateError, match="pass sample_inputs"):
         ScheduledModifierManager(quantizing()).apply_structure(fresh)
     assert not quantized(fresh)
     for given in ({"state": state}, {"sample_inputs": torch.randn(2, 6)}, {"sample_inputs": (torch.randn(2, 6),)}):
-        other = ScheduledModifierManager(quantizing()).apply_structure(network(), **given)
+        other = ScheduledModifierManager(quantizing()).apply_structure(perceptron(6, 9, 4), **given)
         other.load_state_dict(weights, strict=True)
-    assert not quantized(ScheduledModifierManager(quantizing(3.0)).apply_structure(network(), epoch=2.0))
+    assert not quantized(ScheduledModifierManager(quantizing(3.0)).apply_structure(perceptron(6, 9, 4), epoch=2.0))
 
 
 @pytest.mark.parametrize("given", [{"sample_inputs": {"input": torch.randn(5, 6)}}, {}])

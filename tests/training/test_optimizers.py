@@ -16,30 +16,11 @@ from sparsify.errors import ArgumentError, SparsifyWarning
 from sparsify.modifiers.base import Active, Modifier
 from sparsify.modifiers.epochs import EpochRangeModifier
 from sparsify.modifiers.learning_rate import LearningRateFunctionModifier
-from sparsify.modifiers.magnitude_pruning import GMPruningModifier
 from sparsify.modifiers.quantization import QuantizationModifier
 from sparsify.training.manager import ScheduledModifierManager
+from tests.loops import gradual_pruning, train_step, weights_of
 from tests.optimizer_forms import FORMS, TwiceStepped
-
-
-def pruning(final: float = 0.8, end: float = 2.0) -> Modifier:
-    return GMPruningModifier(
-        params="__ALL_PRUNABLE__",
-        init_sparsity=0.1,
-        final_sparsity=final,
-        start_epoch=0.0,
-        end_epoch=end,
-        update_frequency=0.5,
-    )
-
-
-def network() -> nn.Module:
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(6, 9), nn.Tanh(), nn.Linear(9, 4))
-
-
-def weights(model: nn.Module) -> dict[str, torch.Tensor]:
-    return {name: p for name, p in model.named_parameters() if p.dim() > 1}
+from tests.zoo.small import perceptron
 
 
 def batch(model: nn.Module, optimizer: Any, scale: float = 1.0) -> Callable[[], torch.Tensor]:
@@ -55,43 +36,38 @@ def batch(model: nn.Module, optimizer: Any, scale: float = 1.0) -> Callable[[], 
 
 
 def step(model: nn.Module, optimizer: Any) -> None:
-    closure = batch(model, optimizer)
-    if isinstance(optimizer, torch.optim.LBFGS):
-        optimizer.step(closure)
-    else:
-        closure()
-        optimizer.step()
+    train_step(model, optimizer, torch.randn(8, 6))
 
 
 @pytest.mark.parametrize("name", FORMS)
 def test_pruned_weights_are_zero_after_every_step(name: str) -> None:
-    model = network()
+    model = perceptron(6, 9, 4)
     optimizer = FORMS[name](model)
-    manager = ScheduledModifierManager([pruning()])
+    manager = ScheduledModifierManager([gradual_pruning()])
     manager.modify(model, optimizer, steps_per_epoch=5)
     masks: dict[str, torch.Tensor] = {}
     for count in range(1, 16):
         step(model, optimizer)
         assert manager.step == count
-        for key, weight in weights(model).items():
+        for key, weight in weights_of(model).items():
             zeros = weight == 0
             assert int(zeros.sum()) == round(manager.sparsity()[key] * weight.numel()), (count, key)
             assert not (masks.get(key, zeros) & ~zeros).any(), "a mask only grows"
             masks[key] = zeros
     assert {key: int(zeros.sum()) for key, zeros in masks.items()} == {"0.weight": 43, "2.weight": 29}
     manager.finalize(model)
-    for weight in weights(model).values():
+    for weight in weights_of(model).values():
         assert not torch.signbit(weight[weight == 0]).any(), "+0.0, not -0.0"
 
 
 @pytest.mark.parametrize("name", FORMS)
 def test_a_recipe_that_prunes_nothing_changes_no_bit(name: str) -> None:
     def losses(with_manager: bool) -> list[float]:
-        model = network()
+        model = perceptron(6, 9, 4)
         optimizer = FORMS[name](model)
         if with_manager:
             ScheduledModifierManager(
-                [pruning(0.1).model_copy(update={"init_sparsity": 0.0, "final_sparsity": 0.0})]
+                [gradual_pruning().model_copy(update={"init_sparsity": 0.0, "final_sparsity": 0.0})]
             ).modify(model, optimizer, steps_per_epoch=5)
         torch.manual_seed(1)
         found = []
@@ -137,12 +113,12 @@ def _forget_calls() -> Any:
 
 
 def test_hooks_that_torch_calls_twice_count_one_step() -> None:
-    model = network()
+    model = perceptron(6, 9, 4)
     torch.optim.SGD(model.parameters(), lr=0.1)  # its step is wrapped too from here on
     optimizer = TwiceStepped(model.parameters(), lr=0.1)
     raw: list[str] = []
     optimizer.register_step_post_hook(lambda *_: raw.append("post"))
-    manager = ScheduledModifierManager([Counting(), pruning()])
+    manager = ScheduledModifierManager([Counting(), gradual_pruning()])
     manager.modify(model, optimizer, steps_per_epoch=5)
     CALLS.clear()
     for count in range(1, 4):
@@ -153,9 +129,9 @@ def test_hooks_that_torch_calls_twice_count_one_step() -> None:
 
 
 def test_a_step_that_raises_is_no_step() -> None:
-    model = network()
+    model = perceptron(6, 9, 4)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    manager = ScheduledModifierManager([pruning()])
+    manager = ScheduledModifierManager([gradual_pruning()])
     manager.modify(model, optimizer, steps_per_epoch=5)
 
     def fails() -> float:
@@ -169,9 +145,9 @@ def test_a_step_that_raises_is_no_step() -> None:
 
 
 def test_lbfgs_counts_one_step_a_call() -> None:
-    model = network()
+    model = perceptron(6, 9, 4)
     optimizer = torch.optim.LBFGS(model.parameters(), lr=0.1, max_iter=10)
-    manager = ScheduledModifierManager([pruning()])
+    manager = ScheduledModifierManager([gradual_pruning()])
     manager.modify(model, optimizer, steps_per_epoch=5)
     evaluations = [0]
 
@@ -186,9 +162,9 @@ def test_lbfgs_counts_one_step_a_call() -> None:
 
 @pytest.mark.parametrize("cls", [torch.optim.LBFGS, torch.optim.SGD])
 def test_the_first_forward_may_come_inside_the_step(cls: Any) -> None:
-    model = network()
+    model = perceptron(6, 9, 4)
     optimizer = cls(model.parameters(), lr=0.1)
-    manager = ScheduledModifierManager([pruning(), QuantizationModifier(start_epoch=0.0)])
+    manager = ScheduledModifierManager([gradual_pruning(), QuantizationModifier(start_epoch=0.0)])
     manager.modify(model, optimizer, steps_per_epoch=5)
     for _ in range(3):
         optimizer.step(batch(model, optimizer))
@@ -197,9 +173,9 @@ def test_the_first_forward_may_come_inside_the_step(cls: Any) -> None:
 
 @pytest.mark.parametrize("accumulation", [1, 2, 5])
 def test_accumulation_counts_optimizer_steps(accumulation: int) -> None:
-    model = network()
+    model = perceptron(6, 9, 4)
     optimizer = torch.optim.AdamW(model.parameters())
-    manager = ScheduledModifierManager([pruning()])
+    manager = ScheduledModifierManager([gradual_pruning()])
     manager.modify(model, optimizer, steps_per_epoch=20 // accumulation)
     for index in range(20):
         model(torch.randn(4, 6)).mean().backward()
@@ -212,12 +188,12 @@ def test_accumulation_counts_optimizer_steps(accumulation: int) -> None:
 @pytest.mark.parametrize("fused", [False, True])
 @pytest.mark.parametrize("cls", [torch.optim.SGD, torch.optim.AdamW])
 def test_a_step_that_mixed_precision_skips_advances_nothing(cls: Any, fused: bool) -> None:
-    model = network()
+    model = perceptron(6, 9, 4)
     optimizer = cls(model.parameters(), lr=0.01, fused=fused)
     hooks: list[str] = []
     optimizer.register_step_post_hook(lambda *_: hooks.append("post"))
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**8)
-    manager = ScheduledModifierManager([Counting(), pruning()])
+    manager = ScheduledModifierManager([Counting(), gradual_pruning()])
     manager.modify(model, optimizer, steps_per_epoch=5)
     CALLS.clear()
     real = 0
@@ -239,9 +215,9 @@ def test_a_step_that_mixed_precision_skips_advances_nothing(cls: Any, fused: boo
 
 
 def test_bfloat16_autocast_counts_every_step() -> None:
-    model = network()
+    model = perceptron(6, 9, 4)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    manager = ScheduledModifierManager([pruning()])
+    manager = ScheduledModifierManager([gradual_pruning()])
     manager.modify(model, optimizer, steps_per_epoch=5)
     for _ in range(10):
         with torch.autocast("cpu", torch.bfloat16):
@@ -255,9 +231,9 @@ def test_bfloat16_autocast_counts_every_step() -> None:
 
 
 def test_the_same_optimizer_comes_back_and_is_left_clean() -> None:
-    model = network()
+    model = perceptron(6, 9, 4)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    manager = ScheduledModifierManager([pruning()])
+    manager = ScheduledModifierManager([gradual_pruning()])
     assert manager.modify(model, optimizer, steps_per_epoch=5) is optimizer
     assert isinstance(optimizer, torch.optim.Optimizer) and manager.attached
     manager.finalize(model)
@@ -272,11 +248,11 @@ def test_the_same_optimizer_comes_back_and_is_left_clean() -> None:
 )
 def test_schedulers_work_before_and_after(before: bool, make: Callable[[Any], Any]) -> None:
     def run(with_manager: bool) -> list[float]:
-        model = network()
+        model = perceptron(6, 9, 4)
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
         scheduler = make(optimizer) if before else None
         if with_manager:
-            optimizer = ScheduledModifierManager([pruning()]).modify(model, optimizer, steps_per_epoch=5)
+            optimizer = ScheduledModifierManager([gradual_pruning()]).modify(model, optimizer, steps_per_epoch=5)
         scheduler = scheduler or make(optimizer)
         found = []
         for _ in range(10):
@@ -291,10 +267,10 @@ def test_schedulers_work_before_and_after(before: bool, make: Callable[[Any], An
 def test_accelerates_wrapper_is_looked_through() -> None:
     accelerate = pytest.importorskip("accelerate")
     accelerator = accelerate.Accelerator(cpu=True, gradient_accumulation_steps=2)
-    model = network()
+    model = perceptron(6, 9, 4)
     inner = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     prepared, optimizer = accelerator.prepare(model, inner)
-    manager = ScheduledModifierManager([pruning()])
+    manager = ScheduledModifierManager([gradual_pruning()])
     assert manager.modify(prepared, optimizer, steps_per_epoch=5) is optimizer
     for _ in range(20):
         with accelerator.accumulate(prepared):
@@ -303,7 +279,7 @@ def test_accelerates_wrapper_is_looked_through() -> None:
             optimizer.step()
             optimizer.zero_grad()
     assert (manager.step, manager.epoch) == (10, 2.0)
-    assert int((weights(model)["0.weight"] == 0).sum()) == 43
+    assert int((weights_of(model)["0.weight"] == 0).sum()) == 43
     manager.finalize(prepared)
 
 
@@ -326,9 +302,9 @@ class Foreign:
 
 
 def test_another_object_that_steps_comes_back_in_a_thin_wrapper() -> None:
-    model = network()
+    model = perceptron(6, 9, 4)
     foreign = Foreign(model.parameters(), 0.1)
-    manager = ScheduledModifierManager([pruning()])
+    manager = ScheduledModifierManager([gradual_pruning()])
     optimizer = manager.modify(model, foreign, steps_per_epoch=5)
     assert optimizer is not foreign and optimizer.rate == 0.1 and optimizer.param_groups is foreign.param_groups
     optimizer.rate = 0.2
@@ -336,7 +312,7 @@ def test_another_object_that_steps_comes_back_in_a_thin_wrapper() -> None:
     for _ in range(10):
         batch(model, optimizer)()
         assert optimizer.step(factor=0.5) == "stepped"
-    assert manager.epoch == 2.0 and int((weights(model)["0.weight"] == 0).sum()) == 43
+    assert manager.epoch == 2.0 and int((weights_of(model)["0.weight"] == 0).sum()) == 43
     for copied in (copy.deepcopy(optimizer), pickle.loads(pickle.dumps(optimizer))):
         batch(model, optimizer)()
         copied.param_groups[0]["params"] = []
@@ -357,9 +333,9 @@ def test_a_wrapper_that_shares_param_groups_is_looked_through() -> None:
         def step(self) -> None:
             self.optimizer.step()
 
-    model = network()
+    model = perceptron(6, 9, 4)
     around = Around(torch.optim.SGD(model.parameters(), lr=0.1))
-    manager = ScheduledModifierManager([pruning()])
+    manager = ScheduledModifierManager([gradual_pruning()])
     assert manager.modify(model, around, steps_per_epoch=5) is around
     batch(model, around.optimizer)()
     around.step()
@@ -377,9 +353,9 @@ def test_a_wrapper_that_shares_param_groups_is_looked_through() -> None:
     ],
 )
 def test_what_is_no_optimizer_is_a_type_error_and_changes_nothing(wrong: object, named: str) -> None:
-    model = network()
+    model = perceptron(6, 9, 4)
     before = copy.deepcopy(model.state_dict())
-    manager = ScheduledModifierManager([pruning()])
+    manager = ScheduledModifierManager([gradual_pruning()])
     with pytest.raises(ArgumentError, match=f"optimizer: {named} is no optimizer"):
         manager.modify(model, wrong, steps_per_epoch=5)
     assert issubclass(ArgumentError, TypeError) and not manager.attached
@@ -391,9 +367,9 @@ def test_what_is_no_optimizer_is_a_type_error_and_changes_nothing(wrong: object,
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda o: pickle.loads(pickle.dumps(o)), copy.copy])
 def test_a_copy_of_the_optimizer_has_no_hooks_and_does_no_harm(copied: Callable[[Any], Any]) -> None:
-    model = network()
+    model = perceptron(6, 9, 4)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
-    manager = ScheduledModifierManager([pruning()])
+    manager = ScheduledModifierManager([gradual_pruning()])
     manager.modify(model, optimizer, steps_per_epoch=5)
     step(model, optimizer)
     other = copied(optimizer)
@@ -402,9 +378,9 @@ def test_a_copy_of_the_optimizer_has_no_hooks_and_does_no_harm(copied: Callable[
 
 
 def test_a_training_loop_with_a_copied_optimizer_is_told_so() -> None:
-    model = network()
+    model = perceptron(6, 9, 4)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    manager = ScheduledModifierManager([pruning(), EpochRangeModifier(end_epoch=2.0)])
+    manager = ScheduledModifierManager([gradual_pruning(), EpochRangeModifier(end_epoch=2.0)])
     manager.modify(model, optimizer, steps_per_epoch=3)
     other = copy.copy(optimizer)
     with pytest.warns(SparsifyWarning, match="no step of the optimizer was seen in epoch 0"):
@@ -414,9 +390,9 @@ def test_a_training_loop_with_a_copied_optimizer_is_told_so() -> None:
 
 
 def test_hooks_that_were_lost_are_told() -> None:
-    model = network()
+    model = perceptron(6, 9, 4)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    manager = ScheduledModifierManager([pruning()])
+    manager = ScheduledModifierManager([gradual_pruning()])
     manager.modify(model, optimizer, steps_per_epoch=3)
     state = optimizer.__getstate__()
     optimizer.__dict__.clear()
@@ -429,20 +405,20 @@ def test_hooks_that_were_lost_are_told() -> None:
 
 
 def test_an_optimizer_of_another_model_is_told() -> None:
-    model = network()
+    model = perceptron(6, 9, 4)
     optimizer = torch.optim.SGD(copy.deepcopy(model).parameters(), lr=0.1)
     with pytest.warns(SparsifyWarning, match="none of the optimizer's parameters is a parameter of this model"):
-        ScheduledModifierManager([pruning()]).modify(model, optimizer, steps_per_epoch=3)
+        ScheduledModifierManager([gradual_pruning()]).modify(model, optimizer, steps_per_epoch=3)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @pytest.mark.parametrize("fused", [False, True])
 def test_between_updates_a_step_does_not_wait_for_the_device(fused: bool) -> None:
-    model = network().cuda()
+    model = perceptron(6, 9, 4).cuda()
     rate = torch.tensor(0.1, device="cuda") if fused else 0.1
     optimizer = torch.optim.AdamW(model.parameters(), lr=rate, fused=fused)
     modifiers = [
-        pruning(end=1.0),
+        gradual_pruning(end=1.0),
         LearningRateFunctionModifier(lr_func="linear", init_lr=0.1, final_lr=0.01, start_epoch=0.0, end_epoch=4.0),
     ]
     manager = ScheduledModifierManager(modifiers)
@@ -458,20 +434,20 @@ def test_between_updates_a_step_does_not_wait_for_the_device(fused: bool) -> Non
             optimizer.step()
         finally:
             torch.cuda.set_sync_debug_mode("default")
-    assert int((weights(model)["0.weight"] == 0).sum()) == 43
+    assert int((weights_of(model)["0.weight"] == 0).sum()) == 43
 
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch, in its own imports
 def test_a_compiled_step_is_counted() -> None:
-    model = network()
+    model = perceptron(6, 9, 4)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
-    manager = ScheduledModifierManager([pruning()])
+    manager = ScheduledModifierManager([gradual_pruning()])
     manager.modify(model, optimizer, steps_per_epoch=5)
     compiled = torch.compile(optimizer.step, backend="eager")
     for count in range(1, 11):
         batch(model, optimizer)()
         compiled()
         assert manager.step == count
-        for key, weight in weights(model).items():
+        for key, weight in weights_of(model).items():
             assert int((weight == 0).sum()) == round(manager.sparsity()[key] * weight.numel())

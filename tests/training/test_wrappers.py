@@ -17,27 +17,18 @@ from sparsify.model.wrappers import unwrapped
 from sparsify.modifiers.base import Modifier
 from sparsify.modifiers.distillation import DistillationModifier
 from sparsify.modifiers.learning_rate import LearningRateFunctionModifier
-from sparsify.modifiers.magnitude_pruning import GMPruningModifier
 from sparsify.modifiers.quantization import QuantizationModifier
 from sparsify.training.manager import ScheduledModifierManager
+from tests.loops import gradual_pruning, train_step
+from tests.zoo.small import Tied, perceptron
 
 # torch warns about its own insides while it compiles.
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 
 
 def recipe(*more: Modifier) -> list[Modifier]:
-    return [
-        GMPruningModifier(
-            params="__ALL_PRUNABLE__",
-            init_sparsity=0.1,
-            final_sparsity=0.8,
-            start_epoch=0.0,
-            end_epoch=2.0,
-            update_frequency=0.5,
-        ),
-        LearningRateFunctionModifier(lr_func="linear", init_lr=0.1, final_lr=0.01, start_epoch=0.0, end_epoch=2.0),
-        *more,
-    ]
+    rate = LearningRateFunctionModifier(lr_func="linear", init_lr=0.1, final_lr=0.01, start_epoch=0.0, end_epoch=2.0)
+    return [gradual_pruning(), rate, *more]
 
 
 class Network(nn.Sequential):
@@ -49,16 +40,13 @@ class Network(nn.Sequential):
 
 
 def network() -> nn.Module:
-    torch.manual_seed(0)
-    return Network(nn.Linear(6, 9), nn.Tanh(), nn.Linear(9, 4))
+    return Network(*perceptron(6, 9, 4))
 
 
 def train(model: nn.Module, optimizer: Any, manager: Any, steps: int = 10, start: int = 0) -> None:
     for index in range(start, start + steps):
         inputs = torch.randn(5, 6, generator=torch.Generator().manual_seed(index))
-        optimizer.zero_grad()
-        manager.update_loss(model(inputs).square().mean()).backward()
-        optimizer.step()
+        train_step(model, optimizer, inputs, update=manager.update_loss)
 
 
 def trained(wrap: Callable[[nn.Module], nn.Module], after: Callable[[nn.Module], nn.Module], **given: Any) -> nn.Module:
@@ -230,20 +218,10 @@ def test_an_averaged_model_is_free_and_masked_when_asked() -> None:
 # ------------------------------------------------------------------------------------- weights in mid-run
 
 
-class Tied(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.embed, self.head = nn.Embedding(12, 6), nn.Linear(6, 12, bias=False)
-        self.head.weight = self.embed.weight
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.head(self.embed(x))  # type: ignore[no-any-return]
-
-
 @pytest.mark.parametrize("params", ["embed.weight", "head.weight", "head", "__ALL_PRUNABLE__"])
 def test_tied_weights_are_pruned_and_counted_once(params: str) -> None:
-    model = Tied()
+    torch.manual_seed(0)
+    model = Tied(12, 6)
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
     manager = ScheduledModifierManager([recipe()[0].model_copy(update={"params": params})])
     manager.modify(model, optimizer, steps_per_epoch=2)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -102,13 +103,19 @@ def optimizer_of(name: str, model: nn.Module) -> torch.optim.Optimizer:
     return torch.optim.AdamW(model.parameters(), lr=0.01)
 
 
-def step(model: nn.Module, optimizer: Any, number: int, dtype: torch.dtype = torch.float32) -> float:
+def step(
+    model: nn.Module,
+    optimizer: Any,
+    number: int,
+    dtype: torch.dtype = torch.float32,
+    update: Callable[[Tensor], Tensor] = lambda loss: loss,
+) -> float:
     """One step of training; the loss before it."""
     inner: Any = model
     x, y = batch(type(inner), number, dtype)
     model.train()
     optimizer.zero_grad()
-    loss = nn.functional.cross_entropy(model(x), y)
+    loss = update(nn.functional.cross_entropy(model(x), y))
     loss.backward()
     optimizer.step()
     return float(loss.detach())

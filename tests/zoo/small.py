@@ -10,13 +10,18 @@ import torch
 from torch import Tensor, nn
 
 
-def perceptron(*sizes: int, activation: Callable[[], nn.Module] = nn.Tanh, seed: int = 0) -> nn.Sequential:
-    """Linear layers of these sizes with an activation between any two."""
+def perceptron(
+    *sizes: int, activation: Callable[[], nn.Module] = nn.Tanh, norm: bool = False, dropout: float = 0.0, seed: int = 0
+) -> nn.Sequential:
+    """Linear layers of these sizes; between any two [BatchNorm,] an activation [and dropout]."""
     torch.manual_seed(seed)
-    layers: list[nn.Module] = []
-    for inner, outer in pairwise(sizes):
-        layers += [nn.Linear(inner, outer), activation()]
-    return nn.Sequential(*layers[:-1])
+    layers: list[nn.Module] = [nn.Linear(*sizes[:2])]
+    for inner, outer in pairwise(sizes[1:]):
+        layers += [nn.BatchNorm1d(inner)] if norm else []
+        layers += [activation()]
+        layers += [nn.Dropout(dropout)] if dropout else []
+        layers += [nn.Linear(inner, outer)]
+    return nn.Sequential(*layers)
 
 
 def written(forward: Callable[..., Any], **members: Any) -> Any:
