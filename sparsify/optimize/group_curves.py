@@ -19,7 +19,7 @@ from sparsify.pruning.groups import ChannelGroups, find
 from sparsify.pruning.shrinking import dry_run
 
 if TYPE_CHECKING:
-    from torch import nn
+    from torch import Tensor, nn
 
     from sparsify.analysis.loss import LossProfile
     from sparsify.analysis.performance import PerformanceProfile
@@ -75,17 +75,12 @@ def channel_group_curves(
         row, _, number = name.partition("#")
         title = names[row] + (f"#{number}" if number else "")
         own = [infos[weight] for weight in channel_group.rows if weight in infos]
-        known = [] if loss is None or loss.method in ("magnitude", "shape") else [title]
-        if loss is not None and known and not loss.families:
-            known = [info.name for info in own if info.name in loss.losses]
-        if loss is not None and known and all(layer in loss.losses for layer in known):
+        profiled = _profiled_layers(title, own, loss)
+        if loss is not None and profiled and all(layer in loss.losses for layer in profiled):
             levels = loss.levels
-            losses = tuple(sum(values) for values in zip(*map(loss.increase, known), strict=True))
+            losses = tuple(sum(values) for values in zip(*map(loss.increase, profiled), strict=True))
         else:
-            squares = scores[name].square().sort().values
-            energy = (squares.cumsum(0) / squares.sum().clamp(min=1e-300)).tolist()
-            pruned = [min(round(channel_group.size * share), channel_group.size - 1) for share in SHARES]
-            levels, losses = SHARES, tuple(channel_group.size * energy[count - 1] if count else 0.0 for count in pruned)
+            levels, losses = SHARES, _norm_losses(scores[name])
         macs = sum(info.macs for info in own)
         ms = sum(times.get(info.name, 0.0) for info in own) if times else macs / total
         rows[title] = channel_group.rows
@@ -98,7 +93,7 @@ def channel_group_curves(
                 ms=ms,
                 first=False,
                 grouped=False,
-                why_not=_why_not(own, loss, known),
+                why_not=_why_not(own, loss, profiled),
                 levels=levels,
                 losses=losses,
                 times=tuple(ms * (1 - share) for share in levels),
@@ -107,10 +102,26 @@ def channel_group_curves(
     return tuple(found), rows
 
 
-def _why_not(own: list[LayerInfo], loss: LossProfile | None, known: list[str]) -> str:
+def _profiled_layers(title: str, own: list[LayerInfo], loss: LossProfile | None) -> list[str]:
+    """The names in the loss profile whose losses make up that of the group `title`; empty for one without data."""
+    if loss is None or loss.method in ("magnitude", "shape"):
+        return []
+    return [title] if loss.families else [info.name for info in own if info.name in loss.losses]
+
+
+def _norm_losses(norms: Tensor) -> tuple[float, ...]:
+    """Loss of pruning each of `SHARES` of the channels, lowest norms first: squared norms in units of their mean."""
+    squares = norms.square().sort().values
+    size = len(squares)
+    energy = (squares.cumsum(0) / squares.sum().clamp(min=1e-300)).tolist()
+    pruned = [min(round(size * share), size - 1) for share in SHARES]
+    return tuple(size * energy[count - 1] if count else 0.0 for count in pruned)
+
+
+def _why_not(own: list[LayerInfo], loss: LossProfile | None, profiled: list[str]) -> str:
     if not own:
         return "it is not computed on these inputs"
-    if loss is not None and loss.method in ("data", "fisher") and not (known and set(known) <= set(loss.losses)):
+    if loss is not None and loss.method in ("data", "fisher") and not (profiled and set(profiled) <= set(loss.losses)):
         return "the loss profile does not know it"
     return ""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -144,24 +145,18 @@ def score_prediction(
     if evidence is None:
         raise ArgumentError("recipe: it has no evidence, so nothing was predicted; give one that create_recipe made.")
     check_module(model)
-    for name, value in (("ms", ms), ("score_before", score_before), ("score_after", score_after)):
-        if value is not None and (isinstance(value, bool) or not isinstance(value, int | float) or not value >= 0):
-            raise ArgumentError(f"{name}: {value!r} is no measured figure; give a number that is not negative.")
-    if (score_before is None) != (score_after is None):
-        raise ArgumentError("score_before and score_after: one alone compares nothing; give both, or neither.")
+    _check_figures(ms=ms, score_before=score_before, score_after=score_after)
     file = None if path is None else Path(path)
     if file is not None and not file.is_file():
         raise DataFileError(f"{file}: there is no such file.")
     model = unwrapped(model)
     notes: list[str] = []
     structured = any(modifier.whole_channels for modifier in recipe.written)
-    layers = () if structured else _layer_sizes(evidence, model)
+    layers = () if structured else _layer_sparsities(evidence, model)
     expected = evidence.expected
     parameters = named_parameters(model)
-    weights = sum(parameters[layer.what].numel() for layer in layers)
-    zeros = sum((layer.measured or 0.0) * parameters[layer.what].numel() for layer in layers)
-    planned = sum((layer.predicted or 0.0) * parameters[layer.what].numel() for layer in layers)
-    if layers and planned and not zeros:
+    zeros = _zeros(layers, parameters)
+    if zeros.predicted and not zeros.measured:
         raise StateError("model: none of the weights that the recipe prunes is zero; give the model that it trained.")
     if structured and sum(p.numel() for p in parameters.values()) == expected.parameters_before:
         raise StateError("model: none of its channels was removed; give the model that the recipe trained.")
@@ -170,7 +165,7 @@ def score_prediction(
 
         ms = benchmark_onnx(file, batch_size=int(evidence.asked.get("batch_size", 1))).latency_p50_ms
     found = [
-        Prediction("zeros", planned / weights if weights else None, zeros / weights if weights else None),
+        zeros,
         Prediction("recovery", expected.recovery, _quotient(score_after, score_before)),
         Prediction("parameters", expected.parameters, sum(_stored_share(model).values())),
         Prediction("nonzero", expected.nonzero, sum(int(p.detach().count_nonzero()) for p in parameters.values())),
@@ -183,7 +178,25 @@ def score_prediction(
     return Outcome(tuple(found), layers, tuple(notes))
 
 
-def _layer_sizes(evidence: Evidence, model: nn.Module) -> tuple[Prediction, ...]:
+def _check_figures(*, ms: float | None, score_before: float | None, score_after: float | None) -> None:
+    for name, value in (("ms", ms), ("score_before", score_before), ("score_after", score_after)):
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int | float) or not value >= 0):
+            raise ArgumentError(f"{name}: {value!r} is no measured figure; give a number that is not negative.")
+    if (score_before is None) != (score_after is None):
+        raise ArgumentError("score_before and score_after: one alone compares nothing; give both, or neither.")
+
+
+def _zeros(layers: Sequence[Prediction], parameters: Mapping[str, nn.Parameter]) -> Prediction:
+    """The share of zeros over all layers, weighted by their sizes; None where there are no layers."""
+    weights = sum(parameters[layer.what].numel() for layer in layers)
+    if not weights:
+        return Prediction("zeros", None, None)
+    planned = sum((layer.predicted or 0.0) * parameters[layer.what].numel() for layer in layers)
+    zeros = sum((layer.measured or 0.0) * parameters[layer.what].numel() for layer in layers)
+    return Prediction("zeros", planned / weights, zeros / weights)
+
+
+def _layer_sparsities(evidence: Evidence, model: nn.Module) -> tuple[Prediction, ...]:
     parameters = named_parameters(model)
     missing = [name for name in evidence.layers if name not in parameters]
     if missing:
