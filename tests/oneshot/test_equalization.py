@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from sparsify.model.trace import trace
 from sparsify.oneshot.equalization import Neighbours, equalize, neighbours
-from tests.zoo.quantizable import Block
+from tests.zoo.quantizable import ResidualBlock
 
 
 class Depthwise(nn.Module):
@@ -132,7 +132,7 @@ def test_tied_weights_are_left_alone() -> None:
 
 def test_residual_blocks_are_scaled_inside_only() -> None:
     x = torch.randn(2, 4, 6, 6)
-    model = ready(Block(), x)
+    model = ready(ResidualBlock(), x)
     pairs = found_in(model, x)
     assert pairs == (Neighbours("conv1", "bn1", "conv2"),)
     before = model(x)

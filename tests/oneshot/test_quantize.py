@@ -30,7 +30,7 @@ from sparsify import (
 )
 from sparsify.quantization.layers import quantizers
 from sparsify.quantization.plan import is_quantized
-from tests.zoo.quantizable import Gated, Inverted, Net
+from tests.zoo.quantizable import InvertedResidual, ResidualNet, SqueezeExciteNet
 
 
 def ready(model: nn.Module, seed: int = 0) -> nn.Module:
@@ -53,7 +53,7 @@ def samples(count: int = 64, seed: int = 1) -> list[Tensor]:
 @pytest.fixture(scope="module")
 def net() -> nn.Module:
     torch.manual_seed(0)
-    return ready(Net())
+    return ready(ResidualNet())
 
 
 def error(one: nn.Module, other: nn.Module) -> float:
@@ -63,7 +63,7 @@ def error(one: nn.Module, other: nn.Module) -> float:
     return float((a - b).norm() / (a - a.mean(0)).norm())
 
 
-@pytest.mark.parametrize("build", [Net, Inverted, Gated])
+@pytest.mark.parametrize("build", [ResidualNet, InvertedResidual, SqueezeExciteNet])
 def test_a_trained_model_becomes_int8_and_computes_the_same(build: type[nn.Module]) -> None:
     torch.manual_seed(0)
     model = ready(build())
@@ -173,7 +173,7 @@ def test_without_data_ranges_come_from_batchnorm_with_a_warning(net: nn.Module) 
             norm.bias.copy_(torch.tensor([2.0, -1.0, 1.5, 0.0]))
         net.second.bn2.weight.mul_(0.1)
     state = torch.get_rng_state()
-    with pytest.warns(SparsifyWarning, match="ranges of Net come from the statistics of its BatchNorms"):
+    with pytest.warns(SparsifyWarning, match="ranges of ResidualNet come from the statistics of its BatchNorms"):
         result = quantize_model(net, sample_inputs=(x,))
     assert torch.equal(torch.get_rng_state(), state)
     known = quantize_model(net, samples(256))

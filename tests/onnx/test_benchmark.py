@@ -21,7 +21,7 @@ from sparsify.errors import ArgumentError, DataError, DataFileError, ExportError
 from sparsify.onnx.benchmark import benchmark_onnx, compare_onnx, random_inputs
 from sparsify.onnx.export import export_onnx
 from sparsify.onnx.runtime import open_session, optimized_operators, read_model
-from tests.zoo.integer_forms import ResNet
+from tests.zoo.integer_forms import IntegerResNet
 
 FAST = {"threads": 1, "warmup": 1, "iterations": 3}
 
@@ -40,7 +40,7 @@ class Tokens(nn.Module):
 def quantized(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("files") / "resnet.onnx"
     torch.manual_seed(0)
-    export_onnx(ResNet(1, 4), torch.randn(2, 3, 8, 8), path)
+    export_onnx(IntegerResNet(1, 4), torch.randn(2, 3, 8, 8), path)
     return path
 
 

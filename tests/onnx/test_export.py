@@ -29,7 +29,7 @@ from sparsify.onnx.runtime import open_session, optimized_operators, run_session
 from sparsify.onnx.verify import verify_onnx
 from sparsify.quantization.scheme import NAMED, QuantizationSettings
 from tests.loops import quantized, train
-from tests.zoo.integer_forms import Encoder, ResNet
+from tests.zoo.integer_forms import IntegerEncoder, IntegerResNet
 from tests.zoo.quantizable import Up, images
 
 
@@ -96,7 +96,7 @@ def net(tmp_path_factory: pytest.TempPathFactory) -> ExportedModel:
 def integer(tmp_path_factory: pytest.TempPathFactory) -> tuple[nn.Module, ExportedModel]:
     """A small quantized network, exported as by default."""
     torch.manual_seed(0)
-    model = ResNet(1, 4)
+    model = IntegerResNet(1, 4)
     return model, export_onnx(model, torch.randn(2, 3, 8, 8), tmp_path_factory.mktemp("integer") / "model.onnx")
 
 
@@ -305,7 +305,7 @@ def test_wrappers_come_off(path: Path) -> None:
 
 def test_a_resnet_20_runs_in_integers_from_end_to_end(path: Path) -> None:
     torch.manual_seed(0)
-    exported = export_onnx(ResNet(), torch.randn(2, 3, 32, 32), path)
+    exported = export_onnx(IntegerResNet(), torch.randn(2, 3, 32, 32), path)
     found = optimized_operators(exported)
     assert (found["QLinearConv"], found["QLinearAdd"]) == (21, 9)
     assert (found["QLinearGlobalAveragePool"], found["QGemm"]) == (1, 1)
@@ -316,7 +316,7 @@ def test_a_resnet_20_runs_in_integers_from_end_to_end(path: Path) -> None:
 
 def test_max_pool_moves_integers(path: Path) -> None:
     torch.manual_seed(0)
-    model, x = ResNet(1, 8, max_pool=True).eval(), torch.randn(3, 3, 32, 32)
+    model, x = IntegerResNet(1, 8, max_pool=True).eval(), torch.randn(3, 3, 32, 32)
     export_onnx(model, x, path)
     found = optimized_operators(path)
     assert found["DequantizeLinear"] == 0 and not {"Conv", "MaxPool"} & set(found)
@@ -326,7 +326,7 @@ def test_max_pool_moves_integers(path: Path) -> None:
 
 def test_an_encoder_runs_its_linear_layers_as_integer_gemms(path: Path) -> None:
     torch.manual_seed(0)
-    model, x = Encoder().eval(), torch.randn(2, 11, 32)
+    model, x = IntegerEncoder().eval(), torch.randn(2, 11, 32)
     exported = export_onnx(model, x, path)
     found = optimized_operators(exported)
     assert found["QGemm"] == 12 and found["Gemm"] == found["DequantizeLinear"] == 0

@@ -20,7 +20,7 @@ from sparsify.onnx.runtime import open_session
 from sparsify.onnx.verify import verify_onnx
 from sparsify.quantization.qdq_ops import quantize_dequantize
 from tests.loops import quantized, train
-from tests.zoo.integer_forms import Encoder, ResNet
+from tests.zoo.integer_forms import IntegerEncoder, IntegerResNet
 
 
 class Net(nn.Module):
@@ -79,7 +79,7 @@ def test_a_changed_weight_is_found_and_named(path: Path) -> None:
 
 def test_a_quantized_network_agrees_tensor_by_tensor(path: Path) -> None:
     torch.manual_seed(0)
-    model = ResNet(1, 8)
+    model = IntegerResNet(1, 8)
     export_onnx(model, torch.randn(2, 3, 16, 16), path)
     result = verify_onnx(model, path, torch.randn(4, 3, 16, 16))
     assert result.quantized and result.ok and result.exit_code == 0, str(result)
@@ -91,7 +91,7 @@ def test_a_quantized_network_agrees_tensor_by_tensor(path: Path) -> None:
 
 def test_a_network_of_integer_kernels_is_exact_from_end_to_end(path: Path) -> None:
     torch.manual_seed(0)
-    model = ResNet(1, 8)
+    model = IntegerResNet(1, 8)
     export_onnx(model, torch.randn(2, 3, 16, 16), path)
     result = verify_onnx(model, path, torch.randn(4, 3, 16, 16))
     assert result.exact and result.unfused == ()
@@ -113,7 +113,7 @@ def test_a_network_of_integer_kernels_is_exact_from_end_to_end(path: Path) -> No
 
 def test_the_first_tensor_that_diverges_is_named(path: Path) -> None:
     torch.manual_seed(0)
-    model = ResNet(1, 8)
+    model = IntegerResNet(1, 8)
     export_onnx(model, torch.randn(2, 3, 16, 16), path)
     change(path, "layers.1.conv2.bias_int32", lambda value: value + 20_000)
     result = verify_onnx(model, path, torch.randn(4, 3, 16, 16))
@@ -127,7 +127,7 @@ def test_the_first_tensor_that_diverges_is_named(path: Path) -> None:
 
 def test_a_bias_that_is_off_by_less_than_a_step_is_found(path: Path) -> None:
     torch.manual_seed(0)
-    model = ResNet(1, 8)
+    model = IntegerResNet(1, 8)
     export_onnx(model, torch.randn(2, 3, 16, 16), path)
     change(path, "layers.1.conv2.bias_int32", lambda value: value + 40)
     result = verify_onnx(model, path, torch.randn(4, 3, 16, 16))
@@ -138,7 +138,7 @@ def test_a_bias_that_is_off_by_less_than_a_step_is_found(path: Path) -> None:
 
 def test_an_integer_kernel_that_rounds_otherwise_is_found(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
-    model = ResNet(1, 8)
+    model = IntegerResNet(1, 8)
     export_onnx(model, torch.randn(2, 3, 16, 16), path)
     original = integer_kernels.add
 
@@ -153,7 +153,7 @@ def test_an_integer_kernel_that_rounds_otherwise_is_found(path: Path, monkeypatc
 
 def test_an_encoder_agrees(path: Path) -> None:
     torch.manual_seed(0)
-    model = Encoder()
+    model = IntegerEncoder()
     export_onnx(model, torch.randn(2, 7, 32), path)
     result = verify_onnx(model, path, torch.randn(3, 7, 32))
     assert result.ok and result.first_divergence is None and result.unproven is None
@@ -181,7 +181,7 @@ def test_a_file_that_the_reference_cannot_run_is_held_to_a_tolerance(
     path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     torch.manual_seed(0)
-    model = ResNet(1, 8)
+    model = IntegerResNet(1, 8)
     export_onnx(model, torch.randn(2, 3, 16, 16), path)
 
     def refuse(*operands: Any) -> Any:
@@ -295,7 +295,7 @@ def test_a_session_without_the_option_is_told_of_and_the_file_is_right(
     path: Path, monkeypatch: pytest.MonkeyPatch, off: float
 ) -> None:
     torch.manual_seed(0)
-    model = ResNet(1, 8)
+    model = IntegerResNet(1, 8)
     export_onnx(model, torch.randn(2, 3, 16, 16), path)
     seen: list[bool] = []
 

@@ -23,7 +23,7 @@ from sparsify.quantization.deployment import deployment_copy
 from sparsify.quantization.plan import QuantizationPlan
 from sparsify.quantization.scheme import QuantizationSettings, Scheme, WeightScheme
 from tests.loops import quantized
-from tests.zoo.quantizable import Conv1D, Net, images
+from tests.zoo.quantizable import Conv1D, ResidualNet, images
 
 
 def affine(bits: int = 4, block: Any = None, strategy: Any = "channel") -> QuantizationSettings:
@@ -166,7 +166,7 @@ def test_a_batchnorm_of_either_sign_folds_into_the_integers_of_training(
     bits: int, strategy: str, tmp_path: Path
 ) -> None:
     torch.manual_seed(0)
-    model, x = shifted(Net()), images()
+    model, x = shifted(ResidualNet()), images()
     quantized(model, x, settings=affine(bits, None, strategy))
     with torch.no_grad():
         for module in model.modules():

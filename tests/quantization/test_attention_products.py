@@ -23,7 +23,7 @@ from sparsify.quantization.placement import make_plan
 from sparsify.quantization.plan import QuantizationPlan
 from sparsify.quantization.scheme import ActivationScheme, QuantizationSettings, Scheme
 from tests.loops import quantized, train
-from tests.zoo.quantizable import Attention
+from tests.zoo.quantizable import BertLayer
 
 SCHEME = Scheme(matmul_activations=ActivationScheme())
 MASKS: dict[str, Callable[[], dict[str, Any]]] = {
@@ -219,7 +219,7 @@ def test_products_that_come_otherwise_in_training_stay_in_float() -> None:
 
 def test_it_learns() -> None:
     torch.manual_seed(0)
-    model, ids = Attention(), torch.randint(0, 20, (8, 7))
+    model, ids = BertLayer(), torch.randint(0, 20, (8, 7))
     plan = quantized(model, ids, settings=QuantizationSettings(scheme=SCHEME))
     assert products_of(plan)
     losses = train(model, ids, 40, lr=0.05)

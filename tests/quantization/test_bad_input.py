@@ -16,7 +16,7 @@ from sparsify.errors import ArgumentError, DataError, ExportError, RecipeError, 
 from sparsify.quantization.layers import quantizers, restore_layers
 from sparsify.quantization.plan import is_quantized
 from tests.loops import train_step
-from tests.zoo.quantizable import Block, Net, images
+from tests.zoo.quantizable import ResidualBlock, ResidualNet, images
 
 STEPS = 2
 """Optimizer steps in an epoch."""
@@ -49,14 +49,14 @@ def modify(manager: ScheduledModifierManager, model: nn.Module, **more: Any) -> 
 def test_affine_weights_are_refused_where_they_would_be_slow_or_cannot_be(
     weights: dict[str, Any], activations: dict[str, Any] | None, message: str
 ) -> None:
-    model = Net()
+    model = ResidualNet()
     before = {name: value.clone() for name, value in model.state_dict().items()}
     with pytest.raises(RecipeError, match=message):
         scheme: Any = {"input_activations": activations, "weights": weights}
         modify(recipe(start_epoch=5.0, scheme=scheme), model)
     after = model.state_dict()
     assert list(after) == list(before) and all(torch.equal(after[name], value) for name, value in before.items())
-    assert type(model) is Net and not model._forward_pre_hooks
+    assert type(model) is ResidualNet and not model._forward_pre_hooks
 
 
 CALIBRATION: dict[str, tuple[Any, type[Exception], str]] = {
@@ -78,32 +78,32 @@ def test_calibration_data_is_refused_at_modify_however_late_it_is_needed(case: s
     data, kind, message = CALIBRATION[case]
     if callable(data):
         data = data()
-    model = Net()
+    model = ResidualNet()
     before = {name: value.clone() for name, value in model.state_dict().items()}
     with pytest.raises(kind, match=message):
         modify(recipe(start_epoch=start), model, calibration_data=data)
     after = model.state_dict()
     assert list(after) == list(before) and all(torch.equal(after[name], value) for name, value in before.items())
-    assert type(model) is Net and not model._forward_pre_hooks
+    assert type(model) is ResidualNet and not model._forward_pre_hooks
 
 
 def test_batches_that_the_model_cannot_take_are_named() -> None:
-    model = Net()
+    model = ResidualNet()
     with pytest.raises(DataError, match=r"batch 1 does not run through .*Net: RuntimeError.*a tensor, a tuple, or a"):
         modify(recipe(), model, calibration_data=[images(16), torch.randn(2, 5)])
-    assert not is_quantized(model) and type(model) is Net
+    assert not is_quantized(model) and type(model) is ResidualNet
 
 
 def test_a_batch_of_a_loader_that_is_not_finite_is_named() -> None:
     loader = torch.utils.data.DataLoader([*images(8), *with_nan()], batch_size=8)
-    model = Net()
+    model = ResidualNet()
     with pytest.raises(DataError, match="batch 1 holds NaN"):
         modify(recipe(), model, calibration_data=loader)
     assert not is_quantized(model)
 
 
 def test_values_that_become_infinite_in_the_model_are_said_with_their_batch() -> None:
-    model = Net()
+    model = ResidualNet()
     with torch.no_grad():
         model.first.conv2.weight.fill_(3e38)
     with pytest.raises(DataError, match=r"calibration_data: batch 0: .*quantizer: its values reach from"):
@@ -113,7 +113,7 @@ def test_values_that_become_infinite_in_the_model_are_said_with_their_batch() ->
 
 def test_a_generator_that_somebody_else_goes_through_still_calibrates() -> None:
     data = (images(16) for _ in range(3))
-    model = Net()
+    model = ResidualNet()
     optimizer = modify(recipe(start_epoch=1.0), model, calibration_data=data)
     assert not list(data)
     train_step(model, optimizer, images(8))
@@ -124,27 +124,27 @@ def test_a_generator_that_somebody_else_goes_through_still_calibrates() -> None:
 
 def test_a_generator_is_read_no_further_than_asked() -> None:
     data = (images(16) for _ in range(5))
-    modify(recipe(num_calibration_steps=2), Net(), calibration_data=data)
+    modify(recipe(num_calibration_steps=2), ResidualNet(), calibration_data=data)
     assert len(list(data)) == 3
 
 
 def test_a_generator_that_was_gone_through_is_refused_at_the_second_run() -> None:
     data = (images(16) for _ in range(3))
-    modify(recipe(), Net(), calibration_data=data)
+    modify(recipe(), ResidualNet(), calibration_data=data)
     with pytest.raises(DataError, match=r"holds no batch.*gone through once more"):
-        modify(recipe(), Net(), calibration_data=data)
+        modify(recipe(), ResidualNet(), calibration_data=data)
 
 
 def test_ranges_from_few_samples_are_warned_about() -> None:
     with pytest.warns(SparsifyWarning, match="held 15 samples, and ranges from fewer than 16 are chance") as said:
-        modify(recipe(), Net(), calibration_data=[images(8), images(7)])
+        modify(recipe(), ResidualNet(), calibration_data=[images(8), images(7)])
     assert len(said) == 1
-    modify(recipe(), Net(), calibration_data=[images(8), images(8)])
+    modify(recipe(), ResidualNet(), calibration_data=[images(8), images(8)])
 
 
 def test_fewer_batches_than_asked_are_warned_about() -> None:
     with pytest.warns(SparsifyWarning, match="held 2 batches, of the 9 that num_calibration_steps asks for"):
-        modify(recipe(num_calibration_steps=9), Net(), calibration_data=[images(8), images(8)])
+        modify(recipe(num_calibration_steps=9), ResidualNet(), calibration_data=[images(8), images(8)])
 
 
 class Tagger(nn.Module):
@@ -215,7 +215,7 @@ def test_what_the_recipe_leaves_out_is_listed_and_not_warned_about(how: dict[str
 
 
 def test_a_plain_model_and_a_fully_quantized_one_have_nothing_to_list() -> None:
-    model = Net()
+    model = ResidualNet()
     assert floating_layers(model) == {}
     manager = recipe()
     modify(manager, model)
@@ -223,13 +223,13 @@ def test_a_plain_model_and_a_fully_quantized_one_have_nothing_to_list() -> None:
 
 
 def test_a_resumed_model_has_the_same_list_and_a_restored_one_none() -> None:
-    manager, model = recipe(ignore=["fc"]), Net()
+    manager, model = recipe(ignore=["fc"]), ResidualNet()
     modify(manager, model)
-    fresh = Net()
+    fresh = ResidualNet()
     again = recipe(ignore=["fc"]).apply_structure(fresh, state=manager.state_dict())
     assert again is fresh and floating_layers(fresh) == floating_layers(model) == {"fc": "left out by the recipe"}
     restore_layers(fresh)
-    assert floating_layers(fresh) == {} and vars(fresh).keys() == vars(Net()).keys()
+    assert floating_layers(fresh) == {} and vars(fresh).keys() == vars(ResidualNet()).keys()
 
 
 def test_a_long_list_is_cut_in_the_warning_and_whole_in_the_function() -> None:
@@ -276,16 +276,18 @@ def test_a_recipe_that_quantizes_nothing_is_refused_at_check_and_modify(case: st
 
 def test_blocks_beside_quantized_activations_are_refused_at_check() -> None:
     with pytest.raises(RecipeError, match="conv1 would have weights with a scale for each block of 32"):
-        recipe(start_epoch=5.0, scheme={"weights": {"strategy": "block", "block_size": 32}}).recipe.check(Block())
+        recipe(start_epoch=5.0, scheme={"weights": {"strategy": "block", "block_size": 32}}).recipe.check(
+            ResidualBlock()
+        )
 
 
 def test_weights_that_are_not_finite_are_refused_at_the_start() -> None:
-    model = Net()
+    model = ResidualNet()
     with torch.no_grad():
         model.first.conv1.weight[0, 0, 0, 0] = math.nan
     with pytest.raises(DataError, match=r"first\.conv1\.weight holds NaN or infinity"):
         modify(recipe(), model)
-    assert not is_quantized(model) and type(model) is Net
+    assert not is_quantized(model) and type(model) is ResidualNet
 
 
 @pytest.mark.parametrize("observer", ["moving_average", "min_max", "mse", "lsq"])
@@ -293,7 +295,7 @@ def test_a_batch_with_nan_is_refused_and_training_goes_on_as_if_it_never_came(ob
     good, states = images(8), []
     for bad in (None, math.nan, math.inf):
         torch.manual_seed(0)
-        model = Net()
+        model = ResidualNet()
         scheme = {"input_activations": {"observer": observer}}
         optimizer = modify(recipe(scheme=scheme), model, sample_inputs=good)
         train_step(model, optimizer, good)
@@ -308,7 +310,7 @@ def test_a_batch_with_nan_is_refused_and_training_goes_on_as_if_it_never_came(ob
 @pytest.mark.parametrize("what", ["bn.running_mean", "bn.running_var", "bn.bias", "fc.bias", "fc.weight"])
 @pytest.mark.parametrize("scheme", ["default", "weight_only"])
 def test_what_is_not_finite_is_refused_before_export(what: str, scheme: str, tmp_path: Path) -> None:
-    model = Net()
+    model = ResidualNet()
     train_step(model, modify(recipe(scheme=scheme), model), images(8))
     with torch.no_grad():
         model.state_dict()[what][0] = math.nan

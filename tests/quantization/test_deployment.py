@@ -14,7 +14,7 @@ from sparsify.quantization.deployment import deployment_copy
 from sparsify.quantization.layers import WEIGHTED, QuantizedLayer, deployed_integers, quantizers, restore_layers
 from sparsify.quantization.scheme import NAMED, ActivationScheme, QuantizationSettings, Scheme, WeightScheme
 from tests.loops import quantized, quantized_and_trained, train
-from tests.zoo.quantizable import ZOO, Conv1D, Net, images, mlp
+from tests.zoo.quantizable import ZOO, Conv1D, ResidualNet, images, mlp
 
 SETTINGS = {
     "default": QuantizationSettings(),
@@ -180,7 +180,7 @@ def test_pruned_zeros_are_zeros_of_the_integers() -> None:
 
 
 def test_a_model_without_quantized_layers_gives_a_plain_copy() -> None:
-    model = Net().train()
+    model = ResidualNet().train()
     deployed = deployment_copy(model)
     assert not deployed.training and deployed is not model
     inputs = images()
@@ -188,7 +188,7 @@ def test_a_model_without_quantized_layers_gives_a_plain_copy() -> None:
 
 
 def test_a_model_that_saw_nothing_is_refused() -> None:
-    model = Net()
+    model = ResidualNet()
     quantized(model, images())
     with pytest.raises(StateError, match="no values were ever observed"):
         deployment_copy(model)

@@ -28,7 +28,7 @@ from sparsify.quantization.layers import (
 )
 from sparsify.quantization.plan import is_quantized
 from tests.loops import quantized, quantized_and_trained, train
-from tests.zoo.quantizable import ZOO, Attention, Block, Gated, Net, images
+from tests.zoo.quantizable import ZOO, BertLayer, ResidualBlock, ResidualNet, SqueezeExciteNet, images
 
 
 @pytest.mark.parametrize("name", ZOO)
@@ -88,15 +88,15 @@ def test_copies_compute_the_same_and_go_their_own_way(name: str, how: str) -> No
 
 
 def test_a_quantized_layer_is_still_one_of_its_kind() -> None:
-    model = Net()
+    model = ResidualNet()
     quantized(model, images())
     assert type(model.fc) is QuantizedLinear and isinstance(model.fc, nn.Linear)
     assert type(model.stem) is QuantizedConv2d and isinstance(model.stem, nn.Conv2d)
-    assert isinstance(model.first, Block) and isinstance(model.first, Watched)
+    assert isinstance(model.first, ResidualBlock) and isinstance(model.first, Watched)
 
 
 def test_hooks_of_the_user_go_on_working() -> None:
-    model = Net()
+    model = ResidualNet()
     seen: list[str] = []
     model.fc.register_forward_hook(lambda *_: seen.append("fc"))
     model.first.register_forward_hook(lambda *_: seen.append("first"))
@@ -116,7 +116,7 @@ def test_what_a_hook_kept_of_a_batch_norm_is_not_overwritten_by_the_relu() -> No
 
 
 def test_one_quantizer_a_tensor_in_a_residual_block() -> None:
-    model = Net()
+    model = ResidualNet()
     quantized(model, images())
     assert [name for name, module in model.first.named_children() if isinstance(module, FakeQuantize)] == [
         "relu_0_quantizer",
@@ -272,7 +272,7 @@ def test_in_place_adds_write_what_was_quantized(statement: str) -> None:
 
 def test_a_norm_that_computes_more_trains_as_before_and_keeps_frozen_statistics() -> None:
     torch.manual_seed(0)
-    model, inputs = Gated(), images()
+    model, inputs = SqueezeExciteNet(), images()
     twin = copy.deepcopy(model)
     quantized(model, inputs)
     for quantizer in quantizers(model):
@@ -369,7 +369,7 @@ def test_activations_with_a_gate_have_gradients_as_without_quantizers(activation
 
 
 def test_activation_checkpointing_sees_what_the_first_forward_saw() -> None:
-    class Checkpointed(Net):
+    class Checkpointed(ResidualNet):
         def forward(self, x: Tensor) -> Tensor:
             x = F.max_pool2d(F.relu(self.bn(self.stem(x))), 2)
             for block in (self.first, self.second):
@@ -378,7 +378,7 @@ def test_activation_checkpointing_sees_what_the_first_forward_saw() -> None:
 
     inputs = images()
     losses = []
-    for cls in (Net, Checkpointed):
+    for cls in (ResidualNet, Checkpointed):
         torch.manual_seed(0)
         model = cls()
         quantized(model, inputs)
@@ -394,7 +394,7 @@ def test_it_compiles_without_a_break() -> None:
     torch._dynamo.reset()
     inputs = images()
     torch.manual_seed(0)
-    model = Net()
+    model = ResidualNet()
     quantized(model, inputs)
     other = copy.deepcopy(model)
     compiled: Any = torch.compile(other, fullgraph=True, backend="aot_eager")
@@ -435,7 +435,7 @@ def test_the_fast_path_of_a_transformer_layer_is_off_where_a_layer_changed() -> 
 
 
 def test_shared_inputs_are_quantized_once() -> None:
-    model = Attention()
+    model = BertLayer()
     plan = quantized(model, torch.randint(0, 20, (2, 5)))
     (shared,) = (site for site in plan.sites if site.readers)
     assert shared.module == "query" and shared.readers == ("key", "value")

@@ -15,7 +15,7 @@ from sparsify.quantization.deployment import deployment_copy
 from sparsify.quantization.learned_step import LearnedQuantize, LearnedStep, learned_parameters
 from sparsify.quantization.scheme import ActivationScheme, QuantizationSettings, Scheme, WeightScheme
 from tests.loops import quantized, train, train_step
-from tests.zoo.quantizable import Net, images, mlp
+from tests.zoo.quantizable import ResidualNet, images, mlp
 
 STEPS = 4
 
@@ -104,7 +104,7 @@ def test_gradients_of_activations_are_those_of_the_paper(symmetric: bool, relu: 
 
 def start(manager: ScheduledModifierManager, decay: float = 0.1) -> tuple[nn.Module, torch.optim.Optimizer]:
     torch.manual_seed(0)
-    model = Net()
+    model = ResidualNet()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.02, momentum=0.9, weight_decay=decay)
     assert manager.modify(model, optimizer, steps_per_epoch=STEPS) is optimizer
     return model, optimizer
@@ -162,7 +162,7 @@ def test_a_resumed_run_is_the_uninterrupted_one_to_the_bit(stop: int) -> None:
 @pytest.mark.parametrize("strategy", ["tensor", "channel"])
 def test_eval_mode_deployment_and_file_are_what_was_learned(strategy: str, tmp_path: Any) -> None:
     torch.manual_seed(0)
-    model, x = Net(), images()
+    model, x = ResidualNet(), images()
     quantized(model, x, settings=QuantizationSettings(scheme=scheme(8, strategy=strategy)))
     train(model, x, 6)
     deployed = deployment_copy(model)
@@ -190,7 +190,7 @@ def test_calibration_sets_the_first_steps() -> None:
     data = batches(3)
     manager = ScheduledModifierManager([QuantizationModifier(start_epoch=0.0, scheme=scheme())])
     torch.manual_seed(0)
-    model = Net()
+    model = ResidualNet()
     manager.modify(model, torch.optim.SGD(model.parameters(), lr=0.1), 4, sample_inputs=data[0], calibration_data=data)
     first: Any = model.get_submodule("stem.input_quantizer")
     assert first.batches.item() == 3
@@ -204,7 +204,7 @@ def test_nan_and_an_optimizer_of_one_group_are_refused() -> None:
     model, optimizer = start(manager)
     with pytest.raises(DataError, match=r"stem\.input_quantizer: its values hold NaN"):
         train_step(model, optimizer, torch.full((2, 3, 12, 12), float("nan")), 1.0, set_to_none=False)
-    model = Net()
+    model = ResidualNet()
     manager = ScheduledModifierManager([QuantizationModifier(**fields)])
     with pytest.raises(StateError, match="lsq trains scales, and LBFGS takes no further"):
         manager.modify(model, torch.optim.LBFGS(model.parameters()), 4, sample_inputs=images())

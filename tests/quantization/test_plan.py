@@ -18,7 +18,19 @@ from sparsify.quantization.placement import make_plan
 from sparsify.quantization.plan import QuantizationPlan, apply_plan
 from sparsify.quantization.scheme import NAMED, ActivationScheme, QuantizationSettings, Scheme, WeightScheme
 from tests.loops import quantized
-from tests.zoo.quantizable import ZOO, Attention, Dense, Detector, Gated, Inverted, Net, Subclassed, Up, images, mlp
+from tests.zoo.quantizable import (
+    ZOO,
+    BertLayer,
+    DenseNet,
+    InvertedResidual,
+    PyramidDetector,
+    ResidualNet,
+    SqueezeExciteNet,
+    Subclassed,
+    Up,
+    images,
+    mlp,
+)
 
 
 def plan_of(model: nn.Module, *inputs: Tensor, **settings: object) -> QuantizationPlan:
@@ -26,7 +38,7 @@ def plan_of(model: nn.Module, *inputs: Tensor, **settings: object) -> Quantizati
 
 
 def test_sites_of_a_residual_network_are_those_that_onnxruntime_fuses() -> None:
-    plan = plan_of(Net(), images())
+    plan = plan_of(ResidualNet(), images())
     assert [site.name for site in plan.sites] == [
         "stem.input_quantizer",
         "relu_0_quantizer",
@@ -52,7 +64,7 @@ def test_sites_of_a_residual_network_are_those_that_onnxruntime_fuses() -> None:
 
 
 def test_an_add_without_a_relu_has_a_quantizer_of_its_own() -> None:
-    plan = plan_of(Inverted(), images())
+    plan = plan_of(InvertedResidual(), images())
     names = [site.name for site in plan.sites]
     assert "project.1.output_quantizer" in names and "again.1.output_quantizer" in names
     assert "add_0_quantizer" in names
@@ -60,7 +72,7 @@ def test_an_add_without_a_relu_has_a_quantizer_of_its_own() -> None:
 
 
 def test_a_norm_that_computes_more_is_folded_and_what_it_computes_is_quantized() -> None:
-    plan = plan_of(Gated(), images())
+    plan = plan_of(SqueezeExciteNet(), images())
     assert plan.folds == {"stem": "bn0", "expand": "bn1", "project": "bn2"}
     assert [site.name for site in plan.sites] == [
         "stem.input_quantizer",
@@ -99,7 +111,7 @@ def test_a_tanh_between_floats_has_the_range_of_its_reader() -> None:
 
 
 def test_in_attention_only_what_feeds_a_linear_is_quantized() -> None:
-    plan = plan_of(Attention(), torch.randint(0, 20, (2, 5)))
+    plan = plan_of(BertLayer(), torch.randint(0, 20, (2, 5)))
     assert [(site.name, site.readers) for site in plan.sites] == [
         ("query.input_quantizer", ("key", "value")),
         ("out.input_quantizer", ()),
@@ -135,7 +147,7 @@ def test_a_shared_layer_has_one_quantizer_for_all_that_it_reads_and_is_not_folde
 
 
 def test_what_a_layer_reads_in_several_calls_lies_on_one_grid() -> None:
-    plan = plan_of(Detector(), images())
+    plan = plan_of(PyramidDetector(), images())
     sites = {site.name: site for site in plan.sites}
     layers = {layer.name: layer for layer in plan.layers}
     assert layers["boxes.0"].source == layers["kinds.0"].source == "lateral.0.output_quantizer"
@@ -210,7 +222,7 @@ def test_a_sum_that_begins_at_zero_is_not_quantized_twice() -> None:
 
 
 def test_a_norm_before_its_convolution_is_a_layer_between_integers() -> None:
-    plan = plan_of(Dense(), images())
+    plan = plan_of(DenseNet(), images())
     names = ["block.one.norm", "block.two.norm", "norm"]
     # The last concatenation stands in a container: the quantizer behind it is that of who reads it.
     sources = ["block.one.concat_0_quantizer", "block.two.concat_0_quantizer", "norm.input_quantizer"]
@@ -235,7 +247,7 @@ def test_a_norm_before_its_convolution_is_a_layer_between_integers() -> None:
     ],
 )
 def test_a_norm_stays_in_float_where_the_recipe_says_so(settings: QuantizationSettings, alone: int) -> None:
-    model = Dense()
+    model = DenseNet()
     plan = make_plan(model, trace(model, (images(),)), settings)
     assert len(plan.alone) == alone
     assert all(norm.largest == (63 if settings.reduce_range else 127) for norm in plan.alone)
@@ -281,7 +293,7 @@ def test_what_is_left_in_float_is_named_with_the_reason() -> None:
 
 @pytest.mark.parametrize("ignore", [("first",), ("re:first",), ("Block",)])
 def test_ignore_leaves_a_layer_and_all_below_it_in_float(ignore: tuple[str, ...]) -> None:
-    plan = plan_of(Net(), images(), ignore=ignore)
+    plan = plan_of(ResidualNet(), images(), ignore=ignore)
     names = {layer.name for layer in plan.layers}
     assert not any(name.startswith("first") for name in names)
     assert not any(site.module.startswith("first") for site in plan.sites)
@@ -296,7 +308,7 @@ def test_ignoring_relus_quantizes_at_the_layer_that_reads() -> None:
 
 
 def test_within_quantizes_only_there() -> None:
-    plan = plan_of(Net(), images(), within=("second",))
+    plan = plan_of(ResidualNet(), images(), within=("second",))
     assert {layer.name for layer in plan.layers} == {"second.conv1", "second.conv2"}
 
 
@@ -308,7 +320,7 @@ def test_overrides_by_name_beat_those_by_type_and_fill_in_the_rest() -> None:
             "fc": None,
         }
     )
-    model = Net()
+    model = ResidualNet()
     plan = make_plan(model, trace(model, (images(),)), settings)
     layers = {layer.name: layer for layer in plan.layers}
     assert "fc" not in layers
@@ -325,7 +337,7 @@ def test_tensorrt_reduce_range_and_one_scale() -> None:
 
 
 def test_weights_alone_and_outputs_as_well() -> None:
-    weights = plan_of(Net(), images(), scheme=Scheme(input_activations=None))
+    weights = plan_of(ResidualNet(), images(), scheme=Scheme(input_activations=None))
     assert weights.sites == () and len(weights.layers) == 6
     outputs = plan_of(mlp(), torch.randn(4, 6), scheme=Scheme(output_activations=ActivationScheme()))
     assert "6.output_quantizer" in [site.name for site in outputs.sites]
@@ -333,9 +345,9 @@ def test_weights_alone_and_outputs_as_well() -> None:
 
 def test_a_name_that_matches_nothing_is_an_error_unless_not_strict() -> None:
     with pytest.raises(TargetError, match=r"quantize\.ignore: 'frist'"):
-        plan_of(Net(), images(), ignore=("frist",))
+        plan_of(ResidualNet(), images(), ignore=("frist",))
     with pytest.warns(UserWarning, match="frist"):
-        plan_of(Net(), images(), ignore=("frist",), strict=False)
+        plan_of(ResidualNet(), images(), ignore=("frist",), strict=False)
 
 
 def test_containers_do_not_get_quantizers_among_their_layers() -> None:
@@ -367,13 +379,13 @@ def test_a_plan_survives_as_plain_data_and_rebuilds_a_fresh_model(name: str) -> 
 
 
 def test_a_plan_of_another_model_is_refused_before_anything_changes() -> None:
-    plan = plan_of(Net(), images())
+    plan = plan_of(ResidualNet(), images())
     other = mlp()
     types = [type(module) for module in other.modules()]
     with pytest.raises(StateError, match="does not have"):
         apply_plan(other, plan)
     assert [type(module) for module in other.modules()] == types
-    twice = Net()
+    twice = ResidualNet()
     apply_plan(twice, plan)
     with pytest.raises(StateError, match="quantized already"):
         apply_plan(twice, plan)
@@ -409,9 +421,9 @@ def test_a_convolution_read_by_others_is_not_folded_but_works() -> None:
 
 def test_the_trace_and_the_settings_are_all_that_a_plan_depends_on() -> None:
     torch.manual_seed(0)
-    first = plan_of(Net(), images())
+    first = plan_of(ResidualNet(), images())
     torch.manual_seed(1)
-    model = Net()
+    model = ResidualNet()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.mul_(3.0)

@@ -16,7 +16,7 @@ from sparsify.quantization.deployment import deployment_copy
 from sparsify.quantization.layers import quantizers
 from sparsify.quantization.plan import is_quantized
 from tests.loops import train, train_step
-from tests.zoo.quantizable import Net, images, mlp
+from tests.zoo.quantizable import ResidualNet, images, mlp
 
 STEPS = 4
 """Optimizer steps in an epoch."""
@@ -33,7 +33,7 @@ def batches(count: int) -> list[Tensor]:
 
 def start(manager: ScheduledModifierManager, **more: Any) -> tuple[nn.Module, torch.optim.Optimizer]:
     torch.manual_seed(0)
-    model = Net()
+    model = ResidualNet()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
     given = manager.modify(model, optimizer, steps_per_epoch=STEPS, **more)
     assert given is optimizer
@@ -64,7 +64,7 @@ def test_before_the_start_the_losses_are_those_without_a_recipe() -> None:
     model, optimizer = start(recipe(start_epoch=5.0))
     with_recipe = [train_step(model, optimizer, x, 1.0) for x in data]
     torch.manual_seed(0)
-    model = Net()
+    model = ResidualNet()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
     assert [train_step(model, optimizer, x, 1.0) for x in data] == with_recipe
 
@@ -133,16 +133,16 @@ def test_the_managers_state_is_plain_and_rebuilds_the_structure() -> None:
     model, optimizer = start(manager)
     for x in batches(2):
         train_step(model, optimizer, x, 1.0)
-    fresh = Net()
+    fresh = ResidualNet()
     recipe(start_epoch=0.0).apply_structure(fresh, state=manager.state_dict())
     fresh.load_state_dict(model.state_dict())
     x = images()
     assert torch.equal(fresh.eval()(x), model.eval()(x))
-    traced = Net()
+    traced = ResidualNet()
     recipe(start_epoch=0.0).apply_structure(traced, sample_inputs=x)
     assert traced.state_dict().keys() == model.state_dict().keys()
     with pytest.raises(StateError):
-        recipe(start_epoch=0.0).apply_structure(Net())
+        recipe(start_epoch=0.0).apply_structure(ResidualNet())
 
 
 def test_loading_a_state_from_before_the_start_gives_float_layers_back() -> None:
@@ -162,7 +162,7 @@ def test_calibration_data_set_the_ranges_before_the_first_step() -> None:
     data = batches(6)
     seen = recipe(start_epoch=0.0, num_calibration_steps=3)
     torch.manual_seed(0)
-    model = Net()
+    model = ResidualNet()
     before = {name: value.clone() for name, value in model.state_dict().items()}
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
     loader = [(x, torch.zeros(8)) for x in data]
@@ -174,7 +174,7 @@ def test_calibration_data_set_the_ranges_before_the_first_step() -> None:
 
 
 def test_calibration_without_a_batch_is_refused_and_the_model_is_as_before() -> None:
-    model = Net()
+    model = ResidualNet()
     with pytest.raises(DataError, match="no batch"):
         recipe(start_epoch=0.0).modify(
             model,
@@ -205,7 +205,7 @@ modifiers:
     start_epoch: 0.5
 """)
     torch.manual_seed(0)
-    model = Net()
+    model = ResidualNet()
     with torch.no_grad():
         for module in model.modules():
             if isinstance(module, nn.Conv2d):

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tests.zoo.decoders import Detector, Translator
+from tests.zoo.decoders import DetrLike, Translator
 
 CONV, LINEAR, HEADS = frozenset({"conv"}), frozenset({"linear"}), frozenset({"heads"})
 NOTHING: frozenset[str] = frozenset()
@@ -181,7 +181,7 @@ class Audio(nn.Module):
         return self.head(F.relu(x)).mean(2)
 
 
-class Tagger(nn.Module):
+class LstmTagger(nn.Module):
     """Nothing in it can be cut: an LSTM has its sizes in its code."""
 
     def __init__(self) -> None:
@@ -194,7 +194,7 @@ class Tagger(nn.Module):
         return self.head(self.lstm(self.embed(input_ids))[0])
 
 
-class Attention(nn.Module):
+class PreNormAttention(nn.Module):
     """Pre-norm attention by hand, one projection for query, key and value, the size of a head by division."""
 
     def __init__(self, width: int = 32, heads: int = 4) -> None:
@@ -367,9 +367,9 @@ ARCHITECTURES: dict[str, Architecture] = {
     "norms of all kinds": Architecture(Norms, images(12), CONV, 0.28),
     "WaveNet-like": Architecture(Audio, lambda: (torch.randn(2, 1, 64),), CONV, 0.26),
     "LSTM tagger": Architecture(
-        Tagger, lambda: (torch.randint(0, 50, (2, 7)),), NOTHING, 1.0, (("lstm.weight_ih_l0", "lstm"),)
+        LstmTagger, lambda: (torch.randint(0, 50, (2, 7)),), NOTHING, 1.0, (("lstm.weight_ih_l0", "lstm"),)
     ),
-    "attention by hand": Architecture(Attention, lambda: (torch.randn(2, 7, 32),), LINEAR | HEADS, 0.51),
+    "attention by hand": Architecture(PreNormAttention, lambda: (torch.randn(2, 7, 32),), LINEAR | HEADS, 0.51),
     "tied autoencoder": Architecture(TiedAutoencoder, lambda: (torch.randn(4, 20),), LINEAR, 0.41),
     "tied embeddings": Architecture(
         TiedEmbeddings, lambda: (torch.randint(0, 50, (2, 7)),), LINEAR | {"embedding"}, 0.35
@@ -392,7 +392,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         (("transformer.decoder.layers.0.multihead_attn.in_proj_weight", "MultiheadAttention"),),
     ),
     "DETR-like": Architecture(
-        Detector,
+        DetrLike,
         images(32),
         CONV | LINEAR,
         0.74,

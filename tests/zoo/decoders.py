@@ -73,7 +73,7 @@ class _Decoder(nn.Module):
         return y
 
 
-class Detector(nn.Module):
+class DetrLike(nn.Module):
     """In the manner of DETR: a convolutional backbone, an encoder, a decoder on learned queries, classes and boxes."""
 
     def __init__(self, width: int = 32, heads: int = 4, queries: int = 6, classes: int = 5) -> None:

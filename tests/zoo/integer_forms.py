@@ -48,7 +48,7 @@ class IntegerWeights(nn.Module):
         return F.conv2d(x, weight, bias, self.stride, self.size // 2)
 
 
-class Block(nn.Module):
+class IntegerBlock(nn.Module):
     def __init__(self, inner: int, outer: int, stride: int, input_scale: Tensor) -> None:
         super().__init__()
         self.first = Quantizer(0.03)
@@ -68,7 +68,7 @@ class Block(nn.Module):
         return self.last(torch.relu(y + side))
 
 
-class ResNet(nn.Module):
+class IntegerResNet(nn.Module):
     """As the CIFAR ResNets: `blocks` residual blocks at each of three widths; ResNet-20 has blocks=3, width=16."""
 
     def __init__(self, blocks: int = 3, width: int = 16, max_pool: bool = False) -> None:
@@ -81,7 +81,7 @@ class ResNet(nn.Module):
         for i, outer in enumerate((width, 2 * width, 4 * width)):
             for j in range(blocks):
                 inner = outer if j or not i else outer // 2
-                layers.append(Block(inner, outer, 2 if i and not j else 1, scale))
+                layers.append(IntegerBlock(inner, outer, 2 if i and not j else 1, scale))
                 scale = layers[-1].last.scale
         self.layers = nn.Sequential(*layers)
         self.pooled = Quantizer(0.02)
@@ -96,7 +96,7 @@ class ResNet(nn.Module):
         return self.head(torch.flatten(x, 1))
 
 
-class EncoderLayer(nn.Module):
+class IntegerEncoderLayer(nn.Module):
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
         self.heads = heads
@@ -125,12 +125,12 @@ class EncoderLayer(nn.Module):
         return self.norm2(x + y)
 
 
-class Encoder(nn.Module):
+class IntegerEncoder(nn.Module):
     """Linear layers quantized at their inputs, the rest in float."""
 
     def __init__(self, layers: int = 2, width: int = 32, heads: int = 2) -> None:
         super().__init__()
-        self.layers = nn.Sequential(*[EncoderLayer(width, heads) for _ in range(layers)])
+        self.layers = nn.Sequential(*[IntegerEncoderLayer(width, heads) for _ in range(layers)])
 
     def forward(self, x: Tensor) -> Tensor:
         return self.layers(x)

@@ -32,7 +32,7 @@ class Residual(nn.Module):
         return out
 
 
-class Attention(nn.Module):
+class HeadsByHand(nn.Module):
     """Hand-written attention of several heads."""
 
     def __init__(self, width: int, heads: int) -> None:
@@ -57,7 +57,7 @@ class Encoder(nn.Module):
         super().__init__()
         self.embed = nn.Linear(6, 32)
         self.norm1, self.norm2 = nn.LayerNorm(32), nn.LayerNorm(32)
-        self.attention = Attention(32, 4)
+        self.attention = HeadsByHand(32, 4)
         self.up, self.down = nn.Linear(32, 24), nn.Linear(24, 32)
         self.head = nn.Linear(32, 4)
 

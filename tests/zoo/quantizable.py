@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 
-class Block(nn.Module):
+class ResidualBlock(nn.Module):
     """One in-place ReLU module at two places, and `out += x`: the residual block as everybody writes it."""
 
     def __init__(self, channels: int = 4, bias: bool = False) -> None:
@@ -27,15 +27,15 @@ class Block(nn.Module):
         return self.relu(out)
 
 
-class Net(nn.Module):
+class ResidualNet(nn.Module):
     """A residual network with functional ReLU and pools."""
 
     def __init__(self, classes: int = 5) -> None:
         super().__init__()
         self.stem = nn.Conv2d(3, 4, 3)
         self.bn = nn.BatchNorm2d(4)
-        self.first = Block()
-        self.second = Block(bias=True)
+        self.first = ResidualBlock()
+        self.second = ResidualBlock(bias=True)
         self.fc = nn.Linear(4, classes)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -44,7 +44,7 @@ class Net(nn.Module):
         return self.fc(torch.flatten(x, 1))
 
 
-class Inverted(nn.Module):
+class InvertedResidual(nn.Module):
     """MobileNetV2's block: ReLU6, depthwise, and an add without a ReLU behind it."""
 
     def __init__(self) -> None:
@@ -77,7 +77,7 @@ class NormAct(nn.BatchNorm2d):
         return self.act(self.drop(x))
 
 
-class Gated(nn.Module):
+class SqueezeExciteNet(nn.Module):
     """EfficientNet's block: SiLU inside the BatchNorm, squeeze-and-excitation, an add of a BatchNorm's output."""
 
     def __init__(self) -> None:
@@ -142,7 +142,7 @@ class Subclassed(nn.Module):
         return self.head(torch.tanh(self.mix(x)))
 
 
-class Attention(nn.Module):
+class BertLayer(nn.Module):
     """One encoder layer in the manner of BERT, on token ids."""
 
     def __init__(self, width: int = 16, heads: int = 2) -> None:
@@ -218,7 +218,7 @@ class DenseBlock(nn.ModuleDict):
         return torch.cat(features, 1)
 
 
-class Dense(nn.Module):
+class DenseNet(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.stem = nn.Conv2d(3, 4, 3)
@@ -232,7 +232,7 @@ class Dense(nn.Module):
         return self.fc(self.norm(self.block(F.max_pool2d(self.stem(x), 2))).mean((2, 3)))
 
 
-class Detector(nn.Module):
+class PyramidDetector(nn.Module):
     """Heads that are called on every level of a pyramid: their layers read what different layers give."""
 
     def __init__(self) -> None:
@@ -254,14 +254,14 @@ class Detector(nn.Module):
 
 
 ZOO: dict[str, tuple[Any, Any]] = {
-    "residual": (Net, images),
-    "inverted": (Inverted, images),
-    "gated": (Gated, images),
+    "residual": (ResidualNet, images),
+    "inverted": (InvertedResidual, images),
+    "gated": (SqueezeExciteNet, images),
     "subclassed": (Subclassed, images),
-    "attention": (Attention, lambda: torch.randint(0, 20, (3, 7))),
+    "attention": (BertLayer, lambda: torch.randint(0, 20, (3, 7))),
     "up": (Up, images),
-    "dense": (Dense, images),
-    "detector": (Detector, images),
+    "dense": (DenseNet, images),
+    "detector": (PyramidDetector, images),
     "mlp": (mlp, lambda: torch.randn(16, 6)),
 }
 """Name -> (constructor, one batch)."""
