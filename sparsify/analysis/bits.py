@@ -126,6 +126,7 @@ def choose_bits(
     optimum, but never worse than the same bits everywhere.
 
     Args:
+        model: the model, or its analysis.
         loss_profile: of quantization; its layers get bits, the others stay as they are.
         average_bits: the goal: bits of a weight, on average over these layers.
         size_bytes: the goal: the size of all parameters, those that stay in float at 4 bytes.
@@ -133,6 +134,7 @@ def choose_bits(
             in which int8 was measured. Nodes between layers are shared out by the layers' times, so the prediction
             is exact where all are in float, or all in int8; in between, export and measure. What rounding
             of activations costs is not in the loss.
+        performance: the times for `latency_ms`, measured in float and in int8.
         bits: those that may be chosen, of the profile's levels; None: all of them. (8, 4) are those that a file stores
             without waste.
 

@@ -197,13 +197,14 @@ def loss_profile(
       times the level, s = (V_in + V_out) / parameters * max(V_in / V_out, V_out / V_in). Of quantization: s / 4^bits.
 
     Args:
+        model: it may be wrapped in DistributedDataParallel or torch.compile.
         data: batches, kept in memory while this works: tensors, tuples, dicts of arguments by name. None: without data.
         loss: gives one number, a mean over the batch, from (outputs, target). The target is the last of a tuple,
             and not given to the model; of a dict it is the whole dict, of a tensor the tensor itself. None: the
             outputs' own `.loss` where they have one (models of transformers that are given labels); else how far the
             outputs are from those of the model as it is: Kullback-Leibler divergence where they are logits, mean
             square as a share of their own otherwise.
-        of: what is done to the weights.
+        of: the compression of the weights, "pruning" or "quantization".
         method: None: "data" where data is given, else "magnitude".
         levels: sparsities from 0 to below 1 (0 is put first where it is missing), or bits from 2 to 8, in any order.
             None: 0 to .99 in steps of .01 without data, else 0, .2, .4, .6, .7, .8, .85, .9, .95, .99; bits 8, 6, 4,
@@ -211,8 +212,8 @@ def loss_profile(
         layers: names as in a recipe, or an analysis, whose prunable (quantizable) layers are taken. None: all
             convolutions, Linear, Embedding and the projections of MultiheadAttention.
         structured: whether whole channels go, by groups of layers that must lose them together; "data" and "fisher".
-        sample_inputs: what the model is traced on ("shape", `structured`); None: the first batch.
-        batches: how many of `data` at most; None: all.
+        sample_inputs: inputs to trace the model on ("shape", `structured`); None: the first batch.
+        batches: number of batches of `data` at most; None: all.
         progress: whether a bar is shown; None: on a terminal.
 
     Raises:

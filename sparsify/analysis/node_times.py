@@ -59,15 +59,20 @@ def node_times(
     iterations: int,
     path: Path | None = None,
 ) -> NodeTimes:
-    """Runs a model under the profiler and counts the time of what onnxruntime made of each node to the node's owner.
+    """Times of a model's nodes by their owner, from runs under onnxruntime's profiler.
 
-    What runs fused counts to the owner it is named for. A fused node that is named for none of its parts that have an
-    owner is shared among those, in proportion to `shares`. Conversions of types and layouts count to the node they
-    are made for.
+    The time of a fused node counts to the owner it is named for. A fused node that is named for none of its parts that
+    have an owner is shared among those, in proportion to `shares`. Conversions of types and layouts count to the node
+    they are made for.
 
     Args:
+        model: it is not changed; a copy is run.
+        feed: its inputs by name.
         owners: of each node of the model's graph, in order; several share its time, () has none.
         shares: by owner, e.g. multiplications.
+        threads: of onnxruntime; None: its own choice.
+        warmup: runs before those that count.
+        iterations: runs that are timed; the faster half of them counts.
         path: the file that the model is from, next to which its external values lie.
 
     Raises:

@@ -41,9 +41,13 @@ def collected_batches(
     """The batches of `data`, at most `most`, read once so that every trial sees the same.
 
     Args:
+        model: the model that the batches are for; they are moved to its device.
+        data: an iterable of batches, read once.
         with_target: whether the last of a tuple goes to the loss, not to the model. Of a dict all goes to the loss
             too, of one tensor the tensor itself. False: the model gets as many as it takes, and the last is a target
             where it is left over.
+        most: number of batches at most; None: all.
+        where: the name of the caller, before messages.
 
     Raises:
         ArgumentError: `data` is no iterable of batches. DataError: it is empty, or a batch holds no tensor.

@@ -73,6 +73,7 @@ def get_weights_metadata(
 
     Args:
         model: a module, or the path of an ONNX file; of files that `export_onnx` wrote the names are torch's, too.
+        weight_threshold: number of elements; weights with as many or fewer are left out.
 
     Raises:
         ArgumentError: a threshold that is no count, a model that is none.

@@ -35,6 +35,7 @@ def pruning_profile(layers: Sequence[LayerCurve], settings: PruningSettings | No
 
     Args:
         layers: see `curves`; in the order of the model.
+        settings: None: the defaults of PruningSettings.
 
     Raises:
         ArgumentError: a setting out of its range, an override that names no layer which can be pruned, curves that do

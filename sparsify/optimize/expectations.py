@@ -44,9 +44,14 @@ def expected(
     """The figures expected of `model` after `modifiers`; the model is not touched.
 
     Args:
+        model: the dense model.
+        modifiers: those of the recipe.
         zeros: the sparsity that each parameter gets, where single weights go.
         inputs: of the model, where whole channels go: they are removed from a copy, whose figures are exact.
         analysis: with MACs; None where they are not known.
+        profile: the pruning profile that the sparsities come from, for recovery and times.
+        performance: measured times of the dense model.
+        latency: the latency plan that the recipe follows; its times count then.
     """
     quantized = any(m.kind == "quantization" for m in modifiers)
     before = {name: p.numel() for name, p in named_parameters(model).items()}

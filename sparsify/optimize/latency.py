@@ -160,12 +160,15 @@ def latency_plan(
     The model itself is not touched.
 
     Args:
+        model: a float model.
+        sample_inputs: as the model is called with them.
         goal_ms: of one call with `batch_size` items, in onnxruntime on `threads` threads of this machine.
+        batch_size: items in one call.
+        threads: of onnxruntime.
         performance: what `performance_profile` gave at this batch size and these threads; None: it is measured now.
         loss: of pruning, by channel group where it is structured (`loss_profile(..., structured=True)`); channel groups
-        without a
-            loss in it stay whole. Otherwise the losses of the layers whose rows go together are added up. None: of each
-            channel group the share of the squared norm of its weights that goes.
+            without a loss in it stay whole. Otherwise the losses of the layers whose rows go together are added up.
+            None: the share of the squared norm that a channel group's weights lose.
         int8: whether layers may be quantized: all that can be, or with `int8_loss` those where it pays.
         int8_loss: a loss profile of quantization with 8 bits among its levels.
         limits: {layer: the highest fraction of its channels that may go}.
@@ -224,7 +227,7 @@ def latency_plan(
 
 
 def _measured_ms(work: ModelTables, plan: LatencyPlan, choice: Choice, iterations: int, whole: str) -> LatencyPlan:
-    """Solved again until the whole, as it really runs, meets the goal."""
+    """The plan solved again until the whole model, as it really runs, meets the goal."""
     scale = 1.0
     rounds: list[LatencyRound] = []
     met: LatencyPlan | None = None
@@ -296,7 +299,7 @@ def _width_plan(
 
 
 def _measure(tables: ModelTables, choice: Choice, batch_size: int, threads: int, iterations: int) -> float:
-    """The whole, really shrunk and quantized, exported and run: the lowest of three medians."""
+    """Time of the whole model, shrunk, quantized, exported and run: the lowest of three medians."""
     from sparsify.analysis.profiling import feed_of, median_ms
     from sparsify.analysis.variants import as_int8, export, narrowed
     from sparsify.model.signature import SampleInputs

@@ -79,6 +79,7 @@ def optim_level(level: float = 0.5, experiment: Experiment = "training-aware") -
 
     Args:
         level: 0 to 1; whole numbers from 2 to 100 are percent.
+        experiment: "training-aware", "one-shot" or "sparse-transfer".
 
     Raises:
         ArgumentError: no such level or experiment.

@@ -107,6 +107,7 @@ def recipe_from_measurements(
     """The recipe that `create_recipe` makes of `model` after these measurements; the model is not touched.
 
     Args:
+        model: the dense model.
         sample_inputs: as the model is called with; None: no times can be measured and no MACs are counted.
         measurements: those to make.
         settings, training, structured: as in `create_recipe`.

@@ -126,10 +126,11 @@ def score_prediction(
     """Compares what `create_recipe` predicted with the model that was trained by its recipe.
 
     Args:
+        recipe: with the evidence that `create_recipe` gave it.
         model: after `finalize`; it is read and not changed.
         sample_inputs: as the model is called with; None: MACs are not compared.
         path: the exported ONNX file; its size is compared, and its time in onnxruntime measured unless `ms` says it.
-        ms: what one call takes, measured as the performance profile was.
+        ms: time of one call, measured as in the performance profile.
         score_before, score_after: of the dense and of the trained model, like accuracy: more is better. Their quotient
             is compared with the recovery.
 

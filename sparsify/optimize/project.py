@@ -110,6 +110,7 @@ class Project:
         Args:
             folder: must not exist yet, or be empty.
             model: a torch model, which is exported, or an ONNX file, which is copied.
+            settings: None: the folder's name, and defaults.
             sample_inputs: of a torch model.
 
         Raises:

@@ -77,11 +77,15 @@ def create_recipe(
     back as an equal recipe.
 
     Args:
+        model: the dense model; for sparse transfer the one to transfer from.
         sample_inputs: as the model is called with them. Without them MACs are not known, and channels cannot go.
         optim_level: 0 to 1; see `optim_level`.
+        experiment: "training-aware", "one-shot" or "sparse-transfer"; see `optim_level`.
         preset: a name in `PRESETS`; alone, or with an optim level or a sparsity.
         sparsity: zeros / elements over all that may be pruned, 0 to 1.
-        pruning_profile: what `pruning_profile` gave for this model, edited or not.
+        settings: an average sparsity with filters, caps and layers set by hand.
+        pruning_profile: the result of `pruning_profile` for this model, edited or not.
+        latency_plan: the result of `latency_plan` for this model.
         analysis, performance, loss: of this model; made here as far as they need no data and no measuring.
         training: how the dense model was trained. None: laid out for 90 epochs, without learning rates.
         learning_rate: the schedule of fine-tuning, or a list of learning-rate modifiers that stands for all of them.
