@@ -17,7 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from sparsify.pruning.masker import Masker, compute_masks
+from sparsify.pruning.masker import Masker
+from sparsify.pruning.masks import compute_masks
 
 TARGET_NS = 5.0
 

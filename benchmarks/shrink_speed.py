@@ -27,10 +27,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from sparsify import ScheduledModifierManager, export_onnx
+from sparsify.pruning.dry_run import find_groups
 from sparsify.pruning.group_scores import Bounds, lowest, multiple_of, norms
-from sparsify.pruning.groups import ChannelGroups, find
+from sparsify.pruning.groups import ChannelGroups
 from sparsify.pruning.removal import plan_removal, remove
-from sparsify.pruning.shrinking import dry_run
 
 MODELS: dict[str, tuple[Callable[[], nn.Module], Callable[[int], dict[str, Tensor]], float]] = {
     "ResNet-18": (resnet18, images, 3.0),
@@ -87,7 +87,7 @@ def main() -> None:
             continue
         torch.manual_seed(0)
         dense, sample = build().eval(), inputs(1)
-        channel_groups = dry_run(dense, find(dense, (), inputs(1)), (), inputs(1))
+        channel_groups = find_groups(dense, (), inputs(1))
         size = sum(p.numel() for p in dense.parameters())
         print(f"{name}: {macs(dense, sample) / 1e9:.3f} G MACs, {size / 1e6:.2f} M parameters", flush=True)
         feeds = {key: value.numpy() for key, value in sample.items()}

@@ -170,7 +170,7 @@ def profile_of_model(
     touched = (
         set()
         if channel_groups is None
-        else {place.tensor for one in channel_groups.groups.values() for place in one.places}
+        else {member.tensor for one in channel_groups.groups.values() for member in one.members}
     )
     profile = _assembled(type(model).__name__, analysis, found, touched, settings, content, versions, notes)
     _cache(cache, profile)

@@ -15,9 +15,9 @@ from sparsify.errors import TargetError
 from sparsify.model.targets import is_prunable_layer, owners, refuse_unusable, resolve_parameters
 from sparsify.oneshot import rounding
 from sparsify.pruning import group_scores
-from sparsify.pruning.groups import find
-from sparsify.pruning.masker import compute_masks
-from sparsify.pruning.shrinking import deletion_masks, dry_run
+from sparsify.pruning.dry_run import find_groups
+from sparsify.pruning.group_masks import deletion_masks
+from sparsify.pruning.masks import compute_masks
 from sparsify.quantization.layers import channel_axis
 
 __all__: list[str] = []
@@ -123,7 +123,7 @@ def weights_of_channel_groups(
     model: nn.Module, sample: Batch, layers: Layers, *, where: str
 ) -> tuple[list[Unit], dict[str, tuple[str, ...]]]:
     """Channel groups whose channels can go, and the layers of each; with `layers` those that have a row among them."""
-    found = dry_run(model, find(model, sample.args, sample.kwargs), sample.args, sample.kwargs)
+    found = find_groups(model, sample.args, sample.kwargs)
     chosen = (
         None
         if layers is None
@@ -137,7 +137,7 @@ def weights_of_channel_groups(
     scores = group_scores.norms(model, kept)
     units = []
     for name, channel_group in kept.items():
-        held = {p.tensor: value for p in channel_group.places if (value := parameters.get(p.tensor)) is not None}
+        held = {p.tensor: value for p in channel_group.members if (value := parameters.get(p.tensor)) is not None}
 
         def masked(
             level: float, name: str = name, size: int = channel_group.size, held: dict[str, nn.Parameter] = held

@@ -17,10 +17,10 @@ from sparsify.model.signature import ModelInputs, SampleInputs
 from sparsify.oneshot import quantize_model
 from sparsify.onnx.export import ExportedModel, export_onnx
 from sparsify.output.tables import track
+from sparsify.pruning.dry_run import find_groups
 from sparsify.pruning.group_scores import Bounds, multiple_of
-from sparsify.pruning.groups import ChannelGroups, find
+from sparsify.pruning.groups import ChannelGroups
 from sparsify.pruning.removal import plan_removal, remove
-from sparsify.pruning.shrinking import dry_run
 
 __all__: list[str] = []
 
@@ -104,7 +104,7 @@ def cuttable(model: nn.Module, call: SampleInputs) -> tuple[ChannelGroups | None
     """The channel groups that can be removed; or None and why there are none."""
     args, kwargs = call.arguments(list(call.inputs.values()))
     try:
-        channel_groups = dry_run(model, find(model, args, kwargs), args, kwargs)
+        channel_groups = find_groups(model, args, kwargs)
     except SparsifyError as error:
         return None, str(error)
     if not any(channel_group.size > 1 for channel_group in channel_groups.groups.values()):

@@ -24,7 +24,7 @@ from sparsify.modifiers.base import (
     check_frequency,
 )
 from sparsify.modifiers.schedule import Clock, Curve, UpdateGrid, between
-from sparsify.pruning.masker import MaskType, compute_masks
+from sparsify.pruning.masks import MaskType, compute_masks
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -83,7 +83,7 @@ class _LayerPruning(Active):
                 # Remembered first: Ctrl-C between the two can be undone.
                 self._skipped.add(name)
                 if not isinstance(layer, skipped_layers.Skipped):
-                    _refuse_quantized(layer, name)
+                    _check_not_quantized(layer, name)
                     skipped_layers.skip(layer, name, self._entries.get(name))
             elif name in self._skipped:
                 self._remember(name, layer)
@@ -125,7 +125,7 @@ class _LayerPruning(Active):
         self._put(list(state["skipped"]))
 
 
-def _refuse_quantized(module: nn.Module, name: str) -> None:
+def _check_not_quantized(module: nn.Module, name: str) -> None:
     """Checks that a layer is not quantized.
 
     Raises:

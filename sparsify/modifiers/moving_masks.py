@@ -22,7 +22,7 @@ from sparsify.modifiers.base import (
 )
 from sparsify.modifiers.gradual import fitting, trainable
 from sparsify.modifiers.schedule import Clock, UpdateGrid
-from sparsify.pruning.masker import MaskType, compute_masks
+from sparsify.pruning.masks import MaskType, compute_masks
 
 __all__: list[str] = []
 

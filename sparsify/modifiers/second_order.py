@@ -19,7 +19,7 @@ from sparsify.modifiers.base import Active, FieldProblem, Run
 from sparsify.modifiers.gradual import Gradual, GradualPruning, ScoreType
 from sparsify.modifiers.schedule import EPOCH_TOLERANCE, Clock, between
 from sparsify.pruning import second_order
-from sparsify.pruning.masker import compute_masks
+from sparsify.pruning.masks import compute_masks
 
 __all__ = ["MFACPruningModifier", "OBSPruningModifier"]
 

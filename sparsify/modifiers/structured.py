@@ -181,10 +181,10 @@ class _Structured(Active):
                 f"{', '.join(map(repr, list(traced.groups)[:8])) or 'no layer'}."
             )
         frozen = {
-            name: place.tensor
+            name: member.tensor
             for name, channel_group in meant.items()
-            for place in channel_group.places
-            if place.tensor in parameters and not parameters[place.tensor].requires_grad
+            for member in channel_group.members
+            if member.tensor in parameters and not parameters[member.tensor].requires_grad
         }
         self.frozen = {name: tensor for name, tensor in frozen.items() if name not in self.pruned}
         meant = {name: channel_group for name, channel_group in meant.items() if name not in self.frozen}
@@ -196,7 +196,7 @@ class _Structured(Active):
                     "Load the state of this model."
                 )
         self.run.channels.claim(
-            self.modifier, {name: [p.tensor for p in channel_group.places] for name, channel_group in meant.items()}
+            self.modifier, {name: [p.tensor for p in channel_group.members] for name, channel_group in meant.items()}
         )
         self.traced, self.channel_groups = traced, meant
 
@@ -209,7 +209,7 @@ class _Structured(Active):
             where = f"{self.who}.param_groups"
             names = set(targets.resolve_parameters(self.run.model, group, where=where, strict=self.modifier.strict))
             roles = ("row" if self.modifier.mask_type == "filter" else "column", "other")
-            if not any(names <= {p.tensor for p in f.places if p.role in roles} for f in traced.groups.values()):
+            if not any(names <= {p.tensor for p in f.members if p.role in roles} for f in traced.groups.values()):
                 found = sorted({self._side(f) for f in traced.groups.values() if names & set(self._side(f))})
                 raise TargetError(
                     f"{where}: {', '.join(sorted(names))} are not one channel group in the traced model. Found were "
@@ -261,7 +261,7 @@ class _Structured(Active):
         point = None if self.clock is None else self.grid.latest(self.clock)
         if point is None or point == self.point or self.traced is None or self.clock is None or self._over():
             return
-        from sparsify.pruning.shrinking import deletion_masks
+        from sparsify.pruning.group_masks import deletion_masks
 
         self.run.masker.refresh()
         if self.point is None:
@@ -300,14 +300,16 @@ class _Structured(Active):
 
     def _start(self, traced: ChannelGroups) -> None:
         """Fixes how many channels there are, and from which sparsity on."""
-        from sparsify.pruning.shrinking import dead
+        from sparsify.pruning.group_masks import dead_channels
 
         self.sizes = {name: channel_group.size for name, channel_group in self.channel_groups.items()}
         self.taken = dict.fromkeys(self.sizes, 0)
         self.pruned = dict.fromkeys(self.sizes, ())
         initial = self.modifier.init_sparsity
         if isinstance(initial, str):
-            zero = {name: len(found) for name, found in dead(self.run.model, traced).items() if name in self.sizes}
+            zero = {
+                name: len(found) for name, found in dead_channels(self.run.model, traced).items() if name in self.sizes
+            }
             overall = sum(zero.values()) / sum(self.sizes.values())
             each = {name: zero.get(name, 0) / size for name, size in self.sizes.items()}
             self.initials = dict.fromkeys(self.sizes, overall) if self.modifier.global_sparsity else each
@@ -378,8 +380,8 @@ class _Structured(Active):
 
 def _left(channel_group: ChannelGroup, removal: Removal) -> list[int]:
     """The channels of `channel_group` that a removal left."""
-    for place in channel_group.places:
-        kept = removal.keep.get(place.tensor, {}).get(place.dim)
+    for member in channel_group.members:
+        kept = removal.keep.get(member.tensor, {}).get(member.dim)
         if kept is not None:
-            return sorted({place.channels[index] for index in kept.tolist()} - {-1})
+            return sorted({member.channels[index] for index in kept.tolist()} - {-1})
     return list(range(channel_group.size))

@@ -122,14 +122,14 @@ class _Thinning(Active):
             self.run.inputs.when_known(self._thin)
 
     def _thin(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        from sparsify.pruning.group_masks import dead_channels
         from sparsify.pruning.removal import plan_removal
-        from sparsify.pruning.shrinking import dead
 
         if self.due <= self.done:
             return
         traced = self.run.channels.groups(args, kwargs)
         meant = self._meant(traced)
-        gone = {name: found for name, found in dead(self.run.model, traced).items() if found and name in meant}
+        gone = {name: found for name, found in dead_channels(self.run.model, traced).items() if found and name in meant}
         self.done, self.asked = self.due, False
         if gone:
             self.removed = True
@@ -155,14 +155,14 @@ class _Thinning(Active):
             all_of = mine | set(targets.resolve_parameters(model, others, where=where, strict=strict))
             for name, channel_group in traced.groups.items():
                 side = channel_group.rows if self.modifier.structure_type == "filter" else channel_group.columns
-                if mine and mine <= set(side) and all_of <= {place.tensor for place in channel_group.places}:
+                if mine and mine <= set(side) and all_of <= {member.tensor for member in channel_group.members}:
                     found.add(name)
                     break
             else:
                 known = "; ".join(
-                    f"{', '.join(group.rows)} -> {', '.join(dict.fromkeys(p.tensor for p in group.places))}"
+                    f"{', '.join(group.rows)} -> {', '.join(dict.fromkeys(p.tensor for p in group.members))}"
                     for group in traced.groups.values()
-                    if mine & {place.tensor for place in group.places}
+                    if mine & {member.tensor for member in group.members}
                 )
                 text = (
                     f"{where}: {', '.join(pruned)} and {', '.join(others) or 'nothing'} do not lose channels together "

@@ -15,8 +15,8 @@ from sparsify.model.targets import is_prunable_layer, owners, refuse_unusable
 from sparsify.optimize.layer_curves import LayerCurve
 from sparsify.optimize.pruning_profiles import PruningSettings
 from sparsify.pruning import group_scores
-from sparsify.pruning.groups import ChannelGroups, find
-from sparsify.pruning.shrinking import dry_run
+from sparsify.pruning.dry_run import find_groups
+from sparsify.pruning.groups import ChannelGroups
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -42,7 +42,7 @@ def channel_groups_of(model: nn.Module, sample_inputs: ModelInputs | None) -> Ch
         raise ArgumentError("sample_inputs: which channels go together is found on inputs of the model; give some.")
     call = SampleInputs.of(model, sample_inputs)
     args, kwargs = call.arguments(list(call.inputs.values()))
-    found = dry_run(model, find(model, args, kwargs), args, kwargs)
+    found = find_groups(model, args, kwargs)
     if not any(channel_group.rows and channel_group.size > 1 for channel_group in found.groups.values()):
         reasons = "; ".join(dict.fromkeys(found.whole.values())) or "it has no layers with channels"
         raise TargetError(f"structured: no channels of {type(model).__name__} can go: {reasons}.")

@@ -187,12 +187,12 @@ class ModelTables:
             assert self.channel_groups is not None
             for name in names:
                 channel_group = self.channel_groups.groups[name]
-                for place in channel_group.places:
-                    layer = self.layer_of.get(place.tensor)
+                for member in channel_group.members:
+                    layer = self.layer_of.get(member.tensor)
                     if layer is None or part not in usable:
                         continue
-                    own = sum(channel >= 0 for channel in place.channels) / len(place.channels)
-                    entry = found[layer][place.dim]
+                    own = sum(channel >= 0 for channel in member.channels) / len(member.channels)
+                    entry = found[layer][member.dim]
                     entry[part] = entry.get(part, 0.0) + own
                     if channel_group.kind == "heads":
                         heads.setdefault(layer.rpartition(".")[0], part)

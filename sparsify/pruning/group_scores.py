@@ -1,4 +1,4 @@
-"""Which channels of a channel group go: what each is worth, how many stay, and the lowest of them. Pure functions."""
+"""Scores of the channels of a group, how many may stay, and the choice of the lowest. Pure functions."""
 
 from __future__ import annotations
 
@@ -17,71 +17,73 @@ from sparsify.pruning.selection import mask_lowest
 __all__: list[str] = []
 
 PrunedSoFar = dict[str, tuple[int, ...]]
-"""The channels that go, by family."""
+"""{channel group: its channels that go}."""
 
 
 def norms(model: nn.Module, channel_groups: Mapping[str, ChannelGroup]) -> dict[str, Tensor]:
-    """The L2 norm of every channel, its rows and its columns in all weights of its channel group together, by family.
+    """The L2 norm of every channel over its rows and columns in all weights of its group, by channel group.
 
     Raises:
         DataError: a weight holds NaN or infinity.
     """
     # A small ResNet on digits, a quarter of the channels left, mean accuracy of 4 seeds after one epoch more: rows and
-    # columns .968, with the weights of norms .948, each place in units of its mean .966, rows alone .941, random .934.
+    # columns .968, with the weights of norms .948, each member in units of its mean .966, rows alone .941, random .934.
     parameters = named_parameters(model)
     found: dict[str, Tensor] = {}
-    for name, channel_group in channel_groups.items():
+    for name, group in channel_groups.items():
         squares: Tensor | None = None
-        for place in channel_group.places:
-            weight = parameters.get(place.tensor)
-            if place.role == "other" or weight is None:
+        for member in group.members:
+            weight = parameters.get(member.tensor)
+            if member.role == "other" or weight is None:
                 continue
             values = weight.detach()
             wide = torch.promote_types(values.dtype, torch.float32)
-            others = [dim for dim in range(values.dim()) if dim != place.dim]
+            others = [dim for dim in range(values.dim()) if dim != member.dim]
             # norm() reads the weight once; its square is exact enough to be added to others.
             each = torch.linalg.vector_norm(values, dim=others, dtype=wide).square() if others else values.to(wide) ** 2
             if not is_finite(each):
-                raise DataError(f"{place.tensor!r} holds NaN or infinity, which cannot be ranked. Load finite weights.")
-            channels = torch.tensor(place.channels, device=each.device)
+                raise DataError(
+                    f"{member.tensor!r} holds NaN or infinity, which cannot be ranked. Load finite weights."
+                )
+            channels = torch.tensor(member.channels, device=each.device)
             own = channels >= 0
-            sums = torch.zeros(channel_group.size, dtype=torch.float64, device=each.device)
+            sums = torch.zeros(group.size, dtype=torch.float64, device=each.device)
             sums.index_add_(0, channels[own], each[own].double())
             squares = sums if squares is None else squares + sums.to(squares.device)
-        found[name] = torch.zeros(channel_group.size, dtype=torch.float64) if squares is None else squares.sqrt().cpu()
+        found[name] = torch.zeros(group.size, dtype=torch.float64) if squares is None else squares.sqrt().cpu()
     return found
 
 
-def slices(channel_group: ChannelGroup) -> int:
-    """How many slices of a layer's rows belong to one channel; more than 1 for heads and grouped convolutions."""
-    widths = [sum(channel == 0 for channel in place.channels) for place in channel_group.places if place.role == "row"]
+def slices(group: ChannelGroup) -> int:
+    """Number of slices of a layer's rows that belong to one channel; more than 1 for heads and group convolutions."""
+    widths = [sum(channel == 0 for channel in member.channels) for member in group.members if member.role == "row"]
     return max(1, *widths) if widths else 1
 
 
-def fast_multiple(channel_group: ChannelGroup) -> int:
-    """Of what the number of channels that stay should be a multiple, for kernels of runtimes to be fast.
+def fast_multiple(group: ChannelGroup) -> int:
+    """The number that should divide the number of channels that stay, for kernels of runtimes to be fast.
 
     Convolutions lose half of what they could gain, or all of it, at widths that vector units do not divide: 16 where
     there are 32 or more, else 8, or 4 where there are fewer than 16. Products of matrices do not care.
     """
-    if channel_group.kind != "conv":
+    if group.kind != "conv":
         return 1
-    width = channel_group.size * slices(channel_group)
-    return _in_channels(16 if width >= 32 else 8 if width >= 16 else 4, channel_group)
+    width = group.size * slices(group)
+    return _in_channels(16 if width >= 32 else 8 if width >= 16 else 4, group)
 
 
-def multiple_of(channel_group: ChannelGroup, multiple: int | None) -> int:
-    """The multiple for `channel_group`: the one that is wanted, in channels, or `fast_multiple` where that is None."""
-    return fast_multiple(channel_group) if multiple is None else _in_channels(multiple, channel_group)
+def multiple_of(group: ChannelGroup, multiple: int | None) -> int:
+    """The multiple for `group`: `multiple` counted in channels, or `fast_multiple` where it is None."""
+    return fast_multiple(group) if multiple is None else _in_channels(multiple, group)
 
 
-def _in_channels(multiple: int, channel_group: ChannelGroup) -> int:
-    return multiple // math.gcd(multiple, slices(channel_group))
+def _in_channels(multiple: int, group: ChannelGroup) -> int:
+    return multiple // math.gcd(multiple, slices(group))
 
 
 @dataclass(frozen=True)
 class Bounds:
-    """How many channels of a channel group may stay: of `size`, a multiple of `multiple`, and no fewer than `least`."""
+    """The numbers of channels of a group that may stay: of `size`, a multiple of `multiple`, no fewer than `least`."""
 
     size: int
     multiple: int
@@ -89,7 +91,7 @@ class Bounds:
 
     @classmethod
     def of(cls, size: int, multiple: int, limit: float = 1.0) -> Bounds:
-        """Where at most the fraction `limit` may go, at least one channel stays, and one multiple if there is one.
+        """Bounds where at most the fraction `limit` may go; at least one channel stays, one multiple if there is one.
 
         >>> Bounds.of(64, 16, 0.6)
         Bounds(size=64, multiple=16, least=32)
@@ -115,8 +117,10 @@ class Bounds:
 def lowest(
     scores: Mapping[str, Tensor], counts: Mapping[str, int], pruned: Mapping[str, Collection[int]]
 ) -> PrunedSoFar:
-    """Of every channel group so many channels: those in `pruned` first, then those worth least; of equal ones the
-    first."""
+    """The `counts` channels of every group that go: those in `pruned` first, then those of lowest score.
+
+    Of equal ones the first go.
+    """
     found: dict[str, tuple[int, ...]] = {}
     for name, score in scores.items():
         kept = {name: _at_least_kept(score, pruned.get(name, ()))}
@@ -128,11 +132,10 @@ def lowest(
 def shares(
     scores: Mapping[str, Tensor], count: int, bounds: Mapping[str, Bounds], pruned: Mapping[str, Collection[int]]
 ) -> dict[str, int]:
-    """How many of each channel group go where the `count` lowest of all go: scores in units of their channel group's
-    mean.
+    """Number of channels of each group that go, where the `count` lowest of all groups go.
 
-    What `bounds` protects stays, and every channel group is rounded to what may stay of it; those in `pruned` are among
-    them.
+    Scores are compared in units of their group's mean. Channels that `bounds` protects stay, and every group is rounded
+    to a number that may stay; channels in `pruned` are among those that go.
     """
     ranked: dict[str, Tensor] = {}
     kept: dict[str, Tensor] = {}

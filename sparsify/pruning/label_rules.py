@@ -1,42 +1,33 @@
-"""What each operator does to labels: a function for each kind of them, and the table of who is of which kind.
+"""The effect of each operator on labels: a function for each kind of operator, and the table of the kinds.
 
-A rule says what labels a node gives. It unites atoms, or says along which dimensions labels may vary at the end.
+A rule gives the labels of a node's result. It unites channels, or says along which dimensions labels may vary at the
+end.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.fx import Node
 
-from sparsify.pruning.union_find import along, core, never, reshaped, thin, varying
-
-if TYPE_CHECKING:
-    from sparsify.pruning.propagation import LabelPropagation
+from sparsify.pruning.label_tensors import along, core, never, reshaped, thin, varying
+from sparsify.pruning.labels import (
+    LabelledOperand,
+    LabelState,
+    Rule,
+    argument_node,
+    name_of,
+    operator_of,
+    tensor_inputs,
+)
 
 __all__: list[str] = []
 
-Rule = Callable[["LabelPropagation", Any, dict[str, Any]], Any]
 
-
-@dataclass(frozen=True)
-class LabelledOperand:
-    """One tensor that a pointwise operator reads.
-
-    Attributes:
-        real: for each dimension, whether the tensor has a size of its own there; not where it is 1, or was expanded.
-        table: it is computed from parameters, or from buffers, alone.
-    """
-
-    labels: Tensor
-    real: tuple[bool, ...]
-    table: Literal["parameter", "buffer"] | None = None
-
-
-def rule_of(node: Any) -> Rule | None:
+def rule_of(node: Node) -> Rule | None:
     """The rule for the operator of `node`; None: it is not known."""
     op = name_of(node)
     if op in RULES:
@@ -46,40 +37,24 @@ def rule_of(node: Any) -> Rule | None:
     return next((rule for start, rule in _BY_START.items() if op.startswith(start)), None)
 
 
-def is_pointwise(node: Any) -> bool:
-    """Whether every element that `node` gives depends on those alone that lie where it lies."""
-    return rule_of(node) in (_pointwise, _same_rule)
+def is_pointwise(node: Node) -> bool:
+    """True if every element of a node's result depends on the elements at the same position alone."""
+    return rule_of(node) in (_pointwise, _identity)
 
 
-def name_of(node: Any) -> str:
-    """The operator of a node without namespace, overload and the ending of those in place."""
-    name = str(getattr(node.target, "_opname", None) or getattr(node.target, "__name__", node.target))
-    return name if name.endswith("__") else name.rstrip("_")
-
-
-def arguments(node: Any) -> dict[str, Any]:
-    """The arguments of an operator by name, defaults included."""
-    schema = node.target._schema.arguments
-    given = {argument.name: argument.default_value for argument in schema if argument.has_default_value()}
-    given.update({argument.name: value for argument, value in zip(schema, node.args, strict=False)})
-    return {**given, **node.kwargs}
-
-
-def _same_rule(walk: LabelPropagation, node: Any, given: dict[str, Any]) -> Tensor:
-    return walk.read(node.args[0])
+def _identity(state: LabelState, node: Node, given: dict[str, Any]) -> Tensor:
+    return state.read(argument_node(node))
 
 
 # -- what meets -----------------------------------------------------------------------------------------------------
 
 
-def _pointwise(walk: LabelPropagation, node: Any, given: dict[str, Any]) -> Tensor:
-    read = [one for one in node.all_input_nodes if isinstance(one.meta.get("val"), Tensor)]
-    return _together_rule(walk, [walk.operand(one) for one in read], node.meta["val"].shape, walk.where(node))
+def _pointwise(state: LabelState, node: Node, given: dict[str, Any]) -> Tensor:
+    operands = [state.operand(one) for one in tensor_inputs(node)]
+    return _unite_operands(state, operands, node.meta["val"].shape, state.where(node))
 
 
-def _together_rule(
-    walk: LabelPropagation, operands: Iterable[LabelledOperand], shape: Sequence[int], where: str
-) -> Tensor:
+def _unite_operands(state: LabelState, operands: Iterable[LabelledOperand], shape: Sequence[int], where: str) -> Tensor:
     """Unites what meets. What cannot be removed must be as broad as one, or be expanded, where the others vary."""
     count = len(shape)
     alive = [one for one in operands if core(one.labels).any()]
@@ -96,45 +71,46 @@ def _together_rule(
             lone = core(padded).numel() == 1
             table = one.table is not None and (one.table == "buffer" or varies <= spread)
             if varies & spread and (lone or table):
-                walk.atoms.keep(one.labels, f"{where} spreads them over others")
+                state.channel_ids.keep(one.labels, f"{where} spreads them over others")
                 narrow.append(one)
                 continue
-        made = _meet(walk, made, padded.expand(tuple(shape)), where)
+        made = _meet(state, made, padded.expand(tuple(shape)), where)
     if made is None:
         return never(shape)
     for one in narrow:
         first = count - len(one.real)
         free = [dim for dim in range(count) if dim < first or not one.real[dim - first]]
-        walk.bound(made, free, "meets a tensor of fixed size")
+        state.bound(made, free, "meets a tensor of fixed size")
     return made
 
 
-def _meet(walk: LabelPropagation, made: Tensor | None, labels: Tensor, where: str) -> Tensor:
+def _meet(state: LabelState, made: Tensor | None, labels: Tensor, where: str) -> Tensor:
     if made is None:
         return labels
     inner, other = core(made), core(labels)
     shape = [max(n, m) for n, m in zip(inner.shape, other.shape, strict=True)]
     first, second = inner.expand(shape), other.expand(shape)
-    return walk.atoms.unite(first, second, f"{where} joins them with what must stay").expand(made.shape)
+    return state.channel_ids.unite(first, second, f"{where} joins them with what must stay").expand(made.shape)
 
 
 # -- data movement --------------------------------------------------------------------------------------------------
 
 
-def _move(walk: LabelPropagation, node: Any, given: dict[str, Any]) -> Tensor:
+def _move(state: LabelState, node: Node, given: dict[str, Any]) -> Tensor:
     """The real operator, on labels."""
-    read = torch.fx.map_arg((node.args, dict(node.kwargs)), walk.read)
-    made: Tensor = node.target(*read[0], **read[1])
+    args, kwargs = torch.fx.map_arg((node.args, dict(node.kwargs)), state.read)
+    made: Tensor = operator_of(node)(*args, **kwargs)
     return thin(made)
 
 
-def _reshape(walk: LabelPropagation, node: Any, given: dict[str, Any]) -> Tensor:
-    return reshaped(walk.read(node.args[0]), node.meta["val"].shape)
+def _reshape(state: LabelState, node: Node, given: dict[str, Any]) -> Tensor:
+    return reshaped(state.read(argument_node(node)), node.meta["val"].shape)
 
 
-def _join(walk: LabelPropagation, node: Any, given: dict[str, Any]) -> Tensor:
+def _join(state: LabelState, node: Node, given: dict[str, Any]) -> Tensor:
     """cat and stack; only the dimensions on which some part depends are written out."""
-    parts = [walk.read(one) for one in node.args[0]]
+    joined: Any = node.args[0]
+    parts = [state.read(one) for one in joined]
     shape = node.meta["val"].shape
     parts = [part for part in parts if part.numel()]
     stacked = name_of(node) == "stack"
@@ -144,91 +120,92 @@ def _join(walk: LabelPropagation, node: Any, given: dict[str, Any]) -> Tensor:
     return thin((torch.stack if stacked else torch.cat)(small, dim)).expand(shape)
 
 
-def _slice(walk: LabelPropagation, node: Any, given: dict[str, Any]) -> Tensor:
-    labels = walk.read(node.args[0])
+def _slice(state: LabelState, node: Node, given: dict[str, Any]) -> Tensor:
+    labels = state.read(argument_node(node))
     dim = (given.get("dim") or 0) % labels.dim()
     if node.meta["val"].shape == labels.shape and (given.get("step") or 1) == 1:
         return labels
-    walk.bound(labels, [d for d in range(labels.dim()) if d != dim], "takes some by number")
-    made: Tensor = node.target(labels, *node.args[1:], **node.kwargs)
+    state.bound(labels, [d for d in range(labels.dim()) if d != dim], "takes some by number")
+    made: Tensor = operator_of(node)(labels, *node.args[1:], **node.kwargs)
     return made
 
 
-def _unbind(walk: LabelPropagation, node: Any, given: dict[str, Any]) -> list[Tensor]:
-    labels = walk.read(node.args[0])
+def _unbind(state: LabelState, node: Node, given: dict[str, Any]) -> list[Tensor]:
+    labels = state.read(argument_node(node))
     dim = (given.get("dim") or 0) % labels.dim()
-    walk.bound(labels, [d for d in range(labels.dim()) if d != dim], "takes a fixed number of them")
+    state.bound(labels, [d for d in range(labels.dim()) if d != dim], "takes a fixed number of them")
     return list(labels.unbind(dim))
 
 
-def _split_rule(walk: LabelPropagation, node: Any, given: dict[str, Any]) -> list[Tensor]:
+def _split(state: LabelState, node: Node, given: dict[str, Any]) -> list[Tensor]:
     """Pieces of one size lose the same channels; those of several sizes are taken by number."""
-    labels = walk.read(node.args[0])
+    labels = state.read(argument_node(node))
     dim = (given.get("dim") or 0) % labels.dim()
     sizes = [piece.shape[dim] for piece in node.meta["val"]]
     if len(set(sizes)) == 1 and len(sizes) > 1:
         pieces = reshaped(labels, [*labels.shape[:dim], len(sizes), sizes[0], *labels.shape[dim + 1 :]])
-        walk.bound(pieces, [d for d in range(pieces.dim()) if d != dim], "cuts them into pieces of one size")
+        state.bound(pieces, [d for d in range(pieces.dim()) if d != dim], "cuts them into pieces of one size")
     elif len(sizes) > 1:
-        walk.bound(labels, [d for d in range(labels.dim()) if d != dim], "cuts them into pieces of fixed sizes")
+        state.bound(labels, [d for d in range(labels.dim()) if d != dim], "cuts them into pieces of fixed sizes")
     return list(torch.split(labels, sizes, dim))
 
 
-def _glu(walk: LabelPropagation, node: Any, given: dict[str, Any]) -> Tensor:
-    labels = walk.read(node.args[0])
+def _glu(state: LabelState, node: Node, given: dict[str, Any]) -> Tensor:
+    labels = state.read(argument_node(node))
     dim = given.get("dim", -1) % labels.dim()
     pieces = reshaped(labels, [*labels.shape[:dim], 2, labels.shape[dim] // 2, *labels.shape[dim + 1 :]])
-    walk.bound(pieces, [d for d in range(pieces.dim()) if d != dim], "cuts them into halves")
-    return _meet(walk, pieces.select(dim, 0), pieces.select(dim, 1), walk.where(node))
+    state.bound(pieces, [d for d in range(pieces.dim()) if d != dim], "cuts them into halves")
+    return _meet(state, pieces.select(dim, 0), pieces.select(dim, 1), state.where(node))
 
 
-def _roll(walk: LabelPropagation, node: Any, given: dict[str, Any]) -> Tensor:
-    labels = walk.read(node.args[0])
+def _roll(state: LabelState, node: Node, given: dict[str, Any]) -> Tensor:
+    labels = state.read(argument_node(node))
     dims = [d % labels.dim() for d in given.get("dims") or range(labels.dim())]
-    walk.bound(labels, [d for d in range(labels.dim()) if d not in dims], "rolls them by a fixed number")
+    state.bound(labels, [d for d in range(labels.dim()) if d not in dims], "rolls them by a fixed number")
     return thin(labels.roll(given["shifts"], given.get("dims") or ())) if set(dims) & set(varying(labels)) else labels
 
 
-def _unfold(walk: LabelPropagation, node: Any, given: dict[str, Any]) -> Tensor:
-    labels = walk.read(node.args[0])
+def _unfold(state: LabelState, node: Node, given: dict[str, Any]) -> Tensor:
+    labels = state.read(argument_node(node))
     dim = given["dimension"] % labels.dim()
-    walk.bound(labels, [d for d in range(labels.dim()) if d != dim], "cuts windows out of them")
+    state.bound(labels, [d for d in range(labels.dim()) if d != dim], "cuts windows out of them")
     return labels.unfold(dim, given["size"], given["step"])
 
 
-def _windows(walk: LabelPropagation, node: Any, given: dict[str, Any]) -> Tensor:
+def _windows(state: LabelState, node: Node, given: dict[str, Any]) -> Tensor:
     """Windows of positions become channels, those of one channel side by side."""
     shape = node.meta["val"].shape
-    labels = walk.read(node.args[0])
+    labels = state.read(argument_node(node))
     dim = len(shape) - (2 if name_of(node) == "im2col" else 3)
-    channels = walk.channels(labels, labels.dim() - 3, walk.where(node))
+    channels = state.channels(labels, labels.dim() - 3, state.where(node))
     return along(channels.repeat_interleave(shape[dim] // len(channels)), dim, shape)
 
 
-def _pixel_shuffle(walk: LabelPropagation, node: Any, given: dict[str, Any]) -> Tensor:
+def _pixel_shuffle(state: LabelState, node: Node, given: dict[str, Any]) -> Tensor:
     shape = node.meta["val"].shape
-    labels = walk.read(node.args[0])
-    channels = walk.channels(labels, labels.dim() - 3, walk.where(node)).reshape(shape[-3], -1)
-    mixed = walk.atoms.mix(channels, [1], f"{walk.where(node)} lays them side by side")[:, 0]
+    labels = state.read(argument_node(node))
+    channels = state.channels(labels, labels.dim() - 3, state.where(node)).reshape(shape[-3], -1)
+    mixed = state.channel_ids.mix(channels, [1], f"{state.where(node)} lays them side by side")[:, 0]
     return along(mixed, len(shape) - 3, shape)
 
 
-def _index(walk: LabelPropagation, node: Any, given: dict[str, Any]) -> Tensor | None:
+def _index(state: LabelState, node: Node, given: dict[str, Any]) -> Tensor | None:
     """Advanced indexing: of a table by rows that are all alike, of activations by number."""
-    source, indices = node.args[0], node.args[1]
-    labels = walk.read(source)
+    source = argument_node(node)
+    indices: Any = node.args[1]
+    labels = state.read(source)
     dims: list[int] = []
     position = 0
     for index in indices:
         width = index.meta["val"].dim() if index is not None and index.meta["val"].dtype == torch.bool else 1
         dims += range(position, position + width) if index is not None else []
         position += width
-    labels = _taken_rule(walk, source, labels, dims)
+    labels = _looked_up(state, source, labels, dims)
     found = []
     for index in indices:
         value = None if index is None else index.meta["val"]
         if value is not None and (set(dims) & set(varying(labels)) or value.dtype == torch.bool):
-            value = walk.value(index)
+            value = state.value(index)
             if value is None:
                 return None
         elif value is not None:
@@ -237,83 +214,85 @@ def _index(walk: LabelPropagation, node: Any, given: dict[str, Any]) -> Tensor |
     return thin(labels[tuple(found)])
 
 
-def _gather(walk: LabelPropagation, node: Any, given: dict[str, Any]) -> Tensor | None:
+def _gather(state: LabelState, node: Node, given: dict[str, Any]) -> Tensor | None:
     dim, index = given["dim"], given["index"]
-    labels = walk.read(node.args[0])
+    labels = state.read(argument_node(node))
     dim %= labels.dim()
-    labels = _taken_rule(walk, node.args[0], labels, [dim])
-    value = walk.value(index) if dim in varying(labels) else torch.zeros(index.meta["val"].shape, dtype=torch.int64)
+    labels = _looked_up(state, argument_node(node), labels, [dim])
+    value = state.value(index) if dim in varying(labels) else torch.zeros(index.meta["val"].shape, dtype=torch.int64)
     if value is None:
         return None
     taken = labels.gather if name_of(node) == "gather" else labels.index_select
     return thin(taken(dim, value.cpu()))
 
 
-def _taken_rule(walk: LabelPropagation, source: Any, labels: Tensor, dims: Sequence[int]) -> Tensor:
-    if walk.tensor(source) is not None:
-        return thin(walk.atoms.mix(labels, dims, f"{walk.where(walk.node)} looks them up by number"))
-    walk.bound(labels, [d for d in range(labels.dim()) if d not in dims], "takes some by number")
+def _looked_up(state: LabelState, source: Node, labels: Tensor, dims: Sequence[int]) -> Tensor:
+    if state.tensor(source) is not None:
+        return thin(state.channel_ids.mix(labels, dims, f"{state.where(state.node)} looks them up by number"))
+    state.bound(labels, [d for d in range(labels.dim()) if d not in dims], "takes some by number")
     return labels
 
 
 # -- mixing ---------------------------------------------------------------------------------------------------------
 
 
-def _reduce(walk: LabelPropagation, node: Any, given: dict[str, Any]) -> Any:
-    if isinstance(given.get("other"), torch.fx.Node):
-        return _pointwise(walk, node, given)
-    labels = walk.read(node.args[0])
+def _reduce(state: LabelState, node: Node, given: dict[str, Any]) -> Any:
+    if isinstance(given.get("other"), Node):
+        return _pointwise(state, node, given)
+    labels = state.read(argument_node(node))
     dims = given.get("dim")
     dims = [dims] if isinstance(dims, int) else dims or list(range(labels.dim()))
     dims = {dim % labels.dim() for dim in dims}
-    mixed = walk.atoms.mix(labels, dims, _mixed_by(walk, node, "takes one number from them"))
+    mixed = state.channel_ids.mix(labels, dims, _mixed_by(state, node, "takes one number from them"))
     inner = mixed[tuple(slice(0, 1) if dim in dims else slice(None) for dim in range(labels.dim()))]
     return _for_each(node, lambda shape: inner.reshape(shape))
 
 
-def _along(walk: LabelPropagation, node: Any, given: dict[str, Any]) -> Any:
-    mixed = walk.atoms.mix(walk.read(node.args[0]), [given.get("dim", -1)], _mixed_by(walk, node, "mixes them"))
+def _softmax(state: LabelState, node: Node, given: dict[str, Any]) -> Any:
+    mixed = state.channel_ids.mix(
+        state.read(argument_node(node)), [given.get("dim", -1)], _mixed_by(state, node, "mixes them")
+    )
     return _for_each(node, lambda shape: mixed)
 
 
-def _mixed_by(walk: LabelPropagation, node: Any, what: str) -> str:
-    if "Norm" in walk.type_of(node):
-        return f"its channels are normalised together by {walk.layer(node)}"
-    return f"{walk.where(node)} {what}"
+def _mixed_by(state: LabelState, node: Node, what: str) -> str:
+    if "Norm" in state.type_of(node):
+        return f"its channels are normalised together by {state.layer(node)}"
+    return f"{state.where(node)} {what}"
 
 
-def _for_each(node: Any, make: Callable[[Sequence[int]], Tensor]) -> Any:
+def _for_each(node: Node, make: Callable[[Sequence[int]], Tensor]) -> Any:
     """What `make` gives for the shape of the node's tensor, or of each of several."""
     value = node.meta["val"]
     return [make(one.shape) for one in value] if isinstance(value, (list, tuple)) else make(value.shape)
 
 
-def _first_rule(labels: Tensor, count: int) -> Tensor:
+def _without_last_dims(labels: Tensor, count: int) -> Tensor:
     """`labels` with size 1 along the last `count` dimensions."""
     for dim in range(labels.dim() - count, labels.dim()):
         labels = labels.narrow(dim, 0, 1)
     return labels
 
 
-def _pool(walk: LabelPropagation, node: Any, given: dict[str, Any]) -> Any:
+def _pool(state: LabelState, node: Node, given: dict[str, Any]) -> Any:
     rank = next((int(letter) for letter in name_of(node) if letter in "123"), 2)
-    labels = walk.read(node.args[0])
+    labels = state.read(argument_node(node))
     dims = range(labels.dim() - rank, labels.dim())
-    mixed = walk.atoms.mix(labels, dims, f"{walk.where(node)} takes one number from them")
-    inner = _first_rule(mixed, rank)
+    mixed = state.channel_ids.mix(labels, dims, f"{state.where(node)} takes one number from them")
+    inner = _without_last_dims(mixed, rank)
     return _for_each(node, lambda shape: inner.expand(shape))
 
 
-def _pad(walk: LabelPropagation, node: Any, given: dict[str, Any]) -> Tensor:
+def _pad(state: LabelState, node: Node, given: dict[str, Any]) -> Tensor:
     """Padding along positions; a padded channel is not removed, nor what meets it."""
-    labels = walk.read(node.args[0])
+    labels = state.read(argument_node(node))
     sizes = list(given.get("pad") or given["padding"])
     made = labels
     for number in range(len(sizes) // 2):
         dim = labels.dim() - 1 - number
         before, after = sizes[2 * number], sizes[2 * number + 1]
         if dim in varying(made):
-            walk.bound(made, [d for d in range(made.dim()) if d != dim], "pads them by a fixed number")
+            state.bound(made, [d for d in range(made.dim()) if d != dim], "pads them by a fixed number")
             inner = core(made)
             shape = list(inner.shape)
             parts = [torch.zeros([*shape[:dim], n, *shape[dim + 1 :]], dtype=torch.int64) for n in (before, after)]
@@ -325,151 +304,154 @@ def _pad(walk: LabelPropagation, node: Any, given: dict[str, Any]) -> Tensor:
     return made
 
 
-def _batch_norm(walk: LabelPropagation, node: Any, given: dict[str, Any]) -> Tensor:
-    labels = walk.read(node.args[0])
-    why = f"{walk.layer(node)} has other channels"
-    channels = walk.channels(labels, 1, why)
+def _batch_norm(state: LabelState, node: Node, given: dict[str, Any]) -> Tensor:
+    labels = state.read(argument_node(node))
+    why = f"{state.layer(node)} has other channels"
+    channels = state.channels(labels, 1, why)
     for name in ("weight", "bias", "running_mean", "running_var"):
-        channels = walk.vector(given.get(name), channels, why)
+        channels = state.vector(given.get(name), channels, why)
     return along(channels, 1, labels.shape)
 
 
-def _layer_norm(walk: LabelPropagation, node: Any, given: dict[str, Any]) -> Tensor:
-    labels = walk.read(node.args[0])
+def _layer_norm(state: LabelState, node: Node, given: dict[str, Any]) -> Tensor:
+    labels = state.read(argument_node(node))
     size = len(given["normalized_shape"])
-    why = f"its channels are normalised together by {walk.layer(node)}"
-    mixed = walk.atoms.mix(labels, range(labels.dim() - size, labels.dim()), why)
-    affine = [one for name in ("weight", "bias") if isinstance(one := given.get(name), torch.fx.Node)]
-    operands = [LabelledOperand(mixed, walk.operand(node.args[0]).real), *(walk.operand(one) for one in affine)]
-    return _together_rule(walk, operands, labels.shape, walk.layer(node))
+    why = f"its channels are normalised together by {state.layer(node)}"
+    mixed = state.channel_ids.mix(labels, range(labels.dim() - size, labels.dim()), why)
+    affine = [one for name in ("weight", "bias") if isinstance(one := given.get(name), Node)]
+    operands = [
+        LabelledOperand(mixed, state.operand(argument_node(node)).real),
+        *(state.operand(one) for one in affine),
+    ]
+    return _unite_operands(state, operands, labels.shape, state.layer(node))
 
 
-def _group_norm(walk: LabelPropagation, node: Any, given: dict[str, Any]) -> Tensor:
-    labels = walk.read(node.args[0])
+def _group_norm(state: LabelState, node: Node, given: dict[str, Any]) -> Tensor:
+    labels = state.read(argument_node(node))
     groups = given["num_groups"]
-    channels = walk.channels(labels, 1, f"{walk.layer(node)} reads them along another dimension")
-    why = f"its channels are normalised together by {walk.layer(node)}"
-    channels = walk.atoms.mix(channels.reshape(groups, -1), [1], why).reshape(-1)
+    channels = state.channels(labels, 1, f"{state.layer(node)} reads them along another dimension")
+    why = f"its channels are normalised together by {state.layer(node)}"
+    channels = state.channel_ids.mix(channels.reshape(groups, -1), [1], why).reshape(-1)
     for name in ("weight", "bias"):
-        channels = walk.vector(given.get(name), channels, why)
+        channels = state.vector(given.get(name), channels, why)
     return along(channels, 1, labels.shape)
 
 
-def _prelu(walk: LabelPropagation, node: Any, given: dict[str, Any]) -> Tensor:
-    labels = walk.read(node.args[0])
+def _prelu(state: LabelState, node: Node, given: dict[str, Any]) -> Tensor:
+    labels = state.read(argument_node(node))
     weight = given["weight"]
     if weight.meta["val"].numel() == 1:
         return labels
-    channels = walk.channels(labels, 1, walk.where(node))
-    return along(walk.vector(weight, channels, walk.where(node)), 1, labels.shape)
+    channels = state.channels(labels, 1, state.where(node))
+    return along(state.vector(weight, channels, state.where(node)), 1, labels.shape)
 
 
 # -- products -------------------------------------------------------------------------------------------------------
 
 
-def _matmul(walk: LabelPropagation, node: Any, given: dict[str, Any]) -> Tensor:
-    return _product_rule(walk, node, node.args[0], node.args[1])
+def _matmul(state: LabelState, node: Node, given: dict[str, Any]) -> Tensor:
+    return _matrix_product(state, node, argument_node(node), argument_node(node, 1))
 
 
-def _baddbmm(walk: LabelPropagation, node: Any, given: dict[str, Any]) -> Tensor:
-    made = _product_rule(walk, node, node.args[1], node.args[2])
+def _baddbmm(state: LabelState, node: Node, given: dict[str, Any]) -> Tensor:
+    made = _matrix_product(state, node, argument_node(node, 1), argument_node(node, 2))
     operand = LabelledOperand(made, tuple(n > 1 for n in made.shape))
-    return _together_rule(walk, [operand, walk.operand(node.args[0])], made.shape, walk.where(node))
+    return _unite_operands(state, [operand, state.operand(argument_node(node))], made.shape, state.where(node))
 
 
-def _product_rule(walk: LabelPropagation, node: Any, first: Any, second: Any) -> Tensor:
+def _matrix_product(state: LabelState, node: Node, first: Node, second: Node) -> Tensor:
     """Of two activations; with a tensor of fixed size it only moves what does not lie along the sum."""
-    left, right = operands = [walk.operand(first), walk.operand(second)]
+    left, right = operands = [state.operand(first), state.operand(second)]
     shape = node.meta["val"].shape
     if all(one.labels.dim() > 1 for one in operands):
         for one, other, summed in ((left, right, -1), (right, left, -2)):
             if not core(other.labels).any():
                 if one.labels.dim() + summed in varying(one.labels):
-                    walk.atoms.keep(one.labels, f"{walk.where(node)} meets a tensor of fixed size")
+                    state.channel_ids.keep(one.labels, f"{state.where(node)} meets a tensor of fixed size")
                     return never(shape)
                 moved = LabelledOperand(one.labels.narrow(summed, 0, 1), one.real, one.table)
                 fixed = LabelledOperand(other.labels[..., :1, :1], (*other.real[:-2], False, False))
-                return _together_rule(walk, [moved, fixed], shape, walk.where(node))
-    return _heads(walk, operands, shape, node)
+                return _unite_operands(state, [moved, fixed], shape, state.where(node))
+    return _heads(state, operands, shape, node)
 
 
-def _heads(walk: LabelPropagation, operands: Sequence[LabelledOperand], shape: Sequence[int], node: Any) -> Tensor:
+def _heads(state: LabelState, operands: Sequence[LabelledOperand], shape: Sequence[int], node: Node) -> Tensor:
     """All under one batch index goes together: in attention that is a head."""
-    why = f"{walk.where(node)} takes products along them"
+    why = f"{state.where(node)} takes products along them"
     mixed = []
     for one in operands:
         dims = range(max(one.labels.dim() - 2, 0), one.labels.dim())
-        whole = walk.atoms.mix(one.labels, dims, why, "attended")
-        inner = _first_rule(whole, len(dims))
+        whole = state.channel_ids.mix(one.labels, dims, why, "attended")
+        inner = _without_last_dims(whole, len(dims))
         if len(dims) < 2:
             inner = inner.reshape(1, 1)
-        walk.atoms.log("attended", core(inner), why)
+        state.channel_ids.log("attended", core(inner), why)
         mixed.append(LabelledOperand(inner, (*one.real[: inner.dim() - 2], False, False), one.table))
-    made = _together_rule(walk, mixed, [*shape[:-2], 1, 1] if len(shape) > 1 else [1, 1], walk.where(node))
+    made = _unite_operands(state, mixed, [*shape[:-2], 1, 1] if len(shape) > 1 else [1, 1], state.where(node))
     return made.expand(tuple(shape)) if len(shape) > 1 else made.reshape(1).expand(tuple(shape))
 
 
-def _attention_rule(walk: LabelPropagation, node: Any, given: dict[str, Any]) -> Tensor:
-    operands = [walk.operand(given[name]) for name in ("query", "key", "value")]
+def _attention(state: LabelState, node: Node, given: dict[str, Any]) -> Tensor:
+    operands = [state.operand(given[name]) for name in ("query", "key", "value")]
     if given.get("enable_gqa"):
         heads = operands[0].labels.shape[-3]
         operands = [
             LabelledOperand(thin(one.labels.repeat_interleave(heads // one.labels.shape[-3], -3)), one.real, one.table)
             for one in operands
         ]
-    if isinstance(mask := given.get("attn_mask"), torch.fx.Node):
-        operands.append(walk.operand(mask))
-    return _heads(walk, operands, node.meta["val"].shape, node)
+    if isinstance(mask := given.get("attn_mask"), Node):
+        operands.append(state.operand(mask))
+    return _heads(state, operands, node.meta["val"].shape, node)
 
 
-def _table(rule: Rule, names: str) -> dict[str, Rule]:
+def _by_names(rule: Rule, names: str) -> dict[str, Rule]:
     return dict.fromkeys(names.split(), rule)
 
 
 RULES: dict[str, Rule] = {
-    **_table(
-        _same_rule,
+    **_by_names(
+        _identity,
         "clone contiguous to _to_copy type_as alias detach lift_fresh_copy positive float double half bfloat16 dropout "
         "alpha_dropout feature_dropout feature_alpha_dropout rrelu identity zeros_like ones_like full_like empty_like "
         "rand_like randn_like",
     ),
-    **_table(
+    **_by_names(
         _pointwise,
         "relu relu6 hardtanh hardswish hardsigmoid selu celu elu mish silu leaky_relu softplus softsign threshold "
         "log_sigmoid logsigmoid hardshrink softshrink tanhshrink where masked_fill fill copy multiply divide subtract "
         "true_divide square clip maximum minimum rsub nan_to_num bitwise_not logical_not isnan isfinite isinf",
     ),
-    **_table(_reshape, "view reshape _unsafe_view flatten unflatten view_as reshape_as ravel"),
-    **_table(
+    **_by_names(_reshape, "view reshape _unsafe_view flatten unflatten view_as reshape_as ravel"),
+    **_by_names(
         _move,
         "permute transpose t numpy_T mT adjoint movedim moveaxis swapaxes swapdims squeeze unsqueeze expand expand_as "
         "broadcast_to flip repeat tile repeat_interleave",
     ),
-    **_table(_join, "cat concat concatenate stack"),
-    **_table(_slice, "slice select narrow"),
-    **_table(_split_rule, "split chunk split_with_sizes tensor_split unsafe_split unsafe_chunk"),
+    **_by_names(_join, "cat concat concatenate stack"),
+    **_by_names(_slice, "slice select narrow"),
+    **_by_names(_split, "split chunk split_with_sizes tensor_split unsafe_split unsafe_chunk"),
     "unbind": _unbind,
     "glu": _glu,
     "roll": _roll,
     "unfold": _unfold,
-    **_table(_windows, "im2col pixel_unshuffle"),
+    **_by_names(_windows, "im2col pixel_unshuffle"),
     "pixel_shuffle": _pixel_shuffle,
     "index": _index,
-    **_table(_gather, "gather index_select"),
-    **_table(
+    **_by_names(_gather, "gather index_select"),
+    **_by_names(
         _reduce,
         "mean sum amax amin prod var std norm linalg_vector_norm logsumexp all any max min median var_mean std_mean "
         "nansum count_nonzero aminmax",
     ),
-    **_table(_along, "softmax log_softmax _softmax _log_softmax cumsum cumprod sort"),
-    **_table(_pad, "pad constant_pad_nd"),
-    **_table(_batch_norm, "batch_norm instance_norm"),
-    **_table(_layer_norm, "layer_norm rms_norm"),
+    **_by_names(_softmax, "softmax log_softmax _softmax _log_softmax cumsum cumprod sort"),
+    **_by_names(_pad, "pad constant_pad_nd"),
+    **_by_names(_batch_norm, "batch_norm instance_norm"),
+    **_by_names(_layer_norm, "layer_norm rms_norm"),
     "group_norm": _group_norm,
     "prelu": _prelu,
-    **_table(_matmul, "matmul bmm mm"),
+    **_by_names(_matmul, "matmul bmm mm"),
     "baddbmm": _baddbmm,
-    "scaled_dot_product_attention": _attention_rule,
+    "scaled_dot_product_attention": _attention,
 }
 _BY_START: dict[str, Rule] = {
     **dict.fromkeys(("avg_pool", "max_pool", "adaptive_avg_pool", "adaptive_max_pool", "upsample_", "lp_pool"), _pool),

@@ -1,13 +1,13 @@
-"""Channels taken out of a model for good: parameters, buffers, gradients, the optimizer's memory, layers' own numbers.
+"""Removal of channels from parameters, buffers, gradients, the optimizer's state and the layers' own numbers.
 
-`plan_removal` says what becomes of every tensor and number, and touches nothing; `remove` does it, all or nothing.
+`plan_removal` gives the new form of every tensor and number, and touches nothing; `remove` acts, all or nothing.
 """
 
 from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Mapping, MutableMapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,12 +24,12 @@ from sparsify.pruning.groups import ChannelGroups
 __all__: list[str] = []
 
 PrunedChannels = Mapping[str, Collection[int]]
-"""Channel group's name -> its channels that go."""
+"""{channel group: its channels that go}."""
 
 
 @dataclass(frozen=True)
 class Removal:
-    """What becomes of a model when channels are removed. Plain data: it can be saved, and applied to a copy.
+    """The new form of a model without some channels. Plain data: it can be saved, and applied to a copy.
 
     Attributes:
         keep: {parameter or buffer: {dimension: int64 indices that stay}}.
@@ -59,7 +59,7 @@ class Removal:
 
     @classmethod
     def from_state(cls, state: Mapping[str, Any]) -> Removal:
-        """Of what `state_dict` returned."""
+        """The removal that `state_dict` was called on."""
         return cls(
             keep={name: {int(d): index for d, index in dims.items()} for name, dims in state["keep"].items()},
             attributes={
@@ -79,37 +79,37 @@ def tensors(model: nn.Module) -> dict[str, Tensor]:
 
 
 def plan_removal(model: nn.Module, channel_groups: ChannelGroups, pruned: PrunedChannels) -> Removal:
-    """What becomes of `model` when the channels in `pruned` are removed. Touches nothing.
+    """The new form of `model` without the channels in `pruned`. Touches nothing.
 
     Raises:
         ArgumentError: no such channel group or channel, or no channel of a channel group would be left.
         StateError: the channel groups are of a model with other shapes.
     """
     here = tensors(model)
-    dead: dict[str, dict[int, set[int]]] = {}
+    cut: dict[str, dict[int, set[int]]] = {}
     for name, channels in pruned.items():
-        channel_group = channel_groups.groups.get(name)
-        if channel_group is None:
-            raise ArgumentError(f"{name!r} is no channel group of channels.{did_you_mean(name, channel_groups.groups)}")
-        wrong = [c for c in channels if not 0 <= c < channel_group.size]
+        group = channel_groups.groups.get(name)
+        if group is None:
+            raise ArgumentError(f"{name!r} is no channel group.{did_you_mean(name, channel_groups.groups)}")
+        wrong = [c for c in channels if not 0 <= c < group.size]
         if wrong:
-            raise ArgumentError(f"{name!r} has channels 0 to {channel_group.size - 1}, not {wrong[0]}.")
+            raise ArgumentError(f"{name!r} has channels 0 to {group.size - 1}, not {wrong[0]}.")
         lost = set(channels)
-        if len(lost) == channel_group.size:
-            raise ArgumentError(f"all {channel_group.size} channels of {name!r} would be removed; keep at least one.")
-        for place in channel_group.places if lost else ():
-            size = tuple(here[place.tensor].shape) if place.tensor in here else ()
-            if len(size) <= place.dim or size[place.dim] != len(place.channels):
+        if len(lost) == group.size:
+            raise ArgumentError(f"all {group.size} channels of {name!r} would be removed; keep at least one.")
+        for member in group.members if lost else ():
+            size = tuple(here[member.tensor].shape) if member.tensor in here else ()
+            if len(size) <= member.dim or size[member.dim] != len(member.channels):
                 raise StateError(
-                    f"{place.tensor!r} has shape {size}, but {len(place.channels)} slices were found along "
-                    f"dimension {place.dim}: the model was changed since. Find channel groups anew."
+                    f"{member.tensor!r} has shape {size}, but {len(member.channels)} slices were found along "
+                    f"dimension {member.dim}: the model was changed since. Find channel groups anew."
                 )
-            slices = dead.setdefault(place.tensor, {}).setdefault(place.dim, set())
-            slices.update(i for i, channel in enumerate(place.channels) if channel in lost)
+            slices = cut.setdefault(member.tensor, {}).setdefault(member.dim, set())
+            slices.update(i for i, channel in enumerate(member.channels) if channel in lost)
     keep: dict[str, dict[int, Tensor]] = {}
     before: dict[str, tuple[int, ...]] = {}
     after: dict[str, tuple[int, ...]] = {}
-    for name, dims in dead.items():
+    for name, dims in cut.items():
         shape = list(here[name].shape)
         before[name] = tuple(shape)
         keep[name] = {}
@@ -119,7 +119,7 @@ def plan_removal(model: nn.Module, channel_groups: ChannelGroups, pruned: Pruned
         if not all(shape[dim] for dim in dims):
             raise ArgumentError(f"nothing of {name!r} would be left: {before[name]} becomes {tuple(shape)}.")
         after[name] = tuple(shape)
-    attributes = _layers_own(model, keep, after)
+    attributes = _layer_attributes(model, keep, after)
     attributes |= numbers_in_code(model, channel_groups, pruned)
     return Removal(keep, attributes, _config(model, channel_groups, pruned), before, after)
 
@@ -127,16 +127,16 @@ def plan_removal(model: nn.Module, channel_groups: ChannelGroups, pruned: Pruned
 # ---------------------------------------------------------------------- numbers that follow shapes
 
 
-def _cut_convolution(layer: Any, weight: tuple[int, ...], groups: int) -> dict[str, Any]:
+def _conv_attributes(layer: nn.modules.conv._ConvNd, weight: tuple[int, ...], groups: int) -> dict[str, Any]:
     if layer.transposed:
         return {"in_channels": weight[0], "out_channels": weight[1] * groups, "groups": groups}
     return {"in_channels": weight[1] * groups, "out_channels": weight[0], "groups": groups}
 
 
-def _layers_own(
+def _layer_attributes(
     model: nn.Module, keep: Mapping[str, Mapping[int, Tensor]], after: Mapping[str, tuple[int, ...]]
 ) -> dict[str, dict[str, Any]]:
-    """in_channels and the like of layers whose weights shrink."""
+    """The new in_channels and the like of layers whose weights shrink."""
     changed = {id(t): name for name, t in tensors(model).items() if name in keep}
     found: dict[str, dict[str, Any]] = {}
     for path, layer in {"": model, **named_modules(model)}.items():
@@ -152,9 +152,9 @@ def _layers_own(
         values: dict[str, Any] = {}
         if isinstance(layer, nn.modules.conv._ConvNd) and shape:
             old = layer.weight.shape[0]
-            # Of grouped ones whole groups go: the first dimension of the weight tells how many are left.
+            # Of group convolutions whole groups go: the first dimension of the weight tells how many are left.
             groups = layer.groups * shape[0] // old if layer.groups > 1 else 1
-            values = _cut_convolution(layer, shape, groups)
+            values = _conv_attributes(layer, shape, groups)
         elif isinstance(layer, nn.Linear) and shape:
             values = {"in_features": shape[1], "out_features": shape[0]}
         elif isinstance(layer, nn.modules.batchnorm._NormBase):
@@ -176,22 +176,22 @@ def _layers_own(
     return found
 
 
-_NEVER = ("head_dim", "head_size", "per_head", "window", "d_kv", "kernel", "stride", "padding", "dilation", "patch")
+_FIXED = ("head_dim", "head_size", "per_head", "window", "d_kv", "kernel", "stride", "padding", "dilation", "patch")
 """Parts of names of numbers that do not follow a count of channels: the size of one head, geometry."""
 
 
 def numbers_in_code(
     model: nn.Module, channel_groups: ChannelGroups, pruned: PrunedChannels
 ) -> dict[str, dict[str, Any]]:
-    """Whole numbers that user's modules keep, equal to a size in their own forward that becomes another.
+    """The integers that a user's modules hold, equal to a size in their own forward that changes, with the new size.
 
-    A number that several sizes explain, with different results, is left alone: the dry run judges.
+    A number that several sizes explain, with different results, is left alone: the dry run decides.
     """
     lost = {(name, channel) for name, channels in pruned.items() for channel in channels}
     sizes: dict[str, dict[int, set[int]]] = {}
-    for extent in channel_groups.extents:
-        left = sum(channel not in lost for channel in extent.channels)
-        sizes.setdefault(extent.module, {}).setdefault(len(extent.channels), set()).add(left)
+    for size in channel_groups.traced_sizes:
+        left = sum(channel not in lost for channel in size.channels)
+        sizes.setdefault(size.module, {}).setdefault(len(size.channels), set()).add(left)
     modules = {"": model, **named_modules(model)}
     found: dict[str, dict[str, Any]] = {}
     for path, by_size in sizes.items():
@@ -203,7 +203,7 @@ def numbers_in_code(
             continue
         for name, value in vars(module).items():
             # all_head_size, in the manner of BERT, is the size of all heads together.
-            fixed = any(part in name.replace("all_head_size", "") for part in _NEVER)
+            fixed = any(part in name.replace("all_head_size", "") for part in _FIXED)
             if type(value) is not int or name in channel_groups.constants or fixed:
                 continue
             left_over = by_size.get(value, set())
@@ -217,7 +217,7 @@ _HEADS = ("num_attention_heads", "num_key_value_heads", "num_heads", "n_head", "
 
 
 def _config(model: nn.Module, channel_groups: ChannelGroups, pruned: PrunedChannels) -> dict[str, Any]:
-    """Values of a Hugging Face config that say, after the removal, what the model is.
+    """The new values of a Hugging Face config.
 
     Only where one value is true for all layers. The number of heads only where the config tells the size of a head as
     well: elsewhere that size is computed as hidden size / heads, and another number would build another model.
@@ -228,9 +228,9 @@ def _config(model: nn.Module, channel_groups: ChannelGroups, pruned: PrunedChann
     found: dict[str, Any] = {}
     for kind, names in (("linear", _COLUMNS), ("heads", _HEADS)):
         left: dict[int, set[int]] = {}
-        for name, channel_group in channel_groups.groups.items():
-            if channel_group.kind == kind:
-                left.setdefault(channel_group.size, set()).add(channel_group.size - len(set(pruned.get(name, ()))))
+        for name, group in channel_groups.groups.items():
+            if group.kind == kind:
+                left.setdefault(group.size, set()).add(group.size - len(set(pruned.get(name, ()))))
         told = any(isinstance(vars(config).get(size), int) for size in ("head_dim", "d_kv"))
         for name in names:
             value = vars(config).get(name)
@@ -249,20 +249,62 @@ def _config(model: nn.Module, channel_groups: ChannelGroups, pruned: PrunedChann
     return {name: value for name, value in found.items() if vars(config).get(name) != value}
 
 
-# ---------------------------------------------------------------------- doing it
+# ---------------------------------------------------------------------- in place
 
 
 def remove(model: nn.Module, removal: Removal, optimizer: Any = None) -> None:
     """Removes channels in place, all or nothing. Parameters stay the objects that they are; tied ones stay tied.
 
     Call it between steps: after `optimizer.step()` and before the next forward. A loss that is still held can no
-    longer be back-propagated. What the optimizer remembers is cut along: every tensor of its state that has the
-    parameter's dimensions; the history of LBFGS, in the space of all weights, is cleared. Adafactor divides by the
-    number of weights, and goes on along another path than masked training would.
+    longer be back-propagated. The optimizer's state is cut along: every tensor of it that has the parameter's
+    dimensions; the history of LBFGS, in the space of all weights, is cleared. Adafactor divides by the number of
+    weights, and goes on along another path than masked training would.
 
     Raises:
         StateError: the model has other shapes, or is wrapped by DistributedDataParallel or FSDP.
     """
+    _check_removable(model, removal)
+    here = tensors(model)
+    modules = {"": model, **named_modules(model)}
+    inner = None if optimizer is None else innermost_optimizer(optimizer)
+    with torch.no_grad():
+        # All that can fail comes first: from here on objects are only put in their places.
+        parameters: list[tuple[Tensor, Tensor, Tensor | None]] = []
+        buffers: dict[int, Tensor] = {}
+        for name, dims in removal.keep.items():
+            old, new = here[name], _cut(here[name], dims)
+            if isinstance(old, nn.Parameter):
+                parameters.append((old, new, None if old.grad is None else _cut(old.grad, dims)))
+            else:
+                buffers[id(old)] = new
+        states = _cut_states(inner, here, removal)
+    undo: list[Callable[[], None]] = []
+    try:
+        for old, new, grad in parameters:
+            _replace_parameter(old, new, grad, undo)
+        _replace_buffers(model, buffers, undo)
+        for state, key, cut in states:
+            undo.append(_setter(state, key, state[key]))
+            state[key] = cut
+        for path, values in removal.attributes.items():
+            for key, value in values.items():
+                undo.append(_setter(modules[path].__dict__, key, getattr(modules[path], key)))
+                setattr(modules[path], key, value)
+        if removal.config:
+            _replace_config(model, removal.config, undo)
+    except BaseException:
+        for back in reversed(undo):
+            back()
+        raise
+    if isinstance(inner, LBFGS):
+        # After the rest: it cannot fail, and is not undone.
+        for state in inner.state.values():
+            state.clear()
+        inner._numel_cache = None  # the number of all weights, which torch counts once
+
+
+def _check_removable(model: nn.Module, removal: Removal) -> None:
+    """Refuses a model that channels cannot be removed from, or that has other shapes."""
     if is_distributed(model) or any(hasattr(p, "placements") for p in model.parameters()):
         raise StateError(
             "channels cannot be removed under a live DistributedDataParallel or FSDP wrapper, which holds buffers of "
@@ -278,67 +320,54 @@ def remove(model: nn.Module, removal: Removal, optimizer: Any = None) -> None:
             raise StateError(
                 f"{name!r} has shape {tuple(here[name].shape)}, but channels are to be removed from {tuple(shape)}."
             )
-    modules = {"": model, **named_modules(model)}
+    modules = {"", *named_modules(model)}
     absent = [path for path in removal.attributes if path not in modules]
     if absent:
         raise StateError(f"{type(model).__name__} has no module {absent[0]!r}.")
-    inner = None if optimizer is None else innermost_optimizer(optimizer)
-    states = getattr(inner, "state", None)
-    states = states if isinstance(states, Mapping) else {}
 
-    with torch.no_grad():
-        # All that can fail comes first: from here on objects are only put in their places.
-        parameters: list[tuple[Tensor, Tensor, Tensor | None]] = []
-        buffers: dict[int, Tensor] = {}
-        remembered: list[tuple[Any, Any, Any]] = []
-        for name, dims in removal.keep.items():
-            old = here[name]
-            new = _cut(old, dims)
-            if isinstance(old, nn.Parameter):
-                grad = None if old.grad is None else _cut(old.grad, dims)
-                parameters.append((old, new, grad))
-                for key, value in (states.get(old) or {}).items():
-                    cut = _cut_state(value, old, dims)
-                    if cut is not value:
-                        remembered.append((states[old], key, cut))
-            else:
-                buffers[id(old)] = new
-    undo: list[Callable[[], None]] = []
-    try:
-        for old, new, grad in parameters:
-            undo.append(_put_back(old, old.data, old.grad))
-            _put(old, new, grad)
-        for module in model.modules():
-            for key, value in module._buffers.items():
-                if value is not None and id(value) in buffers:
-                    undo.append(_setter(module._buffers, key, value))
-                    module._buffers[key] = buffers[id(value)]
-        for state, key, cut in remembered:
-            undo.append(_setter(state, key, state[key]))
-            state[key] = cut
-        for path, values in removal.attributes.items():
-            for key, value in values.items():
-                undo.append(_setter(modules[path].__dict__, key, getattr(modules[path], key)))
-                setattr(modules[path], key, value)
-        if removal.config:
-            # A copy: the user's own config object still says what the model was made from.
-            config = getattr(model, "config", None)
-            changed = copy.deepcopy(config)
-            for key, value in removal.config.items():
-                setattr(changed, key, value)
-            for module in model.modules():
-                if module.__dict__.get("config") is config:
-                    undo.append(_setter(module.__dict__, "config", config))
-                    module.__dict__["config"] = changed
-    except BaseException:
-        for back in reversed(undo):
-            back()
-        raise
-    if isinstance(inner, LBFGS):
-        # After the rest: it cannot fail, and is not undone.
-        for state in inner.state.values():
-            state.clear()
-        inner._numel_cache = None  # the number of all weights, which torch counts once
+
+def _cut_states(
+    optimizer: Any, here: Mapping[str, Tensor], removal: Removal
+) -> list[tuple[MutableMapping[str, object], str, object]]:
+    """(state of a parameter, key, its cut value) for all that an optimizer keeps in a parameter's dimensions."""
+    states = getattr(optimizer, "state", None)
+    if not isinstance(states, Mapping):
+        return []
+    found = []
+    for name, dims in removal.keep.items():
+        # Not `states[...]`: it is a defaultdict, and an optimizer takes an empty entry for one that was set up.
+        for key, value in (states.get(here[name]) or {}).items():
+            cut = _cut_state(value, here[name], dims)
+            if cut is not value:
+                found.append((states[here[name]], key, cut))
+    return found
+
+
+def _replace_parameter(parameter: Tensor, value: Tensor, grad: Tensor | None, undo: list[Callable[[], None]]) -> None:
+    old, old_grad = parameter.data, parameter.grad
+    undo.append(lambda: _set_data(parameter, old, old_grad))
+    _set_data(parameter, value, grad)
+
+
+def _replace_buffers(model: nn.Module, buffers: Mapping[int, Tensor], undo: list[Callable[[], None]]) -> None:
+    """Replaces every buffer whose id is in `buffers`, under all names that it has."""
+    for module in model.modules():
+        for key, value in module._buffers.items():
+            if value is not None and id(value) in buffers:
+                undo.append(_setter(module._buffers, key, value))
+                module._buffers[key] = buffers[id(value)]
+
+
+def _replace_config(model: nn.Module, values: Mapping[str, Any], undo: list[Callable[[], None]]) -> None:
+    """Gives all modules that share the model's config a changed copy; the user's own object stays as it is."""
+    config = getattr(model, "config", None)
+    changed = copy.deepcopy(config)
+    for key, value in values.items():
+        setattr(changed, key, value)
+    for module in model.modules():
+        if module.__dict__.get("config") is config:
+            undo.append(_setter(module.__dict__, "config", config))
+            module.__dict__["config"] = changed
 
 
 def _cut(tensor: Tensor, dims: Mapping[int, Tensor]) -> Tensor:
@@ -357,19 +386,20 @@ def _cut(tensor: Tensor, dims: Mapping[int, Tensor]) -> Tensor:
     return cut.contiguous(memory_format=last) if channels_last else cut
 
 
-def _cut_state(value: Any, parameter: Tensor, dims: Mapping[int, Tensor]) -> Any:
-    """What an optimizer remembers, cut where it has the parameter's dimension at its size."""
+def _cut_state(value: object, parameter: Tensor, dims: Mapping[int, Tensor]) -> object:
+    """A value of an optimizer's state, cut where it has the parameter's dimension at its size."""
     if not isinstance(value, Tensor) or value.dim() != parameter.dim() or value.dim() == 0:
         return value
     fits = {d: index for d, index in dims.items() if value.shape[d] == parameter.shape[d]}
     return _cut(value, fits) if fits else value
 
 
-def _put(parameter: Tensor, value: Tensor, grad: Tensor | None) -> None:
+def _set_data(parameter: Tensor, value: Tensor, grad: Tensor | None) -> None:
     """Gives a parameter another shape without making another object of it.
 
     A loss that is still held keeps the node that accumulates this parameter's gradient, with its old shape, and the
-    next backward would fail on it. A change of type in between makes torch forget that node.
+    next backward would fail on it. A change of type in between makes torch forget that node (seen in torch 2.13.0;
+    needless once setting `.data` of another shape resets it by itself).
     """
     parameter.grad = None
     other = torch.float16 if value.dtype != torch.float16 else torch.float32
@@ -378,23 +408,11 @@ def _put(parameter: Tensor, value: Tensor, grad: Tensor | None) -> None:
     parameter.grad = grad
 
 
-def _put_back(parameter: Tensor, value: Tensor, grad: Tensor | None) -> Callable[[], None]:
-    return lambda: _put(parameter, value, grad)
-
-
-def _setter(where: Any, key: Any, value: Any) -> Callable[[], None]:
+def _setter(where: MutableMapping[str, Any], key: str, value: object) -> Callable[[], None]:
     def back() -> None:
         where[key] = value
 
     return back
-
-
-def sizes(channel_groups: ChannelGroups, pruned: PrunedChannels) -> Iterator[tuple[str, int, int]]:
-    """(channel group, channels before, channels after) of those that lose any."""
-    for name, channels in pruned.items():
-        if channels:
-            size = channel_groups.groups[name].size
-            yield name, size, size - len(set(channels))
 
 
 def parameter_count(model: nn.Module) -> int:

@@ -63,10 +63,9 @@ class ChannelRemoval:
         """The channel groups that a dry run on these inputs found to be exact; found once, until `rerouted`."""
         if self._groups is None:
             # Here and not above: this imports the tracer, which is slow and which most pruning never asks for.
-            from sparsify.pruning.groups import find
-            from sparsify.pruning.shrinking import dry_run
+            from sparsify.pruning.dry_run import find_groups
 
-            self._groups = dry_run(self._model, find(self._model, args, kwargs), args, kwargs)
+            self._groups = find_groups(self._model, args, kwargs)
         return self._groups
 
     def rerouted(self) -> None:

@@ -436,10 +436,10 @@ def test_numbers_for_names_change_nothing_about_what_is_run(tmp_path: Path) -> N
 
 
 def test_rounding_of_widths_is_that_of_structured_pruning() -> None:
-    from sparsify.pruning.groups import find
+    from sparsify.pruning.groups import find_unchecked_groups
 
     model = nn.Sequential(nn.Conv2d(3, 48, 3), nn.ReLU(), nn.Conv2d(48, 8, 1)).eval()
-    channel_groups = find(model, (IMAGES,))
+    channel_groups = find_unchecked_groups(model, (IMAGES,))
     assert [variants.kept_channels(channel_groups, "0.weight", w) for w in (1.0, 0.9, 0.75, 0.5, 0.1)] == [
         48,
         48,

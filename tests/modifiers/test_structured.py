@@ -496,8 +496,8 @@ def test_the_state_of_another_width_is_refused_before_anything_changes() -> None
 
 @pytest.mark.parametrize("where", ["remove", "resize", "rerouted", "resized", "plan_removal", "deletion_masks"])
 def test_an_interruption_leaves_a_whole_model(where: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    import sparsify.pruning.group_masks
     import sparsify.pruning.removal
-    import sparsify.pruning.shrinking
     from sparsify.modifiers.structured import _Structured
     from sparsify.pruning.masker import Masker
 
@@ -508,7 +508,7 @@ def test_an_interruption_leaves_a_whole_model(where: str, monkeypatch: pytest.Mo
         "resize": Masker,
         "rerouted": ChannelRemoval,
         "resized": _Structured,
-        "deletion_masks": sparsify.pruning.shrinking,
+        "deletion_masks": sparsify.pruning.group_masks,
     }
     owner = owners.get(where, sparsify.pruning.removal)
     original = getattr(owner, where)

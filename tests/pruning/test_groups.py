@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sparsify.errors import ArgumentError
-from sparsify.pruning.groups import ChannelGroups, GroupMember, find
+from sparsify.pruning.groups import ChannelGroups, GroupMember, find_unchecked_groups
 
 IMAGE = torch.randn(2, 3, 8, 8, dtype=torch.float64)
 ROWS = torch.randn(2, 5, 12, dtype=torch.float64)
@@ -94,12 +94,12 @@ class Tied(nn.Module):
 
 
 def found(model: nn.Module, *args: Tensor) -> ChannelGroups:
-    return find(model.double(), args)
+    return find_unchecked_groups(model.double(), args)
 
 
 def shown(channel_groups: ChannelGroups) -> dict[str, tuple[str, int, set[tuple[str, int, str]]]]:
     return {
-        name: (channel_group.kind, channel_group.size, {(p.tensor, p.dim, p.role) for p in channel_group.places})
+        name: (channel_group.kind, channel_group.size, {(p.tensor, p.dim, p.role) for p in channel_group.members})
         for name, channel_group in channel_groups.groups.items()
     }
 
@@ -133,7 +133,7 @@ def test_a_residual_stream_under_batch_norm() -> None:
 
 def test_the_columns_of_a_channel_lie_where_it_was_put() -> None:
     channel_groups = found(Concat(), IMAGE).groups
-    places = {name: channel_group.places[-1] for name, channel_group in channel_groups.items()}
+    places = {name: channel_group.members[-1] for name, channel_group in channel_groups.items()}
     assert places["left.weight"] == GroupMember("head.weight", 1, "column", (*[0] * 4, *[1] * 4, *[-1] * 12))
     assert places["right.weight"] == GroupMember("head.weight", 1, "column", (*[-1] * 8, *[0] * 4, *[1] * 4, *[2] * 4))
 
@@ -142,10 +142,10 @@ def test_heads_of_a_fused_projection() -> None:
     channel_groups = found(nn.Sequential(Block(), nn.LayerNorm(12)), ROWS)
     heads = channel_groups.groups["0.qkv.weight"]
     assert (heads.kind, heads.size) == ("heads", 3)
-    assert heads.places[0].channels == tuple(head for _ in range(3) for head in range(3) for _ in range(4))
+    assert heads.members[0].channels == tuple(head for _ in range(3) for head in range(3) for _ in range(4))
     assert heads.columns == ("0.projection.weight",)
     assert channel_groups.groups["0.up.weight"].kind == "linear"
-    numbers = {(extent.module, len(extent.channels)) for extent in channel_groups.extents}
+    numbers = {(extent.module, len(extent.channels)) for extent in channel_groups.traced_sizes}
     assert {("0", 3), ("0", 12)} <= numbers, "the code of the block has the number of heads, and their width"
 
 
@@ -237,13 +237,13 @@ def leak(model: nn.Module, channel_groups: ChannelGroups, *args: Tensor, columns
 
     def fill(roles: tuple[str, ...], draw: bool) -> None:
         for channel_group in channel_groups.groups.values():
-            for place in channel_group.places:
-                if place.role in roles:
-                    channels = torch.tensor(place.channels)
+            for member in channel_group.members:
+                if member.role in roles:
+                    channels = torch.tensor(member.channels)
                     index = ((channels >= 0) & (channels % 2 == 0)).nonzero().flatten()
-                    part = tensors[place.tensor].index_select(place.dim, index)
-                    tensors[place.tensor].index_copy_(
-                        place.dim, index, torch.rand_like(part) + 0.5 if draw else part * 0
+                    part = tensors[member.tensor].index_select(member.dim, index)
+                    tensors[member.tensor].index_copy_(
+                        member.dim, index, torch.rand_like(part) + 0.5 if draw else part * 0
                     )
 
     with torch.no_grad():
@@ -287,9 +287,9 @@ def test_a_model_without_them_computes_what_the_masked_one_does(
     small = copy.deepcopy(model)
     left: dict[tuple[str, int], Tensor] = {}
     for channel_group in channel_groups.groups.values():
-        for place in channel_group.places:
-            kept = torch.tensor([channel % 2 == 1 or channel < 0 for channel in place.channels])
-            left[place.tensor, place.dim] = kept & left.get((place.tensor, place.dim), kept)
+        for member in channel_group.members:
+            kept = torch.tensor([channel % 2 == 1 or channel < 0 for channel in member.channels])
+            left[member.tensor, member.dim] = kept & left.get((member.tensor, member.dim), kept)
     for (tensor, dim), kept in left.items():
         owner, _, own = tensor.rpartition(".")
         statistic = own.startswith("running")
@@ -311,7 +311,7 @@ def test_the_model_stays_as_it_was() -> None:
     state = {name: value.clone() for name, value in model.state_dict().items()}
     versions = [buffer._version for buffer in model.buffers()]
     random = torch.random.get_rng_state()
-    find(model, (IMAGE.float(),))
+    find_unchecked_groups(model, (IMAGE.float(),))
     assert all(torch.equal(state[name], value) for name, value in model.state_dict().items())
     assert [buffer._version for buffer in model.buffers()] == versions
     assert [module.training for module in model.children()] == [True, True, True, False, True, True]
@@ -320,7 +320,11 @@ def test_the_model_stays_as_it_was() -> None:
 
 def test_names_are_clean_and_the_same_at_every_time() -> None:
     plain = found(Residual(), IMAGE)
-    wrapped = find(nn.DataParallel(Residual().double()), (IMAGE,)) if not torch.cuda.is_available() else plain
+    wrapped = (
+        find_unchecked_groups(nn.DataParallel(Residual().double()), (IMAGE,))
+        if not torch.cuda.is_available()
+        else plain
+    )
     assert wrapped.groups == plain.groups
     assert found(Residual(), IMAGE) == plain
 
@@ -331,11 +335,11 @@ def test_what_cannot_be_traced_is_refused() -> None:
             return x * 2 if x.sum() > 0 else x
 
     with pytest.raises(ArgumentError, match="cannot be traced"):
-        find(Branching(), (IMAGE,))
+        find_unchecked_groups(Branching(), (IMAGE,))
 
 
 def places(channel_groups: ChannelGroups, name: str) -> set[tuple[str, int]]:
-    return {(place.tensor, place.dim) for place in channel_groups.groups[name].places}
+    return {(member.tensor, member.dim) for member in channel_groups.groups[name].members}
 
 
 @pytest.mark.parametrize(
@@ -353,15 +357,15 @@ def test_what_scales_channels_goes_with_them(between: nn.Module, expected: set[t
     assert places(channel_groups, "0.weight") == {("0.weight", 0), ("0.bias", 0), ("2.weight", 1)} | expected
     size = {nn.GroupNorm: 4, nn.PReLU: 8, nn.Conv2d: 2}[type(between)]
     assert channel_group.size == size
-    # What goes together in one place goes together in all.
-    assert {place.channels for place in channel_group.places} == {tuple(i // (8 // size) for i in range(8))}
+    # What goes together in one member goes together in all.
+    assert {member.channels for member in channel_group.members} == {tuple(i // (8 // size) for i in range(8))}
 
 
 def test_the_halves_of_a_gate_lose_the_same_channels() -> None:
     channel_groups = found(nn.Sequential(nn.Linear(12, 8), nn.GLU(), nn.Linear(4, 5)), ROWS)
     channel_group = channel_groups.groups["0.weight"]
     assert channel_group.size == 4
-    rows = next(place for place in channel_group.places if place.role == "row")
+    rows = next(member for member in channel_group.members if member.role == "row")
     assert rows.channels == (0, 1, 2, 3, 0, 1, 2, 3)
 
 

@@ -1,4 +1,4 @@
-"""Labels: atoms unite and never part, and every rule ties exactly what dies together."""
+"""Labels: ids unite and never part, and every rule ties exactly what dies together."""
 
 from __future__ import annotations
 
@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from sparsify.model.trace import exported
-from sparsify.pruning.propagation import labelled
-from sparsify.pruning.union_find import NEVER, UnionFind, core, never, reshaped, thin, varying
+from sparsify.pruning.label_tensors import core, never, reshaped, thin, varying
+from sparsify.pruning.propagation import propagate_labels
+from sparsify.pruning.union_find import NEVER, UnionFind
 
 
 class Lambda(nn.Module):
@@ -33,9 +34,9 @@ class Lambda(nn.Module):
 
 def groups(model: nn.Module, *args: Tensor) -> list[list[int]]:
     """The rows of `first` that die together; those that never die are missing."""
-    found = labelled(model, exported(model, args))
-    roots = found.atoms.roots(found.places["first.weight", 0])
-    free = found.atoms.first("kept")[roots] == NEVER
+    found = propagate_labels(model, exported(model, args))
+    roots = found.channel_ids.roots(found.slices["first.weight", 0])
+    free = found.channel_ids.first("kept")[roots] == NEVER
     together: dict[int, list[int]] = {}
     for row, (root, alive) in enumerate(zip(roots.tolist(), free.tolist(), strict=True)):
         if alive and root:
@@ -167,42 +168,42 @@ def test_what_dies_together(name: str) -> None:
 def test_tied_weights_are_tied_channels() -> None:
     model = rows(lambda m, x: m.other(x), other=nn.Linear(8, 8))
     model.last = model.other
-    found = labelled(model, exported(model, (ROWS,)))
+    found = propagate_labels(model, exported(model, (ROWS,)))
     # Its rows are its own columns, and what the model returns: none can die.
-    assert (found.atoms.first("kept")[found.atoms.roots(found.places["last.weight", 1])] != NEVER).all()
+    assert (found.channel_ids.first("kept")[found.channel_ids.roots(found.slices["last.weight", 1])] != NEVER).all()
 
 
 @given(st.lists(st.tuples(st.integers(0, 19), st.integers(0, 19)), max_size=30))
-def test_united_atoms_are_the_components_of_a_graph(pairs: list[tuple[int, int]]) -> None:
-    atoms = UnionFind()
-    all_atoms = atoms.fresh([20])
+def test_united_ids_are_the_components_of_a_graph(pairs: list[tuple[int, int]]) -> None:
+    ids = UnionFind()
+    all_ids = ids.fresh([20])
     wanted = list(range(20))
     for first, second in pairs:
         wanted = [wanted[first] if one == wanted[second] else one for one in wanted]
     if pairs:
-        first, second = (all_atoms[torch.tensor(side)] for side in zip(*pairs, strict=True))
-        atoms.unite(first, second, "tied")
-    roots = atoms.roots(all_atoms).tolist()
+        first, second = (all_ids[torch.tensor(side)] for side in zip(*pairs, strict=True))
+        ids.unite(first, second, "tied")
+    roots = ids.roots(all_ids).tolist()
     assert [[a == b for b in roots] for a in roots] == [[a == b for b in wanted] for a in wanted]
     assert roots == [min(i + 1 for i in range(20) if roots[i] == root) for root in roots]
 
 
 def test_what_meets_never_is_kept_with_the_first_reason() -> None:
-    atoms = UnionFind()
-    labels = atoms.fresh([3])
-    atoms.unite(labels, torch.tensor([0, *labels[1:].tolist()]), "met an input")
-    atoms.keep(labels[:1], "later")
-    kept = atoms.first("kept")[labels]
-    assert [atoms.events[n].why if n != NEVER else None for n in kept.tolist()] == ["met an input", None, None]
+    ids = UnionFind()
+    labels = ids.fresh([3])
+    ids.unite(labels, torch.tensor([0, *labels[1:].tolist()]), "met an input")
+    ids.keep(labels[:1], "later")
+    kept = ids.first("kept")[labels]
+    assert [ids.events[n].why if n != NEVER else None for n in kept.tolist()] == ["met an input", None, None]
 
 
 def test_mixing_goes_along_its_dimensions_alone() -> None:
-    atoms = UnionFind()
-    labels = atoms.fresh([2, 3])
-    mixed = atoms.mix(labels, [1], "softmax")
+    ids = UnionFind()
+    labels = ids.fresh([2, 3])
+    mixed = ids.mix(labels, [1], "softmax")
     assert varying(mixed) == [0]
     assert len({*mixed.flatten().tolist()}) == 2
-    assert atoms.mix(never([2, 3]), [0], "softmax").sum() == 0
+    assert ids.mix(never([2, 3]), [0], "softmax").sum() == 0
 
 
 @given(st.permutations([2, 3, 4]), st.sampled_from([(24,), (6, 4), (2, 12), (4, 6), (2, 3, 4), (24, 1), (3, 8)]))

@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from sparsify.errors import DataError, StateError, TargetError
 from sparsify.model import distributed
 from sparsify.pruning import selection
-from sparsify.pruning.masker import Masker, MaskType, compute_masks
+from sparsify.pruning.masker import Masker
+from sparsify.pruning.masks import MaskType, compute_masks
 
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 VALUES: dict[str, Callable[[Tensor], Tensor]] = {

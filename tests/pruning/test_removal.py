@@ -13,10 +13,10 @@ from torch import Tensor, nn
 
 from sparsify.errors import ArgumentError, StateError
 from sparsify.pruning import removal as removals
-from sparsify.pruning.groups import ChannelGroup, ChannelGroups, GroupMember, find
+from sparsify.pruning.group_masks import deletion_masks
+from sparsify.pruning.groups import ChannelGroup, ChannelGroups, GroupMember, find_unchecked_groups
 from sparsify.pruning.masker import Masker
 from sparsify.pruning.removal import Removal, plan_removal, remove, tensors
-from sparsify.pruning.shrinking import deletion_masks
 from sparsify.training.checkpoint import checksum
 from tests.loops import holds_state, train_step
 from tests.optimizer_forms import FORMS, Form
@@ -58,7 +58,7 @@ def test_training_goes_on_as_the_masked_model_would(form: Form, kind: type[nn.Mo
     for _ in range(3):
         train_step(masked, optimizer, x)
         scheduler.step()
-    channel_groups = find(masked, (x,))
+    channel_groups = find_unchecked_groups(masked, (x,))
     pruned = every_second(channel_groups)
     assert pruned
     masker = Masker(masked, optimizer)
@@ -92,7 +92,7 @@ def test_lbfgs_begins_its_history_anew_and_goes_on() -> None:
         return loss
 
     optimizer.step(closure)
-    channel_groups = find(model, (x,))
+    channel_groups = find_unchecked_groups(model, (x,))
     remove(model, plan_removal(model, channel_groups, every_second(channel_groups)), optimizer)
     before = closure().item()
     optimizer.step(closure)
@@ -108,7 +108,7 @@ def test_parameters_stay_the_objects_that_they_are() -> None:
     parameters["conv1.weight"].register_hook(lambda grad: seen.append(grad.shape))
     held = loss_of(model, x)  # a user's own variable, alive across the removal
     held.backward(retain_graph=True)
-    channel_groups = find(model, (x,))
+    channel_groups = find_unchecked_groups(model, (x,))
     remove(model, plan_removal(model, channel_groups, every_second(channel_groups)))
     assert {name: id(p) for name, p in model.named_parameters()} == ids
     assert all(refs[name]() is p for name, p in model.named_parameters())
@@ -122,7 +122,7 @@ def test_compiled_code_sees_the_smaller_model() -> None:
     model, x = made_in_double()
     compiled = torch.compile(model, backend="aot_eager")
     compiled(x).sum().backward()
-    channel_groups = find(model, (x,))
+    channel_groups = find_unchecked_groups(model, (x,))
     remove(model, plan_removal(model, channel_groups, every_second(channel_groups)))
     assert torch.allclose(compiled(x), model(x))
     compiled(x).sum().backward()
@@ -131,7 +131,7 @@ def test_compiled_code_sees_the_smaller_model() -> None:
 def test_gradients_are_cut_and_memory_is_given_back() -> None:
     model, x = made_in_double()
     loss_of(model, x).backward()
-    channel_groups = find(model, (x,))
+    channel_groups = find_unchecked_groups(model, (x,))
     plan = plan_removal(model, channel_groups, every_second(channel_groups))
     grads = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
     remove(model, plan)
@@ -156,7 +156,7 @@ def test_layers_numbers_follow_their_weights(
     one = {4: nn.Conv2d, 3: nn.Conv1d, 5: nn.Conv3d}[len(shape)]
     model = nn.Sequential(one(4, 4, 1), layer, nn.ReLU(), one(8, 3, 1)).double()
     x = torch.randn(shape, dtype=torch.float64)
-    channel_groups = find(model, (x,))
+    channel_groups = find_unchecked_groups(model, (x,))
     pruned = every_second(channel_groups)
     for name, mask in deletion_masks(model, channel_groups, pruned).items():
         with torch.no_grad():
@@ -170,7 +170,7 @@ def test_layers_numbers_follow_their_weights(
 
 def test_groups_of_a_depthwise_convolution_become_fewer() -> None:
     model = nn.Sequential(nn.Conv2d(3, 8, 1), nn.Conv2d(8, 8, 3, groups=8), nn.Conv2d(8, 2, 1))
-    channel_groups = find(model, (torch.randn(1, 3, 6, 6),))
+    channel_groups = find_unchecked_groups(model, (torch.randn(1, 3, 6, 6),))
     remove(model, plan_removal(model, channel_groups, every_second(channel_groups)))
     depthwise = model[1]
     assert (depthwise.groups, depthwise.in_channels, depthwise.out_channels) == (4, 4, 4)
@@ -179,7 +179,7 @@ def test_groups_of_a_depthwise_convolution_become_fewer() -> None:
 def test_channels_last_stays() -> None:
     model, x = made_in_double()
     model.to(memory_format=torch.channels_last)
-    channel_groups = find(model, (x,))
+    channel_groups = find_unchecked_groups(model, (x,))
     remove(model, plan_removal(model, channel_groups, every_second(channel_groups)))
     weight = dict(model.named_parameters())["conv2.weight"]
     assert weight.is_contiguous(memory_format=torch.channels_last)
@@ -201,7 +201,7 @@ class Tied(nn.Module):
 def test_tied_weights_stay_tied() -> None:
     model = Tied().double()
     x = torch.randn(4, 3, dtype=torch.float64)
-    channel_groups = find(model, (x,))
+    channel_groups = find_unchecked_groups(model, (x,))
     pruned = every_second(channel_groups)
     remove(model, plan_removal(model, channel_groups, pruned))
     assert model.first.weight is model.second.weight
@@ -211,7 +211,7 @@ def test_tied_weights_stay_tied() -> None:
 
 def test_a_removal_is_saved_and_applied_to_a_fresh_model() -> None:
     model, x = made_in_double(Encoder)
-    channel_groups = find(model, (x,))
+    channel_groups = find_unchecked_groups(model, (x,))
     plan = plan_removal(model, channel_groups, every_second(channel_groups))
     file = io.BytesIO()
     torch.save(plan.state_dict(), file)
@@ -233,10 +233,8 @@ def test_a_config_is_changed_in_a_copy() -> None:
     )
     model = transformers.BertModel(config)
     inputs = (torch.randint(0, 20, (2, 5)),)
-    channel_groups = find(model, inputs)
-    columns = {
-        name: range(8) for name, channel_group in channel_groups.groups.items() if channel_group.kind == "linear"
-    }
+    channel_groups = find_unchecked_groups(model, inputs)
+    columns = {name: range(8) for name, group in channel_groups.groups.items() if group.kind == "linear"}
     plan = plan_removal(model, channel_groups, columns)
     remove(model, plan)
     assert config.intermediate_size == 24
@@ -252,9 +250,9 @@ def test_what_fails_half_way_is_undone(monkeypatch: pytest.MonkeyPatch) -> None:
     optimizer = torch.optim.AdamW(model.parameters())
     train_step(model, optimizer, x)
     before, remembered = copy.deepcopy(model.state_dict()), copy.deepcopy(optimizer.state_dict())
-    channel_groups = find(model, (x,))
+    channel_groups = find_unchecked_groups(model, (x,))
     plan = plan_removal(model, channel_groups, every_second(channel_groups))
-    put, calls = removals._put, []
+    put, calls = removals._set_data, []
 
     def fails(*args: Any) -> None:
         calls.append(args)
@@ -262,7 +260,7 @@ def test_what_fails_half_way_is_undone(monkeypatch: pytest.MonkeyPatch) -> None:
             raise KeyboardInterrupt
         put(*args)
 
-    monkeypatch.setattr(removals, "_put", fails)
+    monkeypatch.setattr(removals, "_set_data", fails)
     with pytest.raises(KeyboardInterrupt):
         remove(model, plan, optimizer)
     monkeypatch.undo()
@@ -276,7 +274,7 @@ def test_what_fails_half_way_is_undone(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("pruned", "error", "message"),
     [
-        ({"nothing": [0]}, ArgumentError, "'nothing' is no channel group of channels"),
+        ({"nothing": [0]}, ArgumentError, "'nothing' is no channel group"),
         ({"conv2.weight": [10]}, ArgumentError, "channels 0 to 9, not 10"),
         ({"conv2.weight": range(10)}, ArgumentError, "all 10 channels of 'conv2.weight'"),
     ],
@@ -284,12 +282,12 @@ def test_what_fails_half_way_is_undone(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_what_cannot_be_removed_is_refused(pruned: dict[str, Any], error: type[Exception], message: str) -> None:
     model, x = made_in_double()
     with pytest.raises(error, match=message):
-        plan_removal(model, find(model, (x,)), pruned)
+        plan_removal(model, find_unchecked_groups(model, (x,)), pruned)
 
 
 def test_another_model_is_refused_before_anything_changes() -> None:
     model, x = made_in_double()
-    channel_groups = find(model, (x,))
+    channel_groups = find_unchecked_groups(model, (x,))
     plan = plan_removal(model, channel_groups, every_second(channel_groups))
     other = Residual(width=14).double()
     before = copy.deepcopy(other.state_dict())
@@ -302,7 +300,7 @@ def test_another_model_is_refused_before_anything_changes() -> None:
 
 def test_channel_groups_of_a_model_that_changed_since_are_refused() -> None:
     model, x = made_in_double()
-    channel_groups = find(model, (x,))
+    channel_groups = find_unchecked_groups(model, (x,))
     remove(model, plan_removal(model, channel_groups, every_second(channel_groups)))
     with pytest.raises(StateError, match="the model was changed since"):
         plan_removal(model, channel_groups, every_second(channel_groups))
@@ -322,7 +320,7 @@ def test_a_number_in_code_that_means_two_sizes_is_left_alone() -> None:
             return out
 
     model = Two()
-    channel_groups = find(model, (torch.randn(3, 2),))
+    channel_groups = find_unchecked_groups(model, (torch.randn(3, 2),))
     assert plan_removal(model, channel_groups, {"a.weight": [0], "b.weight": [1]}).attributes[""] == {"width": 3}
     assert "" not in plan_removal(model, channel_groups, {"a.weight": [0]}).attributes
     assert "" not in plan_removal(model, channel_groups, {"a.weight": [0], "b.weight": [0, 1]}).attributes

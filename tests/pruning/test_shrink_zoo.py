@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from sparsify import export_onnx
-from sparsify.pruning.groups import ChannelGroups, find
+from sparsify.pruning.dry_run import find_groups
+from sparsify.pruning.groups import ChannelGroups
 from sparsify.pruning.removal import Removal, plan_removal, remove
-from sparsify.pruning.shrinking import dry_run
 from tests.zoo.architectures import ARCHITECTURES, Architecture
 from tests.zoo.prunable import mask_channels_
 
@@ -117,7 +117,7 @@ class Case:
 def case(request: pytest.FixtureRequest) -> Iterator[Case]:
     name = request.param
     dense, inputs = built(name)
-    channel_groups = dry_run(dense, find(dense, *inputs), *inputs)
+    channel_groups = find_groups(dense, *inputs)
     pruned = half(channel_groups)
     with_zeros = masked(dense, channel_groups, pruned)
     shrunk = copy.deepcopy(with_zeros)
@@ -243,7 +243,7 @@ CONFIGURED = {
 @pytest.mark.parametrize("name", CONFIGURED)
 def test_a_model_of_the_new_config_holds_the_shrunk_weights(name: str) -> None:
     model, inputs = built(name)
-    channel_groups = dry_run(model, find(model, *inputs), *inputs)
+    channel_groups = find_groups(model, *inputs)
     pruned = half(channel_groups, CONFIGURED[name])
     assert pruned
     remove(model, plan_removal(model, channel_groups, pruned))
@@ -258,7 +258,7 @@ def test_a_model_of_the_new_config_holds_the_shrunk_weights(name: str) -> None:
 @pytest.mark.parametrize("name", ["squeeze and excite", "norms of all kinds"])
 def test_without_the_columns_of_its_readers_a_mask_is_not_exact(name: str) -> None:
     dense, inputs = built(name)
-    channel_groups = dry_run(dense, find(dense, *inputs), *inputs)
+    channel_groups = find_groups(dense, *inputs)
     pruned = half(channel_groups)
     shrunk = masked(dense, channel_groups, pruned)
     remove(shrunk, plan_removal(shrunk, channel_groups, pruned))
@@ -266,17 +266,17 @@ def test_without_the_columns_of_its_readers_a_mask_is_not_exact(name: str) -> No
     parameters = dict(rows.named_parameters(remove_duplicate=False))
     with torch.no_grad():
         for group_name, channel_group in channel_groups.groups.items():
-            for place in channel_group.places:
-                if place.role != "column" and place.tensor in parameters:
-                    dead = [index for index, channel in enumerate(place.channels) if channel in pruned[group_name]]
-                    parameters[place.tensor].index_fill_(place.dim, torch.tensor(dead), 0.0)
+            for member in channel_group.members:
+                if member.role != "column" and member.tensor in parameters:
+                    dead = [index for index, channel in enumerate(member.channels) if channel in pruned[group_name]]
+                    parameters[member.tensor].index_fill_(member.dim, torch.tensor(dead), 0.0)
     assert difference(rows, shrunk, inputs) > 1e-3
 
 
 @pytest.mark.parametrize("name", ["attention by hand", "ViT", "GPT-2", "OPT"])
 def test_without_the_integers_of_its_modules_a_shrunk_model_is_wrong(name: str) -> None:
     dense, inputs = built(name)
-    channel_groups = dry_run(dense, find(dense, *inputs), *inputs)
+    channel_groups = find_groups(dense, *inputs)
     pruned = half(channel_groups)
     shrunk = masked(dense, channel_groups, pruned)
     before = {path: dict(vars(module)) for path, module in shrunk.named_modules()}

@@ -10,8 +10,9 @@ from torch import Tensor, nn
 
 import sparsify
 from sparsify.errors import ArgumentError, DataError, StateError
-from sparsify.pruning.groups import find
-from sparsify.pruning.shrinking import dead, dry_run
+from sparsify.pruning.dry_run import dry_run, find_groups
+from sparsify.pruning.group_masks import dead_channels
+from sparsify.pruning.groups import find_unchecked_groups
 from tests.loops import holds_state
 from tests.zoo.prunable import Encoder, Residual, every_second, made_in_double, mask_channels_
 
@@ -19,10 +20,10 @@ from tests.zoo.prunable import Encoder, Residual, every_second, made_in_double, 
 @pytest.mark.parametrize("kind", [Residual, Encoder])
 def test_what_was_masked_is_found_and_removed(kind: type[nn.Module]) -> None:
     model, x = made_in_double(kind)
-    channel_groups = find(model, (x,))
+    channel_groups = find_unchecked_groups(model, (x,))
     pruned = every_second(channel_groups)
     mask_channels_(model, channel_groups, pruned)
-    assert {name: list(channels) for name, channels in dead(model, channel_groups).items()} == pruned
+    assert {name: list(channels) for name, channels in dead_channels(model, channel_groups).items()} == pruned
     modes = {name: module.training for name, module in model.named_modules()}
     state = torch.get_rng_state()
     model.eval()
@@ -39,7 +40,7 @@ def test_what_was_masked_is_found_and_removed(kind: type[nn.Module]) -> None:
 
 def test_a_second_time_nothing_is_left_to_remove() -> None:
     model, x = made_in_double()
-    channel_groups = find(model, (x,))
+    channel_groups = find_unchecked_groups(model, (x,))
     mask_channels_(model, channel_groups, every_second(channel_groups))
     sparsify.shrink(model, x)
     again = sparsify.shrink(model, x)
@@ -88,7 +89,7 @@ def test_a_copy_is_shrunk_alike_and_an_optimizer_goes_on() -> None:
     model(x).sum().backward()
     optimizer.step()
     average = copy.deepcopy(model)
-    channel_groups = find(model, (x,))
+    channel_groups = find_unchecked_groups(model, (x,))
     mask_channels_(model, channel_groups, every_second(channel_groups))
     done = sparsify.shrink(model, x, optimizer)
     done.apply_to(average)
@@ -116,7 +117,7 @@ class FixedShape(nn.Module):
 def test_what_code_has_as_a_fixed_size_stays_whole_with_the_reason() -> None:
     model, x = FixedShape(), torch.randn(3, 4)
     before = copy.deepcopy(model.state_dict())
-    found = find(model, (x,))
+    found = find_unchecked_groups(model, (x,))
     assert set(found.groups) == {"up.weight", "down.weight", "free.weight"}
     checked = dry_run(model, found, (x,))
     assert set(checked.groups) == {"down.weight", "free.weight"}
@@ -141,7 +142,7 @@ def test_what_computes_something_else_when_smaller_stays_whole() -> None:
     model, x = Lying(), torch.randn(3, 4)
     # As residual branches begin: as long as it is zero, all that comes before looks right.
     nn.init.zeros_(model.down.weight)
-    checked = dry_run(model, find(model, (x,)), (x,))
+    checked = find_groups(model, (x,))
     assert not checked.groups
     assert "computes something else" in checked.whole["up.weight"]
 
@@ -159,14 +160,14 @@ class Undefined(Lying):
 
 def test_what_gives_nan_when_smaller_stays_whole() -> None:
     model, x = Undefined(), torch.randn(3, 4)
-    checked = dry_run(model, find(model, (x,)), (x,))
+    checked = find_groups(model, (x,))
     assert "computes something else: its output is nan off" in checked.whole["up.weight"]
 
 
 def test_a_model_in_training_is_compared_without_its_dropout() -> None:
     model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Dropout(), nn.Linear(8, 2)).train()
     x = torch.randn(3, 4)
-    assert set(dry_run(model, find(model, (x,)), (x,)).groups) == {"0.weight"}
+    assert set(find_groups(model, (x,)).groups) == {"0.weight"}
     assert all(module.training for module in model.modules())
 
 
@@ -196,7 +197,7 @@ class Counted(nn.Module):
 @pytest.mark.parametrize(("least", "expected"), [(1, {2}), (5, {2, 9})])
 def test_two_samples_are_compared_unless_code_wants_more(least: int, expected: set[int]) -> None:
     model, x = Counted(least), torch.randn(9, 4)
-    channel_groups = find(model, (x,))
+    channel_groups = find_unchecked_groups(model, (x,))
     model.seen.clear()
     assert set(dry_run(model, channel_groups, (x,)).groups) == {"up.weight"}
     assert set(model.seen) == expected
@@ -216,7 +217,7 @@ class Single(nn.Module):
 
 def test_a_model_that_takes_float32_only_is_compared_in_it() -> None:
     model, x = Single(), torch.randn(3, 4)
-    assert set(dry_run(model, find(model, (x,)), (x,)).groups) == {"up.weight"}
+    assert set(find_groups(model, (x,)).groups) == {"up.weight"}
 
 
 class Buckets(nn.Module):
@@ -235,7 +236,7 @@ class Buckets(nn.Module):
 
 def test_a_constant_that_equals_a_size_by_chance_is_told_from_one_that_follows() -> None:
     model, x = Buckets().double(), torch.randn(3, 4, dtype=torch.float64)
-    checked = dry_run(model, find(model, (x,)), (x,))
+    checked = find_groups(model, (x,))
     assert checked.constants == {"buckets"}
     mask_channels_(model, checked, every_second(checked))
     before = model(x)

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sparsify.pruning.group_masks import deletion_masks
 from sparsify.pruning.groups import ChannelGroups
-from sparsify.pruning.shrinking import deletion_masks
 
 
 class Residual(nn.Module):
