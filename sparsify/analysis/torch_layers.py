@@ -203,56 +203,75 @@ class _Layers:
                 yield self._info(path, _TorchLayer(named, "", path), first, counted)
 
     def _info(self, name: str, layer: _TorchLayer, first: dict[str, str], counted: set[int]) -> LayerInfo:
+        """The layer as a value.
+
+        Args:
+            name: its name in the analysis.
+            layer: what was read of it.
+            first: {weight: the layer that holds it and came first}; a weight that is new is added.
+            counted: ids of the parameters that belong to earlier layers; its own are added.
+        """
         module = self.modules.get(layer.path)
         parameter = self.parameters.get(layer.weight) if layer.weight is not None else None
-        is_function = name != layer.path and name not in {
-            _joined(path, own.removesuffix("_weight")) for path, own in self.holders.get(layer.weight or "", [])
-        }
+        is_function = module is None or self._is_function(name, layer)
         # Rows of a packed weight are a layer's own.
         rows = module if isinstance(module, Projection) else None
         shared = first.setdefault(layer.weight, name) if layer.weight is not None and rows is None else name
-        own = 0 if rows is None else rows.weight.numel() + (0 if rows.bias is None else rows.bias.numel())
-        for one in [] if is_function or module is None else self._own(layer, module, name):
-            if id(one) not in counted:
-                counted.add(id(one))
-                own += one.numel()
-        recomputed = not is_function and parameter is None
-        if layer.weight is None:
-            weights = module.weight.numel() if recomputed and isinstance(module.weight, Tensor) else 0  # type: ignore[union-attr]
-            zeros = 0.0
-        else:
-            assert parameter is not None
-            values = parameter if rows is None else rows.weight
-            weights = values.numel() if shared == name else 0
-            zeros = sparsity_of(values)
-        bits = parameter.dtype.itemsize * 8 if parameter is not None else 32
-        prunable = "" if parameter is not None else RECOMPUTED if recomputed else NO_WEIGHT
-        quantizable = "" if parameter is not None else RECOMPUTED if recomputed else NO_WEIGHT
-        if parameter is not None and layer.weight is not None:
-            prunable = _why_not_prunable(layer.weight, parameter)
-            quantizable = self.reasons.why_not(name, layer.path, module)
-            if isinstance(module, QuantizedLayer | QuantizedEmbedding) and module._wiring.largest:
-                bits = (module._wiring.largest + 1).bit_length()
-        if not layer.calls:
-            prunable, quantizable = prunable or IDLE, IDLE
-        kind = layer.operator.rpartition(":")[2] if is_function or module is None else _class(module)
+        values = rows.weight if rows is not None and parameter is not None else parameter
+        weights, zeros = 0, 0.0
+        if values is not None:
+            weights, zeros = values.numel() if shared == name else 0, sparsity_of(values)
+        elif not is_function and module is not None and isinstance(module.weight, Tensor):
+            weights = module.weight.numel()
+        prunable, quantizable = self._why_not(name, layer, module, parameter, is_function)
         return LayerInfo(
             name=name,
-            type=kind,
+            type=layer.operator.rpartition(":")[2] if is_function or module is None else _class(module),
             weight=layer.weight,
             shared_with=shared if shared != name else None,
             input_shapes=layer.input_shapes,
             output_shape=layer.output,
-            parameters=own,
+            parameters=_projection_size(rows) + (0 if is_function else self._count(name, layer, counted)),
             weights=weights,
             macs=layer.macs,
             calls=len(layer.calls),
             groups=layer.groups,
             sparsity=zeros,
-            bits=bits,
+            bits=_weight_bits(module, parameter),
             why_not_prunable=prunable,
             why_not_quantizable=quantizable,
         )
+
+    def _is_function(self, name: str, layer: _TorchLayer) -> bool:
+        """True if the layer is an operation without a weight of its own."""
+        return name != layer.path and name not in {
+            _joined(path, own.removesuffix("_weight")) for path, own in self.holders.get(layer.weight or "", [])
+        }
+
+    def _count(self, name: str, layer: _TorchLayer, counted: set[int]) -> int:
+        """Number of elements of the layer's own parameters that are not in `counted` yet; they are added to it."""
+        total = 0
+        for parameter in self._own(layer, self.modules[layer.path], name):
+            if id(parameter) not in counted:
+                counted.add(id(parameter))
+                total += parameter.numel()
+        return total
+
+    def _why_not(
+        self,
+        name: str,
+        layer: _TorchLayer,
+        module: nn.Module | None,
+        parameter: nn.Parameter | None,
+        is_function: bool,
+    ) -> tuple[str, str]:
+        """The reasons why the layer cannot be pruned and cannot be quantized; empty where it can be."""
+        if parameter is None or layer.weight is None:
+            prunable = quantizable = NO_WEIGHT if is_function else RECOMPUTED
+        else:
+            prunable = _why_not_prunable(layer.weight, parameter)
+            quantizable = self.reasons.why_not(name, layer.path, module)
+        return (prunable, quantizable) if layer.calls else (prunable or IDLE, IDLE)
 
     def _own(self, layer: _TorchLayer, module: nn.Module, name: str) -> Iterator[nn.Parameter]:
         """The parameters that are the layer's: its weight and bias, or all that a module with one weight holds."""
@@ -272,6 +291,21 @@ class _Layers:
 
 def _joined(path: str, name: str) -> str:
     return f"{path}.{name}" if path else name
+
+
+def _projection_size(rows: Projection | None) -> int:
+    if rows is None:
+        return 0
+    return rows.weight.numel() + (0 if rows.bias is None else rows.bias.numel())
+
+
+def _weight_bits(module: nn.Module | None, parameter: nn.Parameter | None) -> int:
+    """Bits of a value of the weight: those of its quantizer, else those of its storage."""
+    if parameter is None:
+        return 32
+    if isinstance(module, QuantizedLayer | QuantizedEmbedding) and module._wiring.largest:
+        return (module._wiring.largest + 1).bit_length()
+    return parameter.dtype.itemsize * 8
 
 
 def _class(module: nn.Module) -> str:
