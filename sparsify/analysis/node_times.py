@@ -13,7 +13,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from sparsify.onnx.runtime import SessionSettings, run_session, start_session
 
@@ -121,14 +121,14 @@ def numbered(model: ModelProto) -> ModelProto:
 
 
 def _rename(nodes: Iterable[NodeProto], names: Mapping[str, str]) -> None:
-    """In subgraphs too, which read values of the graph around them."""
+    """Renames values in place, in subgraphs too, which read values of the graph around them."""
     for node in nodes:
         for values in (node.input, node.output):
             for k, name in enumerate(values):
                 values[k] = names.get(name, name)
         for attribute in node.attribute:
             for inner in [attribute.g, *attribute.graphs]:
-                # A subgraph hands values from around it on as they are.
+                # A subgraph may return values of the graph around it.
                 for value in inner.output:
                     value.name = names.get(value.name, value.name)
                 _rename(inner.node, names)
@@ -149,7 +149,7 @@ def _profiled(
         threads=threads,
         optimized_path=scratch / "optimized.onnx",
         profile_prefix=scratch / "profile",
-        # Without the weights, which nobody reads here.
+        # Without the weights, which are not read here.
         entries={
             "session.optimized_model_external_initializers_file_name": "weights",
             "session.optimized_model_external_initializers_min_size_in_bytes": "64",
@@ -158,6 +158,9 @@ def _profiled(
     session = start_session(model, settings, path=path, changed=True)
     for _ in range(calls):
         run_session(session, dict(feed))
+    # The events: https://onnxruntime.ai/docs/api/python/auto_examples/plot_profiling.html. That a node's event is called
+    # "<node>_kernel_time", and that optimizers keep parts of names, is not promised: seen in onnxruntime 1.31.1, and
+    # tests/analysis/test_performance.py fails where it changes.
     events = json.loads(Path(session.end_profiling()).read_text(encoding="utf-8"))
     optimized = onnx.load(scratch / "optimized.onnx", load_external_data=False)
     runs: list[dict[tuple[str, str], float]] = []
@@ -172,7 +175,7 @@ def _profiled(
 
 
 class _Origins:
-    """Which nodes of the file the nodes of the optimized graph stand for."""
+    """Maps the nodes of the optimized graph to the nodes of the file that they come from."""
 
     def __init__(self, file: GraphProto, optimized: GraphProto, owners: Sequence[tuple[str, ...]]) -> None:
         self.file, self.file_owners = file, owners
@@ -197,7 +200,7 @@ class _Origins:
         return []
 
     def owners(self, name: str) -> list[str]:
-        """Whom the time of one optimized node counts to; several where several owners' nodes run as one."""
+        """The owners of the time of one optimized node; several where nodes of several owners run as one."""
         node = self.nodes.get(name)
         if node is None:
             return []
@@ -264,9 +267,9 @@ class _Origins:
         return []
 
 
-def _inner_nodes(graph: GraphProto) -> list[Any]:
+def _inner_nodes(graph: GraphProto) -> list[NodeProto]:
     """The nodes of subgraphs, at any depth."""
-    found: list[Any] = []
+    found: list[NodeProto] = []
     for node in graph.node:
         for attribute in node.attribute:
             for inner in [attribute.g, *attribute.graphs]:

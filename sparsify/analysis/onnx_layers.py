@@ -144,14 +144,15 @@ class _Shapes:
                 del value.type.tensor_type.shape.dim[:]
                 for size in inputs[value.name]:
                     value.type.tensor_type.shape.dim.add().dim_value = size
-        # What the exporter wrote holds for any batch: it would be taken for the truth.
+        # infer_shapes keeps shapes that stand in the file, and those that an exporter wrote hold for another batch. They
+        # are cleared first, as https://github.com/onnx/onnx/issues/2903 advises; needless once onnx infers them anew.
         del self._fixed.graph.value_info[:]
         for output in self._fixed.graph.output:
             output.type.tensor_type.ClearField("shape")
         self.known: dict[str, TensorShape] = {tensor.name: tuple(tensor.dims) for tensor in model.graph.initializer}
         try:
             graph = shape_inference.infer_shapes(self._fixed, data_prop=True).graph
-        except Exception:  # what it cannot infer is run
+        except Exception:  # A model that onnx cannot infer is run instead; it raises several types.
             graph = self._fixed.graph
         for value in [*graph.value_info, *graph.input, *graph.output]:
             dims = value.type.tensor_type.shape.dim
