@@ -158,9 +158,9 @@ def _profiled(
     session = start_session(model, settings, path=path, changed=True)
     for _ in range(calls):
         run_session(session, dict(feed))
-    # The events: https://onnxruntime.ai/docs/api/python/auto_examples/plot_profiling.html. That a node's event is called
-    # "<node>_kernel_time", and that optimizers keep parts of names, is not promised: seen in onnxruntime 1.31.1, and
-    # tests/analysis/test_performance.py fails where it changes.
+    # https://onnxruntime.ai/docs/api/python/auto_examples/plot_profiling.html shows the events. That a node's event is
+    # called "<node>_kernel_time", and that optimizers keep parts of names, is not promised: seen in onnxruntime 1.31.1,
+    # and tests/analysis/test_performance.py fails where it changes.
     events = json.loads(Path(session.end_profiling()).read_text(encoding="utf-8"))
     optimized = onnx.load(scratch / "optimized.onnx", load_external_data=False)
     runs: list[dict[tuple[str, str], float]] = []

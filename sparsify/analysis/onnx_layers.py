@@ -144,8 +144,8 @@ class _Shapes:
                 del value.type.tensor_type.shape.dim[:]
                 for size in inputs[value.name]:
                     value.type.tensor_type.shape.dim.add().dim_value = size
-        # infer_shapes keeps shapes that stand in the file, and those that an exporter wrote hold for another batch. They
-        # are cleared first, as https://github.com/onnx/onnx/issues/2903 advises; needless once onnx infers them anew.
+        # infer_shapes keeps shapes that stand in the file, and those that an exporter wrote hold for another batch. So
+        # they are cleared, as https://github.com/onnx/onnx/issues/2903 advises; needless once onnx infers them anew.
         del self._fixed.graph.value_info[:]
         for output in self._fixed.graph.output:
             output.type.tensor_type.ClearField("shape")
