@@ -154,7 +154,7 @@ class ModelAnalysis:
 
     @classmethod
     def from_json(cls, text: str) -> ModelAnalysis:
-        """The analysis that `to_json` wrote.
+        """The analysis that `to_json` wrote as `text`.
 
         Raises:
             DataError: text that is none, or of another version.

@@ -86,7 +86,7 @@ class LossProfile:
         return replace(self, losses={name: tuple(start + more for more in self.increase(name)) for name in self.losses})
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """To a JSON file, whole or not at all.
+        """Writes the profile to `path` as JSON, whole or not at all.
 
         Raises:
             DataFileError: it cannot be written.
@@ -97,7 +97,7 @@ class LossProfile:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> LossProfile:
-        """Reads a file that `save` wrote: a profile equal to the one that was saved.
+        """The profile that `save` wrote to `path`, equal to the one that was saved.
 
         Raises:
             DataFileError: the file is missing or cannot be read. DataError: it is no loss profile, a broken one, or of

@@ -93,6 +93,7 @@ class PerformanceProfile:
     model: str = ""
 
     def layer(self, name: str) -> LayerPerformance:
+        """The times of the layer `name`."""
         return next(layer for layer in self.layers if layer.name == name)
 
     @property
@@ -206,14 +207,15 @@ class PerformanceProfile:
         return "\n\n".join(said)
 
     def to_json(self) -> str:
+        """JSON that `from_json` reads back into an equal profile."""
         return json.dumps({"format": PERFORMANCE_FORMAT, **dataclasses.asdict(self)}, indent=1)
 
     @classmethod
     def from_json(cls, text: str) -> PerformanceProfile:
-        """The profile that `to_json` wrote.
+        """The profile that `to_json` wrote as `text`.
 
         Raises:
-            DataError: something else, or what another version wrote.
+            DataError: another text, or a profile of another format.
         """
         try:
             plain = json.loads(text)
@@ -231,7 +233,7 @@ class PerformanceProfile:
             raise DataError(f"not a performance profile: {error}. Measure again.") from error
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """To a JSON file.
+        """Writes the profile to `path` as JSON, whole or not at all.
 
         Raises:
             DataFileError: it cannot be written.
@@ -241,7 +243,7 @@ class PerformanceProfile:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> PerformanceProfile:
-        """From a JSON file.
+        """The profile that `save` wrote to `path`.
 
         Raises:
             DataFileError: it is missing or unreadable. DataError: it holds something else.

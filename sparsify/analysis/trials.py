@@ -91,9 +91,12 @@ class Trials:
     In eval mode; between calls the model is what it was: weights, buffers, modes, random state, gradients.
 
     Args:
+        model: it is run in eval mode.
+        batches: as `collected_batches` gives them.
         loss: of the model's outputs and a batch's target. None: the outputs' own `loss` where they have one; else their
             distance from those of the model as it is now: the Kullback-Leibler divergence of outputs that are named
             "logits" or stand beside whole-number targets, or of others the mean square over that of the outputs.
+        where: the name of the caller, before messages.
 
     Raises:
         DataError: the loss is not finite, or no number.

@@ -89,7 +89,7 @@ def get_weights_metadata(
 
 
 def weights_table(weights: Mapping[str, WeightMetadata]) -> Table:
-    """One line a weight: shape, zeros, distinct values, bits and bytes."""
+    """One line for each of `weights`: shape, zeros, distinct values, bits and bytes."""
     rows = [
         {
             "name": name,

@@ -58,6 +58,11 @@ def curves(
     loss here. Without a performance profile a layer takes one millisecond for a million MACs: times then order layers
     and mean no more. Times at a sparsity are those of a runtime that skips zeros; onnxruntime does not.
 
+    Args:
+        analysis: the layers, in the order of the model.
+        performance: measured times of the same model; None: by MACs.
+        loss: a profile of pruning single weights of the same model.
+
     Raises:
         ArgumentError: the loss profile is one of quantization, or of channels.
     """

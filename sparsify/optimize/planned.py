@@ -76,7 +76,7 @@ class Plan:
         return before[-1] if before else self.moments[0]
 
     def average(self, moment: PlannedMoment) -> float | None:
-        """The share of zeros over all parameters that are pruned, as far as it is known."""
+        """The share of zeros at `moment` over all parameters that are pruned, as far as it is known."""
         known = {name: share for name, share in moment.zeros.items() if share is not None}
         weights = sum(self.weights.get(name, 1) for name in known)
         return sum(share * self.weights.get(name, 1) for name, share in known.items()) / weights if weights else None
@@ -154,7 +154,7 @@ class Plan:
         return json.dumps(plain, indent=2)
 
     def plot(self, path: str | os.PathLike[str]) -> Path:
-        """Draws learning rate, zeros by layer and who is at work over the epochs, to a PNG, PDF or SVG file.
+        """Draws learning rate, zeros by layer and active modifiers to `path`, a PNG, PDF or SVG file. Returns the path.
 
         Raises:
             ArgumentError: matplotlib is not installed, or the ending is none that it writes.

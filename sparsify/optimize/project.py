@@ -87,7 +87,11 @@ class Optimization:
 class Project:
     """A folder that holds everything about compressing one model. Made by `create` and `open`.
 
-    What is read, is read from the disk when it is asked for; what is added, is on the disk when the call comes back.
+    Everything is read from the disk when it is asked for, and everything added is on the disk when the call returns.
+
+    Args:
+        folder: the folder, which exists.
+        settings: those that its project.json holds.
     """
 
     def __init__(self, folder: Path, settings: ProjectSettings) -> None:
@@ -157,7 +161,7 @@ class Project:
 
     @classmethod
     def open(cls, folder: str | os.PathLike[str]) -> Project:
-        """The project in a folder.
+        """The project in `folder`.
 
         Raises:
             DataFileError: there is none. DataError: its file is broken, or of another version.
@@ -257,7 +261,12 @@ class Project:
         return found
 
     def add_profile(self, name: str, profile: LossProfile | PerformanceProfile, *, replace: bool = False) -> Path:
-        """Keeps a profile under a name of its own.
+        """Keeps a profile under a name of its own. Returns the path of its file.
+
+        Args:
+            name: of the file, without an ending.
+            profile: of loss or of performance.
+            replace: whether one of the same name is replaced.
 
         Raises:
             ArgumentError: it is none, or the name cannot be a file's. StateError: there is one of that name.
@@ -275,12 +284,22 @@ class Project:
     def add_optimization(
         self, name: str, recipe: Recipe, settings: PruningSettings | None = None, *, replace: bool = False
     ) -> Path:
-        """Keeps a recipe, with the settings that it was made with. Errors as `add_profile`."""
+        """Keeps a recipe, with the settings that it was made with. Returns the path of its file.
+
+        Args:
+            name: of the file, without an ending.
+            recipe: the recipe.
+            settings: those of the pruning profile that it was made with.
+            replace: whether one of the same name is replaced.
+
+        Raises:
+            ArgumentError: it is none, or the name cannot be a file's. StateError: there is one of that name.
+        """
         if not isinstance(recipe, Recipe):
             raise ArgumentError(f"recipe: a {type(recipe).__name__} is no Recipe; read it with Recipe.load.")
         path = self._free("optimizations", name, ".yaml", replace)
         beside = path.with_suffix(".json")
-        # The recipe comes last: what has no recipe is no optimization, and settings alone mean nothing.
+        # The recipe is written last: settings without a recipe are ignored.
         if settings is not None:
             with replacing(beside) as temporary:
                 temporary.write_text(json.dumps(dataclasses.asdict(settings), indent=2) + "\n", encoding="utf-8")
@@ -290,7 +309,16 @@ class Project:
         return path
 
     def add_benchmark(self, name: str, benchmark: Benchmark, *, replace: bool = False) -> Path:
-        """Keeps what `benchmark_onnx` measured. Errors as `add_profile`."""
+        """Keeps the result of `benchmark_onnx`. Returns the path of its file.
+
+        Args:
+            name: of the file, without an ending.
+            benchmark: the result.
+            replace: whether one of the same name is replaced.
+
+        Raises:
+            ArgumentError: it is none, or the name cannot be a file's. StateError: there is one of that name.
+        """
         if not isinstance(benchmark, Benchmark):
             raise ArgumentError(f"benchmark: a {type(benchmark).__name__} is none; give what benchmark_onnx gave.")
         path = self._free("benchmarks", name, ".json", replace)
@@ -301,7 +329,7 @@ class Project:
         return path
 
     def remove(self, path: str | os.PathLike[str]) -> None:
-        """Takes out what an `add_...` gave the path of.
+        """Deletes the file at `path`, which an `add_...` returned.
 
         Raises:
             ArgumentError: it is not one of this project's.

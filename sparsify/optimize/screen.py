@@ -78,7 +78,17 @@ class Report:
         recipe: str = "recipe.yaml",
         quantize: bool = False,
     ) -> Report:
-        """From the profiles of a model.
+        """The report of a model, from its profiles.
+
+        Args:
+            analysis: the layers of the model.
+            loss: a profile of pruning single weights.
+            performance: measured times; None: by MACs.
+            settings: those that the sliders start with; None: the defaults of PruningSettings.
+            training: how the dense model was trained; None: not known.
+            benchmarks: of files, by the name to show.
+            recipe: the path of the recipe file in the integration code.
+            quantize: whether the recipe ends with int8.
 
         Raises:
             ArgumentError: the loss profile is one of quantization, or of channels.
