@@ -5,11 +5,10 @@ from __future__ import annotations
 import json
 import math
 import os
-import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from itertools import accumulate
-from typing import Any, Literal, TypeVar, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -43,8 +42,6 @@ BITS = (8, 6, 4, 3, 2)
 LOSS_FORMAT = 1
 """The version of a saved profile."""
 LOSS_PROFILE = "loss_profile"
-
-Listed = TypeVar("Listed")
 
 
 @dataclass(frozen=True)
@@ -242,7 +239,7 @@ def loss_profile(
     if structured:
         units, families = weights_of_channel_groups(model, (sample or given)[0], layers, where=LOSS_PROFILE)
     if method == "magnitude":
-        losses = {unit.name: _magnitude(unit, of, steps) for unit in _with_progress(units, "magnitudes", progress)}
+        losses = {unit.name: _magnitude(unit, of, steps) for unit in track(units, "magnitudes", progress=progress)}
         return LossProfile(method, of, steps, losses, 0.0, 0)
     if method == "shape":
         analysis = layers
@@ -271,7 +268,7 @@ def _measured_losses(
 ) -> dict[str, tuple[float, ...]]:
     found: dict[str, list[float]] = {unit.name: [] for unit in units}
     seen: dict[str, Tensor] = {}
-    for unit, level in _with_progress([(unit, level) for unit in units for level in levels], "losses", progress):
+    for unit, level in track([(unit, level) for unit in units for level in levels], "losses", progress=progress):
         values = unit.compressed(level)
         losses = found[unit.name]
         before = seen if losses else {name: parameter.detach() for name, parameter in unit.parameters.items()}
@@ -296,7 +293,7 @@ def _fisher(
             total += float((curvature[name] * moved.square_()).sum(dtype=torch.float64)) / 2
         return total
 
-    return {unit.name: tuple(at(unit, level) for level in levels) for unit in _with_progress(units, "losses", progress)}
+    return {unit.name: tuple(at(unit, level) for level in levels) for unit in track(units, "losses", progress=progress)}
 
 
 def _magnitude(unit: Unit, of: Of, levels: tuple[float, ...]) -> tuple[float, ...]:
@@ -380,8 +377,3 @@ def _checked_levels(of: Of, levels: Iterable[float] | None, method: Method) -> t
     if of == "quantization":
         return tuple(sorted({int(level) for level in found}, reverse=True))
     return tuple(sorted({0.0, *map(float, found)}))
-
-
-def _with_progress(work: list[Listed], what: str, progress: bool | None) -> Iterator[Listed]:
-    shown = sys.stderr.isatty() if progress is None else progress
-    return track(work, what) if shown else iter(work)

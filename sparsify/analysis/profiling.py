@@ -29,11 +29,12 @@ from sparsify.analysis.performance import (
     LayerPerformance,
     PerformanceProfile,
 )
-from sparsify.analysis.variants import Form, cuttable, export, exported_forms, tracked
+from sparsify.analysis.variants import Form, cuttable, export, exported_forms
 from sparsify.errors import ArgumentError, DataError, StateError
 from sparsify.model.signature import SampleInputs, check_module
 from sparsify.model.wrappers import unwrapped
 from sparsify.onnx.runtime import open_session, read_model, run_session
+from sparsify.output.tables import track
 from sparsify.pruning.groups import ChannelGroups
 from sparsify.quantization.plan import is_quantized
 
@@ -245,7 +246,7 @@ class Bench:
     ) -> dict[tuple[str, float], Measured]:
         """Every file at two times, the second time in the opposite order; the quieter of both counts."""
         found: dict[tuple[str, float], Measured] = {}
-        for key in tracked([*forms, *reversed(list(forms))], "measuring", progress):
+        for key in track([*forms, *reversed(list(forms))], "measuring", progress=progress):
             form = forms[key]
             now = self.measure(form.path, form.floating, all_totals=key[1] == 1)
             if (before := found.get(key)) is not None:

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import copy
-import sys
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -52,7 +51,7 @@ def exported_forms(
     kinds = ("float", "int8") if quantized else ("float",)
     narrow = widths[1:] if channel_groups is not None else ()
     smaller = model
-    for kind, width in tracked([(k, w) for w in (1.0, *narrow) for k in kinds], "exporting", progress):
+    for kind, width in track([(k, w) for w in (1.0, *narrow) for k in kinds], "exporting", progress=progress):
         if (kind, width) in forms or ("widths" in notes and width < 1) or ("int8" in notes and kind == "int8"):
             continue
         path = folder / f"{kind}-{width}.onnx"
@@ -137,8 +136,3 @@ def kept_channels(channel_groups: ChannelGroups, name: str, share: float) -> int
 
 def _as_tuple(sample_inputs: ModelInputs) -> Any:
     return tuple(sample_inputs) if isinstance(sample_inputs, list) else sample_inputs
-
-
-def tracked(work: Sequence[Any], what: str, progress: bool | None) -> Iterator[Any]:
-    shown = sys.stderr.isatty() if progress is None else progress
-    return track(work, what) if shown else iter(work)

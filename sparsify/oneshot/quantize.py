@@ -5,10 +5,9 @@ from __future__ import annotations
 import copy
 import dataclasses
 import os
-import sys
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any, Literal, cast
@@ -302,7 +301,7 @@ class _Weights:
             sequential = any(self.plan[name].largest < 63 for name in self.names)
         done: dict[str, QuantizedWeights] = {}
         steps = self._one_by_one() if sequential else self._together()
-        for names in _tracked(steps, "rounding weights", progress):
+        for names in track(steps, "rounding weights", progress=progress):
             moments = layer_inputs.gather(
                 self.work if sequential else self.reference,
                 names,
@@ -414,7 +413,7 @@ def _take_ranges(
         for layer in layers:
             modules[layer.name]._wiring.largest = 0
         if data:
-            calibrate(work, _tracked(data, "calibrating", progress))
+            calibrate(work, track(data, "calibrating", progress=progress))
         else:
             warnings.warn(
                 f"no calibration_data: ranges of {name} come from the statistics of its BatchNorms, and "
@@ -478,8 +477,3 @@ def _deep_copied(model: nn.Module) -> nn.Module:
 
 def _weight_bits(largest: int) -> int:
     return (largest + 1).bit_length()
-
-
-def _tracked(work: Sequence[Any], what: str, progress: bool | None) -> Iterator[Any]:
-    shown = sys.stderr.isatty() if progress is None else progress
-    return track(work, what) if shown else iter(work)

@@ -157,12 +157,18 @@ def show(table: Table, file: TextIO | None = None) -> None:
     print(table.text(), file=file)
 
 
-def track(work: Iterable[Item], what: str, total: int | None = None) -> Iterator[Item]:
-    """Goes through `work` and shows how far it is, on stderr: a bar with rich, otherwise a line at the end.
+def track(work: Iterable[Item], what: str, total: int | None = None, *, progress: bool | None = True) -> Iterator[Item]:
+    """The items of `work`, with their progress shown on stderr: a bar with rich, otherwise a line at the end.
 
     Args:
-        total: how many items; not needed where `work` has a length.
+        work: the items.
+        what: the description that is shown.
+        total: number of items; not needed where `work` has a length.
+        progress: whether progress is shown; None: on a terminal.
     """
+    if not (sys.stderr.isatty() if progress is None else progress):
+        yield from work
+        return
     if total is None and isinstance(work, Sized):
         total = len(work)
     try:
@@ -173,8 +179,8 @@ def track(work: Iterable[Item], what: str, total: int | None = None) -> Iterator
         yield from work
         print(f"{what}: {time.perf_counter() - start:.1f} s", file=sys.stderr)
         return
-    with Progress(console=Console(stderr=True)) as progress:
-        yield from progress.track(work, total=total, description=what)
+    with Progress(console=Console(stderr=True)) as bar:
+        yield from bar.track(work, total=total, description=what)
 
 
 def plain(value: Any) -> Any:
