@@ -1,4 +1,4 @@
-"""Layers of a model, what each costs, and what it loses when it is compressed: values, nothing printed.
+"""Analyzes a model: its layers, the time of each, and the loss of compressing it. Values, nothing printed.
 
 Imports `oneshot`, `onnx`, the mechanisms, `output`, `model`, `errors`.
 """

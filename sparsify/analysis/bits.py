@@ -51,7 +51,7 @@ class ChosenBits:
 
     @property
     def bits(self) -> dict[str, int]:
-        """By layer; 32: it stays in float."""
+        """Bits by layer; 32 where it stays in float."""
         return {layer.name: layer.bits for layer in self.layers}
 
     @property
@@ -74,7 +74,7 @@ class ChosenBits:
 
     @property
     def scheme_overrides(self) -> dict[str, dict[str, dict[str, int]] | None]:
-        """For the field of that name of QuantizationModifier, and for `quantize_model`."""
+        """The value of that argument of QuantizationModifier and of `quantize_model`."""
         return {
             module: None if layer.bits == FLOAT_BITS else {"weights": {"num_bits": layer.bits}}
             for layer in self.layers
@@ -273,7 +273,7 @@ def _held(model: nn.Module | ModelAnalysis, profile: LossProfile) -> tuple[dict[
             modules = tuple(dict.fromkeys(alias.rpartition(".")[0] for alias in names[id(parameter)]))
             path, _, last = name.rpartition(".")
             found[layer_name(name, last)] = (parameter.numel(), modules)
-            # What a module with one weight of any name is called in an analysis.
+            # In an analysis a layer with one weight has the name of its module.
             if parameter.dim() > 1:
                 found.setdefault(path, (parameter.numel(), modules))
     else:

@@ -112,7 +112,7 @@ class ModelAnalysis:
         raise TargetError(f"{self.model} has no layer {name!r}.{did_you_mean(name, [one.name for one in self.layers])}")
 
     def table(self) -> Table:
-        """One line a layer, its share of the MACs, and what it cannot be: - where it can."""
+        """One line a layer: its share of the MACs, and the reasons why it cannot be compressed, "-" where it can."""
         total = self.macs
         rows = [
             {

@@ -78,7 +78,7 @@ class LossProfile:
         return tuple(accumulate((max(loss - start, 0.0) for loss in self.losses[layer]), max))
 
     def monotone(self) -> LossProfile:
-        """The same with losses that never fall from a level to a stronger one, nor below `base`."""
+        """The profile with losses that never fall from a level to a stronger one, nor below `base`."""
         start = self.base if self.method == "data" else 0.0
         return replace(self, losses={name: tuple(start + more for more in self.increase(name)) for name in self.losses})
 

@@ -78,7 +78,7 @@ def _convolution_cost(args: Sequence[Any], output: TensorShape) -> Cost:
 
 
 def _either_convolution(args: Sequence[Any], output: TensorShape) -> Cost:
-    # What all convolutions come down to has an argument for it.
+    # aten.convolution, which all convolutions become, has an argument for it.
     return (_transposed if args[6] else _convolution_cost)(args, output)
 
 
@@ -108,7 +108,7 @@ def _batches_summed(args: Sequence[Any], output: TensorShape) -> Cost:
 
 
 def _grouped_cost(args: Sequence[Any], output: TensorShape) -> Cost:
-    # Groups are parts of an axis of what is 2-d, and the batch of what is 3-d: no product spans two of them.
+    # Groups are parts of an axis of a 2-d factor, and the batch of a 3-d one: no product spans two of them.
     a, b = args[0], args[1]
     rows = a.shape[-2] if len(b.shape) == 2 and len(a.shape) == 3 else a.size // a.shape[-1]
     return Cost(rows * a.shape[-1] * b.shape[-1], (a, b))
@@ -166,7 +166,7 @@ def einsum_macs(equation: str, shapes: Sequence[TensorShape]) -> int:
     macs, running = 0, set(terms[0])
     for index, labels in enumerate(terms[1:], 1):
         needed = kept.union(*terms[index + 1 :])
-        # What only one of the two has, and nobody needs, is summed before they meet.
+        # An index that only one factor has, and the result has not, is summed before the product.
         both = {label for label in running.union(labels) if label in needed or label in running & set(labels)}
         if both - needed:
             macs += math.prod(sizes[label] for label in both)
@@ -176,7 +176,7 @@ def einsum_macs(equation: str, shapes: Sequence[TensorShape]) -> int:
 
 def _recurrent(weights: Callable[[Sequence[Any]], Sequence[Any]]) -> Callable[[Sequence[Any], TensorShape], Cost]:
     def rule(args: Sequence[Any], output: TensorShape) -> Cost:
-        # Every weight is multiplied once by each step of each sequence; what is 1-d are biases.
+        # Every weight is multiplied once by each step of each sequence; 1-d parameters are biases.
         found = [weight for weight in weights(args) if isinstance(weight, CountedOperand) and len(weight.shape) == 2]
         steps = math.prod(args[0].shape[:-1])
         return Cost(steps * sum(weight.size for weight in found), (args[0], *found), recurrent=True)

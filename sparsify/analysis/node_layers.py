@@ -26,7 +26,7 @@ def layers_of_nodes(graph: GraphProto, analysis: ModelAnalysis) -> list[tuple[st
     producer = {name: node for node in graph.node for name in node.output}
     stored = {tensor.name: tensor for tensor in graph.initializer}
     owners = [_owner(node, names, producer, set(stored)) for node in graph.node]
-    # What belongs to no module of its own, in the order in which it stands in its module's forward.
+    # Products without a module of their own, in the order of their module's forward.
     products: dict[str, list[str]] = defaultdict(list)
     weights: dict[str, list[LayerInfo]] = defaultdict(list)
     calls: dict[str, int] = defaultdict(lambda: 1)
@@ -47,7 +47,7 @@ def layers_of_nodes(graph: GraphProto, analysis: ModelAnalysis) -> list[tuple[st
             level = re.compile(rf"_l{recurrent[module]}(_reverse)?$")
             recurrent[module] += 1
             mine = [layer.name for layer in weights[module or node.name]]
-            # In a file all that a recurrent layer stores is packed, without a level in its name.
+            # In a file the weights of a recurrent layer are packed, without a level in their names.
             found = [name for name in mine if level.search(name)] or [n for n in mine if n.endswith(("_ih", "_hh"))]
             owners[i] = tuple(found)
         elif node.op_type in ("MatMul", "Einsum", "Gemm"):
@@ -88,7 +88,7 @@ def _owner(node: NodeProto, names: set[str], producer: Mapping[str, NodeProto], 
             for suffix in (".weight", "_weight"):
                 if stem.endswith(suffix) and stem.removesuffix(suffix) in names:
                     return (stem.removesuffix(suffix),)
-    # What has no name of its own in a file is called by what it gives.
+    # A layer without a name of its own in a file has the name of its output.
     return next(((name,) for name in (own, *node.output) if name and name in names), ())
 
 

@@ -223,7 +223,7 @@ class _Origins:
         if direct:
             return list(dict.fromkeys(direct))
         if len(anchors) == 1 and self.file.node[anchors[0]].op_type == node.op_type:
-            return []  # The very node of the file.
+            return []  # The node of the file, unchanged.
         # Named for the last of the nodes that were fused: the others are those before it that do not run by themselves.
         found: dict[str, None] = {}
         todo, seen = list(anchors), set(anchors)

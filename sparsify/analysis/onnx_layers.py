@@ -1,4 +1,4 @@
-"""The layers of an ONNX file: what its nodes multiply, and the weights behind them. Knows no torch.
+"""Reads the layers of an ONNX file: the products of its nodes, and the weights behind them. Imports no torch.
 
 Shapes are inferred by onnx for the batch that is asked for; where it cannot tell, onnxruntime runs the file once.
 """
@@ -63,7 +63,7 @@ CONTRACTING = {
 def analyze_file(
     path: str | os.PathLike[str], sample_inputs: ModelInputs | None, *, batch_size: int = 1
 ) -> ModelAnalysis:
-    """As `analyze_model`.
+    """The analysis of an ONNX file, as `analyze_model` returns it.
 
     Raises:
         DataError: the file is missing (then a DataFileError) or no ONNX model.

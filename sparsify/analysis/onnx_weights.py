@@ -68,7 +68,7 @@ class Stored:
 
     @cached_property
     def zeros(self) -> np.ndarray:
-        """Which values mean 0."""
+        """Mask of the values that stand for 0."""
         found: np.ndarray = self.values == 0 if self.zero is None else self.values.astype(np.int64) == self.zero
         return found
 

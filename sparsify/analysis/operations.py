@@ -1,4 +1,4 @@
-"""Every operator that a model runs on sample inputs: read from the traced view, or watched in one forward."""
+"""Lists the operators that a model runs on sample inputs, from its traced program or from one recorded forward."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def from_program(model: nn.Module, program: ExportedProgram) -> list[Operation] 
 
 
 def _follow(node: torch.fx.Node, parameters: dict[str, str]) -> None:
-    """A view of a parameter, and a part of one, goes by the parameter's name."""
+    """Adds a view or a part of a parameter to `parameters`, under the parameter's name."""
     read = node.all_input_nodes
     if len(read) == 1 and read[0].name in parameters:
         parameters[node.name] = parameters[read[0].name]
@@ -175,7 +175,7 @@ def _has_storage(value: Tensor) -> bool:
 
 
 def _operation(target: OpOverload, args: list[Any], owner: ModuleCall, result: object) -> Operation | None:
-    """None for an operator that multiplies nothing."""
+    """The operation of one call; None for an operator that multiplies nothing."""
     namespace, _, name = target._schema.name.partition("::")
     name = name if name.startswith("__") else name.rstrip("_")
     operator = name if namespace in ("aten", "prims") else f"{namespace}::{name}"

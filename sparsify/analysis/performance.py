@@ -256,7 +256,7 @@ class PerformanceProfile:
 
 
 def _layer_operator(label: str) -> str:
-    """The operator in the label of what is in no layer.
+    """The operator in the label of a time that belongs to no layer.
 
     >>> [_layer_operator(label) for label in ("block.0/Add_2", "nowhere in the file/ReorderOutput", "head, in float")]
     ['Add', 'ReorderOutput', 'in float']
@@ -269,7 +269,7 @@ def _layer_operator(label: str) -> str:
 
 
 def _checked(plain: Mapping[str, Any], kind: type[Any]) -> dict[str, Any]:
-    """The fields as they were: lists become tuples again.
+    """The fields with the types they had: lists become tuples again.
 
     Raises:
         TypeError: a field is missing, unknown, or of another type.

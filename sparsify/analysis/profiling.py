@@ -121,7 +121,7 @@ class ProfileSettings:
 
 @dataclass(frozen=True)
 class Measured:
-    """One file: by the profiler, and without it by (batch size, threads)."""
+    """Times of one file: from the profiler, and without it by (batch size, threads)."""
 
     times: NodeTimes
     totals: Mapping[tuple[int, int], float]
@@ -307,7 +307,7 @@ def _assembled(
         if len(wide[kind]) < len(settings.widths) or not touched:
             wide[kind] = []
 
-    # What is quantized or not is the planner's decision, and the file may fall short of it.
+    # The planner decides which layers are quantized; the file may leave more of them in float.
     stay = (
         set()
         if int8 is None
@@ -367,7 +367,7 @@ def _assembled(
 
 
 def feed_of(proto: ModelProto, call: SampleInputs, size: int) -> dict[str, np.ndarray]:
-    """The sample inputs as a batch of `size`: its items, again and again."""
+    """The sample inputs repeated to a batch of `size` items."""
     feed = {}
     for value in proto.graph.input:
         tensor = call.inputs[value.name].detach().cpu()
@@ -413,7 +413,7 @@ def _content(
 
 
 def processor() -> str:
-    """The name of the processor, as well as it can be known."""
+    """The name of the processor, as far as the system tells it."""
     try:
         for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
             if line.startswith("model name"):

@@ -1,4 +1,4 @@
-"""The layers of a torch model: its operators put together by the weights that they read."""
+"""Reads the layers of a torch model: its operators, grouped by the weights that they read."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ RECOMPUTED = "its weight is recomputed before every forward (weight_norm, a para
 def analyze_module(
     model: nn.Module, sample_inputs: ModelInputs | None, sample_kwargs: Mapping[str, Any] | None
 ) -> ModelAnalysis:
-    """As `analyze_model`."""
+    """The analysis of a torch module, as `analyze_model` returns it."""
     model = unwrapped(model)
     call = Arguments.of(model, () if sample_inputs is None and sample_kwargs else sample_inputs, sample_kwargs)
     args, kwargs = call.arguments(list(call.inputs.values()))
@@ -89,7 +89,7 @@ class _TorchLayer:
 
 
 class _Layers:
-    """Operations by layer.
+    """The operations of a model, grouped by layer.
 
     A layer is a weight in the hands of one module. The module that an operator stands in is the layer's, if it holds
     the weight; else the one that does hold it (attention reads the weight of `out_proj` without calling it), unless
@@ -108,7 +108,7 @@ class _Layers:
                 if parameter is not None:
                     self.holders[first[id(parameter)]].append((path, own))
         costly = [operation for operation in operations if operation.cost is not None]
-        # Who computes with its own weight, and how many weights a module has.
+        # The modules that compute with their own weight, and the number of weights of each module.
         self.computing = {
             (operation.owner.path, weight) for operation in costly for weight, _ in self._weights(operation)
         }
@@ -190,7 +190,7 @@ class _Layers:
         layer.calls.add(operation.owner)
 
     def all(self) -> Iterator[LayerInfo]:
-        """In the order of computation; layers that are not computed at the end."""
+        """The layers in the order of computation; those that are not computed come last."""
         counted: set[int] = set()
         first: dict[str, str] = {}
         for name, layer in self.found.items():

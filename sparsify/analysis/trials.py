@@ -27,7 +27,7 @@ DRAWS = 4
 
 @dataclass(frozen=True)
 class Batch:
-    """One batch as the model is called with it. `target` is what the loss compares with; None: nothing was left."""
+    """One batch as the model is called with it, and the target of the loss; None where there is none."""
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
@@ -194,7 +194,7 @@ class Trials:
         classes = {name: dim for name, value in given.items() if (dim := _class_dim(name, value, batch.target)) >= 0}
         if not given:
             raise DataError(f"{self.where}: the model gives no floating-point tensor to compare; give a loss.")
-        # Beside logits other outputs (hidden states, caches) say the same again.
+        # Beside logits other outputs (hidden states, caches) add nothing.
         self._dense.append({name: value.clone() for name, value in given.items() if not classes or name in classes})
         self._classes.append(classes)
 
@@ -208,7 +208,7 @@ class Trials:
                 difference = wanted - now[name].float().log_softmax(dim)
                 # A class that is masked by -inf has no share, and inf - inf no value.
                 each = torch.where(wanted.isneginf(), 0.0, wanted.exp() * difference)
-                # Rounding alone can give less than none.
+                # Rounding alone can give a negative value.
                 found.append(each.sum(dim).mean().clamp(min=0.0))
             else:
                 power = dense.float().square().mean().clamp(min=1e-30)
@@ -255,7 +255,7 @@ def _class_dim(name: str, output: Tensor, target: object) -> int:
 
 @contextmanager
 def replaced_weights(parameters: Mapping[str, nn.Parameter], values: Mapping[str, Tensor]) -> Iterator[None]:
-    """Other values in the place of some parameters; at the end, also of an interrupted block, theirs, bit for bit."""
+    """Puts `values` into parameters for a block. After it, also if interrupted, the old ones are back, bit for bit."""
     kept = {name: parameters[name].detach().clone() for name in values}
 
     def put_back() -> None:

@@ -40,7 +40,7 @@ class Unit:
 
 
 def layer_weights(model: nn.Module, layers: Layers, of: Of = "pruning", *, where: str) -> list[Unit]:
-    """The layers that are meant, in the model's order, under the names that they have in an analysis.
+    """The units of `layers`, in the model's order, under the names that they have in an analysis.
 
     Raises:
         TargetError: a name matches nothing, or no layer's weight; nothing is left.
@@ -97,7 +97,7 @@ def _layer(title: str, name: str, module: nn.Module, parameter: nn.Parameter, of
 
 
 def rounded_weight(weight: Tensor, axis: int, bits: int) -> Tensor:
-    """Rounded to symmetric integers of so many bits, with the scale of least squared error for each index of `axis`.
+    """`weight` rounded to symmetric integers of `bits` bits: the scale of least squared error for each index of `axis`.
 
     >>> rounded_weight(torch.tensor([[1.0, -0.3, 0.4, 0.1]]), axis=0, bits=3)
     tensor([[ 1.0000, -0.3333,  0.3333,  0.0000]])
@@ -105,13 +105,13 @@ def rounded_weight(weight: Tensor, axis: int, bits: int) -> Tensor:
     rows = weight.movedim(axis, 0)
     matrix = rows.reshape(1, len(rows), -1).to(torch.promote_types(weight.dtype, torch.float32))
     largest = 2 ** (bits - 1) - 1
-    # Not the largest weight: with few bits it leaves most weights at zero, and nobody deploys such.
+    # Not from the largest weight: with few bits that leaves most weights at zero, which is never deployed.
     scale = rounding.clipped_scale(matrix, matrix.new_ones(1, matrix.shape[2]), largest=largest)
     return rounding.nearest(matrix, scale, largest).reshape(rows.shape).movedim(0, axis).to(weight.dtype)
 
 
 def layer_name(parameter: str, own: str) -> str:
-    """The layer's name in an analysis, by the parameter's whole name and what it is called in its module.
+    """The layer's name in an analysis, from the parameter's full name and its name in the module.
 
     >>> layer_name("layer1.conv.weight", "weight"), layer_name("attention.in_proj_weight", "in_proj_weight")
     ('layer1.conv', 'attention.in_proj')
@@ -122,7 +122,7 @@ def layer_name(parameter: str, own: str) -> str:
 def weights_of_channel_groups(
     model: nn.Module, sample: Batch, layers: Layers, *, where: str
 ) -> tuple[list[Unit], dict[str, tuple[str, ...]]]:
-    """Channel groups whose channels can go, and the layers of each; with `layers` those that have a row among them."""
+    """Channel groups that can be pruned, and the layers of each; with `layers` those that have a row among them."""
     found = find_groups(model, sample.args, sample.kwargs)
     chosen = (
         None
@@ -133,7 +133,9 @@ def weights_of_channel_groups(
     parameters = {name: module._parameters[own] for name, module, own in owners(model)}
     kept = {n: f for n, f in found.groups.items() if f.rows and (chosen is None or chosen & set(f.rows))}
     if not kept:
-        raise TargetError(f"{where}: {type(model).__name__} has no channels that can go; see `shrink` for the reasons.")
+        raise TargetError(
+            f"{where}: {type(model).__name__} has no channels that can be removed; see `shrink` for the reasons."
+        )
     scores = group_scores.norms(model, kept)
     units = []
     for name, channel_group in kept.items():

@@ -1,4 +1,4 @@
-"""The forms of a model whose speed is compared, as files: in float and in int8, at every width of its channels."""
+"""Exports the variants of a model whose speed is compared: in float and in int8, at every width of its channels."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def exported_forms(
 
 
 def export(model: nn.Module, sample_inputs: ModelInputs, path: Path) -> ExportedModel:
-    """With a free batch size, or with that of the inputs where the model's forward fixes it."""
+    """Exports with a free batch size, or with that of the inputs where the model's forward fixes it."""
     try:
         return export_onnx(model, sample_inputs, path)
     except ExportError as error:
@@ -80,7 +80,7 @@ def export(model: nn.Module, sample_inputs: ModelInputs, path: Path) -> Exported
 
 
 def as_int8(model: nn.Module, sample_inputs: ModelInputs, ignore: Sequence[str] = ()) -> nn.Module:
-    """Quantized for the sake of its speed: the ranges are those of one batch, the weights rounded to nearest.
+    """A quantized copy to time: ranges from one batch, weights rounded to nearest.
 
     What `ignore` names stays in float.
     """

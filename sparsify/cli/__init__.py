@@ -1,1 +1,1 @@
-"""The command `sparsify`: words become calls of the public functions. Imports anything but `experiments`."""
+"""The command `sparsify`: its arguments become calls of the public functions. Imports anything but `experiments`."""

@@ -235,7 +235,7 @@ def _trained(arguments: Namespace) -> nn.Module:
         raise DataFileError(f"{path}: there is no such file.")
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises whatever comes up in a broken file.
+    except Exception as error:  # torch.load raises many types for a broken file.
         raise DataError(f"{path}: cannot be read as a checkpoint of plain tensors: {error}") from error
     if arguments.recipe is not None:
         manager = ScheduledModifierManager.from_yaml(Path(arguments.recipe))
@@ -274,7 +274,7 @@ def _say(arguments: Namespace, as_json: Callable[[], str], as_text: Callable[[],
 
 
 def _write(path: str | None, text: str) -> None:
-    """To a file, or to standard output."""
+    """Writes `text` to a file, or to standard output."""
     if path is None:
         print(text.rstrip("\n"))
         return

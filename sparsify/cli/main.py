@@ -42,7 +42,8 @@ def main(words: Sequence[str] | None = None) -> int:
             print("stopped.", file=sys.stderr)
             return 130
         except BrokenPipeError:
-            # Whoever read the output has seen enough. What is still in the buffer must not complain at exit.
+            # The reader closed the pipe (as `head` does). Flushing the buffer at exit must not fail again:
+            # https://docs.python.org/3/library/signal.html#note-on-sigpipe
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return FINE
     return int(code)

@@ -1,4 +1,4 @@
-"""From profiles to a recipe that says why, and what a recipe will do before it is trained.
+"""Creates recipes from profiles, with evidence, and predicts what a recipe does before it is trained.
 
 Imports `analysis`, `training`, `recipe` and below.
 """

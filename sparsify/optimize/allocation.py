@@ -1,4 +1,4 @@
-"""The pruning profile: an average sparsity, spread over the layers by what each loses and what each costs."""
+"""Spreads an average sparsity over the layers by the loss and the time of each."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def pruning_profile(layers: Sequence[LayerCurve], settings: PruningSettings | No
         spreads,
         key=lambda one: (
             balance * one.loss / losses + (1 - balance) * one.time / times,
-            # Of equals the one that the other side prefers.
+            # Ties go to the one that the other term prefers.
             one.loss if balance < 1 else one.time,
         ),
     )
@@ -226,7 +226,7 @@ def _spread(layers: Sequence[_SpreadLayer], budget: float, on_loss: float, on_ti
             shares[index] = share
             left = 0.0
         elif skipped is None:
-            # Less than it must have: the others take it, if they can.
+            # Less than its least share: other layers take it, if they can.
             skipped = (index, shares[index])
     if left > 1e-9 and skipped is not None:
         _made_room(layers, shares, skipped[0], left, steps)

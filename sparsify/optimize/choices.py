@@ -56,7 +56,7 @@ class Sources:
 
         if analysis is None:
             analysis = without_inputs(model) if inputs is None else analyze_model(model, inputs)
-        # Layers that these inputs do not reach are in no analysis, but in a profile of all weights.
+        # Layers that are not computed on these inputs are in no analysis, but in a profile of all weights.
         names = {info.name for info in analysis.layers} | {layer_name(name, own) for name, _, own in owners(model)}
         for what, others in (
             ("performance", [] if performance is None else [layer.name for layer in performance.layers]),

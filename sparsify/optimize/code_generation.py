@@ -1,4 +1,4 @@
-"""The lines that a recipe needs in a training loop, and a whole training script: text that runs as it is."""
+"""Generates the lines that a recipe needs in a training loop, and a whole training script that runs as it is."""
 
 from __future__ import annotations
 

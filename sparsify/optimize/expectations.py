@@ -102,10 +102,10 @@ def without_channels(
     from sparsify.training.manager import ScheduledModifierManager
 
     smaller = copy.deepcopy(model)
-    # What prunes otherwise may make the zeros by which others find what can go.
+    # Other pruning may make the zeros by which a modifier finds the channels to remove.
     shaping = [modifier for modifier in modifiers if modifier.kind in ("pruning", "structure")]
     with warnings.catch_warnings():
-        # What the run will warn of is said then.
+        # The run itself will warn.
         warnings.simplefilter("ignore")
         return ScheduledModifierManager(shaping).apply(smaller, epoch, sample_inputs=inputs)
 

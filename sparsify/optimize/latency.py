@@ -1,4 +1,4 @@
-"""A time instead of a sparsity: which channels and which precision of each layer reach it at the least loss."""
+"""Chooses channels and precision of each layer that reach a latency at the least loss."""
 
 from __future__ import annotations
 
@@ -242,7 +242,7 @@ def _measured_ms(work: ModelTables, plan: LatencyPlan, choice: Choice, iteration
             met = replace(
                 _width_plan(work, choice, plan.goal_ms, plan.batch_size, plan.threads, list(plan.notes)), measured_ms=ms
             )
-        # A hair more than what was seen, so that the next one does not miss by a hair.
+        # 1 % more than was measured, so that the next solution does not miss the goal by a little.
         scale = ms / choice.ms * (1.01 if ms > plan.goal_ms else 1.0)
         again = work.tables.solve(plan.goal_ms / scale)
         if again is None or (met is not None and again.loss >= met.loss):
@@ -318,7 +318,7 @@ def _measure(tables: ModelTables, choice: Choice, batch_size: int, threads: int,
         proto = read_model(path)
         feed = feed_of(proto, SampleInputs.of(tables.model, tables.sample_inputs), batch_size)
         session = open_session(path, threads=threads, model=proto)
-        # What disturbs the machine for a moment counts in one of three at most.
+        # A short disturbance of the machine affects one of three medians at most.
         return min(median_ms(session, feed, 5, max(iterations // 3, 1)) for _ in range(3))
 
 

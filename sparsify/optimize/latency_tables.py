@@ -1,4 +1,4 @@
-"""A model, its performance profile and its loss profiles -> the tables that a latency goal is solved on."""
+"""Makes the tables that a latency goal is solved on, from a model, its performance profile and its loss profiles."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ WIDTH_STEPS = 16
 
 
 class ModelTables:
-    """A model, what was measured of it, and the tables made of that."""
+    """A model, its profiles, and the tables made of them."""
 
     def __init__(
         self,
@@ -73,7 +73,7 @@ class ModelTables:
         for layer in profile.layers:
             mine = dims.get(layer.name, ())
             if not mine and layer.width_ms and self.analysis[layer.name].weight is None:
-                continue  # Computed of activations that become narrower: one of the rest.
+                continue  # A product of activations that become narrower belongs to the rest.
             left = [self._left(mine, width) for width in grid]
 
             def curve(
@@ -83,7 +83,7 @@ class ModelTables:
                 rest[kind] = [all_of_it - ms for all_of_it, ms in zip(rest[kind], found, strict=True)]
                 return WidthCurve.of(left, found)
 
-            # A layer that stays as it is takes what it takes at full width.
+            # The time of a layer that stays as it is is that at full width.
             own = curve(layer.ms, layer.width_ms if mine else None, "float")
             quantized = None
             if self.int8 and layer.int8_ms is not None:

@@ -43,7 +43,7 @@ class OptimLevel:
 
 @dataclass(frozen=True)
 class Preset:
-    """A named answer to how: which level, and what it is spent on.
+    """A named kind of goal: an optim level, and a balance between recovery and performance.
 
     Attributes:
         level: the optim level, where none is given.

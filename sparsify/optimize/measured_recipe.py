@@ -1,4 +1,4 @@
-"""A recipe from measurements that are made on the way: loss on data, times in onnxruntime, a goal in milliseconds."""
+"""Creates a recipe after measurements: losses on data, times in onnxruntime, a goal in milliseconds."""
 
 from __future__ import annotations
 

@@ -30,7 +30,7 @@ def pitfalls(
     last: float,
     steps_per_epoch: int | None,
 ) -> Iterator[str]:
-    """All that can be said, a sentence each, the same sentence once."""
+    """The warnings, a sentence each, none of them twice."""
     said: dict[str, None] = {}
     for text in (
         *_unreached(labels, last),
@@ -47,7 +47,7 @@ def pitfalls(
 
 
 def _unreached(labels: Labels, last: float) -> Iterator[str]:
-    """Ends that lie behind the end of training, and starts."""
+    """Modifiers that start or end after the end of training."""
     for modifier, name in labels:
         start, end = modifier.window.start, modifier.window.end
         if start > last:
@@ -57,7 +57,7 @@ def _unreached(labels: Labels, last: float) -> Iterator[str]:
 
 
 def _cut_short(labels: Labels) -> Iterator[str]:
-    """Learning rates that another one takes over before their end."""
+    """Learning-rate modifiers that another one replaces before their end."""
     rates = [(modifier, name, entry) for modifier, name in labels if (entry := modifier.rate()) is not None]
     for modifier, name, entry in rates:
         if not math.isfinite(modifier.window.end):
@@ -82,7 +82,7 @@ def _jumps(rates: Rates) -> Iterator[str]:
 
 
 def _standing_still(labels: Labels, rates: Rates) -> Iterator[str]:
-    """Pruning while nothing can adapt to it."""
+    """Pruning while the learning rate is 0."""
     for modifier, name in labels:
         if modifier.kind != "pruning" or modifier.holds:
             continue
@@ -121,7 +121,7 @@ def _too_fine(labels: Labels, steps_per_epoch: int | None) -> Iterator[str]:
 
 
 def _still_falling(moments: Sequence[PlannedMoment]) -> Iterator[str]:
-    """Zeros that are given up where another modifier takes over."""
+    """Sparsities that fall where another modifier takes over."""
     for before, after in pairwise(moments):
         if any("moving masks" in doing for doing in before.doing.values()):
             continue

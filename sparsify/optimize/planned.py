@@ -113,7 +113,7 @@ class Plan:
             Column("kib", "KiB", ",.0f"),
             Column("doing", "What happens", left=True),
         )
-        # A column in which nothing stands says nothing.
+        # Empty columns are left out.
         shown = [column for column in wanted if any(row[column.field] is not None for row in rows)]
         return Table.of(f"Plan of {self.max_epochs:g} epochs", rows, shown)
 
@@ -164,7 +164,7 @@ class Plan:
 
 
 def _merged_moments(doing: Mapping[str, str]) -> str:
-    """One phrase; those of a kind that do the same are counted."""
+    """The activities as one phrase; modifiers of a kind that do the same are counted."""
     alike = Counter((name.rstrip(" 0123456789"), what) for name, what in doing.items())
     said = []
     for (name, what), count in alike.items():
@@ -175,7 +175,7 @@ def _merged_moments(doing: Mapping[str, str]) -> str:
 
 
 def _telling(moments: Sequence[PlannedMoment]) -> list[PlannedMoment]:
-    """Those at which somebody starts or ends something, the first and the last, and every so many between."""
+    """The moments at which a modifier starts or ends, the first and the last, and every so many between."""
     stride = max(1, math.ceil(len(moments) / 16))
     kept = []
     for number, moment in enumerate(moments):

@@ -79,7 +79,7 @@ def plan(
 
 
 class _View:
-    """A recipe and, where there is one, a model: what holds at a moment."""
+    """A recipe and, where there is one, a model, asked for their state at a moment."""
 
     def __init__(self, recipe: Recipe, model: nn.Module | None, sample_inputs: ModelInputs | None) -> None:
         from sparsify.model.wrappers import unwrapped
@@ -122,7 +122,7 @@ class _View:
             if modifier.whole_channels:
                 channels.update({name: share for name, share in found.items() if share is not None})
             else:
-                # What only holds zeros does not know how many: what was known before stands.
+                # A modifier that only keeps zeros does not know how many: the figure from before stands.
                 zeros.update({n: zeros.get(n) if s is None and modifier.holds else s for n, s in found.items()})
         sizes, cost = self.sizes, self.cost
         pruned = [cut for cut in self.removals if clock.reached(cut)]

@@ -51,7 +51,7 @@ class LayerChoice:
 
 @dataclass(frozen=True)
 class PruningProfile:
-    """The whole: what was asked, what each layer gets, what is expected. Units are those of LayerCurve.
+    """An average sparsity spread over layers, with the figures expected of it. Units are those of LayerCurve.
 
     Attributes:
         sparsity: what is met, over all layers that may be pruned.

@@ -1,4 +1,4 @@
-"""From a model, what was measured of it, and a goal to a recipe that says why."""
+"""Creates a recipe with evidence from a model, its profiles and a goal."""
 
 from __future__ import annotations
 
@@ -194,7 +194,7 @@ def _lay_out(
     if trained:
         _rates(draft, original, learning_rate, stages)
         frozen = [name for name, parameter in model.named_parameters() if not parameter.requires_grad]
-        # What the user froze stays so, except what is pruned, which must be able to make up for it.
+        # Frozen parameters stay frozen, except those that are pruned, which must be able to adapt.
         learn: str | list[str] = list(chosen.shares) if frozen else "__ALL__"
         if learn:
             draft.add(TrainableParamsModifier(params=learn, trainable=True, start_epoch=0.0))

@@ -1,4 +1,4 @@
-"""The Optimize screen: one page that computes by itself, with everything that is known of a model inside it."""
+"""Writes the Optimize screen: one HTML page that computes by itself, with all data of a model inside it."""
 
 from __future__ import annotations
 
@@ -130,7 +130,7 @@ class Report:
             "@style@": _file("screen.css"),
             "@script@": "\n".join(_file(name) for name in SCRIPTS),
         }
-        # The data last and by splitting: nothing in it is ever taken for a place to fill.
+        # The data are inserted last, by splitting: nothing in them is ever taken for a placeholder.
         before, after = _file("screen.html").split("@data@")
         for place, text in parts.items():
             before, after = before.replace(place, text), after.replace(place, text)

@@ -1,4 +1,4 @@
-"""From how a model was trained to how long it is compressed, and with which learning rates."""
+"""Lays out the stages of compression and their learning rates from the training of the dense model."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ ADAPTIVE = (
 
 @dataclass(frozen=True)
 class TrainingStage:
-    """One stretch of training, in epochs."""
+    """One stage of training, in epochs."""
 
     name: StageName
     start: float
@@ -126,7 +126,7 @@ class OriginalTraining:
     def stages(
         self, *, prune: bool = True, quantize: bool = False, transfer: bool = False
     ) -> tuple[TrainingStage, ...]:
-        """One after the other from epoch 0: E / 3 epochs of pruning after one of stabilization, E / 4 of fine-tuning,
+        """The stages from epoch 0 on: E / 3 epochs of pruning after one of stabilization, E / 4 of fine-tuning,
         E / 10 of quantization, in whole epochs and at least 1.
 
         Args:
@@ -253,7 +253,7 @@ def _moving(
 
 
 def _neat(rate: float) -> float:
-    """Without the last digits, which are rounding and stand in a file for people to read."""
+    """`rate` with 6 digits: the others are rounding errors, and the file is for people to read."""
     return float(f"{rate:.6g}")
 
 

@@ -157,12 +157,12 @@ class Tables:
     # ------------------------------------------------------------------ solving
 
     def fastest(self) -> Choice:
-        """Everything as narrow as it may be."""
+        """The choice with everything as narrow as it may be."""
         shares = {part.name: part.shares[-1] for part in self.parts}
         return self.choice(shares, self._bits(shares, None))
 
     def widest(self) -> Choice:
-        """Nothing removed, and int8 only where it costs nothing."""
+        """The choice with nothing removed, and int8 only where it costs nothing."""
         shares = {part.name: 1.0 for part in self.parts}
         return self.choice(shares, self._bits(shares, 0.0))
 
@@ -203,7 +203,7 @@ class Tables:
         ]
         starts += [(layer.name, best.shares, best.int8 ^ {layer.name}) for layer in self.layers if layer.int8_loss > 0]
         if len(starts) <= RESTARTS:
-            # Few parts are lumpy: what is best with one of them held elsewhere may be far from here.
+            # With few parts the choices are coarse: the best one with a part held elsewhere may be far from here.
             for held, shares, int8 in starts:
                 found = self._polished(self._repaired(self.choice(shares, int8), goal_ms, held), goal_ms)
                 if (found.loss, found.ms) < (best.loss, best.ms):
@@ -211,7 +211,7 @@ class Tables:
         return best
 
     def _repaired(self, choice: Choice, goal_ms: float, held: str) -> Choice:
-        """Within the goal, by the steps that cost the least loss for the time they save; one part or layer is held."""
+        """`choice` brought within the goal by steps of least loss for the time they save; one part or layer is held."""
         while choice.ms > goal_ms:
             steps = []
             for part in (part for part in self.parts if part.name != held):
@@ -265,7 +265,7 @@ class Tables:
         return self.choice(shares, int8)
 
     def _polished(self, best: Choice, goal_ms: float) -> Choice:
-        """Better by single steps and exchanges, as long as there are any."""
+        """`best` improved by single steps and exchanges, as long as there are any."""
         while True:
             better = self._step(best, goal_ms)
             if better is None:

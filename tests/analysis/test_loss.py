@@ -579,7 +579,7 @@ def test_weights_that_are_not_finite_and_models_without_layers_are_refused() -> 
         loss_profile(nn.ReLU())
     with pytest.raises(ArgumentError, match="model is a str"):
         loss_profile("model.onnx")  # type: ignore[arg-type]
-    with pytest.raises(TargetError, match="no channels that can go"):
+    with pytest.raises(TargetError, match="no channels that can be removed"):
         loss_profile(nn.Sequential(nn.Linear(3, 2)), [torch.randn(2, 3)], structured=True)
 
 
