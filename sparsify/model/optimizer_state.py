@@ -1,34 +1,46 @@
-"""What an optimizer remembers of a parameter (momentum, second moments, ...), and forgetting it."""
+"""What an optimizer remembers of a parameter (momentum, second moments, ...), set back to what it began with."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, MutableMapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import LBFGS
+
+from sparsify.model.masked_memory import zero_masked_
 
 __all__: list[str] = []
 
+_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+# Counts, and products over steps: of the parameter as a whole, also where it has one weight.
+_OF_ALL_WEIGHTS = frozenset({"step", "mu_product", "mu", "eta"})
 
-def forget(optimizer: Any, parameter: Tensor, where: Tensor | None = None) -> None:
-    """Sets what `optimizer` remembers of `parameter` to what it would begin with. All that there is, whatever its name.
+
+def reset_where(optimizer: object | None, parameter: Tensor, mask: Tensor | None = None) -> None:
+    """Sets what `optimizer` remembers of the weights that `mask` does not keep to what it would begin with.
 
     Zero for nearly everything, both moments of Adam among it; the step size of Rprop begins with the learning rate, the
     sum of Adagrad with its initial value, the average of ASGD with the weights.
 
+    Moments that are packed (integers with scales, as bitsandbytes has them; tensor subclasses, as torchao's and DTensor
+    are; float8) are never written to as numbers: of single weights nothing is reset in them, and of all weights the
+    whole state is dropped, to be set up by the optimizer's next step.
+
     Args:
-        optimizer: may be None, or keep no state.
-        where: a bool tensor of the parameter's shape: only there, and only what has that shape. None: everywhere, the
-            count of steps included. It belongs to all weights of the parameter: with moments of zero and a late count,
-            Adam would take steps of several times the learning rate.
+        optimizer: one that keeps state by parameter as torch's do; None, or one without any, has nothing to be reset.
+        parameter: the one whose state it is.
+        mask: bools of the parameter's shape, False where state is reset: there only, and only in what has that shape.
+            None: everywhere, the count of steps included. It belongs to all weights of the parameter: with moments of
+            zero and a late count, Adam would take steps of several times the learning rate. LBFGS keeps curvature in
+            the space of all weights of all parameters: it is forgotten whatever the mask.
     """
     states = getattr(optimizer, "state", None)
     if not isinstance(states, Mapping):
         return
     if isinstance(optimizer, LBFGS):
-        # Curvature in the space of all weights, kept under the first of them: it holds for all or for none.
+        # Kept under the first parameter: it holds for all or for none.
         for state in states.values():
             state.clear()
         return
@@ -36,25 +48,71 @@ def forget(optimizer: Any, parameter: Tensor, where: Tensor | None = None) -> No
     state = states.get(parameter)
     if not state:
         return
-    group: dict[str, Any] = next((g for g in optimizer.param_groups if any(p is parameter for p in g["params"])), {})
+    if mask is not None:
+        for key, value in _tensors(state):
+            if value.shape == parameter.shape and key not in _OF_ALL_WEIGHTS and _is_plain(value):
+                _reset_masked(value, mask, _initial(key, value, optimizer, parameter))
+    elif any(_is_packed(value) for _, value in _tensors(state)):
+        # Both libraries set up the state of a parameter that has none, in `step`:
+        # https://github.com/bitsandbytes-foundation/bitsandbytes/blob/main/bitsandbytes/optim/optimizer.py
+        # https://github.com/pytorch/ao/blob/main/torchao/optim/adam.py
+        state.clear()
+    else:
+        _reset_all(state, optimizer, parameter)
+
+
+def _reset_masked(value: Tensor, mask: Tensor, first: Tensor | float) -> None:
+    if isinstance(first, Tensor):
+        with torch.no_grad():
+            value.copy_(torch.where(mask.to(value.device), value, first.to(value)))
+    elif first == 0.0:
+        zero_masked_(value, mask)
+    else:
+        with torch.no_grad():
+            value.masked_fill_(~mask.to(value.device), first)
+
+
+def _reset_all(state: MutableMapping[str, Any], optimizer: object, parameter: Tensor) -> None:
     with torch.no_grad():
-        for key, value in state.items():
-            if isinstance(value, Tensor):
-                first = parameter if key == "ax" and value.shape == parameter.shape else _initial_value(key, group)
-                if where is None:
-                    value.copy_(torch.as_tensor(first, device=value.device))
-                elif value.shape == parameter.shape and key != "step":
-                    here = where.to(value.device)
-                    value.copy_(torch.where(here, torch.as_tensor(first).to(value), value))
-            elif where is None and isinstance(value, int | float) and not isinstance(value, bool):
-                state[key] = type(value)(_initial_value(key, group))
+        for key, value in _tensors(state):
+            if not value.is_meta:
+                value.copy_(torch.as_tensor(_initial(key, value, optimizer, parameter), device=value.device))
+    for key, number in state.items():
+        if isinstance(number, int | float) and not isinstance(number, bool):
+            state[key] = type(number)(_initial(key, None, optimizer, parameter))
 
 
-def _initial_value(key: str, group: Mapping[str, Any]) -> Any:
-    if key == "step_size":
-        return group["lr"]
+def _initial(key: str, value: Tensor | None, optimizer: object, parameter: Tensor) -> Tensor | float:
+    """The first value of the state `key`: those of torch's optimizers by their names, zero for any other."""
     if key in ("mu_product", "mu"):
         return 1.0
-    if key == "eta":
-        return group["lr"]
-    return group.get("initial_accumulator_value", 0.0) if key == "sum" else 0.0
+    if key == "ax" and value is not None and value.shape == parameter.shape:
+        # torch begins with zeros and copies the weights at the first step, while mu is 1; later on it is not.
+        return parameter.detach()
+    if key not in ("step_size", "eta", "sum"):
+        return 0.0
+    groups = getattr(optimizer, "param_groups", [])
+    group: dict[str, Any] = next((g for g in groups if any(p is parameter for p in g["params"])), {})
+    return float(group.get("initial_accumulator_value", 0.0) if key == "sum" else group.get("lr", 0.0))
+
+
+def _tensors(state: Mapping[str, Any]) -> Iterator[tuple[str, Tensor]]:
+    for key, value in state.items():
+        for one in value if isinstance(value, list | tuple) else (value,):
+            if isinstance(one, Tensor):
+                yield key, one
+
+
+def _is_plain(value: Tensor) -> bool:
+    """True if `value` is numbers in memory of its own."""
+    return (
+        type(value) in (Tensor, nn.Parameter)
+        and value.dtype in _FLOATS
+        and value.layout == torch.strided
+        and not value.is_meta
+    )
+
+
+def _is_packed(value: Tensor) -> bool:
+    """True if `value` stands for other numbers than it holds; a single number, a count of steps, does not."""
+    return not _is_plain(value) and not value.is_meta and (value.numel() > 1 or type(value) is not Tensor)

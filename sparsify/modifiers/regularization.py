@@ -14,7 +14,7 @@ from torch.utils.hooks import RemovableHandle
 from sparsify.errors import StateError, TargetError
 from sparsify.model import gradients, targets
 from sparsify.model.optimizer_hooks import ModelCallback
-from sparsify.model.optimizer_state import forget
+from sparsify.model.optimizer_state import reset_where
 from sparsify.modifiers.base import Active, Modifier, ModifierKind, ParamNames, Run
 from sparsify.modifiers.schedule import Clock
 
@@ -144,7 +144,7 @@ class _Powerpropagation(Active):
         self.held.refresh()
         if self.modifier.alpha != 1.0:
             for parameter in self.held.now().values():
-                forget(self.run.optimizer, parameter)
+                reset_where(self.run.optimizer, parameter)
 
     def before_step(self) -> None:
         if not self.at_work or self.within:

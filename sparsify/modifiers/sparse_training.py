@@ -11,7 +11,7 @@ from pydantic import Field, field_validator, model_validator
 from torch import Tensor, nn
 
 from sparsify.model import distributed, gradients, targets
-from sparsify.model.optimizer_state import forget
+from sparsify.model.optimizer_state import reset_where
 from sparsify.modifiers.base import Active, FieldProblem, Run
 from sparsify.modifiers.gradual import Gradual, GradualPruning, ScoreType
 from sparsify.modifiers.moving_masks import Fraction, MaskName, Moving, SparseTraining, taken_over
@@ -221,7 +221,7 @@ class _ACDC(Moving):
                 if name in masker:
                     masker.remove(name)
                     if modifier.momentum_buffer_reset:
-                        forget(self.run.optimizer, parameter)
+                        reset_where(self.run.optimizer, parameter)
             return True
         if any(name not in masker for name in parameters):
             sparsity = next(iter(self.finals.values()), modifier.compression_sparsity)
@@ -318,7 +318,7 @@ class _RigL(Moving):
             grown = mask & ~masker.masks[name]
             masker.set(name, mask)
             if modifier.momentum_buffer_reset:
-                forget(self.run.optimizer, parameters[name], grown)
+                reset_where(self.run.optimizer, parameters[name], ~grown)
         return True
 
     def detach(self) -> None:

@@ -12,7 +12,7 @@ from torch.utils.hooks import RemovableHandle
 
 from sparsify.model import gradients
 from sparsify.model.optimizer_hooks import ModelCallback
-from sparsify.model.optimizer_state import forget
+from sparsify.model.optimizer_state import reset_where
 from sparsify.modifiers.base import Active, FieldProblem, Run
 from sparsify.modifiers.moving_masks import Fraction, MaskName, Moving, SparseTraining, taken_over
 from sparsify.modifiers.schedule import Clock
@@ -109,7 +109,7 @@ class _TopKAST(Moving):
                 finally:
                     masker.bind(optimizer)
                 last = point >= modifier.window.end
-                forget(optimizer, parameter, ~(forward[name] if last else backward[name]))
+                reset_where(optimizer, parameter, forward[name] if last else backward[name])
         if point >= modifier.window.end:
             self.detach()
             return True
