@@ -34,7 +34,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sparsify import ScheduledModifierManager, export_onnx, verify_onnx
-from sparsify.output.tables import Column, Table, show, track
+from sparsify.output.tables import Column, Table, track
 
 RECIPE = Path(__file__).with_name("headline.yaml")
 WIDTHS, QUICK_WIDTHS = (64, 128, 256, 512), (16, 32, 64, 128)
@@ -160,7 +160,7 @@ def once(seed: int, folder: Path, arguments: argparse.Namespace) -> tuple[float,
             row.update({f"ms_{threads}": 1e3 * statistics.median(seconds), f"speedup_{threads}": speedup})
         where = f"{threads} thread{'s' * (threads != 1)}"
         columns += [Column(f"ms_{threads}", f"ms, {where}", ".3f"), Column(f"speedup_{threads}", "Speed-up", ".2f")]
-    show(Table.of(f"Seed {seed}: {len(digits.test_x)} images held out, batch 1", rows, columns))
+    print(Table.of(f"Seed {seed}: {len(digits.test_x)} images held out, batch 1", rows, columns).text())
     for threads, ratio in ratios.items():
         print(f"{threads} thread(s): dense / compressed {ratio}")
     integer = sum(1 for tensor in proof.tensors if tensor.exact)

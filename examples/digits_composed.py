@@ -16,7 +16,7 @@ from digits_resnet import BATCH, COLUMNS, Digits, ResNet, Result, measure, train
 from torch.nn import functional as F
 
 from sparsify import ScheduledModifierManager, export_onnx
-from sparsify.output.tables import Table, show, track
+from sparsify.output.tables import Table, track
 
 RECIPE = Path(__file__).with_name("digits_composed.yaml")
 # Few epochs: shows that it runs, not how well.
@@ -60,7 +60,7 @@ def run(seed: int, outputs: Path, *, quick: bool) -> list[Result]:
     results = measure(files, digits)
     table = Table.of(f"Digits, seed {seed}: {len(digits.test_x)} test images, one thread, batch 1", results, COLUMNS)
     table.write(outputs / "composed.json")
-    show(table)
+    print(table.text())
     return results
 
 

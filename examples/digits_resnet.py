@@ -25,7 +25,7 @@ from torch.nn import functional as F
 
 from sparsify import ScheduledModifierManager, benchmark_onnx, export_onnx
 from sparsify.onnx.benchmark import compare_onnx
-from sparsify.output.tables import Column, Table, show, track
+from sparsify.output.tables import Column, Table, track
 
 RECIPE = Path(__file__).with_name("digits_resnet.yaml")
 BATCH = 64
@@ -284,7 +284,7 @@ def run(seed: int, outputs: Path, *, quick: bool = False) -> list[Result]:
     table.write(outputs / "table.md")
     table.write(outputs / "table.json")
     plot(history, results[0].accuracy, outputs / "plot.png")
-    show(table)
+    print(table.text())
     return results
 
 

@@ -1,7 +1,6 @@
-"""Value objects -> table, JSON, Markdown, and progress on the terminal. Nothing else formats or prints.
+"""Value objects as a table in plain text, JSON or Markdown, and progress on the terminal.
 
-rich draws tables and bars where it is installed (`pip install sparsify[report]`); without it the same figures come as
-plain text.
+rich draws the bar of progress where it is installed (`pip install sparsify[report]`).
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from sparsify.errors import ArgumentError
 from sparsify.output.files import replacing
@@ -134,27 +133,6 @@ class Table:
             )
         with replacing(path) as temporary:
             temporary.write_text(forms[suffix]() + "\n", encoding="utf-8")
-
-
-def show(table: Table, file: TextIO | None = None) -> None:
-    """Prints a table: drawn by rich where there is a terminal and rich is installed, otherwise as plain text."""
-    file = file or sys.stdout
-    if file.isatty():
-        try:
-            from rich.console import Console
-            from rich.table import Table as Drawn
-            from rich.text import Text
-        except ImportError:
-            pass
-        else:
-            drawn = Drawn(title=Text(table.title))
-            for index, column in enumerate(table.columns):
-                drawn.add_column(Text(column.title), justify="right" if index and not column.left else "left")
-            for row in table.cells():
-                drawn.add_row(*map(Text, row))
-            Console(file=file).print(drawn)
-            return
-    print(table.text(), file=file)
 
 
 def track(work: Iterable[Item], what: str, total: int | None = None, *, progress: bool | None = True) -> Iterator[Item]:

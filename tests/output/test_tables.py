@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from sparsify.errors import ArgumentError, DataError
-from sparsify.output.tables import Column, Table, show, track
+from sparsify.output.tables import Column, Table, track
 
 
 @dataclass(frozen=True)
@@ -78,27 +78,6 @@ class Terminal(io.StringIO):
         return True
 
 
-def test_show_off_a_terminal_is_plain_text() -> None:
-    out = io.StringIO()
-    show(TABLE, out)
-    assert out.getvalue() == TABLE.text() + "\n"
-
-
-def test_show_on_a_terminal_draws_and_takes_cells_literally(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("COLUMNS", "80")
-    out = Terminal()
-    show(Table.of("[1] Runs", [Row("[red]x[/red]", 1.0)], COLUMNS), out)
-    assert "[red]x[/red]" in out.getvalue() and "[1] Runs" in out.getvalue() and "1.00" in out.getvalue()
-    assert "─" in out.getvalue()
-
-
-@pytest.mark.usefixtures("without_rich")
-def test_show_without_rich_is_plain_text() -> None:
-    out = Terminal()
-    show(TABLE, out)
-    assert out.getvalue() == TABLE.text() + "\n"
-
-
 def test_track_yields_everything_and_draws_on_stderr(capsys: pytest.CaptureFixture[str]) -> None:
     assert list(track([1, 2, 3], "counting")) == [1, 2, 3]
     assert list(track(iter([1, 2, 3]), "counting", total=3)) == [1, 2, 3]
@@ -110,3 +89,16 @@ def test_track_yields_everything_and_draws_on_stderr(capsys: pytest.CaptureFixtu
 def test_track_without_rich_says_how_long_it_took(capsys: pytest.CaptureFixture[str]) -> None:
     assert list(track(range(3), "counting")) == [0, 1, 2]
     assert capsys.readouterr().err.startswith("counting: 0.0 s")
+
+
+@pytest.mark.parametrize(
+    ("terminal", "progress", "seen"),
+    [(True, None, True), (False, None, False), (False, True, True), (True, False, False)],
+)
+def test_track_shows_itself_on_a_terminal_or_as_it_is_told(
+    terminal: bool, progress: bool | None, seen: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = Terminal() if terminal else io.StringIO()
+    monkeypatch.setattr("sys.stderr", out)
+    assert list(track([1, 2], "counting", progress=progress)) == [1, 2]
+    assert ("counting" in out.getvalue()) == seen
