@@ -181,7 +181,7 @@ def innermost_optimizer(optimizer: Any) -> Any:
         callable(getattr(optimizer, "step", None)) and isinstance(getattr(optimizer, "param_groups", None), list)
     ):
         raise ArgumentError(
-            f"optimizer: {_named(optimizer)} is no optimizer; it needs a step() and a list of param_groups. Give a "
+            f"optimizer: {_kind_of(optimizer)} is no optimizer; it needs a step() and a list of param_groups. Give a "
             "torch.optim.Optimizer, or use initialize(model) where there is none."
         )
     return optimizer
@@ -201,7 +201,7 @@ def _hookable(optimizer: Any) -> bool:
     return isinstance(optimizer, Optimizer) and "_optimizer_step_pre_hooks" in vars(optimizer)
 
 
-def _named(value: Any) -> str:
+def _kind_of(value: Any) -> str:
     return f"the class {value.__name__}" if isinstance(value, type) else f"an object of type {type(value).__name__}"
 
 

@@ -13,7 +13,7 @@ from sparsify.model.masked_memory import zero_masked_
 
 __all__: list[str] = []
 
-_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_STATE_TYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 # Counts, and products over steps: of the parameter as a whole, also where it has one weight.
 _OF_ALL_WEIGHTS = frozenset({"step", "mu_product", "mu", "eta"})
 
@@ -107,7 +107,7 @@ def _is_plain(value: Tensor) -> bool:
     """True if `value` is numbers in memory of its own."""
     return (
         type(value) in (Tensor, nn.Parameter)
-        and value.dtype in _FLOATS
+        and value.dtype in _STATE_TYPES
         and value.layout == torch.strided
         and not value.is_meta
     )
