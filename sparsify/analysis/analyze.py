@@ -11,14 +11,14 @@ from sparsify.analysis.layers import ModelAnalysis
 if TYPE_CHECKING:
     from torch import nn
 
-    from sparsify.model.signature import ModelInputs
+    from sparsify.model.signature import InputsLike
 
 __all__ = ["analyze_model"]
 
 
 def analyze_model(
     model: nn.Module | str | os.PathLike[str],
-    sample_inputs: ModelInputs | None = None,
+    sample_inputs: InputsLike | None = None,
     *,
     sample_kwargs: Mapping[str, Any] | None = None,
     batch_size: int = 1,

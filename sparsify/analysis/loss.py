@@ -18,7 +18,7 @@ from sparsify.analysis.torch_layers import analyze_module
 from sparsify.analysis.trials import Batch, Loss, Trials, collected_batches
 from sparsify.analysis.units import Layers, Of, Unit, layer_weights, weights_of_channel_groups
 from sparsify.errors import ArgumentError, DataError, StateError, did_you_mean
-from sparsify.model.signature import ModelInputs, check_module
+from sparsify.model.signature import InputsLike, check_module
 from sparsify.model.wrappers import unwrapped
 from sparsify.output.files import read_text, replacing
 from sparsify.output.tables import Column, Table, track
@@ -174,7 +174,7 @@ def loss_profile(
     levels: Iterable[float] | None = None,
     layers: Layers = None,
     structured: bool = False,
-    sample_inputs: ModelInputs | None = None,
+    sample_inputs: InputsLike | None = None,
     batches: int | None = None,
     progress: bool | None = None,
 ) -> LossProfile:

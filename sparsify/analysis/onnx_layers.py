@@ -24,7 +24,7 @@ from sparsify.onnx.runtime import open_session, read_model, run_session
 if TYPE_CHECKING:
     from onnx import ModelProto, NodeProto
 
-    from sparsify.model.signature import ModelInputs
+    from sparsify.model.signature import InputsLike
 
 __all__: list[str] = []
 
@@ -61,7 +61,7 @@ CONTRACTING = {
 
 
 def analyze_file(
-    path: str | os.PathLike[str], sample_inputs: ModelInputs | None, *, batch_size: int = 1
+    path: str | os.PathLike[str], sample_inputs: InputsLike | None, *, batch_size: int = 1
 ) -> ModelAnalysis:
     """The analysis of an ONNX file, as `analyze_model` returns it.
 
@@ -92,7 +92,7 @@ def _inlined(model: ModelProto) -> ModelProto:
     return inliner.inline_local_functions(model)
 
 
-def _sizes(path: Path, model: ModelProto, given: ModelInputs | None, batch: int) -> dict[str, TensorShape]:
+def _sizes(path: Path, model: ModelProto, given: InputsLike | None, batch: int) -> dict[str, TensorShape]:
     """The shape of every input: of the samples, or as the file has it, with the first free axis 0 as the batch."""
     stored = {tensor.name for tensor in model.graph.initializer}
     inputs = {value.name: value.type.tensor_type.shape.dim for value in model.graph.input if value.name not in stored}
@@ -118,7 +118,7 @@ def _sizes(path: Path, model: ModelProto, given: ModelInputs | None, batch: int)
     return found
 
 
-def _of_samples(path: Path, names: list[str], given: ModelInputs) -> dict[str, TensorShape]:
+def _of_samples(path: Path, names: list[str], given: InputsLike) -> dict[str, TensorShape]:
     if not isinstance(given, Mapping):
         arrays = given if isinstance(given, (tuple, list)) else [given]
         if len(arrays) != len(names):

@@ -43,7 +43,7 @@ if TYPE_CHECKING:
     from onnx import ModelProto
     from onnxruntime import InferenceSession
 
-    from sparsify.model.signature import ModelInputs
+    from sparsify.model.signature import InputsLike
 
 __all__ = ["performance_profile"]
 
@@ -52,7 +52,7 @@ WIDTHS = (1.0, 0.875, 0.75, 0.625, 0.5, 0.375, 0.25)
 
 def performance_profile(
     model: nn.Module | str | os.PathLike[str],
-    sample_inputs: ModelInputs | None = None,
+    sample_inputs: InputsLike | None = None,
     *,
     batch_sizes: Sequence[int] = (1,),
     threads: Sequence[int] = (1,),
@@ -133,7 +133,7 @@ class Measured:
 
 def profile_of_model(
     model: nn.Module,
-    sample_inputs: ModelInputs | None,
+    sample_inputs: InputsLike | None,
     settings: ProfileSettings,
     cache: Path | None,
     progress: bool | None,

@@ -15,7 +15,7 @@ from sparsify.analysis.layers import LayerInfo, ModelAnalysis, UnknownOperator
 from sparsify.analysis.macs import CountedOperand, TensorShape
 from sparsify.analysis.operations import Operation, from_program, recorded_operations
 from sparsify.errors import ArgumentError, DataError, SparsifyError, TargetError, first_line
-from sparsify.model.signature import ModelInputs
+from sparsify.model.signature import InputsLike
 from sparsify.model.signature import SampleInputs as Arguments
 from sparsify.model.targets import is_prunable_layer, named_modules, named_parameters, refuse_unusable
 from sparsify.model.trace import ModuleCall, ModuleNames, exported, plain_trace
@@ -34,7 +34,7 @@ RECOMPUTED = "its weight is recomputed before every forward (weight_norm, a para
 
 
 def analyze_module(
-    model: nn.Module, sample_inputs: ModelInputs | None, sample_kwargs: Mapping[str, Any] | None
+    model: nn.Module, sample_inputs: InputsLike | None, sample_kwargs: Mapping[str, Any] | None
 ) -> ModelAnalysis:
     """The analysis of a torch module, as `analyze_model` returns it."""
     model = unwrapped(model)
@@ -237,7 +237,7 @@ class _Layers:
             calls=len(layer.calls),
             groups=layer.groups,
             sparsity=zeros,
-            bits=_weight_bits(module, parameter),
+            bits=_value_bits(module, parameter),
             why_not_prunable=prunable,
             why_not_quantizable=quantizable,
         )
@@ -299,7 +299,7 @@ def _projection_size(rows: Projection | None) -> int:
     return rows.weight.numel() + (0 if rows.bias is None else rows.bias.numel())
 
 
-def _weight_bits(module: nn.Module | None, parameter: nn.Parameter | None) -> int:
+def _value_bits(module: nn.Module | None, parameter: nn.Parameter | None) -> int:
     """Bits of a value of the weight: those of its quantizer, else those of its storage."""
     if parameter is None:
         return 32

@@ -12,7 +12,7 @@ from typing import Any
 from torch import nn
 
 from sparsify.errors import ExportError, SparsifyError, SparsifyWarning
-from sparsify.model.signature import ModelInputs, SampleInputs
+from sparsify.model.signature import InputsLike, SampleInputs
 from sparsify.oneshot import quantize_model
 from sparsify.onnx.export import ExportedModel, export_onnx
 from sparsify.output.tables import track
@@ -34,7 +34,7 @@ class Form:
 
 def exported_forms(
     model: nn.Module,
-    sample_inputs: ModelInputs,
+    sample_inputs: InputsLike,
     channel_groups: ChannelGroups | None,
     quantized: bool,
     widths: Sequence[float],
@@ -69,7 +69,7 @@ def exported_forms(
     return forms
 
 
-def export(model: nn.Module, sample_inputs: ModelInputs, path: Path) -> ExportedModel:
+def export(model: nn.Module, sample_inputs: InputsLike, path: Path) -> ExportedModel:
     """Exports with a free batch size, or with that of the inputs where the model's forward fixes it."""
     try:
         return export_onnx(model, sample_inputs, path)
@@ -79,7 +79,7 @@ def export(model: nn.Module, sample_inputs: ModelInputs, path: Path) -> Exported
         return export_onnx(model, sample_inputs, path, dynamic_batch=False)
 
 
-def as_int8(model: nn.Module, sample_inputs: ModelInputs, ignore: Sequence[str] = ()) -> nn.Module:
+def as_int8(model: nn.Module, sample_inputs: InputsLike, ignore: Sequence[str] = ()) -> nn.Module:
     """A quantized copy to time: ranges from one batch, weights rounded to nearest.
 
     What `ignore` names stays in float.
@@ -134,5 +134,5 @@ def kept_channels(channel_groups: ChannelGroups, name: str, share: float) -> int
     return Bounds.of(channel_group.size, multiple_of(channel_group, None)).nearest(wanted)
 
 
-def _as_tuple(sample_inputs: ModelInputs) -> Any:
+def _as_tuple(sample_inputs: InputsLike) -> Any:
     return tuple(sample_inputs) if isinstance(sample_inputs, list) else sample_inputs

@@ -21,7 +21,7 @@ from sparsify.errors import ArgumentError
 
 __all__: list[str] = []
 
-ModelInputs = Tensor | tuple[Any, ...] | list[Any] | Mapping[str, Any]
+InputsLike = Tensor | tuple[Any, ...] | list[Any] | Mapping[str, Any]
 """Sample inputs as a user gives them: a tensor, a tuple or list of arguments, or keyword arguments."""
 CallArguments = tuple[tuple[Any, ...], dict[str, Any]]
 """(args, kwargs)."""
@@ -56,7 +56,7 @@ class SampleInputs:
 
     @classmethod
     def of(
-        cls, model: nn.Module, sample_inputs: ModelInputs | None, more: Mapping[str, Any] | None = None
+        cls, model: nn.Module, sample_inputs: InputsLike | None, more: Mapping[str, Any] | None = None
     ) -> SampleInputs:
         """`sample_inputs`: a tensor; a tuple or list of arguments; or a mapping of keyword arguments. `more` of these.
 

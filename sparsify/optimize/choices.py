@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from sparsify.analysis.layers import ModelAnalysis
     from sparsify.analysis.loss import LossProfile
     from sparsify.analysis.performance import PerformanceProfile
-    from sparsify.model.signature import ModelInputs
+    from sparsify.model.signature import InputsLike
     from sparsify.optimize.latency import LatencyPlan
     from sparsify.optimize.layer_curves import LayerCurve
     from sparsify.optimize.pruning_profiles import PruningProfile, PruningSettings
@@ -38,7 +38,7 @@ class Sources:
     def of(
         cls,
         model: nn.Module,
-        inputs: ModelInputs | None,
+        inputs: InputsLike | None,
         analysis: ModelAnalysis | None,
         performance: PerformanceProfile | None,
         loss: LossProfile | None,
@@ -117,7 +117,7 @@ def by_layers(settings: PruningSettings, given: PruningProfile | None, found: So
 
 def by_channel_groups(
     model: nn.Module,
-    inputs: ModelInputs | None,
+    inputs: InputsLike | None,
     settings: PruningSettings,
     given: PruningProfile | None,
     found: Sources,

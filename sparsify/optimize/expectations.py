@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from sparsify.analysis.layers import ModelAnalysis
     from sparsify.analysis.performance import PerformanceProfile
-    from sparsify.model.signature import ModelInputs
+    from sparsify.model.signature import InputsLike
     from sparsify.modifiers.base import Modifier
     from sparsify.optimize.latency import LatencyPlan
     from sparsify.optimize.pruning_profiles import PruningProfile
@@ -35,7 +35,7 @@ def expected(
     modifiers: Sequence[Modifier],
     zeros: Mapping[str, float],
     *,
-    inputs: ModelInputs | None,
+    inputs: InputsLike | None,
     analysis: ModelAnalysis | None,
     profile: PruningProfile | None,
     performance: PerformanceProfile | None,
@@ -92,7 +92,7 @@ def expected(
 
 
 def without_channels(
-    model: nn.Module, modifiers: Sequence[Modifier], inputs: ModelInputs | None, epoch: float = math.inf
+    model: nn.Module, modifiers: Sequence[Modifier], inputs: InputsLike | None, epoch: float = math.inf
 ) -> nn.Module:
     """A copy of `model` without the channels that `modifiers` remove up to `epoch`, by the weights as they are now.
 

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from sparsify.analysis.loss import LossProfile
     from sparsify.analysis.performance import PerformanceProfile
-    from sparsify.model.signature import ModelInputs
+    from sparsify.model.signature import InputsLike
 
 __all__: list[str] = []
 
@@ -31,7 +31,7 @@ SHARES = tuple(share / 20 for share in range(20))
 """Shares of a channel group's channels: 0, 0.05, ... 0.95."""
 
 
-def channel_groups_of(model: nn.Module, sample_inputs: ModelInputs | None) -> ChannelGroups:
+def channel_groups_of(model: nn.Module, sample_inputs: InputsLike | None) -> ChannelGroups:
     """The channel groups whose channels can be removed.
 
     Raises:

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from sparsify.analysis.loss import LossProfile
     from sparsify.analysis.performance import PerformanceProfile
-    from sparsify.model.signature import ModelInputs
+    from sparsify.model.signature import InputsLike
 
 __all__ = ["LatencyPlan", "LatencyRound", "latency_plan"]
 
@@ -136,7 +136,7 @@ class LatencyPlan:
 
 def latency_plan(
     model: nn.Module,
-    sample_inputs: ModelInputs,
+    sample_inputs: InputsLike,
     goal_ms: float,
     *,
     batch_size: int = 1,

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from sparsify.analysis.loss import LossProfile
     from sparsify.analysis.performance import PerformanceProfile
-    from sparsify.model.signature import ModelInputs
+    from sparsify.model.signature import InputsLike
     from sparsify.pruning.groups import ChannelGroups
 
 __all__: list[str] = []
@@ -30,7 +30,7 @@ class ModelTables:
     def __init__(
         self,
         model: nn.Module,
-        sample_inputs: ModelInputs,
+        sample_inputs: InputsLike,
         performance: PerformanceProfile,
         channel_groups: ChannelGroups | None,
         int8: bool,

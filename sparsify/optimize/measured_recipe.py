@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from sparsify.analysis.layers import ModelAnalysis
     from sparsify.analysis.loss import LossProfile
     from sparsify.analysis.performance import PerformanceProfile
-    from sparsify.model.signature import ModelInputs
+    from sparsify.model.signature import InputsLike
     from sparsify.optimize.stages import OriginalTraining
     from sparsify.recipe import Recipe
 
@@ -96,7 +96,7 @@ class MeasuredRecipe:
 
 def recipe_from_measurements(
     model: nn.Module,
-    sample_inputs: ModelInputs | None,
+    sample_inputs: InputsLike | None,
     measurements: Measurements,
     *,
     settings: PruningSettings | None = None,

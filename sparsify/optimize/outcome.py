@@ -18,7 +18,7 @@ from sparsify.recipe.evidence import Evidence
 if TYPE_CHECKING:
     from torch import nn
 
-    from sparsify.model.signature import ModelInputs
+    from sparsify.model.signature import InputsLike
     from sparsify.recipe import Recipe
 
 __all__ = ["Outcome", "Prediction", "score_prediction"]
@@ -117,7 +117,7 @@ def score_prediction(
     recipe: Recipe,
     model: nn.Module,
     *,
-    sample_inputs: ModelInputs | None = None,
+    sample_inputs: InputsLike | None = None,
     path: str | os.PathLike[str] | None = None,
     ms: float | None = None,
     score_before: float | None = None,
@@ -220,7 +220,7 @@ def _stored_share(model: nn.Module) -> dict[str, int]:
     return {n: p.numel() for n, p in named_parameters(model).items() if n.rpartition(".")[0] not in own}
 
 
-def _remaining_macs(model: nn.Module, sample_inputs: ModelInputs | None, notes: list[str]) -> int | None:
+def _remaining_macs(model: nn.Module, sample_inputs: InputsLike | None, notes: list[str]) -> int | None:
     if sample_inputs is None:
         notes.append("MACs: give sample_inputs to have them counted.")
         return None

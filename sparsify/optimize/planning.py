@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from sparsify.analysis.layers import ModelAnalysis
-    from sparsify.model.signature import ModelInputs
+    from sparsify.model.signature import InputsLike
     from sparsify.modifiers.base import Modifier
     from sparsify.recipe import Recipe
 
@@ -31,7 +31,7 @@ def plan(
     model: nn.Module | None = None,
     steps_per_epoch: int | None = None,
     *,
-    sample_inputs: ModelInputs | None = None,
+    sample_inputs: InputsLike | None = None,
     epochs: float | None = None,
 ) -> Plan:
     """Lays out `recipe` over the epochs: learning rates, zeros, quantization, parameters, MACs and size.
@@ -81,7 +81,7 @@ def plan(
 class _View:
     """A recipe and, where there is one, a model, asked for their state at a moment."""
 
-    def __init__(self, recipe: Recipe, model: nn.Module | None, sample_inputs: ModelInputs | None) -> None:
+    def __init__(self, recipe: Recipe, model: nn.Module | None, sample_inputs: InputsLike | None) -> None:
         from sparsify.model.wrappers import unwrapped
         from sparsify.modifiers.learning_rate_ledger import LearningRateLedger
 

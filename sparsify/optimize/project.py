@@ -38,7 +38,7 @@ from sparsify.recipe import Recipe
 if TYPE_CHECKING:
     from torch import nn
 
-    from sparsify.model.signature import ModelInputs
+    from sparsify.model.signature import InputsLike
 
 __all__ = ["Optimization", "Project", "ProjectSettings"]
 
@@ -107,7 +107,7 @@ class Project:
         model: nn.Module | str | os.PathLike[str],
         settings: ProjectSettings | None = None,
         *,
-        sample_inputs: ModelInputs | None = None,
+        sample_inputs: InputsLike | None = None,
     ) -> Project:
         """Makes the folder, with the model as an ONNX file and its analysis.
 

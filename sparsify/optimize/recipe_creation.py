@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from sparsify.analysis.layers import ModelAnalysis
     from sparsify.analysis.loss import LossProfile
     from sparsify.analysis.performance import PerformanceProfile
-    from sparsify.model.signature import ModelInputs
+    from sparsify.model.signature import InputsLike
     from sparsify.optimize.latency import LatencyPlan
     from sparsify.optimize.pruning_profiles import PruningProfile, PruningSettings
 
@@ -49,7 +49,7 @@ UNKNOWN = OriginalTraining(90)
 
 def create_recipe(
     model: nn.Module,
-    sample_inputs: ModelInputs | None = None,
+    sample_inputs: InputsLike | None = None,
     *,
     optim_level: float | None = None,
     experiment: Experiment = "training-aware",
@@ -339,7 +339,7 @@ def _check_arguments(
     training: OriginalTraining | None,
     learning_rate: object,
     distill: object,
-    sample_inputs: ModelInputs | None,
+    sample_inputs: InputsLike | None,
     loss: LossProfile | None,
 ) -> None:
     """Refuses what cannot be meant, before any work."""
