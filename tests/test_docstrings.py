@@ -19,7 +19,18 @@ import pytest
 ROOT = Path(__file__).parents[1] / "sparsify"
 ROOMS = sorted({path.relative_to(ROOT).parts[0].removesuffix(".py") for path in ROOT.rglob("*.py")})
 UNFINISHED = pytest.mark.xfail(strict=False, reason="the docstrings of this room are being mended")
-BEING_MENDED = set(ROOMS) - {"analysis", "cli", "errors", "optimize", "__init__", "__main__"}
+MENDED = {
+    "__init__",
+    "__main__",
+    "analysis",
+    "cli",
+    "errors",
+    "modifiers",
+    "optimize",
+    "recipe",
+    "training",
+}
+BEING_MENDED = set(ROOMS) - MENDED
 
 Function = ast.FunctionDef | ast.AsyncFunctionDef
 

@@ -6,7 +6,7 @@ over all processes, so that scores and masks agree.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
@@ -23,6 +23,8 @@ from sparsify.model.signature import batch_arguments
 __all__: list[str] = []
 
 Parameters = Mapping[str, nn.Parameter]
+GradSampler = Callable[..., Iterable[Any]] | Sequence[Any]
+"""A callable that yields losses, or (data loader, loss function)."""
 
 
 class StepGradients:
@@ -106,7 +108,7 @@ def sampling() -> bool:
     return _SAMPLING.get()
 
 
-def check_sampler(sampler: Any) -> None:
+def check_sampler(sampler: object) -> None:
     """Refuses what is no `grad_sampler`.
 
     Raises:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
-from typing import Any, ParamSpec
+from typing import Any, ParamSpec, Protocol
 
 import torch
 from torch.optim import Optimizer
@@ -19,6 +19,16 @@ from sparsify.errors import ArgumentError
 __all__: list[str] = []
 
 P = ParamSpec("P")
+
+
+class SteppableOptimizer(Protocol):
+    """The least that a training loop's optimizer has; a torch Optimizer has it, and wrappers of one."""
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]: ...
+
+    @property
+    def step(self) -> Callable[..., Any]: ...
 
 
 class Callback:

@@ -1,4 +1,4 @@
-"""What a recipe can ask for (`Modifier`, data), what does it (`Active`, work), and what that work may touch (`Run`).
+"""The interface of modifiers: what a recipe says (`Modifier`, data), its work (`Active`), the objects it uses (`Run`).
 
 To add a modifier, write one file with a `Modifier` subclass and an `Active` subclass. The class registers itself under
 its name, which is its tag in a recipe; each field's `description` is its reference documentation and its JSON schema.
@@ -19,9 +19,11 @@ from sparsify.errors import RecipeError, did_you_mean
 from sparsify.modifiers.schedule import Clock, Window
 
 if TYPE_CHECKING:
+    from pydantic_core import ErrorDetails
     from torch import Tensor, nn
     from torch.optim import Optimizer
 
+    from sparsify.model.gradients import GradSampler
     from sparsify.model.signature import CallArguments
     from sparsify.model.trace import Trace
     from sparsify.modifiers.learning_rate_ledger import Entry, LearningRateLedger
@@ -95,7 +97,7 @@ class Modifier(BaseModel, ABC):
 
     @model_validator(mode="before")
     @classmethod
-    def _drop_without_effect(cls, fields: Any) -> Any:
+    def _drop_without_effect(cls, fields: object) -> object:
         if not isinstance(fields, Mapping):
             return fields
         dropped = [name for name in fields if name in cls.without_effect and name not in cls.model_fields]
@@ -130,7 +132,7 @@ class Modifier(BaseModel, ABC):
         return []
 
     def targets(self, model: nn.Module) -> Mapping[str, nn.Parameter | nn.Module]:
-        """What those names are in `model`; touches nothing.
+        """The parameters or layers of `model` that those names mean; touches nothing.
 
         Raises:
             TargetError: a name that matches nothing or cannot be used.
@@ -142,24 +144,25 @@ class Modifier(BaseModel, ABC):
         return None
 
     def foreseen_zeros(self, clock: Clock, model: nn.Module) -> dict[str, float | None]:
-        """The share of zeros, 0 to 1, that its fields say each parameter will have at `clock`, by the parameter's name.
+        """The fraction of zeros, 0 to 1, that its fields say each parameter of `model` will have at `clock`, by name.
 
-        Of channels, where it masks `whole_channels`. None: what is there by then. Absent: not its business. Touches
+        Of channels, where it masks `whole_channels`. None: what is there by then. Absent: not its business. Changes
         nothing, and needs no data.
         """
         return {}
 
     def foreseen_bits(self, clock: Clock, model: nn.Module) -> dict[str, int]:
-        """The bits that weights will have in the exported file from `clock` on, by the parameter's name."""
+        """The bits that weights of `model` will have in the exported file from `clock` on, by the parameter's name."""
         return {}
 
     def activity(self, clock: Clock) -> str:
-        """What it does at `clock`, in a word or two; empty before its start and after its end."""
+        """Its work at `clock` in a word or two, "pruning"; empty before its start and after its end."""
         return "active" if clock.reached(self.window.start) and not clock.reached(self.window.end) else ""
 
     @abstractmethod
     def attach(self, run: Run) -> Active:
-        """Its work on one model. Checks everything that can be wrong, and changes nothing yet: `Active.update` does.
+        """Its work on the model of `run`. Checks everything that can be wrong, and changes nothing yet: `Active.update`
+        does.
 
         Raises:
             TargetError, DataError, ArgumentError, StateError: what it needs is missing or does not fit.
@@ -189,7 +192,14 @@ class Active:
         """Just after a real optimizer step, before masks are applied. Called once a step."""
 
     def loss(self, loss: Tensor, *, outputs: Any, inputs: Any, labels: Any) -> Tensor:
-        """`loss` with what this modifier adds to it."""
+        """`loss` with what this modifier adds to it.
+
+        Args:
+            loss: the loss so far, a scalar.
+            outputs: what the model returned; None: it was not seen.
+            inputs: (args, kwargs) of that call; None: it was not seen.
+            labels: the targets of the batch, where the training loop gave them.
+        """
         return loss
 
     def structure(self, epoch: float, state: Mapping[str, Any] | None) -> None:
@@ -197,7 +207,7 @@ class Active:
         already."""
 
     def resized(self, removal: Removal) -> None:
-        """Told after channels were removed from the model, the optimizer's state and the masks."""
+        """Called after `removal` was done on the model, the optimizer's state and the masks."""
 
     def detach(self) -> None:
         """Ends the work and leaves a usable model; may be called at any moment, and twice."""
@@ -217,7 +227,7 @@ class RunInputs(Protocol):
     """The inputs of the model, for a modifier that traces it."""
 
     given: CallArguments | None
-    """What the user gave as `sample_inputs`: known before the first forward."""
+    """(args, kwargs) of the user's `sample_inputs`: known before the first forward."""
     calibration_data: Iterable[Any] | None
     """Batches of inputs; a modifier that reads an iterator puts back what it read."""
 
@@ -252,7 +262,7 @@ class RunChannels(Protocol):
 
 @dataclass
 class Run:
-    """What a modifier may touch. One for all modifiers of a manager.
+    """The objects that modifiers work on and share. One for all modifiers of a manager.
 
     `model` is the user's module without DDP's or torch.compile's wrapper; names are given without their prefixes.
     """
@@ -265,7 +275,7 @@ class Run:
     inputs: RunInputs
     channels: RunChannels
     teacher: nn.Module | Literal["self"] | None = None
-    grad_sampler: Any = None
+    grad_sampler: GradSampler | None = None
     closure: bool = False
     """True while a step computes its gradients itself: before it they are old, after it they are there."""
     steps_per_epoch: int | None = None
@@ -329,7 +339,7 @@ _SHOWN = 120
 """Characters of a wrong value that a message shows."""
 
 
-def _rank(problem: Any) -> int:
+def _rank(problem: ErrorDetails) -> int:
     if problem["type"] == "extra_forbidden":
         return 0
     other_kind = problem["type"].endswith("_type") or (
@@ -356,7 +366,7 @@ def _path_in(fields: Mapping[str, Any], loc: tuple[int | str, ...], *, absent: b
 
 
 def _is_fraction(cls: type[Modifier], path: list[str]) -> bool:
-    """Whether a field's limits are 0 and 1, both allowed."""
+    """True if a field's limits are 0 and 1, both allowed."""
     field = cls.model_fields.get(path[0]) if len(path) == 1 else None
     limits = {type(limit).__name__: limit for limit in field.metadata} if field else {}
     low, high = limits.get("Ge"), limits.get("Le")

@@ -116,7 +116,7 @@ def divergence(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
     return functional.kl_div(q, p, reduction="sum", log_target=True) * (temperature**2 / rows)
 
 
-def logits(outputs: Any, keys: Sequence[Key] | None, whose: str) -> dict[Key, Tensor]:
+def logits(outputs: object, keys: Sequence[Key] | None, whose: str) -> dict[Key, Tensor]:
     """The tensors of a model's outputs that are compared: of a tensor, a tuple or list, or a mapping.
 
     Args:

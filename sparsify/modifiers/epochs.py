@@ -12,7 +12,7 @@ __all__ = ["EpochRangeModifier"]
 
 
 class EpochRangeModifier(Modifier):
-    """How long training lasts: `max_epochs` is the latest end or start among this and all other modifiers."""
+    """The length of training: `max_epochs` is the latest end or start among this and all other modifiers."""
 
     kind: ClassVar[ModifierKind] = "range"
     start_epoch: Epoch = Field(default=0.0, description="The epoch at which training starts.")

@@ -85,7 +85,7 @@ class GradualPruning(Modifier, ABC):
         default=False, description="Whether all parameters are ranked together, or each by itself."
     )
     score_type: ScoreType = Field(
-        default="magnitude", description="What a weight is worth: those worth least go first."
+        default="magnitude", description="The importance score of a weight; the lowest go first."
     )
     strict: bool = Field(
         default=True,
@@ -101,14 +101,14 @@ class GradualPruning(Modifier, ABC):
 
     @field_validator("init_sparsity", mode="before")
     @classmethod
-    def _init(cls, value: Any) -> Any:
+    def _init(cls, value: object) -> object:
         if isinstance(value, bool) or not (isinstance(value, int | float) or value == FROM_PARAM):
             raise FieldProblem("init_sparsity", f"{value!r} is neither a fraction in [0, 1] nor {FROM_PARAM}")
         return value if isinstance(value, str) else _in_unit_interval("init_sparsity", value)
 
     @field_validator("final_sparsity", mode="before")
     @classmethod
-    def _final_type(cls, value: Any) -> Any:
+    def _final_type(cls, value: object) -> object:
         for sparsity in value if isinstance(value, dict) else (value,):
             if isinstance(sparsity, bool) or not isinstance(sparsity, int | float):
                 raise FieldProblem(
@@ -127,7 +127,7 @@ class GradualPruning(Modifier, ABC):
 
     @field_validator("mask_type", mode="before")
     @classmethod
-    def _mask_kind(cls, value: Any) -> Any:
+    def _mask_kind(cls, value: object) -> object:
         if not isinstance(value, str | list):
             raise FieldProblem("mask_type", f"{value!r} is no mask type; quote N:M, like '2:4'")
         return value
@@ -228,7 +228,7 @@ class GradualPruning(Modifier, ABC):
 
 
 class Gradual(Active):
-    """A gradual pruning at work: by magnitude, or by what a subclass says a weight is worth.
+    """A gradual pruning at work: by magnitude, or by the `scores` of a subclass.
 
     Checkpoint: the point of the grid that is in force, whether the masks were released, and the sparsity that was
     found at the start. The masks are the Masker's.
@@ -284,8 +284,8 @@ class Gradual(Active):
             self.released = True
 
     def _late(self, clock: Clock) -> list[str]:
-        """What has no mask though pruning has started: the saved recipe did not name it, or its mask did not fit. Asked
-        once, a step after loading: the weights of the checkpoint are loaded after this state."""
+        """Parameters without a mask though pruning has started: the saved recipe did not name them, or their masks did
+        not fit. Asked once, a step after loading: the weights of the checkpoint are loaded after this state."""
         if not self.loaded or self.point is None:
             return []
         if self.loaded_at is None:
@@ -312,9 +312,8 @@ class Gradual(Active):
                 if initial > self.finals[name]:
                     warnings.warn(
                         f"{type(self.modifier).__name__}: {name!r} starts with {initial:.4f} zeros, above its "
-                        "final_sparsity "
-                        f"{self.finals[name]}. It is held at that; give a higher final_sparsity to hold all of its "
-                        "zeros.",
+                        f"final_sparsity {self.finals[name]}. It is held at that; give a higher final_sparsity to hold "
+                        "all of its zeros.",
                         SparsifyWarning,
                         stacklevel=2,
                     )
@@ -323,7 +322,7 @@ class Gradual(Active):
         self.initials = {name: self.initials[name] for name in self.finals if name in self.initials}
 
     def scores(self, parameters: Mapping[str, nn.Parameter]) -> tuple[Mapping[str, Tensor], bool]:
-        """What each weight is worth, by parameter, and whether the absolute value counts."""
+        """Importance scores of the weights by parameter, and True if their absolute values count."""
         return parameters, True
 
     def _prune(self, parameters: Mapping[str, nn.Parameter], progress: float, clock: Clock) -> None:

@@ -1,4 +1,4 @@
-"""Knowledge distillation inside of a model: layers of the student that give what layers of the teacher give."""
+"""Feature distillation: layers of the student are drawn to the features of the teacher's layers."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from sparsify.errors import StateError, TargetError
 from sparsify.model import gradients, targets
 from sparsify.model.optimizer_hooks import Callback, ModelCallback
 from sparsify.model.param_groups import AddedParameters
+from sparsify.model.signature import CallArguments
 from sparsify.modifiers.base import Active, Modifier, ModifierKind, ParamNames, Run
 from sparsify.modifiers.schedule import Clock
 from sparsify.modifiers.teacher import DistillationTeacher
@@ -47,7 +48,7 @@ class PerLayerDistillationModifier(Modifier):
     resizable: ClassVar[bool] = False
     kind: ClassVar[ModifierKind] = "distillation"
     without_effect: ClassVar[frozenset[str]] = frozenset({"log_types", "update_frequency"})
-    gain: Annotated[float, Field(ge=0.0)] = Field(default=1.5, description="What the features' loss is multiplied by.")
+    gain: Annotated[float, Field(ge=0.0)] = Field(default=1.5, description="The factor of the features' loss.")
     normalize: bool = Field(default=True, description="Whether it is divided by the teacher's mean square.")
     student_layer_names: ParamNames | None = Field(
         default=None,
@@ -64,7 +65,7 @@ class PerLayerDistillationModifier(Modifier):
     epsilon: Annotated[float, Field(gt=0.0)] = Field(default=1e-6, description="Keeps the division finite.")
 
     def names(self) -> list[str]:
-        """What `student_layer_names` says, as a list."""
+        """The names in `student_layer_names`, as a list."""
         return _as_names(self.student_layer_names if self.student_layer_names is not None else self.teacher_layer_names)
 
     def targets(self, model: nn.Module) -> Mapping[str, nn.Parameter | nn.Module]:
@@ -77,7 +78,10 @@ class PerLayerDistillationModifier(Modifier):
 
 
 class _Features(Active):
-    """Sees what the paired layers give, and adds their errors to the loss. Checkpoint: the modifier's docstring."""
+    """Sees the features of the paired layers, and adds their errors to the loss.
+
+    Checkpoint: the projections, and the weights of a "self" teacher; the optimizer holds its own state of projections.
+    """
 
     needs_outputs: ClassVar[bool] = True
 
@@ -133,12 +137,12 @@ class _Features(Active):
         if over:
             self._added.remove()
 
-    def _begins(self, *_: Any) -> None:
+    def _begins(self, *_: object) -> None:
         if _counts():
             self.after_forward()
 
     def after_forward(self) -> None:
-        """What was seen belongs to no later loss."""
+        """Forgets the features of the last forward: they belong to no later loss."""
         for watch in self._watches.values():
             watch.given = []
 
@@ -173,15 +177,15 @@ class _Features(Active):
             total = total + torch.stack(errors).mean().to(total.device)
         return loss + (self._modifier.gain * total).to(loss.device)
 
-    def _taught(self, inputs: Any, device: torch.device) -> dict[str, list[Tensor]]:
-        """What the teacher's layers give, by name and call."""
+    def _taught(self, inputs: CallArguments, device: torch.device) -> dict[str, list[Tensor]]:
+        """The features of the teacher's layers, by name, one for each call."""
         found: dict[str, list[Tensor]] = {name: [] for _, name in self._pairs}
         handles = []
         modules = {} if self._teacher.module is None else targets.named_modules(self._teacher.module)
         try:
             for name in found if modules else ():
 
-                def see(module: nn.Module, args: Any, output: Any, given: list[Tensor] = found[name]) -> None:
+                def see(module: nn.Module, args: object, output: object, given: list[Tensor] = found[name]) -> None:
                     given += [tensor.detach().clone() for tensor in _feature(output)]
 
                 handles.append(modules[name].register_forward_hook(Callback(see)))
@@ -268,12 +272,12 @@ class _Features(Active):
 
 
 class _LayerOutputs:
-    """What one layer gave since the forward began."""
+    """The features of one layer since the forward began."""
 
     def __init__(self) -> None:
         self.given: list[Tensor] = []
 
-    def see(self, module: nn.Module, args: Any, output: Any) -> None:
+    def see(self, module: nn.Module, args: object, output: object) -> None:
         """A forward hook."""
         if _counts():
             # A copy: a layer after this one may work in place.
@@ -281,12 +285,13 @@ class _LayerOutputs:
 
 
 def _counts() -> bool:
-    """Whether a forward is one of training: no evaluation, no sampler, no layer called again in backward."""
+    """True in a forward of training: no evaluation, no gradient sampler, no layer called again in backward."""
+    # Activation checkpointing calls layers again in backward; torch has no public way to tell (seen in torch 2.13.0).
     return torch.is_grad_enabled() and not gradients.sampling() and torch._C._current_graph_task_id() == -1
 
 
-def _feature(output: Any) -> list[Tensor]:
-    """The first floating-point tensor of what a layer gave, if there is one."""
+def _feature(output: object) -> list[Tensor]:
+    """The first floating-point tensor in a layer's output, if there is one."""
     if isinstance(output, Tensor):
         return [output] if output.is_floating_point() else []
     items = output.values() if isinstance(output, Mapping) else output if isinstance(output, tuple | list) else ()

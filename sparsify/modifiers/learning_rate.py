@@ -173,12 +173,12 @@ _ARGUMENTS = {
 }
 
 
-def _is_number(value: Any) -> bool:
+def _is_number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) and value >= 0
 
 
 def _tolerance(clock: Clock) -> float:
-    """How far before its moment a change may come, in epochs."""
+    """Epochs that a change may come before its moment."""
     return EPOCH_TOLERANCE / (clock.steps_per_epoch or 1)
 
 

@@ -1,4 +1,4 @@
-"""The one ledger of learning rates: who governs each parameter group, and whether somebody else changed it."""
+"""The ledger of learning rates: the modifier that governs each parameter group, and changes by somebody else."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class InForce:
 
 
 class LearningRateLedger:
-    """Which learning rate each parameter group has; one for all learning-rate modifiers of a run.
+    """The learning rate of each parameter group; one ledger for all learning-rate modifiers of a run.
 
     Per group the entry with the latest start <= epoch governs; at one start a schedule beats a set value, then the
     later entry wins. Values are functions of the epoch alone, so that a resumed run has those of an uninterrupted one.

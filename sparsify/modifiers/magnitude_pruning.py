@@ -64,7 +64,7 @@ class ConstantPruningModifier(Modifier):
         )
 
     def foreseen_zeros(self, clock: Clock, model: nn.Module) -> dict[str, float | None]:
-        """What is there when it starts."""
+        """None, "as many as are there when it starts", from its start to its end."""
         within = clock.reached(self.window.start) and not clock.reached(self.window.end)
         return dict.fromkeys(self.targets(model)) if within else {}
 
@@ -77,7 +77,10 @@ class ConstantPruningModifier(Modifier):
 
 
 class _Constant(Active):
-    """Zeros being held. Checkpoint: whether it has started and ended; the masks are the Masker's."""
+    """Zeros being held.
+
+    Checkpoint: whether it has started and ended, and which parameters it holds; the masks are the Masker's.
+    """
 
     def __init__(self, modifier: ConstantPruningModifier, run: Run) -> None:
         self.modifier = modifier

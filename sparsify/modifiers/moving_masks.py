@@ -1,4 +1,4 @@
-"""What the modifiers with masks that move have in common: their fields, and their work on a grid of epochs."""
+"""The fields and the work that modifiers with moving masks share: a constant sparsity, updated on a grid of epochs."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ class SparseTraining(Modifier, ABC):
         return self
 
     def names(self) -> list[str]:
-        """What `params` says, as a list."""
+        """The names in `params`, as a list."""
         return [self.params] if isinstance(self.params, str) else list(self.params)
 
     def targets(self, model: nn.Module) -> Mapping[str, nn.Parameter | nn.Module]:
@@ -87,7 +87,7 @@ class SparseTraining(Modifier, ABC):
         """The share of zeros in each parameter from `point` of the grid on, by its shape."""
 
     def foreseen_zeros(self, clock: Clock, model: nn.Module) -> dict[str, float | None]:
-        """What `sparsities` says at the last point of the grid; nobody knows once the masks are released."""
+        """The `sparsities` at the last point of the grid; None once the masks are released."""
         point = UpdateGrid(self.window, self.update_frequency).latest(clock)
         if point is None:
             return {}

@@ -1,4 +1,4 @@
-"""What makes weights or activations inclined to become zero."""
+"""Regularizers towards zero: powerpropagation of weights, and a penalty on activations."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class PowerpropagationModifier(Modifier):
     strict: bool = Field(default=True, description="Whether a name that matches nothing is an error.")
 
     def names(self) -> list[str]:
-        """What `params` says, as a list."""
+        """The names in `params`, as a list."""
         return [self.params] if isinstance(self.params, str) else list(self.params)
 
     def targets(self, model: nn.Module) -> Mapping[str, nn.Parameter | nn.Module]:
@@ -83,7 +83,7 @@ class ASRegModifier(Modifier):
     reg_tens: Literal["inp", "out"] = Field(default="inp", description="inp: what a layer reads; out: what it gives.")
 
     def names(self) -> list[str]:
-        """What `layers` says, as a list."""
+        """The names in `layers`, as a list."""
         return [self.layers] if isinstance(self.layers, str) else list(self.layers)
 
     def targets(self, model: nn.Module) -> Mapping[str, nn.Parameter | nn.Module]:
@@ -137,7 +137,7 @@ class _Powerpropagation(Active):
 
     @property
     def at_work(self) -> bool:
-        """Whether the optimizer is to see v."""
+        """True while the optimizer steps v in place of w."""
         return self.started and not self.ended and self.modifier.alpha != 1.0
 
     def _forget(self) -> None:
@@ -197,7 +197,7 @@ class _Powerpropagation(Active):
                 if parameter.grad is own:
                     parameter.grad = gradient
 
-    def _forward(self, *_: Any) -> None:
+    def _forward(self, *_: object) -> None:
         self._leave()
 
     def detach(self) -> None:
@@ -222,7 +222,10 @@ def _powered(root: Tensor, alpha: float) -> Tensor:
 
 
 class _ActivationPenalty(Active):
-    """A penalty on activations at work. Checkpoint: nothing; the clock says it all."""
+    """A penalty on activations at work.
+
+    Checkpoint: nothing is saved; the window says when it is on.
+    """
 
     def __init__(self, modifier: ASRegModifier, run: Run) -> None:
         self.modifier = modifier
@@ -294,7 +297,7 @@ class _ActivationWatch:
         self.side = side
         self.seen: list[Tensor] = []
 
-    def see(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+    def see(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: object) -> None:
         """A forward hook."""
         if not torch.is_grad_enabled() or gradients.sampling():
             return
@@ -302,8 +305,9 @@ class _ActivationWatch:
         if not found:
             return
         value = torch.stack([penalty(tensor, self.function) for tensor in found]).mean()
-        # Activation checkpointing calls the layer again in backward: it counts that the same is computed, but it is of
-        # the forward that was seen.
+        # Activation checkpointing calls the layer again in backward. It is computed there too, since checkpointing
+        # compares the saved tensors of both calls, but it belongs to the forward that was seen. torch has no public
+        # way to tell (seen in torch 2.13.0): `_current_graph_task_id` is what torch.utils.checkpoint itself asks.
         if torch._C._current_graph_task_id() == -1:
             self.seen.append(value)
 
@@ -338,7 +342,7 @@ def penalty(values: Tensor, function: Penalty) -> Tensor:
     return x.abs().sum().square() / x.square().sum().clamp_min(torch.finfo(x.dtype).tiny) / x.numel()
 
 
-def _float_tensors(value: Any) -> list[Tensor]:
+def _float_tensors(value: object) -> list[Tensor]:
     """The floating-point tensors in tuples, lists and dicts that hold anything."""
     if isinstance(value, Tensor):
         return [value] if value.is_floating_point() and value.numel() else []

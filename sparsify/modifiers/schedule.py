@@ -15,11 +15,11 @@ __all__: list[str] = []
 Curve = Literal["linear", "cubic", "inverse_cubic", "cosine", "polynomial"]
 
 EPOCH_TOLERANCE = 1e-6
-"""In optimizer steps: how far before its moment an update may come. Covers the rounding of epochs to floats."""
+"""Optimizer steps that an update may come before its moment. Covers the rounding of epochs to floats."""
 
 
 def curve(kind: Curve, progress: float) -> float:
-    """How far along a schedule is, 0..1, when a fraction `progress`, 0..1, of its window has passed.
+    """The share of its way, 0..1, that a schedule has gone when a fraction `progress`, 0..1, of its window has passed.
 
     linear: x. cubic: 1 - (1 - x)^3, fast at first, flat at the end (Zhu & Gupta 2017,
     https://arxiv.org/abs/1710.01878, eq. 1). inverse_cubic: 1 - (1 - x)^(1/3). cosine: (1 - cos(pi x)) / 2.
@@ -73,13 +73,13 @@ class Window:
         return max(0.0, (epoch - self.start) / (self.end - self.start))
 
     def overlaps(self, other: Window) -> bool:
-        """Whether the two share more than a single moment: windows that touch are a handover."""
+        """True if the two share more than a single moment: windows that touch are a handover."""
         return self.start < other.end and other.start < self.end
 
 
 @dataclass(frozen=True)
 class Clock:
-    """What time it is: `step` optimizer steps done, `epoch` = step / `steps_per_epoch`.
+    """A moment of training: `step` optimizer steps done, `epoch` = step / `steps_per_epoch`.
 
     `steps_per_epoch` is None while it is not known; `epoch` then moves at whole epochs only.
     """
@@ -89,7 +89,7 @@ class Clock:
     steps_per_epoch: int | None = None
 
     def reached(self, epoch: float) -> bool:
-        """Whether what is due at `epoch` is due now: at the first step >= epoch * steps_per_epoch - 1e-6."""
+        """True if `epoch` has come: from the first step >= epoch * steps_per_epoch - 1e-6 on."""
         return self.epoch * (self.steps_per_epoch or 1) >= epoch * (self.steps_per_epoch or 1) - EPOCH_TOLERANCE
 
 

@@ -1,4 +1,4 @@
-"""Sparse training: what is zero changes while training goes on, by movement, by phases or by regrowth."""
+"""Sparse training: masks that change while training goes on, by movement, by phases or by regrowth."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ class ACDCPruningModifier(SparseTraining):
         return self
 
     def dense(self, point: float) -> bool:
-        """Whether the phase that begins at `point` is a dense one."""
+        """True if the phase that begins at `point` is a dense one."""
         window, length = self.window, self.update_frequency
         phase = math.floor((point - window.start) / length + EPOCH_TOLERANCE)
         return point < window.end and phase % 2 == 0 and window.end - point >= length * (1.0 - EPOCH_TOLERANCE)
@@ -137,7 +137,10 @@ class RigLPruningModifier(SparseTraining):
 
 
 class _Movement(Gradual):
-    """Movement pruning at work. Checkpoint: that of Gradual, and the scores until the end is reached."""
+    """Movement pruning at work.
+
+    Checkpoint: that of Gradual, and the scores until the end is reached.
+    """
 
     def __init__(self, modifier: MovementPruningModifier, run: Run) -> None:
         super().__init__(modifier, run)
@@ -149,7 +152,7 @@ class _Movement(Gradual):
 
     @property
     def done(self) -> bool:
-        """Whether no mask will change any more, so that no score is needed."""
+        """True once no mask will change any more, so that no score is needed."""
         return self.point is not None and self.point >= self.modifier.window.end
 
     def update(self, clock: Clock) -> None:
@@ -207,7 +210,10 @@ def _product(gradient: Tensor, weight: Tensor) -> Tensor:
 
 
 class _ACDC(Moving):
-    """Dense and sparse phases at work. Checkpoint: that of masks that move."""
+    """Dense and sparse phases at work.
+
+    Checkpoint: that of Moving; the phase is recomputed from the point of the grid.
+    """
 
     modifier: ACDCPruningModifier
 
@@ -231,8 +237,10 @@ class _ACDC(Moving):
 
 
 class _RigL(Moving):
-    """RigL at work. Checkpoint: that of masks that move, each layer's sparsity, and the gradients that were
-    collected."""
+    """RigL at work.
+
+    Checkpoint: that of Moving, each layer's sparsity, and the gradients that were collected.
+    """
 
     modifier: RigLPruningModifier
 
@@ -251,7 +259,7 @@ class _RigL(Moving):
         self._plan(clock)
 
     def _plan(self, clock: Clock) -> None:
-        """Whether the next step's gradients are wanted: only those of the last steps before a move are copied."""
+        """Decides if the next step's gradients are copied: only those of the last steps before a move are."""
         window, frequency = self.modifier.window, self.modifier.update_frequency
         self.collecting = False
         if self.run.grad_sampler is not None or self.point is None or self.released or self.point >= window.end:
@@ -335,10 +343,11 @@ class _RigL(Moving):
 
 
 def moved(name: str, weight: Tensor, mask: Tensor, gradient: Tensor, fraction: float) -> Tensor:
-    """A mask of as many weights, of which round(fraction * kept) are others: the smallest go, the largest gradients
-    come.
+    """A mask that keeps as many weights, round(fraction * kept) of them others: the smallest weights are dropped, those
+    with the largest gradients are grown.
 
-    What just went may come again. Of equal ones the first in logical order goes, and the last comes.
+    A weight that was just dropped may be grown again. Of equal ones the first in logical order is dropped, and the last
+    is grown.
 
     >>> weight, gradient = torch.tensor([3.0, -1.0, 0.0, 0.0]), torch.tensor([0.0, 0.1, -5.0, 2.0])
     >>> moved("w", weight, weight != 0, gradient, 0.5)
@@ -346,6 +355,10 @@ def moved(name: str, weight: Tensor, mask: Tensor, gradient: Tensor, fraction: f
 
     Args:
         name: of the weight, for messages.
+        weight: the weights.
+        mask: True where kept, of the same shape.
+        gradient: of the weights, those that are masked too.
+        fraction: of the kept weights, 0 to 1.
 
     Raises:
         DataError: the weight or the gradient holds NaN.

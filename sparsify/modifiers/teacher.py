@@ -22,6 +22,7 @@ class DistillationTeacher:
     Checkpoint: the weights of a "self" teacher; the student of a resumed run starts with other ones.
 
     Args:
+        run: has the teacher that the user gave, and the student.
         who: the modifier, for messages.
         keys: the names of the inputs that it gets; None: all.
 

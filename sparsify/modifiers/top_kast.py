@@ -72,7 +72,7 @@ class TopKASTPruningModifier(SparseTraining):
 class _TopKAST(Moving):
     """Top-KAST at work.
 
-    Checkpoint: that of masks that move, the values outside of the forward set, and which of them belong to the backward
+    Checkpoint: that of Moving, the values outside of the forward set, and which of them belong to the backward
     set. The masks of the forward set are the Masker's.
     """
 
@@ -187,7 +187,7 @@ class _TopKAST(Moving):
                 held, extra, _ = self._place(name, parameter)
                 torch.mul(parameter, extra, out=held)
 
-    def _forward(self, *_: Any) -> None:
+    def _forward(self, *_: object) -> None:
         if self.within:
             self._take_out(self._parameters())
             self.run.masker.apply()

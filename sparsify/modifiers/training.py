@@ -1,4 +1,4 @@
-"""What training changes besides learning rates: weight decay, which parameters learn, values of parameters."""
+"""Training settings besides learning rates: weight decay, which parameters learn, values of parameters."""
 
 from __future__ import annotations
 
@@ -118,7 +118,7 @@ class GradualParamModifier(Modifier):
         return _found_parameters(model, self.params, type(self), self.params_strict)
 
     def value(self, clock: Clock) -> float | None:
-        """The value at the last point of the grid that is due; None before the start."""
+        """The value at the last point of the grid that is due at `clock`; None before the start."""
         point = UpdateGrid(self.window, self.update_frequency).latest(clock)
         return (
             None

@@ -42,8 +42,8 @@ def joined(earlier: Sequence[Stage], later: Sequence[Stage], offset: int | None)
     Raises:
         RecipeError: two stages have one name.
     """
-    before = _named(earlier, "stage_0" if later[0].name is None else f"pre_{later[0].name}")
-    after = _named(later, "stage_1" if earlier[0].name is None else f"stage_{len(earlier) + 1}")
+    before = _with_stage_names(earlier, "stage_0" if later[0].name is None else f"pre_{later[0].name}")
+    after = _with_stage_names(later, "stage_1" if earlier[0].name is None else f"stage_{len(earlier) + 1}")
     names = [str(stage.name) for stage in before]
     for stage in after:
         if stage.name in names:
@@ -87,5 +87,5 @@ def _changed(stage: Stage, change: Callable[[Modifier], Modifier]) -> Stage:
     return stage.model_copy(update={"groups": groups})
 
 
-def _named(stages: Sequence[Stage], name: str) -> list[Stage]:
+def _with_stage_names(stages: Sequence[Stage], name: str) -> list[Stage]:
     return [stage if stage.name is not None else stage.model_copy(update={"name": name}) for stage in stages]

@@ -1,4 +1,4 @@
-"""What cannot stand together in a recipe: two on the same weights at one time, steps in an impossible order."""
+"""Conflicts in a recipe: two modifiers on the same weights at one time, or steps in an impossible order."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def _overlap(modifiers: Sequence[Modifier], names: Sequence[Sequence[str]] | Non
 
 
 def _out_of_order(modifiers: Sequence[Modifier]) -> Iterator[Conflict]:
-    """What the names do not matter for: removing channels while something else holds on to them."""
+    """Conflicts whatever the names: channels are removed while another modifier depends on their number."""
     place = {id(modifier): position for position, modifier in enumerate(in_order(modifiers))}
     position = {id(modifier): index for index, modifier in enumerate(modifiers)}
     # Channels are masked or removed until then; a modifier of the same moment may come before it.

@@ -1,4 +1,4 @@
-"""What stands behind the numbers of a recipe that was made from measurements, and the comments that cite it.
+"""Evidence: the measurements behind the numbers of a recipe, and the comments that cite them.
 
 It is data, under "evidence" in the recipe's metadata; comments are written from it and never read. A number that was
 changed by hand loses its citation, so that no comment says what is no longer true.
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -39,11 +39,11 @@ class LayerEvidence(NamedTuple):
 
 
 class Expected(BaseModel):
-    """What the recipe is expected to make of the model; None where nothing was known about it.
+    """Figures of the model that the recipe is expected to give; None where nothing was known about it.
 
     Attributes:
-        what: goes: single weights, or whole channels.
-        sparsity: of them, what goes / all that may go.
+        what: is removed: single weights, or whole channels.
+        sparsity: the fraction of those that may go that goes.
         recovery: of the pruning profile, 1.0 at best.
         parameters: elements that are stored, and how many of them are not zero.
         macs: of a runtime that skips no zeros, and of one that does.
@@ -98,8 +98,8 @@ class Evidence(BaseModel):
     notes: list[str] = []
 
     @classmethod
-    def of(cls, metadata: Any) -> Evidence | None:
-        """What metadata holds of it; None where it holds none, or something else under that name."""
+    def of(cls, metadata: object) -> Evidence | None:
+        """The evidence in a recipe's metadata; None where there is none, or something else under that name."""
         if not isinstance(metadata, Mapping) or not isinstance(metadata.get(KEY), Mapping):
             return None
         try:
@@ -159,7 +159,7 @@ def _printable(text: str) -> str:
 
 
 def _citations(modifier: Modifier, evidence: Evidence) -> dict[str, str]:
-    """What can be said beside the fields and names of a modifier, by "field", "field.key" or "params.name"."""
+    """The comments beside the fields and names of a modifier, by "field", "field.key" or "params.name"."""
     who = type(modifier).__name__
     found = {}
     for place, value in _numbers(modifier.model_dump(exclude_unset=True)):
@@ -181,7 +181,7 @@ def _citations(modifier: Modifier, evidence: Evidence) -> dict[str, str]:
     return found
 
 
-def cited(modifier: str, place: str, value: Any) -> str:
+def cited(modifier: str, place: str, value: object) -> str:
     """The key of a reason: it goes with the number, not with its position.
 
     >>> cited("GMPruningModifier", "update_frequency", 0.75)
@@ -198,7 +198,7 @@ def _numbers(fields: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
             yield name, value
 
 
-def _evidence_rows(pairs: Any) -> list[str]:
+def _evidence_rows(pairs: Iterable[tuple[object, object]]) -> list[str]:
     rows = [(str(name), " ".join(str(text).split())) for name, text in pairs]
     width = max((len(name) for name, _ in rows), default=0)
     return [f"  {name:<{width}}  {text}" for name, text in rows]

@@ -1,4 +1,8 @@
-"""What stands in `eval(...)`: bounded arithmetic over a recipe's variables. Nothing in it runs code.
+"""The expressions of `eval(...)`: bounded arithmetic over a recipe's variables. Nothing in it runs code.
+
+A parser of its own, not `ast`: its errors name the word that is out of place, and its bounds on parentheses hold before
+anything nests, where Python's parser keeps no parentheses, words its errors otherwise in every version, and reads more
+(strings with escapes, 0x10, comments) and less (010) than a recipe may hold.
 
 ::
 
@@ -32,6 +36,7 @@ _HINT = "It may hold numbers, variables, + - * / // % **, comparisons, `a if b e
 
 # Evaluating waits until every variable is known, and only the branch of an if that is taken is evaluated.
 _Thunk = Callable[[Mapping[str, Any]], Any]
+_Number = int | float
 
 _TOKEN = re.compile(
     r"""\s*(?:
@@ -308,14 +313,14 @@ class _Parser:
         return called
 
 
-def _finite_number(value: Any, where: str) -> Any:
+def _finite_number(value: object, where: str) -> _Number:
     if isinstance(value, bool) or not isinstance(value, int | float):
         shown = repr(value) if len(repr(value)) < 60 else f"{repr(value)[:60]}..."
         raise RecipeError(f"{where!r} needs numbers, not {shown}.")
     return value
 
 
-def _bounded(value: Any, where: str) -> Any:
+def _bounded(value: _Number | complex, where: str) -> _Number:
     if isinstance(value, complex):
         raise RecipeError("the root of a negative number is no number here.")
     if not (math.isfinite(value) if isinstance(value, float) else True) or abs(value) > LONGEST_EXPRESSION:
@@ -323,13 +328,13 @@ def _bounded(value: Any, where: str) -> Any:
     return value
 
 
-def _bounded_power(base: Any, exponent: Any) -> Any:
+def _bounded_power(base: _Number, exponent: _Number) -> Any:
     if abs(exponent) > LARGEST_EXPONENT:
         raise RecipeError(f"an exponent of {exponent:g}; at most {LARGEST_EXPONENT} is read.")
     return base**exponent
 
 
-def _evaluate(sign: str, function: Callable[[Any, Any], Any], left: Any, right: Any) -> Any:
+def _evaluate(sign: str, function: Callable[[Any, Any], Any], left: object, right: object) -> _Number:
     try:
         return _bounded(function(_finite_number(left, sign), _finite_number(right, sign)), sign)
     except ZeroDivisionError:

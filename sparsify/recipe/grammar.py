@@ -111,7 +111,7 @@ def value(text: str) -> YamlNode:
     return _tree(_decoded(text), 0) or YamlNode(1, None, None)
 
 
-def measure(value: Any) -> tuple[int, int]:
+def measure(value: object) -> tuple[int, int]:
     """The size and depth of a plain value, as `YamlNode` counts them."""
     if isinstance(value, str):
         return 1 + len(value) // CHARACTERS_IN_A_NODE, 0
@@ -173,7 +173,7 @@ def _block(text: str, markdown: bool) -> tuple[str, int]:
 
 
 def _is_document(lines: list[str]) -> bool:
-    """Whether what follows front matter is YAML of its own, not the text of a page."""
+    """True if the lines that follow front matter are YAML of their own, not the text of a page."""
     text = "\n".join(lines)
     if not text.strip() or text.lstrip().startswith("<!--"):
         return False
@@ -391,11 +391,11 @@ def plain_value(text: str, line: int | None = None) -> Any:
 
 
 def kind_of(node: YamlNode) -> str:
-    """What a node is, in a message."""
+    """Name of a node's kind, for a message."""
     return "a list" if isinstance(node.value, list) else shown(node.value)
 
 
-def shown(value: Any) -> str:
+def shown(value: object) -> str:
     """A value in a message, cut where it is long."""
     text = repr(value)
     return text if len(text) <= 80 else f"{text[:80]}..."

@@ -16,6 +16,8 @@ from sparsify.recipe.grammar import Problem, YamlNode, shown
 __all__: list[str] = []
 
 METADATA = "__metadata__"
+MOST_CHARACTERS = 200_000
+"""Length of all `eval(...)` of a recipe together."""
 
 # What llm-compressor calls our fields; read in its own spelling only, and where it means the same.
 _ELSEWHERE = {
@@ -174,7 +176,7 @@ def _override(scopes: list[dict[str, YamlNode]], overrides: Mapping[str, Any]) -
             node.size, node.depth = fresh.size, fresh.depth
 
 
-def _plain_value(value: Any, where: str, depth: int) -> Any:
+def _plain_value(value: object, where: str, depth: int) -> Any:
     if depth > grammar.DEEPEST_DOCUMENT:
         raise Problem(None, f"{where} is nested deeper than {grammar.DEEPEST_DOCUMENT}.")
     if isinstance(value, Mapping):
@@ -188,7 +190,7 @@ def _plain_value(value: Any, where: str, depth: int) -> Any:
     raise Problem(None, f"{where}: {shown(value)} is neither a finite number, text, a list nor a mapping.")
 
 
-def _as_node(value: Any, line: int) -> YamlNode:
+def _as_node(value: object, line: int) -> YamlNode:
     size, depth = grammar.measure(value)
     if isinstance(value, dict):
         inner = {key: _as_node(v, line) for key, v in value.items()}
@@ -200,10 +202,10 @@ def _as_node(value: Any, line: int) -> YamlNode:
 
 @dataclass
 class _Budget:
-    """What expressions may still bring in: a list through `eval(name)` counts as often as it is used."""
+    """Remaining size that expressions may add: a list through `eval(name)` counts as often as it is used."""
 
     left: int = grammar.MOST_NODES
-    characters: int = 200_000
+    characters: int = MOST_CHARACTERS
 
     def spend(self, size: int, line: int) -> None:
         self.left -= size
@@ -251,7 +253,7 @@ class _Scope:
         """The names in every `eval(...)` of a variable's value."""
         names: dict[str, None] = {}
 
-        def visit(text: Any, line: int) -> None:
+        def visit(text: object, line: int) -> None:
             if isinstance(text, str) and (expression := self._expression(text, line)):
                 names.update(dict.fromkeys(sorted(expression.names)))
 
@@ -275,7 +277,7 @@ class _Scope:
             return None
         self.budget.characters -= len(inner)
         if self.budget.characters < 0:
-            raise Problem(line, "more than 100000 characters in eval(...).")
+            raise Problem(line, f"more than {MOST_CHARACTERS} characters in eval(...).")
         try:
             return parse(inner)
         except RecipeError as error:
@@ -369,7 +371,7 @@ def _read_item(item: YamlNode, key: str, scope: _Scope) -> Modifier:
     raise Problem(item.line, f"an item of {key!r} is a modifier, `- !GMPruningModifier` with its fields, not {what}.")
 
 
-def _read_modifier(name: Any, node: YamlNode, line: int, scope: _Scope, *, elsewhere: bool = False) -> Modifier:
+def _read_modifier(name: object, node: YamlNode, line: int, scope: _Scope, *, elsewhere: bool = False) -> Modifier:
     cls = Modifier.registry.get(name) if isinstance(name, str) else None
     if cls is None:
         near = did_you_mean(str(name), Modifier.registry)

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-import io
 import math
 import os
 import stat
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, TypeAlias
+from typing import IO, TYPE_CHECKING, Any, Protocol, TypeAlias
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -29,12 +28,20 @@ if TYPE_CHECKING:
 
 __all__ = ["Recipe"]
 
-Source: TypeAlias = "str | bytes | os.PathLike[str] | IO[str] | IO[bytes] | Recipe | Iterable[Modifier]"
+Source: TypeAlias = "str | bytes | os.PathLike[str] | IO[str] | IO[bytes] | Recipe | HasRecipe | Iterable[Modifier]"
 Variables: TypeAlias = "Mapping[str, Any] | str | None"
+Modifiers: TypeAlias = "Modifier | Source | Sequence[Modifier | Source] | None"
+
+
+class HasRecipe(Protocol):
+    """A manager, or anything else that holds a recipe."""
+
+    @property
+    def recipe(self) -> Recipe: ...
 
 
 class Recipe(BaseModel):
-    """What a recipe says: variables, metadata, and stages of modifiers. Frozen, and equal to what it saves.
+    """Variables, metadata, and stages of modifiers. Frozen, and equal to what it saves.
 
     Reading, writing and checking touch no model; one recipe can drive many.
     """
@@ -50,6 +57,7 @@ class Recipe(BaseModel):
         """From a file: YAML, or Markdown with the recipe in its front matter.
 
         Args:
+            path: of the file, or an open file.
             recipe_variables: values for variables of the recipe, as a mapping, JSON, or "name=value,other=value".
 
         Raises:
@@ -67,6 +75,10 @@ class Recipe(BaseModel):
         >>> recipe.max_epochs, recipe.modifiers[0].end_epoch
         (5, 5.0)
 
+        Args:
+            text: YAML or Markdown, or an open file of it.
+            recipe_variables: values for variables of the recipe, as for `load`.
+
         Raises:
             RecipeError: what is wrong with it, with the line.
         """
@@ -77,6 +89,10 @@ class Recipe(BaseModel):
     @classmethod
     def from_modifiers(cls, modifiers: Iterable[Modifier], metadata: Any = None) -> Recipe:
         """From modifiers built in Python.
+
+        Args:
+            modifiers: at least one.
+            metadata: plain values that are kept with the recipe and saved with it.
 
         Raises:
             RecipeError: there are none, what is given is no modifier, or two prune one parameter at the same time.
@@ -104,7 +120,7 @@ class Recipe(BaseModel):
 
     @property
     def staged(self) -> bool:
-        """Whether it has stages with names."""
+        """True if it has stages with names."""
         return self.stages[0].name is not None
 
     @property
@@ -119,7 +135,7 @@ class Recipe(BaseModel):
 
     @property
     def evidence(self) -> Evidence | None:
-        """What stands behind its numbers, where `create_recipe` made it."""
+        """The measurements and rules behind its numbers, where `create_recipe` made it."""
         return Evidence.of(self.metadata)
 
     @property
@@ -166,8 +182,12 @@ class Recipe(BaseModel):
         if problem := conflict(found, names):
             raise RecipeError(problem[1])
 
-    def extended(self, added: Any = None, metadata: Mapping[str, Any] | None = None) -> Recipe:
-        """A recipe with more modifiers (one, recipe text, or a list of both) and more metadata.
+    def extended(self, added: Modifiers = None, metadata: Mapping[str, Any] | None = None) -> Recipe:
+        """A recipe with more modifiers and more metadata.
+
+        Args:
+            added: a modifier, recipe text, or a list of both.
+            metadata: put over the metadata that is there.
 
         Raises:
             RecipeError: they cannot stand together.
@@ -199,7 +219,7 @@ class Recipe(BaseModel):
 
     @staticmethod
     def compose(base: Source, additional: Source, keep_original_epochs: bool = False) -> Recipe:
-        """`base`, then `additional`, as stages of one recipe.
+        """Two recipes as stages of one: `base`, then `additional`.
 
         The epochs of `additional` are shifted by base.max_epochs, and what has no end in `base` ends there, unless
         `keep_original_epochs`. Two recipes without stages become stage_0 and stage_1; one that follows n stages becomes
@@ -216,7 +236,7 @@ class Recipe(BaseModel):
         return recipe
 
 
-def read_recipe(source: Any, recipe_variables: Variables = None) -> Recipe:
+def read_recipe(source: object, recipe_variables: Variables = None) -> Recipe:
     """A recipe from whatever says one: a path, text, a file object, a list of modifiers, a Recipe, or what has one.
 
     A text of one line is a path if such a file exists or if it does not look like YAML with modifiers.
@@ -225,14 +245,15 @@ def read_recipe(source: Any, recipe_variables: Variables = None) -> Recipe:
         RecipeError: what is wrong with it.
         ArgumentError: `source` is nothing of the kind.
     """
-    if isinstance(source, Recipe) or isinstance(getattr(source, "recipe", None), Recipe):
+    known = source if isinstance(source, Recipe) else getattr(source, "recipe", None)
+    if isinstance(known, Recipe):
         if recipe_variables:
             # They would change the variables and none of the modifiers that were computed from them.
             raise ArgumentError(
                 "recipe_variables: this recipe was read already, its variables are resolved. Give them where its text "
                 "is read."
             )
-        return source if isinstance(source, Recipe) else source.recipe
+        return known
     if isinstance(source, os.PathLike):
         return _read_path(Path(source), recipe_variables)
     if isinstance(source, bytes):
@@ -243,9 +264,10 @@ def read_recipe(source: Any, recipe_variables: Variables = None) -> Recipe:
         if not source.strip():
             return _read_text("", "recipe", recipe_variables)
         return _read_path(Path(source), recipe_variables)
-    if isinstance(source, io.IOBase) or callable(getattr(source, "read", None)):
+    read = getattr(source, "read", None)
+    if callable(read):
         name = getattr(source, "name", None)
-        data = source.read(grammar.LONGEST_DOCUMENT + 1)
+        data = read(grammar.LONGEST_DOCUMENT + 1)
         if not isinstance(data, str | bytes):
             raise ArgumentError(f"recipe: read() of {type(source).__name__} gives {type(data).__name__}, not text.")
         name = name if isinstance(name, str) else "recipe"
@@ -257,7 +279,7 @@ def read_recipe(source: Any, recipe_variables: Variables = None) -> Recipe:
     )
 
 
-def _modifiers_of(added: Any) -> list[Modifier]:
+def _modifiers_of(added: object) -> list[Modifier]:
     if added is None or isinstance(added, Modifier):
         return [] if added is None else [added]
     if isinstance(added, list | tuple):

@@ -70,7 +70,7 @@ def _stage(stage: Stage, everything: bool) -> dict[str, Any]:
 
 
 def fields(modifier: Modifier, *, everything: bool = False) -> dict[str, Any]:
-    """What `modifier` says, in the order of declaration; `everything`: also where it is the default."""
+    """The fields of `modifier` in the order of declaration; `everything`: also those that were not given."""
     return modifier.model_dump(exclude_unset=not everything)
 
 
@@ -85,7 +85,7 @@ class _Lines(list[Any]):
 
 
 class _Dumper(yaml.SafeDumper):
-    def ignore_aliases(self, data: Any) -> bool:
+    def ignore_aliases(self, data: object) -> bool:
         return True
 
     def increase_indent(self, flow: bool = False, indentless: bool = False) -> None:

@@ -12,7 +12,7 @@ from sparsify.errors import RecipeError, StateError
 from sparsify.modifiers.base import Modifier
 from sparsify.pruning.masker import Masker
 from sparsify.training.checkpoint import checksum
-from sparsify.training.model_inputs import ModelInputs
+from sparsify.training.model_inputs import TracingInputs
 
 if TYPE_CHECKING:
     from sparsify.pruning.groups import ChannelGroups
@@ -45,7 +45,7 @@ class ChannelRemoval:
         modifiers: Sequence[Modifier],
         masker: Masker,
         optimizer: Optimizer | None,
-        inputs: ModelInputs,
+        inputs: TracingInputs,
         resized: Callable[[Removal], None],
     ) -> None:
         self.done: list[dict[str, Any]] = []

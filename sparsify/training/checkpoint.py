@@ -28,7 +28,7 @@ def sealed(content: Mapping[str, Any], *, recipe: str, fingerprint: str) -> dict
     return {**state, "checksum": checksum(state)}
 
 
-def verify(state: Any, *, recipe: str, fingerprint: str, strict: bool = True) -> None:
+def verify(state: object, *, recipe: str, fingerprint: str, strict: bool = True) -> None:
     """Refuses a state that `sealed` did not make, that was damaged, or that belongs to another recipe.
 
     Args:
@@ -71,7 +71,7 @@ def verify(state: Any, *, recipe: str, fingerprint: str, strict: bool = True) ->
         warnings.warn(text, SparsifyWarning, stacklevel=4)
 
 
-def checksum(value: Any) -> str:
+def checksum(value: object) -> str:
     """The sha256 of a value made of None, bool, int, float, str, lists, dicts and tensors, as hexadecimal digits.
 
     Equal for equal values wherever the tensors live and in whatever order dicts were filled; a tuple counts as a list.
@@ -89,13 +89,13 @@ def checksum(value: Any) -> str:
     return digest.hexdigest()
 
 
-def _feed_hash(digest: Any, value: Any, where: str) -> None:
+def _feed_hash(digest: hashlib._Hash, value: object, where: str) -> None:
     # Every piece carries its type and length, so that no two values give the same bytes.
     if isinstance(value, torch.Tensor):
         flat = value.detach().cpu().contiguous().reshape(-1)
         digest.update(f"tensor {value.dtype} {tuple(value.shape)};".encode())
         if flat.numel():
-            digest.update(flat.view(torch.uint8).numpy())
+            digest.update(flat.view(torch.uint8).numpy().data)
     elif value is None or type(value) in (bool, int, float, str):
         text = repr(value)
         digest.update(f"{type(value).__name__} {len(text)} {text};".encode())
@@ -115,7 +115,7 @@ def _feed_hash(digest: Any, value: Any, where: str) -> None:
         )
 
 
-def detached(value: Any) -> Any:
+def detached(value: object) -> Any:
     """A copy of a state that later training does not change: tensors are cloned, lists and dicts are new."""
     if isinstance(value, torch.Tensor):
         return value.detach().clone()

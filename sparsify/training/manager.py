@@ -5,18 +5,21 @@ from __future__ import annotations
 import math
 import os
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any, Literal
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
+from typing import Any, Literal, SupportsIndex
 
 from torch import Tensor, nn
 
 from sparsify.errors import ArgumentError, SparsifyWarning, StateError
-from sparsify.model.optimizer_hooks import innermost_optimizer
-from sparsify.model.signature import check_module
+from sparsify.model.gradients import GradSampler
+from sparsify.model.optimizer_hooks import SteppableOptimizer, innermost_optimizer
+from sparsify.model.signature import ModelInputs, check_module
 from sparsify.model.wrappers import unwrapped
 from sparsify.modifiers.base import Modifier
+from sparsify.modifiers.run_log import ScalarWriter
 from sparsify.modifiers.schedule import Clock
 from sparsify.recipe import Recipe, read_recipe
+from sparsify.recipe.recipe import Modifiers, Source, Variables
 from sparsify.training.checkpoint import sealed, verify
 from sparsify.training.phases import Phase, is_quantizing, phase_at
 from sparsify.training.session import Session
@@ -60,9 +63,9 @@ class ScheduledModifierManager:
     @classmethod
     def from_yaml(
         cls,
-        source: Any,
-        recipe_variables: Any = None,
-        add_modifiers: Any = None,
+        source: Source,
+        recipe_variables: Variables = None,
+        add_modifiers: Modifiers = None,
         metadata: Mapping[str, Any] | None = None,
     ) -> ScheduledModifierManager:
         """A manager of the recipe in a file or text.
@@ -80,14 +83,16 @@ class ScheduledModifierManager:
         return cls(read_recipe(source, recipe_variables).extended(add_modifiers, metadata))
 
     @classmethod
-    def compose_staged(cls, base: Any, additional: Any, keep_original_epochs: bool = False) -> ScheduledModifierManager:
+    def compose_staged(
+        cls, base: Source, additional: Source, keep_original_epochs: bool = False
+    ) -> ScheduledModifierManager:
         """A manager of two recipes, one after the other.
 
         Args:
             base: a manager, a recipe, a path or text.
             additional: the same, for what comes after.
-            keep_original_epochs: whether `additional` says its own epochs already; else they are shifted by the end of
-            `base`.
+            keep_original_epochs: True: `additional` says its own epochs already; False: they are shifted by the end of
+                `base`.
 
         Raises:
             RecipeError: the stages do not fit together.
@@ -130,7 +135,7 @@ class ScheduledModifierManager:
         return phase_at(self._recipe.modifiers, epoch)
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes the recipe as YAML; the file is the old one or the new one, never half of either.
+        """Writes the recipe to `path` as YAML; the file is the old one or the new one, never half of either.
 
         Raises:
             DataFileError: the folder does not exist or cannot be written.
@@ -148,15 +153,15 @@ class ScheduledModifierManager:
     def modify(
         self,
         model: nn.Module,
-        optimizer: Any,
-        steps_per_epoch: Any = None,
+        optimizer: SteppableOptimizer,
+        steps_per_epoch: SupportsIndex | Sized | None = None,
         epoch: float = 0.0,
         *,
         distillation_teacher: Teacher = None,
-        grad_sampler: Any = None,
+        grad_sampler: GradSampler | None = None,
         calibration_data: Iterable[Any] | None = None,
-        sample_inputs: Any = None,
-        writer: Any = None,
+        sample_inputs: ModelInputs | None = None,
+        writer: ScalarWriter | None = None,
     ) -> Any:
         """Puts the recipe to work: what is due at `epoch` is in force at once, the rest follows the optimizer's steps.
 
@@ -164,14 +169,13 @@ class ScheduledModifierManager:
             model: the model that is trained; wrappers of DDP and torch.compile are looked through.
             optimizer: its optimizer.
             steps_per_epoch: optimizer steps in an epoch, a positive int or a sized container such as a loader; None:
-            train with `for epoch in manager.epochs():`.
+                train with `for epoch in manager.epochs():`.
             epoch: where training starts, 0 or more.
             distillation_teacher: a module, or "self" for a frozen copy of the model as it is now.
             grad_sampler: a callable yielding losses to back-propagate, or (data loader, loss function).
             calibration_data: an iterable of inputs, at least 16 samples. A generator is read at once, and held.
             sample_inputs: inputs of one call of the model: a tensor, a tuple, a dict of names, or (args, kwargs); None:
-            those
-                of the first forward.
+                those of the first forward.
             writer: a TensorBoard-like writer, with `add_scalar(tag, value, step)`.
 
         Returns:
@@ -200,10 +204,10 @@ class ScheduledModifierManager:
         epoch: float = 0.0,
         *,
         distillation_teacher: Teacher = None,
-        grad_sampler: Any = None,
+        grad_sampler: GradSampler | None = None,
         calibration_data: Iterable[Any] | None = None,
-        sample_inputs: Any = None,
-        writer: Any = None,
+        sample_inputs: ModelInputs | None = None,
+        writer: ScalarWriter | None = None,
     ) -> None:
         """Puts in force what is due at `epoch`, without an optimizer; `epochs()` moves on by whole epochs.
 
@@ -226,15 +230,15 @@ class ScheduledModifierManager:
         epoch: float = math.inf,
         *,
         distillation_teacher: Teacher = None,
-        grad_sampler: Any = None,
+        grad_sampler: GradSampler | None = None,
         calibration_data: Iterable[Any] | None = None,
-        sample_inputs: Any = None,
-        writer: Any = None,
+        sample_inputs: ModelInputs | None = None,
+        writer: ScalarWriter | None = None,
     ) -> nn.Module:
         """Everything that the recipe does up to `epoch`, at once and without training, then `finalize`.
 
         Arguments and errors are those of `modify`. Where the model has to be traced and there are no `sample_inputs`,
-        the first batch of `calibration_data` is used.
+        the first batch of `calibration_data` is used. `epoch` is the last one that is reached; infinity: all.
 
         Returns:
             The same model.
@@ -253,7 +257,7 @@ class ScheduledModifierManager:
         )
         session = self._at_work()
         try:
-            # One after the other, so that what prepares something comes before what needs it.
+            # In epoch order, since quantization must see the pruned weights.
             moments = {e for m in self.modifiers for e in (m.window.start, m.window.end, *m.cuts()) if e < last}
             for moment in [*sorted(moments), last]:
                 session.timer.jump(moment)
@@ -268,10 +272,10 @@ class ScheduledModifierManager:
         epoch: float = math.inf,
         *,
         state: Mapping[str, Any] | None = None,
-        sample_inputs: Any = None,
+        sample_inputs: ModelInputs | None = None,
     ) -> nn.Module:
-        """Gives a fresh model the structure that it had, so that a checkpoint loads; touches no value and stays at
-        nothing.
+        """Gives a fresh model the structure that it had, so that a checkpoint loads; changes no value of a weight, and
+        the manager is free afterwards.
 
         Args:
             model: a model as it was before `modify`.
@@ -342,7 +346,8 @@ class ScheduledModifierManager:
         Args:
             loss: the loss of the task.
             outputs: the model's outputs for this batch; None: those of the last forward, which a compiled model does
-            not show. inputs: the model's inputs, for the teacher; None: those of the last forward.
+                not show.
+            inputs: the model's inputs, for the teacher; None: those of the last forward.
             labels: the targets, for modifiers that ask for them.
 
         Raises:
@@ -386,7 +391,7 @@ class ScheduledModifierManager:
 
     @property
     def attached(self) -> bool:
-        """Whether the recipe is at work and sees the optimizer's steps.
+        """True while the recipe is at work and sees the optimizer's steps.
 
         False before `modify`, after `finalize`, on a copy of a manager, and where the optimizer has lost its hooks, as
         a deepcopied or unpickled one has.
@@ -411,6 +416,9 @@ class ScheduledModifierManager:
 
     def apply_masks(self, model: nn.Module) -> None:
         """Sets to zero in another model, such as an EMA copy, what is masked in this one.
+
+        Args:
+            model: a model with parameters of the same names and shapes.
 
         Raises:
             TargetError: a masked parameter is missing there or has another shape.
@@ -445,7 +453,9 @@ class ScheduledModifierManager:
 
     # ------------------------------------------------------------------ checks
 
-    def _attach(self, model: nn.Module, optimizer: Any, timer: Timer, *, teacher: Teacher, **given: Any) -> Any:
+    def _attach(
+        self, model: nn.Module, optimizer: SteppableOptimizer | None, timer: Timer, *, teacher: Teacher, **given: Any
+    ) -> Any:
         self._refuse_second("modify" if optimizer is not None else "initialize")
         check_module(model)
         if teacher is not None and teacher != "self" and not isinstance(teacher, nn.Module):
@@ -485,5 +495,5 @@ class ScheduledModifierManager:
         fresh = "call modify() first; a copy of a manager starts anew."
         return StateError(f"the manager is not at work: {fresh if self._ended is None else 'finalize() ended it.'}")
 
-    def _verify(self, state: Any, strict: bool = True) -> None:
+    def _verify(self, state: object, strict: bool = True) -> None:
         verify(state, recipe=self._recipe.to_yaml(), fingerprint=self._recipe.fingerprint, strict=strict)

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 __all__: list[str] = []
 
 
-class ModelInputs:
+class TracingInputs:
     """Hands the arguments of one call of the model to whoever asks, as soon as they are known; keeps the trace on them.
 
     Args:

@@ -11,17 +11,18 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from sparsify.errors import SparsifyWarning, StateError
-from sparsify.model.optimizer_hooks import ModelCallback, StepHooks, innermost_optimizer, skips_step
-from sparsify.model.signature import CallArguments, call_arguments
+from sparsify.model.gradients import GradSampler
+from sparsify.model.optimizer_hooks import ModelCallback, StepHooks, SteppableOptimizer, innermost_optimizer, skips_step
+from sparsify.model.signature import CallArguments, ModelInputs, call_arguments
 from sparsify.model.targets import named_parameters
 from sparsify.model.wrappers import is_compiled, is_distributed, unwrapped
 from sparsify.modifiers.base import Active, Modifier, Run
 from sparsify.modifiers.learning_rate_ledger import LearningRateLedger
-from sparsify.modifiers.run_log import RunLog
+from sparsify.modifiers.run_log import RunLog, ScalarWriter
 from sparsify.pruning.masker import Masker
 from sparsify.training.channel_removal import ChannelRemoval
 from sparsify.training.checkpoint import keyed
-from sparsify.training.model_inputs import ModelInputs
+from sparsify.training.model_inputs import TracingInputs
 from sparsify.training.timer import Timer
 
 if TYPE_CHECKING:
@@ -39,6 +40,15 @@ class Session:
     Args:
         written: the modifiers as they stand in the recipe.
         modifiers: the same, in the order in which they are updated.
+        model: the model that is trained, wrappers included.
+        optimizer: its optimizer, wrappers included; None: nothing is trained.
+        timer: the clock, at the epoch where training starts.
+        teacher: of distillation: a module, or "self".
+        grad_sampler: losses to back-propagate for scores.
+        calibration_data: batches of inputs.
+        sample_inputs: inputs of one call of the model; None: those of the first forward.
+        writer: a TensorBoard-like writer.
+        forward_comes: False where the model will not be called before it has to be traced.
 
     Raises:
         TargetError, DataError, ArgumentError, StateError: a modifier cannot work on this model.
@@ -49,14 +59,14 @@ class Session:
         written: Sequence[Modifier],
         modifiers: Sequence[Modifier],
         model: nn.Module,
-        optimizer: Any,
+        optimizer: SteppableOptimizer | None,
         timer: Timer,
         *,
         teacher: nn.Module | Literal["self"] | None = None,
-        grad_sampler: Any = None,
+        grad_sampler: GradSampler | None = None,
         calibration_data: Iterable[Any] | None = None,
-        sample_inputs: Any = None,
-        writer: Any = None,
+        sample_inputs: ModelInputs | None = None,
+        writer: ScalarWriter | None = None,
         forward_comes: bool = True,
     ) -> None:
         self.model = unwrapped(model)
@@ -76,7 +86,7 @@ class Session:
         # What is no torch Optimizer may keep no state, or where nobody knows.
         self._stateful = self._optimizer if isinstance(getattr(self._optimizer, "state", None), Mapping) else None
         self.masker = Masker(self.model, self._stateful)
-        self.inputs = ModelInputs(
+        self.inputs = TracingInputs(
             self.model,
             None if sample_inputs is None else call_arguments(sample_inputs),
             calibration_data,
@@ -198,8 +208,8 @@ class Session:
     def _loaded(self) -> None:
         self.ledger.loaded()
 
-    def _model_loaded(self, *_: Any) -> None:
-        # What is due may hang on values: a range that was never seen is not frozen, and now it may have been seen.
+    def _model_loaded(self, *_: object) -> None:
+        # Observers freeze only after data, and loading may have filled their buffers: ask again.
         # Masks wait for the next step: the manager's state may be loaded next, with other ones.
         self.update()
 
@@ -233,7 +243,7 @@ class Session:
 
     # ------------------------------------------------------------------ outputs
 
-    def _forward_done(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+    def _forward_done(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: object) -> None:
         # An evaluation between forward and loss must not take the place of the batch in training.
         if torch.is_grad_enabled():
             self._seen = ((args, kwargs), output)
@@ -304,7 +314,7 @@ class Session:
 
     @property
     def attached(self) -> bool:
-        """Whether steps of the optimizer reach us; True where there is none."""
+        """True if the optimizer's steps are seen, and where there is no optimizer."""
         return self.hooks is None or self.hooks.attached
 
     def warn_if_detached(self) -> None:

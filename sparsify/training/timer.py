@@ -1,11 +1,11 @@
-"""Counts real optimizer steps and says which epoch it is."""
+"""The clock of training: counts real optimizer steps, and gives the epoch."""
 
 from __future__ import annotations
 
 import math
 import operator
 from collections.abc import Mapping, Sized
-from typing import Any
+from typing import Any, SupportsIndex
 
 from torch import Tensor
 
@@ -47,7 +47,7 @@ class Timer:
 
     @property
     def runs(self) -> bool:
-        """Whether a step means anything: it was said how long an epoch is, or epochs are marked."""
+        """True if a step can be placed in an epoch: its length is given, or epochs are marked."""
         return self.given is not None or self.marked
 
     def tick(self) -> None:
@@ -55,7 +55,7 @@ class Timer:
         self.step += 1
 
     def clock(self) -> Clock:
-        """What time it is."""
+        """The step and the epoch now."""
         per_epoch = self.steps_per_epoch
         epoch = self._mark_epoch
         done = self.step - self._mark_step
@@ -106,7 +106,7 @@ class Timer:
             self._mark_epoch, self._mark_step = float(state["epoch"]), self.step
 
 
-def steps_in_epoch(value: Any) -> int | None:
+def steps_in_epoch(value: SupportsIndex | Sized | None) -> int | None:
     """`steps_per_epoch` as a user gives it: a positive int, a sized container such as a loader, or None.
 
     >>> steps_in_epoch(10), steps_in_epoch(range(7)), steps_in_epoch(None)
@@ -132,16 +132,17 @@ def steps_in_epoch(value: Any) -> int | None:
     return count
 
 
-def starting_epoch(value: Any, *, finite: bool = False) -> float:
+def starting_epoch(value: object, *, finite: bool = False) -> float:
     """An epoch as a user gives it.
 
     Args:
-        finite: whether training goes on from there, so that "after everything" is none.
+        value: as the user gave it.
+        finite: True where training goes on from there, so that infinity, "after everything", is refused.
 
     Raises:
         ArgumentError: not a number, negative, or nan; with `finite` also infinity.
     """
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not number or not value >= 0.0 or (finite and math.isinf(value)):
+    number = float(value) if isinstance(value, int | float) and not isinstance(value, bool) else math.nan
+    if not number >= 0.0 or (finite and math.isinf(number)):
         raise ArgumentError(f"epoch: {value!r} is not an epoch; give 0 or more.")
-    return float(value)
+    return number
