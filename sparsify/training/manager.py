@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from sparsify.errors import ArgumentError, SparsifyWarning, StateError
 from sparsify.model.gradients import GradSampler
 from sparsify.model.optimizer_hooks import SteppableOptimizer, innermost_optimizer
-from sparsify.model.signature import ModelInputs, check_module
+from sparsify.model.signature import InputsLike, check_module
 from sparsify.model.wrappers import unwrapped
 from sparsify.modifiers.base import Modifier
 from sparsify.modifiers.run_log import ScalarWriter
@@ -160,7 +160,7 @@ class ScheduledModifierManager:
         distillation_teacher: Teacher = None,
         grad_sampler: GradSampler | None = None,
         calibration_data: Iterable[Any] | None = None,
-        sample_inputs: ModelInputs | None = None,
+        sample_inputs: InputsLike | None = None,
         writer: ScalarWriter | None = None,
     ) -> Any:
         """Puts the recipe to work: what is due at `epoch` is in force at once, the rest follows the optimizer's steps.
@@ -206,7 +206,7 @@ class ScheduledModifierManager:
         distillation_teacher: Teacher = None,
         grad_sampler: GradSampler | None = None,
         calibration_data: Iterable[Any] | None = None,
-        sample_inputs: ModelInputs | None = None,
+        sample_inputs: InputsLike | None = None,
         writer: ScalarWriter | None = None,
     ) -> None:
         """Puts in force what is due at `epoch`, without an optimizer; `epochs()` moves on by whole epochs.
@@ -232,7 +232,7 @@ class ScheduledModifierManager:
         distillation_teacher: Teacher = None,
         grad_sampler: GradSampler | None = None,
         calibration_data: Iterable[Any] | None = None,
-        sample_inputs: ModelInputs | None = None,
+        sample_inputs: InputsLike | None = None,
         writer: ScalarWriter | None = None,
     ) -> nn.Module:
         """Everything that the recipe does up to `epoch`, at once and without training, then `finalize`.
@@ -272,7 +272,7 @@ class ScheduledModifierManager:
         epoch: float = math.inf,
         *,
         state: Mapping[str, Any] | None = None,
-        sample_inputs: ModelInputs | None = None,
+        sample_inputs: InputsLike | None = None,
     ) -> nn.Module:
         """Gives a fresh model the structure that it had, so that a checkpoint loads; changes no value of a weight, and
         the manager is free afterwards.

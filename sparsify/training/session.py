@@ -13,7 +13,7 @@ from torch.utils.hooks import RemovableHandle
 from sparsify.errors import SparsifyWarning, StateError
 from sparsify.model.gradients import GradSampler
 from sparsify.model.optimizer_hooks import ModelCallback, StepHooks, SteppableOptimizer, innermost_optimizer, skips_step
-from sparsify.model.signature import CallArguments, ModelInputs, call_arguments
+from sparsify.model.signature import CallArguments, InputsLike, call_arguments
 from sparsify.model.targets import named_parameters
 from sparsify.model.wrappers import is_compiled, is_distributed, unwrapped
 from sparsify.modifiers.base import Active, Modifier, Run
@@ -65,7 +65,7 @@ class Session:
         teacher: nn.Module | Literal["self"] | None = None,
         grad_sampler: GradSampler | None = None,
         calibration_data: Iterable[Any] | None = None,
-        sample_inputs: ModelInputs | None = None,
+        sample_inputs: InputsLike | None = None,
         writer: ScalarWriter | None = None,
         forward_comes: bool = True,
     ) -> None:
