@@ -186,6 +186,17 @@ def test_functions_are_layers_of_their_own() -> None:
     assert analysis.unknown == ()
 
 
+def test_attention_whose_values_are_narrower_than_its_keys_multiplies_less() -> None:
+    class Attention(nn.Module):
+        def forward(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+            return F.scaled_dot_product_attention(query, key, value)
+
+    given = (torch.randn(2, 3, 5, 8), torch.randn(2, 3, 7, 8), torch.randn(2, 3, 7, 4))
+    analysis = analyze_model(Attention(), given)
+    assert analysis.macs == 2 * 3 * (5 * 8 * 7 + 5 * 7 * 4)
+    assert analysis.macs == counted_by_torch(Attention(), given)
+
+
 class Unknown(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return torch.linalg.inv(x) @ torch.cdist(x, x)

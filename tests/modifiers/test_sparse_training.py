@@ -284,6 +284,20 @@ def test_movement_under_a_gradient_scaler_counts_true_gradients_of_real_steps(fu
     assert_same_state(run(1024.0), run(None), fused)
 
 
+def test_scores_in_a_state_stay_what_they_were_while_training_goes_on() -> None:
+    model, optimizer, manager = regression_at_work(movement())
+    regress(model, optimizer, range(2))
+    state = manager.state_dict()
+    before = copy.deepcopy(state)
+    regress(model, optimizer, range(2, 4))
+    assert_same_state(state, before, "")
+    now = manager.state_dict()["modifiers"]["MovementPruningModifier"]["scores"]
+    assert any(
+        not torch.equal(now[name], value)
+        for name, value in before["modifiers"]["MovementPruningModifier"]["scores"].items()
+    )
+
+
 def test_scores_of_half_precision_are_summed_in_full() -> None:
     model = regression_model().to(torch.bfloat16)
     manager = ScheduledModifierManager([movement()])

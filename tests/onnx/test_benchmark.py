@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx
 import onnxruntime
 import pytest
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 
 import sparsify
 from sparsify.errors import ArgumentError, DataError, DataFileError, ExportError
-from sparsify.onnx.benchmark import benchmark_onnx, compare_onnx, random_inputs
+from sparsify.onnx.benchmark import benchmark_onnx, compare_onnx, percentile, random_inputs
 from sparsify.onnx.export import export_onnx
 from sparsify.onnx.runtime import open_session, optimized_operators, read_model
 from tests.zoo.integer_forms import IntegerResNet
@@ -121,6 +122,14 @@ def test_a_fixed_batch_is_used_and_said(tmp_path: Path) -> None:
     assert result.batch_size == 8 and benchmark_onnx(path, batch_size=8, **FAST).batch_size == 8
     with pytest.raises(ArgumentError, match="batch_size=2: this file has a fixed batch of 8"):
         benchmark_onnx(path, batch_size=2, **FAST)
+
+
+@pytest.mark.parametrize("fraction", [0.0, 0.1, 0.5, 0.95, 1.0])
+def test_percentiles_are_those_of_numpy(fraction: float) -> None:
+    draw = random.Random(1)
+    for count in (1, 2, 7, 50):
+        values = [draw.random() for _ in range(count)]
+        assert percentile(values, fraction) == pytest.approx(float(np.percentile(values, 100 * fraction)))
 
 
 def test_a_comparison_is_of_paired_rounds(quantized: Path, tmp_path: Path) -> None:

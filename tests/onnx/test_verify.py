@@ -18,6 +18,7 @@ from sparsify.onnx import integer_kernels
 from sparsify.onnx.export import export_onnx
 from sparsify.onnx.runtime import open_session
 from sparsify.onnx.verify import verify_onnx
+from sparsify.onnx.verify_kernels import Gap, TensorDifference
 from sparsify.quantization.qdq_ops import quantize_dequantize
 from tests.loops import quantized, train
 from tests.zoo.integer_forms import IntegerEncoder, IntegerResNet
@@ -125,6 +126,18 @@ def test_the_first_tensor_that_diverges_is_named(path: Path) -> None:
     assert [tensor.name for tensor in result.tensors if tensor.diverges] == ["layers.1.second/QuantizeLinear"]
 
 
+def test_of_two_tensors_that_diverge_the_first_in_the_order_of_computation_is_named(path: Path) -> None:
+    torch.manual_seed(0)
+    model = IntegerResNet(1, 8)
+    export_onnx(model, torch.randn(2, 3, 16, 16), path)
+    for layer in ("layers.2.conv2", "layers.1.conv2"):
+        change(path, f"{layer}.bias_int32", lambda value: value + 20_000)
+    result = verify_onnx(model, path, torch.randn(4, 3, 16, 16))
+    diverging = [tensor.name for tensor in result.tensors if tensor.diverges]
+    assert diverging == ["layers.1.second/QuantizeLinear", "layers.2.second/QuantizeLinear"]
+    assert result.first_divergence == diverging[0]
+
+
 def test_a_bias_that_is_off_by_less_than_a_step_is_found(path: Path) -> None:
     torch.manual_seed(0)
     model = IntegerResNet(1, 8)
@@ -149,6 +162,19 @@ def test_an_integer_kernel_that_rounds_otherwise_is_found(path: Path, monkeypatc
     result = verify_onnx(model, path, torch.randn(4, 3, 16, 16))
     assert not result.ok and not result.exact and result.first_divergence == "layers.0.last/QuantizeLinear"
     assert result.why is not None and "onnxruntime's QLinearAdd gives other integers" in result.why
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("side", ["torch", "written", "optimized"])
+def test_a_single_value_two_steps_aside_diverges_and_one_step_aside_does_not(side: str, weighted: bool) -> None:
+    """Of computation in float: rounding moves a value from one step to the next, and no further."""
+
+    def of(steps: float) -> TensorDifference:
+        sides = {"torch": None, "written": None, "optimized": None, side: Gap(steps, 1e-4, 1)}
+        return TensorDifference("x/QuantizeLinear", "QuantizeLinear", False, weighted, **sides, total=None)
+
+    assert not of(1.0).diverges
+    assert of(2.0).diverges
 
 
 def test_an_encoder_agrees(path: Path) -> None:

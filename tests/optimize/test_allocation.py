@@ -174,6 +174,11 @@ def test_more_goes_where_less_is_lost() -> None:
     assert shares(tough, soft, sparsity=0.6) == [0.3, 0.9]
 
 
+def test_what_is_cheap_only_behind_what_is_dear_does_not_go_first() -> None:
+    wall, ramp = plain("wall", 100, (0.0, 10.0, 10.1)), plain("ramp", 100, (0.0, 2.0, 4.0))
+    assert shares(wall, ramp, sparsity=0.45) == [0.0, 0.9]
+
+
 def test_more_goes_where_more_time_is_saved() -> None:
     slow, fast = plain("slow", 100, (0.0, 1.0, 3.0), ms=10.0), plain("fast", 100, (0.0, 0.1, 0.3))
     assert shares(slow, fast, sparsity=0.45, balance=0.0) == [0.9, 0.0]

@@ -160,6 +160,23 @@ def test_learning_rates_are_those_of_a_run(rates: list[str]) -> None:
         assert foreseen.at(epoch).learning_rates == {0: pytest.approx(rate)}
 
 
+def test_what_starts_within_a_step_is_shown_at_the_next() -> None:
+    """Steps of a quarter of an epoch: 0.3 is reached at the second, 1.7 at the seventh."""
+    recipe = """
+modifiers:
+  - !GMPruningModifier
+    params: __ALL_PRUNABLE__
+    init_sparsity: 0.2
+    final_sparsity: 0.8
+    start_epoch: 0.3
+    end_epoch: 1.7
+    update_frequency: 0.5
+"""
+    moments = plan(recipe, steps_per_epoch=4).moments
+    assert [moment.epoch for moment in moments] == [0.0, 0.5, 1.0, 1.75, 2.0]
+    assert [bool(moment.doing) for moment in moments] == [False, True, True, True, True]
+
+
 def test_a_rate_that_nobody_sets_is_left_open() -> None:
     late = plan(recipe("!SetLearningRateModifier {start_epoch: 2.0, learning_rate: 0.3}"))
     assert late.at(1).learning_rates == {0: None} and late.at(2).learning_rates == {0: 0.3}

@@ -48,6 +48,13 @@ def test_an_error_leaves_the_old_content_and_no_litter(tmp_path: Path) -> None:
     assert target.read_text() == "old" and os.listdir(tmp_path) == ["file"]
 
 
+def test_the_new_content_is_written_beside_the_old(tmp_path: Path) -> None:
+    """A rename is one step within a file system only, and a temporary folder is often another one."""
+    with replacing(tmp_path / "file") as path:
+        path.write_text("new")
+        assert path.parent == tmp_path and path != tmp_path / "file"
+
+
 def test_a_saved_file_has_the_usual_permissions(tmp_path: Path) -> None:
     with replacing(tmp_path / "file") as path:
         path.write_text("x")

@@ -370,6 +370,18 @@ def test_infinite_and_nan_weights_are_masked_to_zero() -> None:
     assert (model.fc.weight[~mask] == 0).all()
 
 
+def test_baking_masks_in_makes_zeros_of_infinite_and_nan_weights_too() -> None:
+    model = Small()
+    masker = masked(model)
+    masks = masker.masks
+    model.fc.weight.data[~masks["fc.weight"]] = float("inf")
+    model.conv.weight.data[~masks["conv.weight"]] = float("nan")
+    masker.finalize()
+    for name, mask in masks.items():
+        weight = model.get_parameter(name)
+        assert (weight[~mask] == 0).all() and not torch.signbit(weight[~mask]).any()
+
+
 def test_parameters_are_found_again_when_their_objects_were_replaced() -> None:
     model = Small()
     masker = masked(model)

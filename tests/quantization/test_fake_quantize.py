@@ -226,6 +226,16 @@ def test_layers_that_share_a_tensor_compute_it_once() -> None:
     assert copy.deepcopy(quantizer)._held is None
 
 
+def test_a_tensor_that_was_written_to_between_its_readers_is_computed_anew() -> None:
+    shared, alone = FakeQuantize("x", bits=4), FakeQuantize("x", bits=4)
+    shared.readers = 2
+    x = torch.linspace(-1.0, 3.0, 41)
+    before, after = x.clone(), x.clone().mul_(-0.5)
+    assert torch.equal(shared(x), alone(before))
+    x.mul_(-0.5)
+    assert torch.equal(shared(x), alone(after))
+
+
 @pytest.mark.parametrize(("gate", "plain"), [("silu", F.silu), ("hardswish", F.hardswish)])
 def test_a_gate_rounds_its_factor_and_has_the_gradient_of_the_activation(gate: str, plain: Any) -> None:
     quantizer = FakeQuantize("x", gate=gate)

@@ -105,6 +105,14 @@ def test_what_is_no_bounded_arithmetic_is_refused(text: str, message: str) -> No
     assert time.perf_counter() - start < 0.5
 
 
+def test_exponents_reach_from_minus_64_to_64() -> None:
+    assert parse("1.5 ** 64").evaluate({}) == 1.5**64
+    assert parse("1.5 ** -64").evaluate({}) == 1.5**-64
+    for text in ("1.5 ** 65", "1.5 ** -65"):
+        with pytest.raises(RecipeError, match=r"an exponent of -?65; at most 64 is read"):
+            parse(text).evaluate({})
+
+
 def test_names_are_those_of_variables_only() -> None:
     assert parse("min(a, 'text') if b else not c and True").names == {"a", "b", "c"}
 

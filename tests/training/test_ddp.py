@@ -11,8 +11,9 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from sparsify import ScheduledModifierManager
 from sparsify.errors import StateError
+from sparsify.model import distributed as ranks
+from sparsify.training.manager import ScheduledModifierManager
 from tests.ranks import on_two_ranks
 from tests.zoo.small import perceptron
 
@@ -102,6 +103,20 @@ def test_ranges_of_activations_are_the_same_on_both_ranks(observe: Callable[[int
     assert any("scale" in name for name in first)
     for name in first:
         assert torch.equal(first[name], second[name]), name
+
+
+def _average(rank: int, folder: str) -> None:
+    tensors = {"b": torch.tensor([1.0, 4.0 + 2.0 * rank]), "a": torch.full((2, 3), 1.0 - rank)}
+    ranks.average(tensors)
+    torch.save(tensors, Path(folder) / f"{rank}.pt")
+
+
+def test_what_ranks_computed_becomes_their_mean(tmp_path: Path) -> None:
+    on_two_ranks(_average, tmp_path)
+    for rank in (0, 1):
+        found = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
+        assert torch.equal(found["b"], torch.tensor([1.0, 5.0]))
+        assert torch.equal(found["a"], torch.full((2, 3), 0.5))
 
 
 @pytest.fixture(autouse=True)
