@@ -1,4 +1,4 @@
-"""What each pruning method makes of the same network in the same number of epochs, and what other libraries make of it.
+"""Accuracy of the same network pruned by each method in the same number of epochs, ours and those of other libraries.
 
     python benchmarks/accuracy_at_sparsity.py [--seeds 0 1 2 3 4] [--only GM RigL] [--without-peers] [--fresh]
 

@@ -1,4 +1,4 @@
-"""How long the pruning profile of a model of 100 layers takes: a slider has to follow it.
+"""Time of the pruning profile of a model of 100 layers: a slider has to follow it.
 
 python benchmarks/allocation.py
 """

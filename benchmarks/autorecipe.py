@@ -92,7 +92,7 @@ def profile_of(path: Path, model: nn.Module, data: task.Digits, **options: Any) 
 
 
 def recipe_of(folder: Path, row: str, level: float, model: nn.Module, data: task.Digits, name: str) -> Recipe:
-    """What create_recipe makes of the network, which `name` tells from others."""
+    """The recipe that create_recipe makes of the network; `name` tells its profile from others."""
     sample = data.test_x[:1]
     common: dict[str, Any] = {"training": TRAINING}
     if row in LATENCY_ROWS:

@@ -1,4 +1,4 @@
-"""How much accuracy int8 and 90 % zeros cost on the demo's digits. Bar: at most 1.0 point on average.
+"""Accuracy lost by int8 and 90 % zeros on the demo's digits. Bar: at most 1.0 point on average.
 
     python benchmarks/digits_recovery.py [--seeds 0 1 2]
 

@@ -1,4 +1,4 @@
-"""How much faster a trained classifier runs that lost half of its channels and became int8, and what it lost.
+"""Speed-up and lost accuracy of a trained classifier without half of its channels and in int8.
 
     python benchmarks/headline.py [--seeds 0 1 2] [--threads 1 2] [--quick] [--channels-removed 0.5]
 
@@ -98,7 +98,7 @@ def train_dense(model: nn.Module, digits: Digits, epochs: int) -> None:
 
 
 def compress(model: nn.Module, digits: Digits, variables: dict[str, float]) -> None:
-    """What a user writes: a loop, and four lines about a recipe."""
+    """Trains as a user does: a loop, and four lines about a recipe."""
     manager = ScheduledModifierManager.from_yaml(RECIPE, recipe_variables=variables)
     optimizer = manager.modify(
         model, sgd(model), steps_per_epoch=digits.steps_per_epoch, sample_inputs=(digits.train_x[:2],)

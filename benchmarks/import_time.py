@@ -1,4 +1,4 @@
-"""What `import sparsify` costs beyond `import torch`. Bar: 0.3 s.
+"""Time of `import sparsify` beyond that of `import torch`. Bar: 0.3 s.
 
     python benchmarks/import_time.py [--processes 15]
 

@@ -1,4 +1,4 @@
-"""What a mask update costs: nanoseconds per weight, paired against a threshold found with torch.kthvalue.
+"""Time of a mask update: nanoseconds per weight, paired against a threshold found with torch.kthvalue.
 
     python benchmarks/mask_update.py [--quick] [--threads 1] [--device cpu]
 

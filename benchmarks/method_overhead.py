@@ -1,4 +1,4 @@
-"""What each pruning method costs in a training step between two updates, and what an update of its masks costs.
+"""Time that each pruning method adds to a training step between two updates, and that of an update of its masks.
 
     python benchmarks/method_overhead.py [--quick] [--only MLP] [--methods GM RigL]
 
@@ -99,7 +99,7 @@ class Trained:
         self.step()
 
     def step(self) -> float:
-        """How long it took, in seconds."""
+        """Takes one step. Returns its time in seconds."""
         start = self.clock()
         self.optimizer.zero_grad()
         F.cross_entropy(self.model(self.inputs), self.labels).backward()

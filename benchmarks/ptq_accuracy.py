@@ -1,4 +1,4 @@
-"""What quantization without training costs: ours against onnxruntime's quantize_static with each of its calibrators.
+"""Accuracy lost by quantization without training: ours against onnxruntime's quantize_static with its calibrators.
 
     python benchmarks/ptq_accuracy.py [--quick] [--only NAME] [--sentences WHEEL]
 

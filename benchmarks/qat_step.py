@@ -68,7 +68,7 @@ def environment(method: str, *, keep_memory: bool) -> dict[str, str]:
 
 
 def measured(method: str, network: str, *options: str, keep_memory: bool) -> dict[str, Any] | str:
-    """What peers/qat.py found; or why it found nothing."""
+    """The figures of peers/qat.py; or the reason why it has none."""
     command = [interpreter(method), "-W", "ignore", PEERS / "qat.py", method, network, *options]
     surroundings = environment(method, keep_memory=keep_memory)
     try:

@@ -1,4 +1,4 @@
-"""What a recipe costs in a training step: with pruning active / bare, and with everything quantized / bare.
+"""Time that a recipe adds to a training step: with pruning active / bare, and with everything quantized / bare.
 
     python benchmarks/step_overhead.py [--quick] [--threads N] [--only NAME]
 

@@ -53,7 +53,7 @@ COLUMNS = (
 
 
 def in_words(annotation: Any) -> str:
-    """What a field takes, for somebody who writes YAML."""
+    """The values that a field takes, for somebody who writes YAML."""
     origin, arguments = get_origin(annotation), get_args(annotation)
     if annotation in WORDS:
         return WORDS[annotation]

@@ -128,7 +128,7 @@ class Result:
 
 @dataclass(frozen=True)
 class Epoch:
-    """What the plot shows, at the end of each epoch of the recipe."""
+    """The figures that the plot shows, at the end of each epoch of the recipe."""
 
     epoch: float
     learning_rate: float
