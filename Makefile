@@ -1,6 +1,7 @@
 # make demo   trains a network on real digits, prunes and quantizes it, and shows what that cost and what it brought
 # make test   everything that must hold before a change lands;  make test-all: the same, larger and longer
-# make docs   writes docs/reference.md anew;                    make bench: the figures of the README
+# make docs   writes the pages that are made from the code;     make bench: the figures of the README
+# make mutants   breaks the code in 64 places, one at a time, and sees that its tests notice
 #
 # Each sets up .venv itself. PYTHON=python3.12 make venv chooses the interpreter.
 
@@ -10,9 +11,9 @@ BIN := $(VENV)/bin
 RUN := $(BIN)/python
 
 # One thread an operation: two test processes then share two cores fairly, and sums come in one order.
-test test-all bench: export OMP_NUM_THREADS = 1
+test test-all mutants bench: export OMP_NUM_THREADS = 1
 
-.PHONY: venv demo test test-all lint browser docs bench clean
+.PHONY: venv demo test test-all mutants lint browser docs bench clean
 
 venv: $(VENV)/test.stamp
 
@@ -48,7 +49,10 @@ browser:
 test-all: lint browser
 	SPARSIFY_TESTS=all $(RUN) -m pytest -n 2 --dist worksteal -q -m ''
 
-docs: $(VENV)/examples.stamp
+mutants: $(VENV)/test.stamp
+	$(RUN) tests/mutants.py
+
+docs: $(VENV)/test.stamp
 	$(RUN) docs/generate.py
 
 bench: $(VENV)/examples.stamp

@@ -68,7 +68,7 @@ MUTANTS = (
     ),
     Mutant(
         "the optimizer forgets what is masked",
-        "if value.shape == parameter.shape and not value.is_meta", "if value.is_meta",
+        "if value.shape == parameter.shape and key not in", "if value.is_meta and key not in",
         "pruning/test_masks.py -k 'every_optimizer or without_momentum'",
     ),
     Mutant(
@@ -203,12 +203,12 @@ MUTANTS = (
     ),
     Mutant(
         "sampled gradients leave the statistics of batches alone",
-        "[(b, b.detach().clone()) for b in", "[(b, b.detach()) for b in",
+        "with preserved(model), torch.enable_grad():", "with preserved(model, buffers=False), torch.enable_grad():",
         "modifiers/test_sparse_training.py -k loader_form",
     ),
     Mutant(
         "gradients are the mean over all processes",
-        "tensors[name].div_(count())", "tensors[name].div_(1)",
+        "tensors[name].div_(world_size())", "tensors[name].div_(1)",
         "training/test_ddp.py -k mean",
     ),
     Mutant(
@@ -259,14 +259,13 @@ MUTANTS = (
     ),
     Mutant(
         "tracing leaves training modes as they were",
-        "ignore[union-attr]\n            for module, mode in modes.items():",
-        "ignore[union-attr]\n            for module, mode in list(modes.items())[1:]:",
+        "with preserved(model), without_fast_path()", "with preserved(model, modes=False), without_fast_path()",
         "model/test_trace.py -k stay",
     ),
     Mutant(
         "calibration leaves training modes as they were",
-        "calibrating = False\n        for module, mode in modes.items():",
-        "calibrating = False\n        for module, mode in list(modes.items())[1:]:",
+        "with preserved(model, buffers=False, rng=False), torch.no_grad():",
+        "with preserved(model, modes=False, buffers=False, rng=False), torch.no_grad():",
         "quantization/test_training.py -k calibration",
     ),
     Mutant(
