@@ -174,6 +174,9 @@ class Active:
 
     Order in a step: every `before_step`; the optimizer steps; every `after_step`; masks are applied; the clock ticks;
     every `update`. So `update` prepares what the *next* forward and step see.
+
+    Checkpoint: nothing, unless a subclass overrides `state_dict`; then its docstring says what is saved and what is
+    recomputed.
     """
 
     innermost: ClassVar[bool] = False

@@ -132,7 +132,8 @@ def logits(outputs: object, keys: Sequence[Key] | None, whose: str) -> dict[Key,
         named = {0: outputs}
     elif isinstance(outputs, Mapping):
         named = dict(outputs)
-        # An output of transformers can be asked by position too.
+        # An output of transformers can be asked by position too:
+        # https://huggingface.co/docs/transformers/main_classes/output
         named |= {i: outputs[k] for i, k in enumerate(outputs) if keys is not None and i in keys and i not in named}
     elif isinstance(outputs, tuple | list):
         named = dict(enumerate(outputs))

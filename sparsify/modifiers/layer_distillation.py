@@ -286,7 +286,8 @@ class _LayerOutputs:
 
 def _counts() -> bool:
     """True in a forward of training: no evaluation, no gradient sampler, no layer called again in backward."""
-    # Activation checkpointing calls layers again in backward; torch has no public way to tell (seen in torch 2.13.0).
+    # Activation checkpointing calls layers again in backward. torch 2.13.0 has no public way to tell;
+    # torch.utils.checkpoint itself asks this, as https://github.com/pytorch/pytorch/pull/143108 explains.
     return torch.is_grad_enabled() and not gradients.sampling() and torch._C._current_graph_task_id() == -1
 
 

@@ -306,8 +306,9 @@ class _ActivationWatch:
             return
         value = torch.stack([penalty(tensor, self.function) for tensor in found]).mean()
         # Activation checkpointing calls the layer again in backward. It is computed there too, since checkpointing
-        # compares the saved tensors of both calls, but it belongs to the forward that was seen. torch has no public
-        # way to tell (seen in torch 2.13.0): `_current_graph_task_id` is what torch.utils.checkpoint itself asks.
+        # compares the saved tensors of both calls, but it belongs to the forward that was seen. torch 2.13.0 has no
+        # public way to tell; torch.utils.checkpoint itself asks this:
+        # https://github.com/pytorch/pytorch/pull/143108
         if torch._C._current_graph_task_id() == -1:
             self.seen.append(value)
 

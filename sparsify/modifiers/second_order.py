@@ -331,7 +331,10 @@ class _SecondOrder(Gradual, ABC):
 
 
 class _OBS(_SecondOrder):
-    """The blocks of the Fisher matrix, summed up."""
+    """The blocks of the Fisher matrix, summed up.
+
+    Checkpoint: that of _SecondOrder, and the sums of the blocks.
+    """
 
     modifier: OBSPruningModifier
     at_once = second_order.FISHER_ROWS
@@ -391,7 +394,10 @@ class _OBS(_SecondOrder):
 
 
 class _MFAC(_SecondOrder):
-    """The last gradients, as they are."""
+    """The last gradients, as they are.
+
+    Checkpoint: that of _SecondOrder, and these gradients.
+    """
 
     modifier: MFACPruningModifier
 

@@ -89,7 +89,8 @@ class _Dumper(yaml.SafeDumper):
         return True
 
     def increase_indent(self, flow: bool = False, indentless: bool = False) -> None:
-        # Items of a list stand indented under their key.
+        # Items of a list stand indented under their key. PyYAML 6.0 has no option for it:
+        # https://github.com/yaml/pyyaml/issues/234
         super().increase_indent(flow, False)
 
 

@@ -84,6 +84,9 @@ class TracingInputs:
             callback(*self._known)
             return
         if self._compiled:
+            # Compiled code runs the hooks of its first call and no later ones:
+            # https://github.com/pytorch/pytorch/issues/117758.
+            # Needless once torch._dynamo.config.skip_nnmodule_hook_guards is False, which is True in torch 2.13.0.
             raise self._unseen()
         if not self._callbacks:
             begins = ModelCallback(self._forward_begins)

@@ -37,6 +37,9 @@ class Session:
     On construction everything is checked and nothing changed; `start` puts in force what is due and hooks in; `finish`
     ends it all and may be called at any moment, and again where it was interrupted.
 
+    Checkpoint: the clock, the masks, the removals of channels, and the state of each modifier by its key. Learning
+    rates are recomputed from the epoch; what is in force is what the clock says.
+
     Args:
         written: the modifiers as they stand in the recipe.
         modifiers: the same, in the order in which they are updated.

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import sparsify
-from sparsify.modifiers.base import Modifier
+from sparsify.modifiers.base import Active, Modifier
 
 ROOT = Path(sparsify.__file__).parent
 CONCRETE = {cls.__module__ for cls in Modifier.registry.values() if cls.__module__.startswith("sparsify.")}
@@ -39,3 +39,14 @@ def test_training_imports_only_the_abstract_modifier_and_the_shared_services() -
     }
     assert known, "nothing was read"
     assert not [one for one in known if one[1] not in SHARED]
+
+
+def test_work_that_saves_a_state_says_what_is_saved() -> None:
+    def of(cls: type[Active]) -> Iterator[type[Active]]:
+        for one in cls.__subclasses__():
+            yield one
+            yield from of(one)
+
+    saves = [cls for cls in of(Active) if "state_dict" in vars(cls) and cls.__module__.startswith("sparsify.")]
+    assert len(saves) > 10
+    assert not [cls for cls in saves if "Checkpoint:" not in (cls.__doc__ or "")]
