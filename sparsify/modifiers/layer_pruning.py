@@ -1,4 +1,4 @@
-"""Whole layers that do nothing any more."""
+"""Pruning of whole layers: they are replaced by the identity."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class LayerPruningModifier(Modifier):
     """Replaces layers by the identity from its start on; at its end, where there is one, they come back.
 
     A layer stays where it is, with its parameters, its name in the state_dict and its class (as a subclass of it); only
-    its forward gives what it reads. In an exported file nothing is left of it. With an end_epoch, `finalize` before it
+    its forward returns its input. In an exported file nothing is left of it. With an end_epoch, `finalize` before it
     brings the layers back too.
 
     Layers must give the shape that they read: checked at modify() where sample_inputs are given, otherwise at the
@@ -38,11 +38,11 @@ class LayerPruningModifier(Modifier):
     layers: ParamNames = Field(description="Names or patterns of the layers that are replaced, or types of layers.")
 
     def names(self) -> list[str]:
-        """What `layers` says, as a list."""
+        """`layers` as a list."""
         return [self.layers] if isinstance(self.layers, str) else list(self.layers)
 
     def targets(self, model: nn.Module) -> Mapping[str, nn.Parameter | nn.Module]:
-        """The layers that `layers` means in `model`."""
+        """The layers of `model` that `layers` names."""
         return targets.resolve_layers(model, self.names(), where=f"{type(self).__name__}.layers")
 
     def attach(self, run: Run) -> Active:
@@ -53,7 +53,7 @@ class LayerPruningModifier(Modifier):
 class _LayerPruning(Active):
     """Layers skipped while it is due.
 
-    Checkpoint: which layers are skipped, and whether they give a tensor or a tuple.
+    Checkpoint: the names of the skipped layers, and for each if it returns a tensor or a tuple.
     """
 
     def __init__(self, modifier: LayerPruningModifier, run: Run) -> None:
@@ -75,7 +75,7 @@ class _LayerPruning(Active):
         self._put(self._layers if due else ())
 
     def _put(self, wanted: Collection[str]) -> None:
-        """Exactly `wanted` are skipped."""
+        """Skips exactly the layers in `wanted`."""
         if self._skipped != set(wanted):
             self._run.channels.rerouted()
         for name, layer in self._layers.items():

@@ -1,4 +1,4 @@
-"""Pruning by second-order information: what the loss would lose with a weight, and how the others make up for it."""
+"""Pruning by second-order information: importance from the Fisher matrix, and an update of the weights that stay."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from sparsify.pruning.masks import compute_masks
 
 __all__ = ["MFACPruningModifier", "OBSPruningModifier"]
 
-logger_ = logging.getLogger("sparsify")
+log = logging.getLogger("sparsify")
 
 PositiveCount = Annotated[float, Field(gt=0.0)]
 Count = Annotated[int, Field(ge=1)]
@@ -32,7 +32,7 @@ Count = Annotated[int, Field(ge=1)]
 class OBSPruningModifier(GradualPruning):
     """Optimal brain surgeon over blocks of the empirical Fisher matrix (oBERT, Kurtic 2022).
 
-    Weights go whose loss costs least, w^2 / (2 [F^-1]_ii), and those that stay are moved to make up for them (paper:
+    Weights of least importance, w^2 / (2 [F^-1]_ii), are pruned, and those that stay make up for them (paper:
     https://arxiv.org/abs/2203.07259); the rest is as GMPruningModifier. Gradients are those of losses that the
     `grad_sampler` given to modify() yields (one example each is best); without one those of the last `num_grads` steps
     of training before an update, and where updates lie closer, a running mean over about as many. Masks that are due
@@ -40,9 +40,9 @@ class OBSPruningModifier(GradualPruning):
 
     What differs from the paper: blocks are summed up and solved at an update, where it updates their inverses gradient
     by gradient; the weights that stay make up for all that go in their block at once; with `num_recomputations` the
-    sparsity grows in even steps, without a sampler on the same gradients; a block of `mask_type` is worth the mean of
-    its weights' scores; one rounding error of a block's trace is added to `damp`. Where a network fits its training
-    data most gradients vanish, and the default `damp` trusts noise: try 1e-3 then.
+    sparsity grows in even steps, without a sampler on the same gradients; the score of a block of `mask_type` is the
+    mean of its weights' scores; one rounding error of a block's trace is added to `damp`. Where a network fits its
+    training data most gradients vanish, and the default `damp` trusts noise: try 1e-3 then.
 
     Cost, with the defaults on one CPU core: a gradient that is taken in 10 ns a weight, an update 1 to 2 us a weight;
     at steps before the last `num_grads`, and with a sampler at all of them, no more than GMPruningModifier.
@@ -142,14 +142,15 @@ def _one_of(own: ScoreType, value: ScoreType) -> ScoreType:
 
 
 class _SecondOrder(Gradual, ABC):
-    """Gradients are collected, and at an update they say what goes and how the rest moves.
+    """Collects gradients; at an update they give the importance of weights and the new values of those that stay.
 
-    Checkpoint: that of Gradual, how many gradients were collected, and what is kept of them. With a sampler nothing is.
+    Checkpoint: that of Gradual, the number of gradients that were collected, and what is kept of them. With a sampler
+    nothing is.
     """
 
     modifier: OBSPruningModifier | MFACPruningModifier
     at_once: ClassVar[int] = 1
-    """How many sampled gradients are taken in together."""
+    """Number of sampled gradients that are added together."""
 
     def __init__(self, modifier: OBSPruningModifier | MFACPruningModifier, run: Run) -> None:
         super().__init__(modifier, run)
@@ -164,19 +165,19 @@ class _SecondOrder(Gradual, ABC):
         self.collecting = False
         self.check_memory(list(self.held.now().values()))
 
-    # ------------------------------------------------------------------ what a way to hold the Fisher matrix adds
+    # ------------------------------------------------------------------ by the form of the Fisher matrix
 
     @property
     @abstractmethod
     def wanted(self) -> int:
-        """How many gradients the next update should stand on."""
+        """Number of gradients that the next update should stand on."""
 
     @abstractmethod
     def check_memory(self, parameters: Sequence[nn.Parameter]) -> None:
-        """Refuses what will not fit; nothing was allocated yet."""
+        """Refuses settings that need more memory than there is; nothing was allocated yet."""
 
     @abstractmethod
-    def take_in(self, several: Sequence[Mapping[str, Tensor]], parameters: Mapping[str, nn.Parameter]) -> None:
+    def add_gradients(self, several: Sequence[Mapping[str, Tensor]], parameters: Mapping[str, nn.Parameter]) -> None:
         """Adds gradients to what is kept, and to `count`, which never exceeds `wanted`."""
 
     @abstractmethod
@@ -185,11 +186,11 @@ class _SecondOrder(Gradual, ABC):
 
     @abstractmethod
     def importance(self, name: str, parameter: Tensor, kept: Tensor | None) -> Tensor:
-        """By how much the loss grows without each weight."""
+        """The growth of the loss without each weight."""
 
     @abstractmethod
-    def made_up(self, name: str, parameter: Tensor, mask: Tensor) -> Tensor:
-        """The weights under a new mask, moved to where the loss grows least."""
+    def updated(self, name: str, parameter: Tensor, mask: Tensor) -> Tensor:
+        """The weights under a new mask, those that stay moved to where the loss grows least."""
 
     # ------------------------------------------------------------------ gradients
 
@@ -201,7 +202,7 @@ class _SecondOrder(Gradual, ABC):
         self._plan(clock, updated=self.point != point)
 
     def _plan(self, clock: Clock, updated: bool) -> None:
-        """Whether the next step's gradients are wanted: only those of the last steps before an update cost anything."""
+        """Decides if the next step's gradients are collected: only those of the last steps before an update are."""
         window, frequency = self.modifier.window, self.modifier.update_frequency
         done = self.point is not None and self.point >= window.end
         if self.run.grad_sampler is not None or self.released or done:
@@ -233,7 +234,7 @@ class _SecondOrder(Gradual, ABC):
         late = self.gradients.after(parameters)
         found, self.step = (self.step if late is None else self._copied(late)), {}
         if found:
-            self.take_in([found], parameters)
+            self.add_gradients([found], parameters)
 
     @staticmethod
     def _copied(found: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -247,16 +248,16 @@ class _SecondOrder(Gradual, ABC):
         for found in gradients.sampled(self.run.model, parameters, self.run.grad_sampler, self.wanted, options):
             pending.append(found)
             if len(pending) == self.at_once:
-                self.take_in(pending, parameters)
+                self.add_gradients(pending, parameters)
                 pending = []
         if pending:
-            self.take_in(pending, parameters)
+            self.add_gradients(pending, parameters)
 
     # ------------------------------------------------------------------ an update
 
     @property
     def rounds(self) -> int:
-        """In how many steps an update reaches its sparsity."""
+        """Number of steps in which an update reaches its sparsity."""
         return 1
 
     def _prune(self, parameters: Mapping[str, nn.Parameter], progress: float, clock: Clock) -> None:
@@ -274,14 +275,14 @@ class _SecondOrder(Gradual, ABC):
                     f"{self.who}: final_sparsity is due before any gradient was seen. Pass a grad_sampler to modify(), "
                     "or give a later end_epoch."
                 )
-            logger_.warning("%s: no gradient was seen yet, so the first masks go by magnitude.", self.who)
+            log.warning("%s: no gradient was seen yet, so the first masks go by magnitude.", self.who)
             super()._prune(parameters, progress, clock)
             return
         for part in range(1, self.rounds + 1):
             if self.run.grad_sampler is not None:
                 self._sample(parameters)
             before = masker.masks
-            scores = {name: self._worth(name, p, before.get(name)) for name, p in parameters.items()}
+            scores = {name: self._finite_importance(name, p, before.get(name)) for name, p in parameters.items()}
             masks: dict[str, Tensor] = {}
             for group, goal, start in zip(groups, goals, now, strict=True):
                 masks |= compute_masks(
@@ -296,7 +297,7 @@ class _SecondOrder(Gradual, ABC):
             distributed.check_same(masks)
             for name, mask in masks.items():
                 with torch.no_grad():
-                    parameters[name].copy_(self.made_up(name, parameters[name], mask))
+                    parameters[name].copy_(self.updated(name, parameters[name], mask))
                 masker.set(name, mask)
         done = masker.sparsity()
         for name in parameters:
@@ -308,7 +309,7 @@ class _SecondOrder(Gradual, ABC):
         pruned = sum(round(masks.get(name, 0.0) * parameters[name].numel()) for name in group)
         return pruned / max(sum(parameters[name].numel() for name in group), 1)
 
-    def _worth(self, name: str, parameter: nn.Parameter, kept: Tensor | None) -> Tensor:
+    def _finite_importance(self, name: str, parameter: nn.Parameter, kept: Tensor | None) -> Tensor:
         found = self.importance(name, parameter, kept)
         if is_finite(found):
             return found
@@ -357,7 +358,7 @@ class _OBS(_SecondOrder):
             need = second_order.fisher_bytes(here, self.modifier.fisher_block_size)
             second_order.refuse_beyond(need, device, who=self.who, lower="fisher_block_size")
 
-    def take_in(self, several: Sequence[Mapping[str, Tensor]], parameters: Mapping[str, nn.Parameter]) -> None:
+    def add_gradients(self, several: Sequence[Mapping[str, Tensor]], parameters: Mapping[str, nn.Parameter]) -> None:
         new = len(several)
         keep = min((self.wanted - new) / self.count, 1.0) if self.count else 1.0
         self.count = min(self.count + new, self.wanted)
@@ -381,7 +382,7 @@ class _OBS(_SecondOrder):
     def importance(self, name: str, parameter: Tensor, kept: Tensor | None) -> Tensor:
         return second_order.fisher_scores(parameter, self._sums(name, parameter), self.count, self.modifier.damp, kept)
 
-    def made_up(self, name: str, parameter: Tensor, mask: Tensor) -> Tensor:
+    def updated(self, name: str, parameter: Tensor, mask: Tensor) -> Tensor:
         return second_order.fisher_update(parameter, self._sums(name, parameter), self.count, self.modifier.damp, mask)
 
     def state_dict(self) -> dict[str, Any]:
@@ -432,7 +433,7 @@ class _MFAC(_SecondOrder):
         for device in {parameter.device: None for parameter in parameters if parameter.device != self.device}:
             second_order.refuse_beyond(work, device, who=self.who, lower="num_grads")
 
-    def take_in(self, several: Sequence[Mapping[str, Tensor]], parameters: Mapping[str, nn.Parameter]) -> None:
+    def add_gradients(self, several: Sequence[Mapping[str, Tensor]], parameters: Mapping[str, nn.Parameter]) -> None:
         wanted = self.wanted
         for found in several:
             for name in parameters:
@@ -459,7 +460,7 @@ class _MFAC(_SecondOrder):
         size, pages = modifier.fisher_block_size, modifier.num_pages
         return second_order.mfac_scores(parameter, rows, self.count, size, modifier.damp, kept, pages)
 
-    def made_up(self, name: str, parameter: Tensor, mask: Tensor) -> Tensor:
+    def updated(self, name: str, parameter: Tensor, mask: Tensor) -> Tensor:
         modifier, rows = self.modifier, self._rows(name, parameter)
         size, pages = modifier.fisher_block_size, modifier.num_pages
         return second_order.mfac_update(parameter, rows, self.count, size, modifier.damp, mask, pages)

@@ -1,4 +1,4 @@
-"""Whole channels go to zero on a schedule, with everything that hangs together with them, and then for good."""
+"""Gradual pruning of whole channels, with all members of their channel group, and their removal at the end."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ class StructuredPruningModifier(GradualPruning):
     Channels that must go together are one channel group, found in the traced model: the rows of all layers that give
     them, their biases, norms and tables, and the columns of all layers that read them. All of that is masked, so
     removing it changes nothing. A head of attention is one channel. A sparsity is a fraction of a channel group's
-    channels: exactly round(n * sparsity) of n are masked at every update, those worth least first. A channel is worth
-    the L2 norm of its rows and columns in all weights of the channel group; with `global_sparsity` in units of the
-    channel group's mean, in one ranking.
+    channels: exactly round(n * sparsity) of n are masked at every update, those of least importance first. The
+    importance of a channel is the L2 norm of its rows and columns in all weights of the group; with `global_sparsity`
+    it is in units of the group's mean, in one ranking.
 
     How many channels stay at the end is rounded to `multiple`, and the ramp leads there; with `global_sparsity` every
     update is rounded. Only channel groups that a dry run found to be exact are masked. What else `params` names is
@@ -96,11 +96,11 @@ class StructuredPruningModifier(GradualPruning):
 
 
 class _Structured(Active):
-    """Channels on their way out.
+    """Masks channels by the schedule.
 
-    Checkpoint: the point of the grid in force, whether masks were released, and by channel group the channels that are
-    masked, how many there were and are removed, and the sparsity at the start. What was removed is in the session's
-    state.
+    Checkpoint: the point of the grid in force, if masks were released, and by channel group the channels that are
+    masked, the numbers of channels at the start and removed since, and the sparsity at the start. The removal itself is
+    in the session's state.
     """
 
     def __init__(self, modifier: StructuredPruningModifier, run: Run) -> None:
@@ -113,7 +113,7 @@ class _Structured(Active):
         self.released = False
         self.pruned: dict[str, tuple[int, ...]] = {}
         self.sizes: dict[str, int] = {}
-        self.taken: dict[str, int] = {}
+        self.removed: dict[str, int] = {}
         self.initials: dict[str, float] = {}
         self.clock: Clock | None = None
         self.asked = False
@@ -124,7 +124,7 @@ class _Structured(Active):
         if run.inputs.given is not None:
             # What cannot be is found before anything is changed; the channel groups are asked for again when they are
             # needed.
-            self._take(run.channels.groups(*run.inputs.given))
+            self._claim(run.channels.groups(*run.inputs.given))
             self.traced, self.channel_groups = None, {}
 
     def _named(self) -> dict[str, float]:
@@ -142,7 +142,7 @@ class _Structured(Active):
         return named
 
     def _limits(self) -> dict[str, float]:
-        """The highest fraction that may go, by weight; of several the lowest."""
+        """The highest fraction that may be removed, by weight; of several the lowest."""
         found: dict[str, float] = {}
         for name, limit in self.modifier.limits.items():
             where = f"{self.who}.limits"
@@ -153,27 +153,27 @@ class _Structured(Active):
     # ------------------------------------------------------------------ what is cut
 
     def _begin(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """On the inputs of one call of the model."""
+        """Finds the channel groups on the inputs of one call of the model."""
         if self.traced is None and not self._over():
-            self._take(self.run.channels.groups(args, kwargs))
+            self._claim(self.run.channels.groups(args, kwargs))
             self._report()
         self._advance()
 
-    def _take(self, traced: ChannelGroups) -> None:
-        """Takes the channel groups that are meant."""
+    def _claim(self, traced: ChannelGroups) -> None:
+        """Claims the channel groups that are named."""
         self._check_groups(traced)
         parameters = targets.named_parameters(self.run.model)
         meant: dict[str, ChannelGroup] = {}
-        for name, channel_group in traced.groups.items():
-            finals = {self.named[weight] for weight in self._side(channel_group) if weight in self.named}
+        for name, group in traced.groups.items():
+            finals = {self.named[weight] for weight in self._side(group) if weight in self.named}
             if len(finals) > 1:
                 raise TargetError(
-                    f"{self.who}.final_sparsity: channels of {', '.join(map(repr, self._side(channel_group)))} "
+                    f"{self.who}.final_sparsity: channels of {', '.join(map(repr, self._side(group)))} "
                     f"go together, but have {len(finals)} sparsities, {', '.join(map(str, sorted(finals)))}. "
                     "Give them one."
                 )
-            if finals and channel_group.size > 1:
-                meant[name], self.finals[name] = channel_group, finals.pop()
+            if finals and group.size > 1:
+                meant[name], self.finals[name] = group, finals.pop()
         if not meant:
             raise TargetError(
                 f"{self.who}.params: nothing that is named can be cut in {type(self.run.model).__name__}: "
@@ -182,57 +182,55 @@ class _Structured(Active):
             )
         frozen = {
             name: member.tensor
-            for name, channel_group in meant.items()
-            for member in channel_group.members
+            for name, group in meant.items()
+            for member in group.members
             if member.tensor in parameters and not parameters[member.tensor].requires_grad
         }
         self.frozen = {name: tensor for name, tensor in frozen.items() if name not in self.pruned}
-        meant = {name: channel_group for name, channel_group in meant.items() if name not in self.frozen}
+        meant = {name: group for name, group in meant.items() if name not in self.frozen}
         for name, size in self.sizes.items():
-            now = meant[name].size + self.taken.get(name, 0) if name in meant else None
+            now = meant[name].size + self.removed.get(name, 0) if name in meant else None
             if now != size and self.pruned.get(name):
                 raise StateError(
                     f"{self.who}: the state has {size} channels for {name!r}, and this model {now or 'none to cut'}. "
                     "Load the state of this model."
                 )
-        self.run.channels.claim(
-            self.modifier, {name: [p.tensor for p in channel_group.members] for name, channel_group in meant.items()}
-        )
+        self.run.channels.claim(self.modifier, {name: group.tensors for name, group in meant.items()})
         self.traced, self.channel_groups = traced, meant
 
-    def _side(self, channel_group: ChannelGroup) -> tuple[str, ...]:
+    def _side(self, group: ChannelGroup) -> tuple[str, ...]:
         """The weights of a channel group by which it is named."""
-        return channel_group.rows if self.modifier.mask_type == "filter" else channel_group.columns
+        return group.rows if self.modifier.mask_type == "filter" else group.columns
 
     def _check_groups(self, traced: ChannelGroups) -> None:
-        for group in self.modifier.param_groups or ():
+        for written in self.modifier.param_groups or ():
             where = f"{self.who}.param_groups"
-            names = set(targets.resolve_parameters(self.run.model, group, where=where, strict=self.modifier.strict))
+            names = set(targets.resolve_parameters(self.run.model, written, where=where, strict=self.modifier.strict))
             roles = ("row" if self.modifier.mask_type == "filter" else "column", "other")
-            if not any(names <= {p.tensor for p in f.members if p.role in roles} for f in traced.groups.values()):
-                found = sorted({self._side(f) for f in traced.groups.values() if names & set(self._side(f))})
+            if not any(names <= {m.tensor for m in g.members if m.role in roles} for g in traced.groups.values()):
+                found = sorted({self._side(g) for g in traced.groups.values() if names & set(self._side(g))})
                 raise TargetError(
                     f"{where}: {', '.join(sorted(names))} are not one channel group in the traced model. Found were "
                     f"{'; '.join(', '.join(one) for one in found) or 'none of them'}. Write those, or leave it out."
                 )
 
     def _reasons(self, traced: ChannelGroups, meant: Mapping[str, ChannelGroup]) -> str:
-        sides = {weight for channel_group in meant.values() for weight in self._side(channel_group)}
+        sides = {weight for group in meant.values() for weight in self._side(group)}
         whole = {name: traced.whole.get(name, "its channels cannot go") for name in self.named if name not in sides}
         kept = [f"{name!r}: {reason}" for name, reason in whole.items()]
         return "; ".join(kept[:5]) + (f"; and {len(kept) - 5} more" if len(kept) > 5 else "")
 
     def _report(self) -> None:
-        """Says once which channels go together, and what stays whole."""
+        """Logs once which channels go together, and which weights stay whole."""
         assert self.traced is not None
         if self.point is not None:
             return
-        for name, channel_group in self.channel_groups.items():
-            self.run.log.text("structure", f"{name}: {channel_group.size} channels of {', '.join(channel_group.rows)}")
+        for name, group in self.channel_groups.items():
+            self.run.log.text("structure", f"{name}: {group.size} channels of {', '.join(group.rows)}")
         reasons = self._reasons(self.traced, self.channel_groups)
         written = {n for n in self.modifier.names() if not n.startswith(("re:", "__"))}
         exact = {name for name in self.named if name in written or name.removesuffix(".weight") in written}
-        sides = {weight for channel_group in self.channel_groups.values() for weight in self._side(channel_group)}
+        sides = {weight for group in self.channel_groups.values() for weight in self._side(group)}
         if reasons:
             self.run.log.text("structure", f"{self.who} leaves whole: {reasons}")
         if self.frozen:
@@ -253,11 +251,11 @@ class _Structured(Active):
             self._advance()
 
     def _over(self) -> bool:
-        """Whether no mask will change any more."""
+        """True if no mask will change any more."""
         return self.released or (self.point is not None and self.point >= self.modifier.window.end)
 
     def _advance(self) -> None:
-        """Puts in force what is due."""
+        """Sets the masks that are due."""
         point = None if self.clock is None else self.grid.latest(self.clock)
         if point is None or point == self.point or self.traced is None or self.clock is None or self._over():
             return
@@ -274,14 +272,14 @@ class _Structured(Active):
         for name, mask in masks.items():
             self.run.masker.set(name, mask)
         for name, size in self.sizes.items():
-            done = (len(self.pruned.get(name, ())) + self.taken[name]) / size
+            done = (len(self.pruned.get(name, ())) + self.removed[name]) / size
             self.run.log.scalar(f"sparsity/{name}", done, self.clock.step)
         self.point = point
         if self._over():
             self._end(self.traced, own)
 
     def _end(self, traced: ChannelGroups, own: Mapping[str, Tensor]) -> None:
-        """What masks leave behind at the end."""
+        """Removes the masked channels, or releases the masks, as the modifier says."""
         from sparsify.pruning.removal import plan_removal
 
         pruned, self.pruned, self.traced, self.channel_groups = self.pruned, {}, None, {}
@@ -299,11 +297,11 @@ class _Structured(Active):
             self.released = True
 
     def _start(self, traced: ChannelGroups) -> None:
-        """Fixes how many channels there are, and from which sparsity on."""
+        """Fixes the number of channels, and the sparsity at the start."""
         from sparsify.pruning.group_masks import dead_channels
 
-        self.sizes = {name: channel_group.size for name, channel_group in self.channel_groups.items()}
-        self.taken = dict.fromkeys(self.sizes, 0)
+        self.sizes = {name: group.size for name, group in self.channel_groups.items()}
+        self.removed = dict.fromkeys(self.sizes, 0)
         self.pruned = dict.fromkeys(self.sizes, ())
         initial = self.modifier.init_sparsity
         if isinstance(initial, str):
@@ -317,31 +315,28 @@ class _Structured(Active):
             self.initials = dict.fromkeys(self.sizes, initial)
 
     def _choose(self, point: float) -> dict[str, tuple[int, ...]]:
-        """The channels that are gone from the point on, of those that are there."""
+        """The channels that are masked from the point on."""
         modifier, channel_groups = (
             self.modifier,
             {name: self.channel_groups[name] for name in self.sizes if name in self.channel_groups},
         )
         progress = modifier.window.progress(point)
         bounds, counts = {}, {}
-        for name, channel_group in channel_groups.items():
+        for name, group in channel_groups.items():
             size = self.sizes[name]
-            limit = min(
-                (self.limits[w] for w in (*channel_group.rows, *channel_group.columns) if w in self.limits), default=1.0
-            )
-            bounds[name] = group_scores.Bounds.of(
-                size, group_scores.multiple_of(channel_group, modifier.multiple), limit
-            )
+            limit = min((self.limits[w] for w in (*group.rows, *group.columns) if w in self.limits), default=1.0)
+            bounds[name] = group_scores.Bounds.of(size, group_scores.multiple_of(group, modifier.multiple), limit)
             last = (size - bounds[name].nearest(size - round(size * self.finals[name]))) / size
             share = between(modifier.inter_func, min(self.initials[name], last), last, progress)
-            counts[name] = max(round(size * share) - self.taken[name], len(self.pruned[name]))
+            counts[name] = max(round(size * share) - self.removed[name], len(self.pruned[name]))
         scores = group_scores.norms(self.run.model, channel_groups)
         if modifier.global_sparsity and channel_groups:
             name = next(iter(channel_groups))
             share = between(modifier.inter_func, self.initials[name], self.finals[name], progress)
-            total = round(sum(self.sizes.values()) * share) - sum(self.taken.values())
+            total = round(sum(self.sizes.values()) * share) - sum(self.removed.values())
             there = {
-                n: group_scores.Bounds(f.size, bounds[n].multiple, bounds[n].least) for n, f in channel_groups.items()
+                name: group_scores.Bounds(group.size, bounds[name].multiple, bounds[name].least)
+                for name, group in channel_groups.items()
             }
             counts = group_scores.shares(scores, max(total, 0), there, self.pruned)
         return group_scores.lowest(scores, counts, self.pruned)
@@ -349,12 +344,12 @@ class _Structured(Active):
     # ------------------------------------------------------------------ another size, another time
 
     def resized(self, removal: Removal) -> None:
-        for name, channel_group in self.channel_groups.items():
-            left = _left(channel_group, removal)
+        for name, group in self.channel_groups.items():
+            left = _left(group, removal)
             now = {channel: index for index, channel in enumerate(left)}
             self.pruned[name] = tuple(now[channel] for channel in self.pruned.get(name, ()) if channel in now)
-            if name in self.taken:
-                self.taken[name] += channel_group.size - len(left)
+            if name in self.removed:
+                self.removed[name] += group.size - len(left)
         self.traced, self.channel_groups, self.asked = None, {}, False
 
     def state_dict(self) -> dict[str, Any]:
@@ -363,7 +358,7 @@ class _Structured(Active):
             "released": self.released,
             "gone": {name: list(pruned) for name, pruned in self.pruned.items()},
             "sizes": dict(self.sizes),
-            "taken": dict(self.taken),
+            "taken": dict(self.removed),
             "initials": dict(self.initials),
         }
 
@@ -372,16 +367,16 @@ class _Structured(Active):
         self.released = bool(state["released"])
         self.pruned = {name: tuple(map(int, pruned)) for name, pruned in state["gone"].items()}
         self.sizes = {name: int(size) for name, size in state["sizes"].items()}
-        self.taken = {name: int(count) for name, count in state["taken"].items()}
+        self.removed = {name: int(count) for name, count in state["taken"].items()}
         self.initials = {name: float(value) for name, value in state["initials"].items()}
         # Looked for again: what is there now may not be what modify() saw.
         self.traced, self.channel_groups, self.asked = None, {}, False
 
 
-def _left(channel_group: ChannelGroup, removal: Removal) -> list[int]:
-    """The channels of `channel_group` that a removal left."""
-    for member in channel_group.members:
+def _left(group: ChannelGroup, removal: Removal) -> list[int]:
+    """The channels of `group` that a removal left."""
+    for member in group.members:
         kept = removal.keep.get(member.tensor, {}).get(member.dim)
         if kept is not None:
             return sorted({member.channels[index] for index in kept.tolist()} - {-1})
-    return list(range(channel_group.size))
+    return list(range(group.size))

@@ -1,4 +1,4 @@
-"""Masked channels are removed for good: layers become really smaller, and the optimizer's state with them."""
+"""Removal of masked channels: layers become smaller, and the optimizer's state with them."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field, field_validator
+from torch import nn
 
 from sparsify.errors import SparsifyWarning, TargetError
 from sparsify.model import targets
@@ -28,7 +29,8 @@ class LayerThinningModifier(Modifier):
     StructuredPruningModifier, which can do the same at its own end (`shrink`). `-1` is at once, for a model that comes
     with zero channels. Under DistributedDataParallel nothing can be removed.
 
-    Checkpoint: how many of its epochs are done, and whether any channel went; what went is in the manager's own state.
+    Checkpoint: the number of its epochs that are done, and if any channel was removed; the removal itself is in the
+    manager's own state.
     """
 
     kind: ClassVar[ModifierKind] = "structure"
@@ -80,7 +82,7 @@ class LayerThinningModifier(Modifier):
         """All names in the map."""
         return list(dict.fromkeys(name for key, names in self.groups().items() for name in (*key, *names)))
 
-    def targets(self, model: Any) -> Mapping[str, Any]:
+    def targets(self, model: nn.Module) -> Mapping[str, nn.Parameter]:
         """The parameters that the map names."""
         where = f"{type(self).__name__}.param_group_dependency_map"
         return targets.resolve_parameters(model, self.names(), where=where, strict=self.strict)
@@ -103,7 +105,10 @@ def _parsed(text: str) -> dict[str, list[str]]:
 
 
 class _Thinning(Active):
-    """Checkpoint: how many of its epochs are done, and whether any channel went."""
+    """Removes dead channels at its epochs.
+
+    Checkpoint: the number of epochs that are done, and if any channel was removed.
+    """
 
     def __init__(self, modifier: LayerThinningModifier, run: Run) -> None:
         self.modifier, self.run = modifier, run
@@ -129,11 +134,12 @@ class _Thinning(Active):
             return
         traced = self.run.channels.groups(args, kwargs)
         meant = self._meant(traced)
-        gone = {name: found for name, found in dead_channels(self.run.model, traced).items() if found and name in meant}
+        dead = dead_channels(self.run.model, traced)
+        pruned = {name: channels for name, channels in dead.items() if channels and name in meant}
         self.done, self.asked = self.due, False
-        if gone:
+        if pruned:
             self.removed = True
-            self.run.channels.remove(plan_removal(self.run.model, traced, gone))
+            self.run.channels.remove(plan_removal(self.run.model, traced, pruned))
         elif not self.removed:
             warnings.warn(
                 f"{self.who}: no channel is zero with all that hangs together with it, so nothing was removed. "
@@ -153,16 +159,16 @@ class _Thinning(Active):
             model, strict = self.run.model, self.modifier.strict
             mine = set(targets.resolve_parameters(model, pruned, where=where, strict=strict))
             all_of = mine | set(targets.resolve_parameters(model, others, where=where, strict=strict))
-            for name, channel_group in traced.groups.items():
-                side = channel_group.rows if self.modifier.structure_type == "filter" else channel_group.columns
-                if mine and mine <= set(side) and all_of <= {member.tensor for member in channel_group.members}:
+            for name, group in traced.groups.items():
+                side = group.rows if self.modifier.structure_type == "filter" else group.columns
+                if mine and mine <= set(side) and all_of <= set(group.tensors):
                     found.add(name)
                     break
             else:
                 known = "; ".join(
-                    f"{', '.join(group.rows)} -> {', '.join(dict.fromkeys(p.tensor for p in group.members))}"
+                    f"{', '.join(group.rows)} -> {', '.join(group.tensors)}"
                     for group in traced.groups.values()
-                    if mine & {member.tensor for member in group.members}
+                    if mine & set(group.tensors)
                 )
                 text = (
                     f"{where}: {', '.join(pruned)} and {', '.join(others) or 'nothing'} do not lose channels together "

@@ -55,7 +55,7 @@ def _pointwise(state: LabelState, node: Node, given: dict[str, Any]) -> Tensor:
 
 
 def _unite_operands(state: LabelState, operands: Iterable[LabelledOperand], shape: Sequence[int], where: str) -> Tensor:
-    """Unites what meets. What cannot be removed must be as broad as one, or be expanded, where the others vary."""
+    """Unites channels at the same position; a tensor without channels must be as broad as one where the others vary."""
     count = len(shape)
     alive = [one for one in operands if core(one.labels).any()]
     narrow = [one for one in operands if not core(one.labels).any()]
@@ -97,7 +97,7 @@ def _meet(state: LabelState, made: Tensor | None, labels: Tensor, where: str) ->
 
 
 def _move(state: LabelState, node: Node, given: dict[str, Any]) -> Tensor:
-    """The real operator, on labels."""
+    """Runs the operator itself on labels."""
     args, kwargs = torch.fx.map_arg((node.args, dict(node.kwargs)), state.read)
     made: Tensor = operator_of(node)(*args, **kwargs)
     return thin(made)
@@ -138,7 +138,7 @@ def _unbind(state: LabelState, node: Node, given: dict[str, Any]) -> list[Tensor
 
 
 def _split(state: LabelState, node: Node, given: dict[str, Any]) -> list[Tensor]:
-    """Pieces of one size lose the same channels; those of several sizes are taken by number."""
+    """Pieces of one size lose the same channels; pieces of several sizes lose none."""
     labels = state.read(argument_node(node))
     dim = (given.get("dim") or 0) % labels.dim()
     sizes = [piece.shape[dim] for piece in node.meta["val"]]
@@ -262,7 +262,7 @@ def _mixed_by(state: LabelState, node: Node, what: str) -> str:
 
 
 def _for_each(node: Node, make: Callable[[Sequence[int]], Tensor]) -> Any:
-    """What `make` gives for the shape of the node's tensor, or of each of several."""
+    """The result of `make` for the shape of the node's tensor, or of each of several."""
     value = node.meta["val"]
     return [make(one.shape) for one in value] if isinstance(value, (list, tuple)) else make(value.shape)
 
@@ -360,7 +360,7 @@ def _baddbmm(state: LabelState, node: Node, given: dict[str, Any]) -> Tensor:
 
 
 def _matrix_product(state: LabelState, node: Node, first: Node, second: Node) -> Tensor:
-    """Of two activations; with a tensor of fixed size it only moves what does not lie along the sum."""
+    """A product of two activations; one with a tensor of fixed size keeps the channels that are not summed over."""
     left, right = operands = [state.operand(first), state.operand(second)]
     shape = node.meta["val"].shape
     if all(one.labels.dim() > 1 for one in operands):
@@ -376,7 +376,7 @@ def _matrix_product(state: LabelState, node: Node, first: Node, second: Node) ->
 
 
 def _heads(state: LabelState, operands: Sequence[LabelledOperand], shape: Sequence[int], node: Node) -> Tensor:
-    """All under one batch index goes together: in attention that is a head."""
+    """Unites all channels under one batch index: in attention that is a head."""
     why = f"{state.where(node)} takes products along them"
     mixed = []
     for one in operands:

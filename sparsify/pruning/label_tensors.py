@@ -70,7 +70,7 @@ def reshaped(labels: Tensor, shape: Sequence[int]) -> Tensor:
 
 
 def _matching_dims(before: Sequence[int], after: Sequence[int]) -> list[tuple[list[int], list[int]]]:
-    """Which dimensions of two shapes of one size belong together: the shortest runs with equal products."""
+    """Pairs of dimensions of two shapes of one size that belong together: the shortest runs with equal products."""
     found: list[tuple[list[int], list[int]]] = []
     i = j = 0
     while i < len(before) or j < len(after):

@@ -276,7 +276,7 @@ class LabelState:
             self.channel_ids.keep(labels, self._rigid[name])
         return labels
 
-    def checked(self, node: Node, made: Any) -> Any:
+    def checked(self, node: Node, made: object) -> Any:
         """`made`, if it has the shapes of the results of `node`; otherwise nothing that `node` reads is removed."""
         value = node.meta.get("val")
         if value is None and made is not None:
@@ -383,7 +383,7 @@ class LabelState:
         return self._reals[node]
 
     def _made_of(self, node: Node) -> Literal["parameter", "buffer"] | None:
-        """What `node` is computed from, where it is parameters or buffers alone, layers' weights excepted."""
+        """The tensors that `node` is computed from, if parameters or buffers alone; layers' weights are neither."""
         if node not in self._tables:
             self._tables[node] = None
             if self.tensor(node) is not None:

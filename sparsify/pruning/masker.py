@@ -1,4 +1,4 @@
-"""Scores -> masks (pure functions), and the Masker that keeps masks by parameter name and applies them.
+"""The Masker: keeps masks by parameter name, applies them and saves them.
 
 A mask is a bool tensor of its parameter's shape: True where a weight is kept.
 """
@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -32,7 +32,12 @@ log = logging.getLogger("sparsify")
 
 @dataclass
 class _MaskedParameter:
-    """A masked parameter and what makes masking it fast, as long as its memory does not move."""
+    """A masked parameter, and views of it and its mask for fast masking, valid while its memory does not move.
+
+    Attributes:
+        pointer: the address of the parameter's memory when the views were taken.
+        bits, keep: values as integers and mask as flat numpy views in memory order; None where there are none.
+    """
 
     parameter: Tensor
     pointer: int
@@ -41,14 +46,15 @@ class _MaskedParameter:
 
 
 class Masker:
-    """Masks by parameter name; what they mask is zero after every `apply`.
+    """Masks by parameter name; masked weights are zero after every `apply`.
 
     Parameters are looked up by name where their objects may have been replaced (`load_state_dict(assign=True)`,
     `.to("meta")`), so a mask stays with its name. A sharded parameter (DTensor, FSDP2) is refused.
 
-    Checkpoint: `state_dict` holds every mask, packed, with a checksum; the places are found again.
+    Checkpoint: `state_dict` holds every mask, packed, with a checksum; the views of parameters are made again.
 
     Args:
+        model: the module whose parameters are masked.
         optimizer: its state is set back where a mask is set or removed, so that nothing revives a weight.
     """
 
@@ -106,11 +112,11 @@ class Masker:
             self._forget(name)
 
     def apply(self) -> None:
-        """Sets what is masked to zero, in place."""
+        """Sets masked weights to zero, in place."""
         self._apply(self._masks)
 
     def apply_to_grads(self) -> None:
-        """Sets the gradients of what is masked to zero, in place."""
+        """Sets the gradients of masked weights to zero, in place."""
         for name in self._masks:
             gradient = self._place(name).parameter.grad
             if gradient is not None:
@@ -148,7 +154,7 @@ class Masker:
                 parameters[name].masked_fill_(~mask.to(parameters[name].device), 0.0)
 
     def resize(self, removal: Removal) -> None:
-        """Takes out of every mask what was removed from its parameter; a second time changes nothing.
+        """Removes from every mask the slices that were removed from its parameter; a second time changes nothing.
 
         A mask that holds no zero afterwards is forgotten.
         """
@@ -207,7 +213,8 @@ class Masker:
         """Puts the masks of `state` in force in place of those there.
 
         Args:
-            strict: False leaves out what does not fit this model, with a notice, instead of raising.
+            state: from `state_dict`.
+            strict: False leaves out masks that do not fit this model, with a notice, instead of raising.
 
         Raises:
             StateError: a mask is damaged, or has no parameter of its shape here; nothing was changed then.
@@ -256,7 +263,7 @@ class Masker:
         return parameter
 
     def _place(self, name: str) -> _MaskedParameter:
-        """Where the masked parameter is, made again when its memory has moved."""
+        """The masked parameter and its views, made again when its memory has moved."""
         parameter = self._find(name)
         place = self._places.get(name)
         if place is not None and place.parameter is parameter and place.pointer == parameter.data_ptr():
@@ -265,8 +272,7 @@ class Masker:
         if mask.shape != parameter.shape:
             raise StateError(
                 f"{name!r} now has shape {tuple(parameter.shape)}, its mask {tuple(mask.shape)}: the parameter was "
-                "replaced. "
-                "Remove the mask, or load a model of the shape that was pruned."
+                "replaced. Remove the mask, or load a model of the shape that was pruned."
             )
         if not parameter.is_meta and (mask.device != parameter.device or mask.stride() != parameter.stride()):
             # In the weight's own memory format: a pass over both in memory order is several times faster.
@@ -277,7 +283,7 @@ class Masker:
         self._places[name] = place
         return place
 
-    def _apply(self, names: Any) -> None:
+    def _apply(self, names: Iterable[str]) -> None:
         others: list[str] = []
         for name in names:
             place = self._place(name)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -13,19 +13,19 @@ from torch import Tensor
 from sparsify.errors import DataError
 from sparsify.pruning.selection import mask_lowest
 
-if TYPE_CHECKING:
-    pass
-
 __all__: list[str] = []
 
 
 @dataclass(frozen=True)
 class MaskType:
-    """What becomes zero together.
+    """The units that are masked as a whole.
 
-    kind: "unstructured", one weight by itself; "block", `block` = (a, b) weights along the output and the input
-    channels, -1 for all of them; "n_of_m", of every `of` weights along the input channels `keep` stay; "filter" and
-    "channel", whole output and input channels.
+    Attributes:
+        kind: "unstructured", single weights; "block", rectangles of weights; "n_of_m", single weights, a fixed number
+            in every group along the input channels; "filter" and "channel", whole output and input channels.
+        block: the weights of a block along the output and the input channels, -1 for all of them.
+        keep: N of N:M, the number of weights that stay in every group.
+        of: M of N:M, the size of a group.
     """
 
     kind: Literal["unstructured", "block", "n_of_m", "filter", "channel"]
@@ -35,7 +35,7 @@ class MaskType:
 
     @classmethod
     def parse(cls, text: str | list[int]) -> MaskType:
-        """From a recipe's `mask_type`.
+        """The mask type that a recipe writes as `text`.
 
         >>> MaskType.parse("block4").block, MaskType.parse([2, -1]).block, MaskType.parse("tensorrt").of
         ((1, 4), (2, -1), 4)
@@ -55,13 +55,13 @@ class MaskType:
 
     @property
     def text(self) -> str:
-        """How a recipe writes it."""
+        """The mask type as a recipe writes it."""
         if self.kind == "block":
             return str(list(self.block))
         return f"{self.keep}:{self.of}" if self.kind == "n_of_m" else self.kind
 
     def why_unfit(self, shape: torch.Size, input_dim: int) -> str | None:
-        """Why a weight of this shape cannot be masked so, or None."""
+        """The reason why a weight of this shape cannot be masked so, or None."""
         if self.kind == "unstructured":
             return None
         if len(shape) < 2:
@@ -90,20 +90,21 @@ def compute_masks(
     together: bool = False,
     absolute: bool = True,
 ) -> dict[str, Tensor]:
-    """Masks with exactly round(units * sparsity) units gone; a unit is a weight, a block, or a channel of one weight.
+    """Masks with exactly round(units * sparsity) masked units; a unit is a weight, a block, or a channel of one weight.
 
-    What is gone in `previous` ranks first, so that a mask only grows; then the lowest scores go, of equal ones the
-    first in logical order. N:M: exactly round(n * sparsity) weights are gone and at most M - N in any group, also
-    below 1 - N/M; the groups lie along the input channels.
+    Units that are masked in `previous` are masked first, so that a mask only grows; then those of lowest score, of
+    equal ones the first in logical order. N:M: exactly round(n * sparsity) weights are masked and at most M - N in any
+    group, also below 1 - N/M; the groups lie along the input channels.
 
     Args:
-        scores: what each weight is worth, by name; the weights themselves for magnitude.
+        scores: the importance of each weight, by name; the weights themselves for magnitude.
         sparsity: the fraction of zeros, 0 to 1.
+        mask_type: the units.
         previous: the masks so far, for some or all names.
         input_dims: the dimension of the input channels, 1 where nothing is given.
         together: one ranking over all of them, and the count over all; otherwise each by itself.
-        absolute: rank by absolute value. A block is worth the mean of its weights either way; a channel the root of
-        their mean square, and where `absolute` is off their mean.
+        absolute: rank by absolute value. The score of a block is the mean of its weights' scores either way; that of a
+            channel is their root mean square, and where `absolute` is off their mean.
 
     Raises:
         DataError: a score is NaN; the message names it.
@@ -150,7 +151,7 @@ def compute_masks(
 def _block_units(
     score: Tensor, input_dim: int, block: tuple[int, int], absolute: bool
 ) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
-    """The mean of each block, and what turns a mask of blocks into one of weights."""
+    """The mean of each block, and the function that makes a mask of weights from a mask of blocks."""
     ordered = score.transpose(0, 1) if input_dim == 0 else score  # output channels first
     outputs, inputs = ordered.shape[:2]
     a, b = (outputs if block[0] == -1 else block[0]), (inputs if block[1] == -1 else block[1])
@@ -166,16 +167,16 @@ def _block_units(
 
 
 def _channel_units(score: Tensor, dim: int, absolute: bool) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
-    """What each slice along `dim` is worth, and what turns a mask of slices into one of weights."""
+    """The score of each slice along `dim`, and the function that makes a mask of weights from a mask of slices."""
     values = score.movedim(dim, 0).flatten(1)
     values = values if values.dtype == torch.float64 else values.float()
     # Not the norm: in one ranking over layers of many sizes it would spare whatever is wide.
     importance = values.square().mean(1).sqrt() if absolute else values.mean(1)
 
     def back(mask: Tensor) -> Tensor:
-        along = [1] * score.dim()
-        along[dim] = -1
-        return mask.view(along).expand(score.shape).contiguous()
+        view = [1] * score.dim()
+        view[dim] = -1
+        return mask.view(view).expand(score.shape).contiguous()
 
     return importance, back
 
@@ -183,7 +184,7 @@ def _channel_units(score: Tensor, dim: int, absolute: bool) -> tuple[Tensor, Cal
 def _only_lowest_of_each_group(
     name: str, score: Tensor, previous: Tensor | None, mask_type: MaskType, input_dim: int, absolute: bool
 ) -> Tensor:
-    """The scores, with infinity at the N highest of every M along the input channels: those cannot go."""
+    """The scores, with infinity at the N highest of every M along the input channels: those stay."""
     values = score.abs() if absolute else score + 0.0
     if values.isnan().any():
         raise DataError(f"{name!r} holds NaN, which cannot be ranked. Load weights that are finite.")

@@ -1,4 +1,4 @@
-"""What the loss would lose with a weight, by second-order information, and how the others make up for it.
+"""Importance of weights by second-order information, and the update of the others that makes up for a removed one.
 
 Near a minimum the loss grows by (1/2) d^T H d when the weights move by d. H is taken to be the empirical Fisher matrix,
 the mean of g g^T over gradients g, with a dampening on its diagonal, and cut into square blocks of weights that follow
@@ -32,7 +32,7 @@ def wide(dtype: torch.dtype) -> torch.dtype:
 
 
 def in_fisher_blocks(tensor: Tensor, size: int) -> Tensor:
-    """The elements in logical order as (blocks, size), with zeros behind the last.
+    """The elements in logical order as (blocks, size), padded with zeros.
 
     >>> in_fisher_blocks(torch.arange(3.0), 2)
     tensor([[0., 1.],
@@ -43,7 +43,7 @@ def in_fisher_blocks(tensor: Tensor, size: int) -> Tensor:
 
 
 def fisher_sums(parameter: Tensor, size: int) -> Tensor:
-    """Where `add_gradients` sums up: zeros of (blocks, b, b), b the smaller of `size` and the number of weights."""
+    """Zeros of (blocks, b, b) for `add_gradients`, b the smaller of `size` and the number of weights."""
     size = min(size, parameter.numel())
     blocks = -(-parameter.numel() // size)
     return torch.zeros(blocks, size, size, dtype=wide(parameter.dtype), device=parameter.device)
@@ -56,7 +56,7 @@ def add_gradients(sums: Tensor, gradients: Sequence[Tensor], keep: float = 1.0) 
 
 
 def fisher_scores(weight: Tensor, sums: Tensor, count: int, damp: float, kept: Tensor | None = None) -> Tensor:
-    """w_i^2 / (2 [F^-1]_ii): by how much the loss grows without weight i, when the others of its block make up for it.
+    """w_i^2 / (2 [F^-1]_ii): the growth of the loss without weight i, where the others of its block make up for it.
 
     F = sums / count + damp, over the weights that are kept. What rounding has done to sums in float32 is covered by
     one rounding error of the block's trace on the diagonal, so that F stays positive definite whatever `damp`.
@@ -68,9 +68,11 @@ def fisher_scores(weight: Tensor, sums: Tensor, count: int, damp: float, kept: T
     tensor([4.0000, 0.5000], dtype=torch.float64)
 
     Args:
-        sums: of `count` gradients' outer products, as `add_gradients` leaves them.
-        damp: what is added to the diagonal, above 0.
-        kept: a bool tensor of the weight's shape: what is gone is worth 0, and cannot make up for others.
+        weight: of any shape.
+        sums: of the gradients' outer products, as `add_gradients` leaves them.
+        count: the number of gradients in `sums`.
+        damp: the number that is added to the diagonal, above 0.
+        kept: a mask of the weight's shape: masked weights score 0, and cannot make up for others.
     """
     size = sums.shape[-1]
     weights = in_fisher_blocks(weight, size)
@@ -91,6 +93,10 @@ def fisher_update(weight: Tensor, sums: Tensor, count: int, damp: float, mask: T
     w - w_i F^-1 e_i / [F^-1]_ii.
 
     Args:
+        weight: of any shape.
+        sums: as in `fisher_scores`.
+        count: the number of gradients in `sums`.
+        damp: the number that is added to the diagonal, above 0.
         mask: a bool tensor of the weight's shape: True where a weight stays.
     """
     size = sums.shape[-1]
@@ -117,7 +123,7 @@ def fisher_bytes(parameters: Sequence[Tensor], size: int) -> int:
 
 
 def _damped(sums: Tensor, count: int, damp: float, alive: Tensor) -> Tensor:
-    """F over what is alive, and the identity elsewhere."""
+    """F over the weights in `alive`, and the identity elsewhere."""
     fisher = sums.to(_solving(sums.device)) / count
     fisher *= alive[:, :, None] & alive[:, None, :]
     diagonal = fisher.diagonal(dim1=1, dim2=2)
@@ -143,10 +149,13 @@ def mfac_scores(
     [F^-1]_ii = (1 - |L^-1 G_i|^2 / m) / damp with L L^T = damp + G G^T / m (Woodbury), G_i column i.
 
     Args:
+        weight: of any shape.
         gradients: flat, of the weight's number of elements, on any device.
         count: m, at least as many as there are gradients; those that are missing are zero.
         size: weights in a block; None: one block.
-        pages: into how many parts the gradients are cut at least, on their way to the weight's device.
+        damp: the number that is added to the diagonal, above 0.
+        kept: as in `fisher_scores`.
+        pages: the least number of parts in which the gradients go to the weight's device.
     """
     flat = weight.detach().reshape(-1)
     alive = torch.ones_like(flat, dtype=torch.bool) if kept is None else kept.reshape(-1)
@@ -248,7 +257,7 @@ def _factor(gradients: Sequence[Tensor], blocks: _Blocks, alive: Tensor, count: 
 
 
 def free_bytes(device: torch.device) -> int | None:
-    """How much memory can still be had on `device`; None where that is not known."""
+    """Number of bytes that are free on `device`; None where that is not known."""
     if device.type == "cuda":
         free = torch.cuda.mem_get_info(device)[0]
         return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)

@@ -1,4 +1,4 @@
-"""The lowest scores of a model: which ones they are, exactly so many, whatever the values.
+"""Masks of exactly the given number of lowest scores of a model, whatever the values.
 
 On the CPU by *sample-select* on the raw bits: for floats of one sign, the order of the bits as unsigned integers is
 the order of the values, and integer passes over chunks that stay in the cache cost 0.1-0.3 ns per weight. On other
@@ -44,13 +44,14 @@ def mask_lowest(
 ) -> dict[str, Tensor]:
     """Masks, True where a score stays, with exactly `count` False in all of them together.
 
-    First to go are those that `kept` lists as gone, then the lowest scores; among equals those that come first, in the
+    Those that are False in `kept` are masked first, then the lowest scores; among equals those that come first, in the
     order of the mapping and then of the elements (logical order: the memory format changes nothing).
 
     Args:
         scores: finite floats of any shapes, ranked together.
-        count: how many go, 0 <= count <= the number of scores. Those that are gone stay gone even where they are more.
-        kept: for some or all names, a bool tensor of the scores' shape: False where the score is gone already.
+        count: the number that is masked, 0 <= count <= the number of scores. Those that `kept` masks stay masked even
+            where they are more.
+        kept: for some or all names, the mask so far, of the scores' shape.
         absolute: rank by absolute value; faster than passing absolute values.
 
     Raises:
@@ -105,8 +106,8 @@ class _Part:
 class _Keys:
     """Unsigned integers in the order of the scores, a chunk at a time, in one buffer that is used again and again.
 
-    A key is the score's bits, made monotone. Where anything is gone already, all keys are one higher and those gone
-    are 0.
+    A key is the score's bits, made monotone. Where anything is masked already, all keys are one higher and those
+    masked are 0.
     """
 
     def __init__(self, parts: list[_Part], dtype: torch.dtype, absolute: bool) -> None:
@@ -174,7 +175,7 @@ class _Keys:
         return keys
 
     def within(self, low: Any, high: Any, heavy: tuple[bool, bool]) -> tuple[int, int, SortableBits, int]:
-        """How many keys lie below `low`, how many are `low`, those between, and how many are `high`.
+        """Number of keys below `low`, number of `low`, the keys between, and number of `high`.
 
         An end that is not heavy is not counted apart but given back with those between.
         """
@@ -224,7 +225,7 @@ class _Keys:
 
     @staticmethod
     def _is_heavy(sample: SortableBits, key: Any) -> bool:
-        """Whether so many are equal to `key` that counting them is cheaper than collecting them."""
+        """True if so many are equal to `key` that counting them is cheaper than collecting them."""
         return int(np.searchsorted(sample, key, "right") - np.searchsorted(sample, key, "left")) > sample.size // 256
 
 
@@ -255,7 +256,7 @@ def _on_cpu(scores: Mapping[str, Tensor], count: int, kept: Mapping[str, Tensor]
                 part.mask[:] = part.kept
         return masks
     threshold, below, equal = keys.threshold(count, total)
-    left = count - below  # of those equal to the threshold, so many go
+    left = count - below  # so many of those equal to the threshold are masked
     every = left == equal
     for key, part, where in keys.chunks():
         mask = part.mask[where]
@@ -271,7 +272,7 @@ def _on_cpu(scores: Mapping[str, Tensor], count: int, kept: Mapping[str, Tensor]
             np.greater_equal(key, threshold, out=mask)
             mask[go] = False
             left = 0
-    if keys.shifted and threshold == 0:  # fewer were asked for than are gone: those stay gone
+    if keys.shifted and threshold == 0:  # fewer were asked for than are masked already: those stay masked
         for part in parts:
             if part.kept is not None:
                 np.logical_and(part.mask, part.kept, out=part.mask)

@@ -1,4 +1,4 @@
-"""Layers that do nothing: a user's own layer, retyped in place, gives what it reads. The state_dict stays as it was."""
+"""Layers replaced by the identity: the class of a user's layer is changed in place, the state_dict stays as it was."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ __all__: list[str] = []
 
 @dataclass
 class Skip:
-    """What a skipped layer knows of itself.
+    """The state of a skipped layer.
 
     Attributes:
         original: the class that it had.
-        name: what it is called in the model.
-        entries: what its forward gives: 0 a tensor, n a tuple of n whose first is that tensor and the others None. None
+        name: its name in the model.
+        entries: the form of its output: 0 a tensor, n a tuple of n whose first is that tensor and the others None. None
             before it is known.
         forward: the forward that was set on the object itself, as wrappers do.
     """
@@ -37,13 +37,13 @@ class Skip:
 
 
 class Skipped(nn.Module):
-    """Mixed into the class of a layer: its forward gives a copy of the first tensor that it reads.
+    """Mixed into the class of a layer: its forward returns a copy of its first tensor argument.
 
-    At the first call, unless that is in compiled code, what the layer would have given is computed once, without a
-    trace in gradients, buffers or random numbers, and compared.
+    At the first call, unless that is in compiled code, the layer's own output is computed once, without a trace in
+    gradients, buffers or random numbers, and its shape is compared.
 
     Raises:
-        TargetError: at that call, where it would have given another shape; it is then an ordinary layer again.
+        TargetError: at that call, where the shape is another one; it is then an ordinary layer again.
     """
 
     _skip: Skip
@@ -88,9 +88,11 @@ def _blank(original: type[nn.Module]) -> Skipped:
 
 
 def skip(module: nn.Module, name: str, entries: int | None = None) -> None:
-    """Makes `module` give what it reads; one that does already stays as it is.
+    """Replaces `module` by the identity in place; one that is replaced already stays as it is.
 
     Args:
+        module: a layer whose output has the shape of its first tensor argument.
+        name: its name in the model, for messages.
         entries: as in `Skip`, where it is known.
     """
     if isinstance(module, Skipped):
@@ -116,7 +118,7 @@ def restore_forward(module: nn.Module) -> None:
 
 
 def refuse_unskippable(model: nn.Module, layers: Mapping[str, nn.Module], *, where: str) -> None:
-    """Checks what can be said of layers without calling them.
+    """Refuses layers that cannot be replaced by the identity, as far as can be seen without calling them.
 
     Raises:
         TargetError: one that is never called, or gives another number of channels than it reads.
@@ -145,7 +147,9 @@ def refuse_unskippable(model: nn.Module, layers: Mapping[str, nn.Module], *, whe
 def entries_of(
     model: nn.Module, layers: Mapping[str, nn.Module], args: tuple[Any, ...], kwargs: Mapping[str, Any]
 ) -> dict[str, int]:
-    """What the layers give (as in `Skip`) in a forward of `model`, which leaves no trace; those that are called.
+    """The form of each layer's output (as in `Skip`) in a forward of `model`; layers that are not called are missing.
+
+    The model stays as it was.
 
     Raises:
         TargetError: one gives another shape than it reads.
