@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from sparsify.errors import DataError, TargetError, did_you_mean
+from sparsify.output.json_values import EXACT, from_json_object, json_object, json_text
 from sparsify.output.tables import Column, Table
-
-if TYPE_CHECKING:
-    pass
 
 __all__ = ["LayerInfo", "ModelAnalysis", "UnknownOperator"]
 
@@ -42,6 +38,8 @@ class LayerInfo:
         why_not_prunable, why_not_quantizable: empty where it can be.
     """
 
+    __pydantic_config__ = EXACT
+
     name: str
     type: str
     weight: str | None
@@ -71,6 +69,8 @@ class LayerInfo:
 class UnknownOperator:
     """An operator whose MACs are not known, so that the total is a lower bound."""
 
+    __pydantic_config__ = EXACT
+
     operator: str
     calls: int
     where: tuple[str, ...]
@@ -83,6 +83,8 @@ class ModelAnalysis:
     Layers with a weight that are not computed at all stand at the end, with 0 calls. `parameters` counts all of the
     model's, those of norms and of layers that are not listed too. str() is a table.
     """
+
+    __pydantic_config__ = EXACT
 
     model: str
     layers: tuple[LayerInfo, ...]
@@ -150,7 +152,7 @@ class ModelAnalysis:
 
     def to_json(self) -> str:
         """JSON that `from_json` reads back into an equal analysis."""
-        return json.dumps({"format": ANALYSIS_FORMAT, **dataclasses.asdict(self)}, indent=2)
+        return json_text(self, {"format": ANALYSIS_FORMAT}, indent=2)
 
     @classmethod
     def from_json(cls, text: str) -> ModelAnalysis:
@@ -160,24 +162,11 @@ class ModelAnalysis:
             DataError: text that is none, or of another version.
         """
         try:
-            state = json.loads(text)
+            state = json_object(text)
             if state.pop("format") != ANALYSIS_FORMAT:
                 raise ValueError(f"its format is not {ANALYSIS_FORMAT}")
-            layers = tuple(
-                LayerInfo(
-                    **{
-                        **layer,
-                        "input_shapes": tuple(tuple(shape) for shape in layer["input_shapes"]),
-                        "output_shape": tuple(layer["output_shape"]),
-                    }
-                )
-                for layer in state.pop("layers")
-            )
-            unknown = tuple(
-                UnknownOperator(one["operator"], one["calls"], tuple(one["where"])) for one in state.pop("unknown")
-            )
-            return cls(layers=layers, unknown=unknown, **state)
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            return from_json_object(cls, state)
+        except (ValueError, KeyError) as error:
             raise DataError(f"the text is no analysis of a model: {error}. Give what `to_json` wrote.") from error
 
 

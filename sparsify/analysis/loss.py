@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from collections.abc import Iterable, Mapping
@@ -21,6 +20,7 @@ from sparsify.errors import ArgumentError, DataError, StateError, did_you_mean
 from sparsify.model.signature import InputsLike, check_module
 from sparsify.model.wrappers import unwrapped
 from sparsify.output.files import read_text, replacing
+from sparsify.output.json_values import EXACT_AND_FINITE, from_json_object, json_object, json_text
 from sparsify.output.tables import Column, Table, track
 from sparsify.quantization.plan import is_quantized
 
@@ -41,6 +41,7 @@ DATA_LEVELS = (0.0, 0.2, 0.4, 0.6, 0.7, 0.8, 0.85, 0.9, 0.95, 0.99)
 BITS = (8, 6, 4, 3, 2)
 LOSS_FORMAT = 1
 """The version of a saved profile."""
+LOSS_FILE = "sparsify loss profile"
 LOSS_PROFILE = "loss_profile"
 
 
@@ -60,9 +61,12 @@ class LossProfile:
             go together}. A group bears the name of its first layer. Empty otherwise.
     """
 
+    __pydantic_config__ = EXACT_AND_FINITE
+
     method: Method
     of: Of
-    levels: tuple[float, ...]
+    # Bits are whole numbers in the file too.
+    levels: tuple[int | float, ...]
     losses: Mapping[str, tuple[float, ...]]
     base: float
     samples: int
@@ -88,9 +92,9 @@ class LossProfile:
         Raises:
             DataFileError: it cannot be written.
         """
-        state = {"format": "sparsify loss profile", "version": LOSS_FORMAT, **_state(self)}
+        text = json_text(self, {"format": LOSS_FILE, "version": LOSS_FORMAT}, indent=1, allow_nan=False)
         with replacing(path) as temporary:
-            temporary.write_text(json.dumps(state, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+            temporary.write_text(text + "\n", encoding="utf-8")
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> LossProfile:
@@ -102,19 +106,23 @@ class LossProfile:
         """
         text = read_text(path)
         try:
-            state = json.loads(text)
-            if state["format"] != "sparsify loss profile":
-                raise ValueError(f"its format is {state['format']!r}")
-            version = state["version"]
-        except (ValueError, KeyError, TypeError) as error:
+            state = json_object(text)
+            if (written := state.pop("format")) != LOSS_FILE:
+                raise ValueError(f"its format is {written!r}")
+            version = state.pop("version")
+        except (ValueError, KeyError) as error:
             raise DataError(f"{path} is no loss profile ({error}). Give a file that LossProfile.save wrote.") from error
         if version != LOSS_FORMAT:
             raise DataError(
                 f"{path} has version {version!r}; this sparsify reads {LOSS_FORMAT}. Make the profile again."
             )
         try:
-            return _from_state(state)
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            profile = from_json_object(cls, state)
+            for name, losses in profile.losses.items():
+                if len(losses) != len(profile.levels):
+                    raise ValueError(f"{name!r} has {len(losses)} losses at {len(profile.levels)} levels")
+            return profile
+        except ValueError as error:
             raise DataError(f"{path} is a broken loss profile: {error}. Make the profile again.") from error
 
     def table(self) -> Table:
@@ -131,37 +139,6 @@ class LossProfile:
 
     def __str__(self) -> str:
         return self.table().text()
-
-
-def _state(profile: LossProfile) -> dict[str, Any]:
-    return {
-        "method": profile.method,
-        "of": profile.of,
-        "levels": list(profile.levels),
-        "base": profile.base,
-        "samples": profile.samples,
-        "losses": {name: list(losses) for name, losses in profile.losses.items()},
-        "families": {name: list(layers) for name, layers in profile.families.items()},
-    }
-
-
-def _from_state(state: Mapping[str, Any]) -> LossProfile:
-    if state["method"] not in get_args(Method) or state["of"] not in get_args(Of):
-        raise ValueError(f"method {state['method']!r}, of {state['of']!r}")
-    levels = tuple(map(_read_number, state["levels"]))
-    losses = {str(name): tuple(map(_read_number, values)) for name, values in state["losses"].items()}
-    for name, values in losses.items():
-        if len(values) != len(levels):
-            raise ValueError(f"{name!r} has {len(values)} losses at {len(levels)} levels")
-    families = {str(name): tuple(map(str, layers)) for name, layers in state["families"].items()}
-    base, samples = _read_number(state["base"]), int(state["samples"])
-    return LossProfile(state["method"], state["of"], levels, losses, base, samples, families)
-
-
-def _read_number(value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise ValueError(f"{value!r} where a number should be")
-    return value
 
 
 def loss_profile(

@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-import dataclasses
-import json
 import os
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
 
 from sparsify.errors import DataError
 from sparsify.output.files import read_text, replacing
+from sparsify.output.json_values import EXACT, from_json_object, json_object, json_text
 from sparsify.output.tables import Column, Table
-
-if TYPE_CHECKING:
-    pass
 
 __all__ = ["LayerPerformance", "PerformanceProfile"]
 
@@ -40,6 +35,8 @@ class LayerPerformance:
         width_int8_ms: likewise in int8.
         type: as in `ModelAnalysis`.
     """
+
+    __pydantic_config__ = EXACT
 
     name: str
     ms: float
@@ -71,6 +68,8 @@ class PerformanceProfile:
         width_profiled_ms, width_profiled_int8_ms: the same as the profiler saw it.
         notes: what could not be measured, and why: {"int8": ..., "widths": ...}.
     """
+
+    __pydantic_config__ = EXACT
 
     layers: tuple[LayerPerformance, ...]
     total_ms: float
@@ -208,7 +207,7 @@ class PerformanceProfile:
 
     def to_json(self) -> str:
         """JSON that `from_json` reads back into an equal profile."""
-        return json.dumps({"format": PERFORMANCE_FORMAT, **dataclasses.asdict(self)}, indent=1)
+        return json_text(self, {"format": PERFORMANCE_FORMAT}, indent=1)
 
     @classmethod
     def from_json(cls, text: str) -> PerformanceProfile:
@@ -218,18 +217,17 @@ class PerformanceProfile:
             DataError: another text, or a profile of another format.
         """
         try:
-            plain = json.loads(text)
-            written = plain.pop("format")
+            state = json_object(text)
+            written = state.pop("format")
             if written != PERFORMANCE_FORMAT:
                 raise DataError(
                     f"a performance profile of format {written}; this version reads {PERFORMANCE_FORMAT}. "
                     "Measure again."
                 )
-            plain["layers"] = tuple(LayerPerformance(**_checked(layer, LayerPerformance)) for layer in plain["layers"])
-            return cls(**_checked(plain, cls))
+            return from_json_object(cls, state)
         except DataError:
             raise
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
+        except (ValueError, KeyError) as error:
             raise DataError(f"not a performance profile: {error}. Measure again.") from error
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -266,35 +264,3 @@ def _layer_operator(label: str) -> str:
     last = label.rpartition("/")[2]
     head, _, number = last.rpartition("_")
     return head if head and number.isdigit() else last
-
-
-def _checked(plain: Mapping[str, Any], kind: type[Any]) -> dict[str, Any]:
-    """The fields with the types they had: lists become tuples again.
-
-    Raises:
-        TypeError: a field is missing, unknown, or of another type.
-    """
-    types: dict[str, tuple[type[Any], ...]] = {"str": (str,), "int": (int,), "float": (int, float)}
-    found: dict[str, Any] = {}
-    for entry in dataclasses.fields(kind):
-        name = entry.name
-        value = plain[name]
-        text = str(entry.type)
-        if text.endswith("| None") and value is None:
-            found[name] = None
-            continue
-        text = text.removesuffix(" | None")
-        if text.startswith("tuple"):
-            items = tuple(value)
-            if text == "tuple[float, ...]" and not all(isinstance(item, (int, float)) for item in items):
-                raise TypeError(f"{name} holds something that is no number")
-            found[name] = items
-        elif text.startswith("Mapping"):
-            found[name] = dict(value)
-        elif isinstance(value, types[text]) and not isinstance(value, bool):
-            found[name] = value
-        else:
-            raise TypeError(f"{name} is {value!r}")
-    if unknown := set(plain) - set(found):
-        raise TypeError(f"unknown: {', '.join(sorted(unknown))}")
-    return found

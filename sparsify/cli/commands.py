@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from sparsify.errors import ArgumentError
 from sparsify.output.files import replacing
-from sparsify.output.tables import plain
+from sparsify.output.json_values import plain
 
 if TYPE_CHECKING:
     from torch import nn

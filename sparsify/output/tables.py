@@ -14,10 +14,11 @@ import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from sparsify.errors import ArgumentError
 from sparsify.output.files import replacing
+from sparsify.output.json_values import plain
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -159,16 +160,3 @@ def track(work: Iterable[Item], what: str, total: int | None = None, *, progress
         return
     with Progress(console=Console(stderr=True)) as bar:
         yield from bar.track(work, total=total, description=what)
-
-
-def plain(value: Any) -> Any:
-    """Dataclasses, mappings, sequences and numbers as JSON knows them; nan and inf become None."""
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {field.name: plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
-    if isinstance(value, Mapping):
-        return {str(key): plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple | set | frozenset):
-        return [plain(item) for item in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value if value is None or isinstance(value, bool | int | float | str) else str(value)

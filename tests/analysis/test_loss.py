@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import SimpleNamespace
@@ -610,8 +611,11 @@ def test_a_profile_is_equal_to_itself_loaded(tmp_path: Path) -> None:
         ({"version": 2}, "version 2; this sparsify reads 1"),
         ({"method": "guess"}, "broken loss profile.*guess"),
         ({"levels": [0.0, 0.5]}, "'conv1' has 3 losses at 2 levels"),
-        ({"base": "1"}, "'1' where a number should be"),
-        ({"losses": [1]}, "broken loss profile"),
+        ({"base": "1"}, r"broken loss profile: base is '1': input should be a valid number"),
+        ({"losses": [1]}, "broken loss profile: losses is "),
+        ({"losses": {"conv1": [1, "2", 3]}}, r"losses\.conv1\.1 is '2'"),
+        ({"base": math.nan}, "base is nan: input should be a finite number"),
+        ({"more": 1}, "broken loss profile: more is unknown"),
     ],
 )
 def test_a_broken_file_is_a_data_error(tmp_path: Path, change: dict[str, Any], text: str) -> None:
