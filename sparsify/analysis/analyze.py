@@ -7,6 +7,9 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from sparsify.analysis.layers import ModelAnalysis
+from sparsify.analysis.onnx_layers import analyze_file
+from sparsify.analysis.torch_layers import analyze_module
+from sparsify.model.signature import check_module
 
 if TYPE_CHECKING:
     from torch import nn
@@ -44,10 +47,5 @@ def analyze_model(
         DataError: a file that is no ONNX model.
     """
     if isinstance(model, (str, os.PathLike)):
-        from sparsify.analysis.onnx_layers import analyze_file
-
         return analyze_file(model, sample_inputs, batch_size=batch_size)
-    from sparsify.analysis.torch_layers import analyze_module
-    from sparsify.model.signature import check_module
-
     return analyze_module(check_module(model, other=", or the path of an ONNX file"), sample_inputs, sample_kwargs)

@@ -33,6 +33,7 @@ from sparsify.analysis.variants import Form, cuttable, export, exported_forms
 from sparsify.errors import ArgumentError, DataError, StateError
 from sparsify.model.signature import SampleInputs, check_module
 from sparsify.model.wrappers import unwrapped
+from sparsify.onnx.benchmark import random_inputs
 from sparsify.onnx.runtime import open_session, read_model, run_session
 from sparsify.output.tables import track
 from sparsify.pruning.groups import ChannelGroups
@@ -181,8 +182,6 @@ def profile_of_model(
 def profile_of_file(
     path: Path, settings: ProfileSettings, cache: Path | None, progress: bool | None
 ) -> PerformanceProfile:
-    from sparsify.onnx.benchmark import random_inputs
-
     proto = read_model(path)
     session = open_session(path, model=proto)
     feeds = {size: random_inputs(proto, session, size)[0] for size in settings.batch_sizes}

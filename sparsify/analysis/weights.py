@@ -9,8 +9,15 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from sparsify.analysis.onnx_weights import THROUGH, StoredWeights
 from sparsify.errors import ArgumentError
+from sparsify.model.signature import check_module
+from sparsify.model.targets import named_modules, named_parameters
+from sparsify.model.wrappers import unwrapped
+from sparsify.onnx.runtime import read_model
 from sparsify.output.tables import Column, Table
+from sparsify.quantization.attention import QuantizedProjection
+from sparsify.quantization.layers import Converted, QuantizedEmbedding, QuantizedLayer
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -83,8 +90,6 @@ def get_weights_metadata(
         raise ArgumentError(f"weight_threshold={weight_threshold!r}: give a number of elements, 0 or more.")
     if isinstance(model, (str, os.PathLike)):
         return _of_file(model, weight_threshold)
-    from sparsify.model.signature import check_module
-
     return _of_module(check_module(model, other=", or the path of an ONNX file"), weight_threshold)
 
 
@@ -118,11 +123,6 @@ def weights_table(weights: Mapping[str, WeightMetadata]) -> Table:
 
 
 def _of_module(model: nn.Module, threshold: int) -> dict[str, WeightMetadata]:
-    from sparsify.model.targets import named_modules, named_parameters
-    from sparsify.model.wrappers import unwrapped
-    from sparsify.quantization.attention import QuantizedProjection
-    from sparsify.quantization.layers import Converted, QuantizedEmbedding, QuantizedLayer
-
     model = unwrapped(model)
     parameters = named_parameters(model)
     name_of = {id(parameter): name for name, parameter in parameters.items()}
@@ -167,9 +167,6 @@ def _figures(values: Tensor) -> dict[str, Any]:
 def _of_file(path: str | os.PathLike[str], threshold: int) -> dict[str, WeightMetadata]:
     from pathlib import Path
 
-    from sparsify.analysis.onnx_weights import StoredWeights
-    from sparsify.onnx.runtime import read_model
-
     model = read_model(path)
     stored = StoredWeights(model, Path(path).parent)
     children = _readers(stored)
@@ -205,8 +202,6 @@ def _of_file(path: str | os.PathLike[str], threshold: int) -> dict[str, WeightMe
 def _readers(stored: StoredWeights) -> dict[str, list[ChildOp]]:
     """{initializer: the nodes that compute with it}, where it is dequantized and moved in between, behind that."""
     from onnx import defs
-
-    from sparsify.analysis.onnx_weights import THROUGH
 
     found: dict[str, list[ChildOp]] = {}
     for node in stored.nodes:

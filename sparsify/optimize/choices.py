@@ -6,8 +6,20 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from sparsify.analysis.analyze import analyze_model
+from sparsify.analysis.loss import HOW
+from sparsify.analysis.units import layer_name
 from sparsify.errors import ArgumentError
 from sparsify.model.targets import named_parameters, owners
+from sparsify.optimize.allocation import pruning_profile
+from sparsify.optimize.group_curves import (
+    channel_group_curves,
+    channel_groups_of,
+    of_channels,
+    weights_by_layer,
+    without_inputs,
+)
+from sparsify.optimize.layer_curves import curves
 from sparsify.optimize.piecewise import at
 from sparsify.recipe.evidence import LayerEvidence
 
@@ -49,11 +61,6 @@ class Sources:
         Raises:
             ArgumentError: a profile is of another model.
         """
-        from sparsify.analysis.analyze import analyze_model
-        from sparsify.analysis.loss import HOW
-        from sparsify.analysis.units import layer_name
-        from sparsify.optimize.group_curves import without_inputs
-
         if analysis is None:
             analysis = without_inputs(model) if inputs is None else analyze_model(model, inputs)
         # Layers that are not computed on these inputs are in no analysis, but in a profile of all weights.
@@ -103,10 +110,6 @@ class WeightShares:
 
 def by_layers(settings: PruningSettings, given: PruningProfile | None, found: Sources) -> WeightShares:
     """Prunes single weights, layer by layer."""
-    from sparsify.optimize.allocation import pruning_profile
-    from sparsify.optimize.group_curves import weights_by_layer
-    from sparsify.optimize.layer_curves import curves
-
     assert found.loss is not None
     layers = curves(found.analysis, found.performance, found.loss)
     profile = given or pruning_profile(layers, settings)
@@ -123,9 +126,6 @@ def by_channel_groups(
     found: Sources,
 ) -> WeightShares:
     """Prunes whole channels, channel group by channel group."""
-    from sparsify.optimize.allocation import pruning_profile
-    from sparsify.optimize.group_curves import channel_group_curves, channel_groups_of, of_channels
-
     layers, rows = channel_group_curves(
         model, channel_groups_of(model, inputs), found.analysis, found.performance, found.loss
     )

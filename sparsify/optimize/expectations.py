@@ -13,6 +13,7 @@ from sparsify.model.targets import named_parameters
 from sparsify.modifiers.schedule import Clock
 from sparsify.optimize.piecewise import at
 from sparsify.recipe.evidence import Expected
+from sparsify.training.manager import ScheduledModifierManager
 
 if TYPE_CHECKING:
     from torch import nn
@@ -99,8 +100,6 @@ def without_channels(
     Raises:
         SparsifyError: they cannot be chosen before training.
     """
-    from sparsify.training.manager import ScheduledModifierManager
-
     smaller = copy.deepcopy(model)
     # Other pruning may make the zeros by which a modifier finds the channels to remove.
     shaping = [modifier for modifier in modifiers if modifier.kind in ("pruning", "structure")]

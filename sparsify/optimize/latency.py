@@ -11,11 +11,16 @@ from json import dumps
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from sparsify.analysis.profiling import feed_of, median_ms, performance_profile
+from sparsify.analysis.variants import as_int8, cuttable, export, narrowed
 from sparsify.errors import ArgumentError, StateError
-from sparsify.model.signature import check_module
+from sparsify.model.signature import SampleInputs, check_module
+from sparsify.model.wrappers import unwrapped
+from sparsify.onnx.runtime import open_session, read_model
 from sparsify.optimize.latency_tables import ModelTables
 from sparsify.optimize.widths import Choice
 from sparsify.output.tables import Column, Table
+from sparsify.quantization.plan import is_quantized
 
 if TYPE_CHECKING:
     from torch import nn
@@ -182,12 +187,6 @@ def latency_plan(
         StateError: the model is quantized already, or nothing of it can be removed or quantized.
         ExportError: the model cannot be exported.
     """
-    from sparsify.analysis.profiling import performance_profile
-    from sparsify.analysis.variants import cuttable
-    from sparsify.model.signature import SampleInputs
-    from sparsify.model.wrappers import unwrapped
-    from sparsify.quantization.plan import is_quantized
-
     if isinstance(goal_ms, bool) or not isinstance(goal_ms, (int, float)) or not 0 < goal_ms < math.inf:
         raise ArgumentError(f"goal_ms={goal_ms!r}: give milliseconds, a number above 0.")
     check_module(model)
@@ -300,11 +299,6 @@ def _width_plan(
 
 def _measure(tables: ModelTables, choice: Choice, batch_size: int, threads: int, iterations: int) -> float:
     """Time of the whole model, shrunk, quantized, exported and run: the lowest of three medians."""
-    from sparsify.analysis.profiling import feed_of, median_ms
-    from sparsify.analysis.variants import as_int8, export, narrowed
-    from sparsify.model.signature import SampleInputs
-    from sparsify.onnx.runtime import open_session, read_model
-
     model = tables.model
     if tables.channel_groups is not None:
         shares = {name: choice.shares[part] for part, names in tables.parts.items() for name in names}

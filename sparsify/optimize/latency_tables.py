@@ -7,8 +7,11 @@ from collections import defaultdict
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
+from sparsify.analysis.analyze import analyze_model
+from sparsify.analysis.variants import kept_channels
 from sparsify.errors import ArgumentError
 from sparsify.optimize.widths import LayerTime, SpeedPart, Tables, WidthCurve
+from sparsify.pruning.group_scores import norms
 
 if TYPE_CHECKING:
     from torch import nn
@@ -38,8 +41,6 @@ class ModelTables:
         int8_loss: LossProfile | None,
         limits: Mapping[str, float],
     ) -> None:
-        from sparsify.analysis.analyze import analyze_model
-
         self.model, self.sample_inputs, self.performance = model, sample_inputs, performance
         self.channel_groups, self.int8 = channel_groups, int8
         self.notes: list[str] = []
@@ -105,8 +106,6 @@ class ModelTables:
         return LayerTime("", dims, WidthCurve((1.0,), (0.0,))).left(shares)
 
     def _rounded(self, part: str, width: float) -> float:
-        from sparsify.analysis.variants import kept_channels
-
         assert self.channel_groups is not None
         name = self.parts[part][0]
         return kept_channels(self.channel_groups, name, width) / self.channel_groups.groups[name].size
@@ -115,8 +114,6 @@ class ModelTables:
         self, channel_groups: ChannelGroups, loss: LossProfile | None, limits: Mapping[str, float]
     ) -> list[SpeedPart]:
         """Channel groups with a weight in common are named together, so they have one share."""
-        from sparsify.analysis.variants import kept_channels
-
         groups: list[tuple[set[str], list[str]]] = []
         for name, channel_group in channel_groups.groups.items():
             rows, names = set(channel_group.rows), [name]
@@ -152,8 +149,6 @@ class ModelTables:
     ) -> tuple[float, ...] | None:
         """At each share; None where the profile does not know these channels."""
         if loss is None:
-            from sparsify.pruning.group_scores import norms
-
             squares = norms(self.model, {name: channel_groups.groups[name] for name in names})
             found = [0.0] * len(shares)
             for score in squares.values():

@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from sparsify.analysis.performance import SPARSITIES
 from sparsify.errors import ArgumentError
 from sparsify.optimize.piecewise import at
 
@@ -82,8 +83,6 @@ def curves(
             ms = layer.macs / 1e6 if performance is None else 0.0
             times = tuple(ms * (1 - level) for level in levels)
         else:
-            from sparsify.analysis.performance import SPARSITIES
-
             ms = timed.ms
             times = tuple(at(SPARSITIES, timed.sparse_ms, level) for level in levels)
         found.append(

@@ -9,10 +9,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from sparsify.analysis.analyze import analyze_model
 from sparsify.errors import ArgumentError, DataFileError, StateError
 from sparsify.model.signature import check_module
 from sparsify.model.targets import named_modules, named_parameters
+from sparsify.model.wrappers import unwrapped
+from sparsify.onnx.benchmark import benchmark_onnx
 from sparsify.output.tables import Column, Table
+from sparsify.quantization.fake_quantize import FakeQuantize
 from sparsify.recipe.evidence import Evidence
 
 if TYPE_CHECKING:
@@ -140,8 +144,6 @@ def score_prediction(
         StateError: the model was not trained by this recipe to its end: nothing that should be zero is.
         DataFileError: there is no such file.
     """
-    from sparsify.model.wrappers import unwrapped
-
     evidence = recipe.evidence
     if evidence is None:
         raise ArgumentError("recipe: it has no evidence, so nothing was predicted; give one that create_recipe made.")
@@ -162,8 +164,6 @@ def score_prediction(
     if structured and sum(p.numel() for p in parameters.values()) == expected.parameters_before:
         raise StateError("model: none of its channels was removed; give the model that the recipe trained.")
     if file is not None and ms is None and expected.ms is not None:
-        from sparsify.onnx.benchmark import benchmark_onnx
-
         ms = benchmark_onnx(file, batch_size=int(evidence.asked.get("batch_size", 1))).latency_p50_ms
     found = [
         zeros,
@@ -214,8 +214,6 @@ def _layer_sparsities(evidence: Evidence, model: nn.Module) -> tuple[Prediction,
 
 def _stored_share(model: nn.Module) -> dict[str, int]:
     """Elements by parameter, without those that quantized layers keep for themselves."""
-    from sparsify.quantization.fake_quantize import FakeQuantize
-
     own = {name for name, module in named_modules(model).items() if isinstance(module, FakeQuantize)}
     return {n: p.numel() for n, p in named_parameters(model).items() if n.rpartition(".")[0] not in own}
 
@@ -224,8 +222,6 @@ def _remaining_macs(model: nn.Module, sample_inputs: InputsLike | None, notes: l
     if sample_inputs is None:
         notes.append("MACs: give sample_inputs to have them counted.")
         return None
-    from sparsify.analysis.analyze import analyze_model
-
     return analyze_model(model, sample_inputs).macs
 
 

@@ -9,6 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 from sparsify.analysis.analyze import analyze_model
 from sparsify.errors import ArgumentError, SparsifyError
+from sparsify.model.targets import named_parameters
+from sparsify.model.wrappers import unwrapped
+from sparsify.modifiers.learning_rate_ledger import LearningRateLedger
 from sparsify.modifiers.schedule import Clock
 from sparsify.optimize.expectations import stored_bits, without_channels
 from sparsify.optimize.pitfalls import pitfalls
@@ -82,9 +85,6 @@ class _View:
     """A recipe and, where there is one, a model, asked for their state at a moment."""
 
     def __init__(self, recipe: Recipe, model: nn.Module | None, sample_inputs: InputsLike | None) -> None:
-        from sparsify.model.wrappers import unwrapped
-        from sparsify.modifiers.learning_rate_ledger import LearningRateLedger
-
         self.modifiers = recipe.modifiers
         self.model = None if model is None else unwrapped(model)
         self.inputs = sample_inputs
@@ -145,8 +145,6 @@ class _View:
 
     def _sizes(self, model: nn.Module | None) -> dict[str, tuple[int, int]]:
         """Elements and bytes of an element, by parameter."""
-        from sparsify.model.targets import named_parameters
-
         return {} if model is None else {n: (p.numel(), p.element_size()) for n, p in named_parameters(model).items()}
 
     def _after(self, recipe: Recipe, cut: float) -> tuple[dict[str, tuple[int, int]], dict[str, int]]:

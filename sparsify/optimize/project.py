@@ -29,6 +29,7 @@ from sparsify.analysis.loss import LossProfile
 from sparsify.analysis.performance import PerformanceProfile
 from sparsify.errors import ArgumentError, DataError, DataFileError, StateError, did_you_mean
 from sparsify.onnx.benchmark import Benchmark
+from sparsify.onnx.export import export_onnx
 from sparsify.optimize.pruning_profiles import PruningSettings
 from sparsify.optimize.stages import OriginalTraining
 from sparsify.output.files import read_text, replacing
@@ -139,8 +140,6 @@ class Project:
         try:
             made.chmod(0o755)
             if isinstance(model, nn.Module):
-                from sparsify.onnx.export import export_onnx
-
                 analysis = analyze_model(model, sample_inputs)
                 export_onnx(model, sample_inputs, made / "model.onnx")
             else:

@@ -7,8 +7,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from sparsify.analysis.loss import loss_profile
 from sparsify.errors import ArgumentError
 from sparsify.model.signature import check_module
+from sparsify.model.wrappers import unwrapped
 from sparsify.modifiers.base import Modifier
 from sparsify.modifiers.distillation import DistillationModifier
 from sparsify.modifiers.epochs import EpochRangeModifier
@@ -17,6 +19,7 @@ from sparsify.modifiers.quantization import QuantizationModifier
 from sparsify.modifiers.structured import StructuredPruningModifier
 from sparsify.modifiers.training import TrainableParamsModifier
 from sparsify.optimize.choices import Sources, WeightShares, by_channel_groups, by_latency_plan, by_layers
+from sparsify.optimize.expectations import expected
 from sparsify.optimize.goals import Goal, GoalArguments, goal_of
 from sparsify.optimize.levels import Experiment
 from sparsify.optimize.stages import (
@@ -98,9 +101,6 @@ def create_recipe(
         ArgumentError: an argument that cannot be meant, or two that contradict one another.
         TargetError: a name is not in the model, or nothing in it can be pruned.
     """
-    from sparsify.analysis.loss import loss_profile
-    from sparsify.model.wrappers import unwrapped
-
     check_module(model)
     said = GoalArguments(
         level=optim_level,
@@ -129,8 +129,6 @@ def create_recipe(
             chosen = by_layers(goal.settings, pruning_profile, found)
     draft = _Draft()
     stages = _lay_out(draft, model, goal, chosen, training, learning_rate, distill)
-    from sparsify.optimize.expectations import expected
-
     figures = expected(
         model,
         draft.modifiers,
