@@ -21,6 +21,7 @@ from sparsify.analysis.analyze import analyze_model
 from sparsify.analysis.loss import BITS, DATA_LEVELS, LEVELS, LossProfile, loss_profile
 from sparsify.errors import ArgumentError, DataError, DataFileError, StateError, TargetError
 from sparsify.oneshot import quantize_model
+from tests.zoo.small import written
 
 
 class Net(nn.Module):
@@ -355,15 +356,10 @@ def test_whole_number_targets_say_that_outputs_are_classes() -> None:
 
 
 def test_classes_that_are_masked_by_infinity_do_not_count() -> None:
-    class Masked(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.fc = nn.Linear(6, 3)
+    mask = torch.tensor([False, True, False])
+    model = written(lambda self, x: {"logits": self.fc(x).masked_fill(mask, -torch.inf)}, fc=nn.Linear(6, 3))
 
-        def forward(self, x: Tensor) -> dict[str, Tensor]:
-            return {"logits": self.fc(x).masked_fill(torch.tensor([False, True, False]), -torch.inf)}
-
-    losses = loss_profile(Masked(), [torch.randn(4, 6)], levels=(0.9,)).losses["fc"]
+    losses = loss_profile(model, [torch.randn(4, 6)], levels=(0.9,)).losses["fc"]
     assert losses[0] == 0 and losses[1] > 0
 
 

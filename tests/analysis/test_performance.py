@@ -25,57 +25,10 @@ from sparsify.errors import ArgumentError, DataError, DataFileError, ExportError
 from sparsify.oneshot import quantize_model
 from sparsify.onnx.export import export_onnx
 from sparsify.onnx.runtime import optimized_operators, read_model
+from tests.zoo.quantizable import BertLayer, Shortcut
+from tests.zoo.small import Branching, Tied, written
 
 FEW: dict[str, Any] = {"iterations": 3, "warmup": 1, "progress": False}
-
-
-class Residual(nn.Module):
-    """Two convolutions with norms and a shortcut, pooled, and a head."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.stem = nn.Conv2d(3, 32, 3, padding=1, bias=False)
-        self.norm = nn.BatchNorm2d(32)
-        self.conv1 = nn.Conv2d(32, 32, 3, padding=1)
-        self.conv2 = nn.Conv2d(32, 32, 3, padding=1)
-        self.head = nn.Linear(32, 10)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = torch.relu(self.norm(self.stem(x)))
-        x = torch.relu(self.conv2(torch.relu(self.conv1(x))) + x)
-        out: Tensor = self.head(x.mean((2, 3)))
-        return out
-
-
-class Attention(nn.Module):
-    """Token ids -> attention -> a feed-forward network."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.embed = nn.Embedding(20, 16)
-        self.q, self.k, self.v, self.out = (nn.Linear(16, 16) for _ in range(4))
-        self.norm = nn.LayerNorm(16)
-        self.up, self.down = nn.Linear(16, 32), nn.Linear(32, 16)
-
-    def forward(self, ids: Tensor) -> Tensor:
-        x = self.embed(ids)
-        heads = [f(x).reshape(*ids.shape, 4, 4).transpose(1, 2) for f in (self.q, self.k, self.v)]
-        y = nn.functional.scaled_dot_product_attention(*heads)
-        x = self.norm(x + self.out(y.transpose(1, 2).reshape(*ids.shape, 16)))
-        out: Tensor = x + self.down(nn.functional.gelu(self.up(x)))
-        return out
-
-
-class Branching(nn.Module):
-    """Decides by a value, which no exporter can follow."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.layer = nn.Linear(4, 4)
-
-    def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.layer(x) if float(x.sum()) > 0 else x
-        return out
 
 
 IMAGES = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
@@ -95,7 +48,7 @@ def scratch(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Monkey
 def residual() -> PerformanceProfile:
     torch.manual_seed(0)
     return performance_profile(
-        Residual(), IMAGES, batch_sizes=(1, 2), threads=(1, 2), widths=(1.0, 0.5), cache=False, **FEW
+        Shortcut(32, 32, norm=True), IMAGES, batch_sizes=(1, 2), threads=(1, 2), widths=(1.0, 0.5), cache=False, **FEW
     )
 
 
@@ -108,7 +61,9 @@ def sums_up(profile: PerformanceProfile) -> None:
 
 def test_layers_and_the_rest_add_up_and_have_the_names_of_the_analysis(residual: PerformanceProfile) -> None:
     sums_up(residual)
-    assert [one.name for one in residual.layers] == [one.name for one in analyze_model(Residual(), IMAGES).layers]
+    assert [one.name for one in residual.layers] == [
+        one.name for one in analyze_model(Shortcut(32, 32, norm=True), IMAGES).layers
+    ]
     assert all(one.ms > 0 for one in residual.layers)
     assert not any(name.startswith(ELSEWHERE) for name in residual.others)
 
@@ -152,7 +107,7 @@ def test_a_profile_comes_back_from_its_file(residual: PerformanceProfile, tmp_pa
 
 def test_a_profile_reads_as_three_tables(residual: PerformanceProfile) -> None:
     text = str(residual)
-    assert text.startswith("Residual: batch 1, 1 thread, onnxruntime")
+    assert text.startswith("Shortcut: batch 1, 1 thread, onnxruntime")
     assert all(word in text for word in ("Speed-up", "Items/s", "By operator", "Conv2d", "conv1", "in no layer"))
     assert "skips no zeros" in text
 
@@ -179,7 +134,7 @@ def test_a_profile_with_a_field_of_another_type_is_refused(residual: Performance
 def test_the_profile_of_attention_maps_products_and_tokens() -> None:
     torch.manual_seed(0)
     ids = torch.randint(0, 20, (2, 6))
-    model = Attention()
+    model = BertLayer(16, 4)
     before = copy.deepcopy(model.state_dict())
     profile = performance_profile(model, ids, widths=(1.0, 0.5), **FEW)
     sums_up(profile)
@@ -212,21 +167,6 @@ def test_real_models_add_up(kind: str) -> None:
     assert not any(name.startswith(ELSEWHERE) for name in profile.others), profile.others
 
 
-class Tied(nn.Module):
-    """A head with the weight of its embedding, and a layer that is called twice."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.embed = nn.Embedding(50, 16)
-        self.mix = nn.Linear(16, 16)
-        self.head = nn.Linear(16, 50, bias=False)
-        self.head.weight = self.embed.weight
-
-    def forward(self, ids: Tensor) -> Tensor:
-        out: Tensor = self.head(self.mix(self.mix(self.embed(ids))))
-        return out
-
-
 class Recurrent(nn.Module):
     """Two LSTM layers and a head."""
 
@@ -243,7 +183,7 @@ class Recurrent(nn.Module):
 @pytest.mark.parametrize(
     ("model", "inputs"),
     [
-        (Tied(), torch.zeros(1, 7, dtype=torch.int64)),
+        (Tied(50, 16, calls=2), torch.zeros(1, 7, dtype=torch.int64)),
         (Recurrent(), torch.randn(1, 5, 8)),
         (nn.TransformerEncoderLayer(16, 2, 32, batch_first=True).eval(), torch.randn(1, 5, 16)),
     ],
@@ -266,7 +206,7 @@ def test_a_model_that_cannot_be_traced_is_an_export_error() -> None:
 
 
 def test_a_quantized_model_is_refused_before_anything_is_done() -> None:
-    quantized = quantize_model(Residual(), [IMAGES], least_samples=1, progress=False).model
+    quantized = quantize_model(Shortcut(32, 32, norm=True), [IMAGES], least_samples=1, progress=False).model
     with pytest.raises(StateError, match="Give the float model"):
         performance_profile(quantized, IMAGES, **FEW)
 
@@ -278,22 +218,11 @@ def test_what_cannot_be_measured_is_none_with_its_reason() -> None:
     assert "widths: not measured" in str(profile)
 
 
-class OneSize(nn.Module):
-    """Its forward fixes the batch to 2."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.layer = nn.Linear(4, 4)
-
-    def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.layer(x.reshape(2, 4))
-        return out
-
-
 def test_a_batch_that_the_model_fixes_is_asked_for() -> None:
+    model = written(lambda self, x: self.layer(x.reshape(2, 4)), layer=nn.Linear(4, 4))
     with pytest.raises(ArgumentError, match=r"fixes its batch to 2; .*batch_sizes=\(1,\)"):
-        performance_profile(OneSize(), torch.randn(2, 4), **FEW)
-    assert performance_profile(OneSize(), torch.randn(2, 4), batch_sizes=(2,), **FEW).batch_size == 2
+        performance_profile(model, torch.randn(2, 4), **FEW)
+    assert performance_profile(model, torch.randn(2, 4), batch_sizes=(2,), **FEW).batch_size == 2
 
 
 @pytest.mark.parametrize(
@@ -314,7 +243,7 @@ def test_a_batch_that_the_model_fixes_is_asked_for() -> None:
 )
 def test_wrong_arguments_are_told(wrong: dict[str, Any], match: str) -> None:
     with pytest.raises(ArgumentError, match=match):
-        performance_profile(Residual(), **{"sample_inputs": IMAGES, "progress": False, **wrong})
+        performance_profile(Shortcut(32, 32, norm=True), **{"sample_inputs": IMAGES, "progress": False, **wrong})
 
 
 # ------------------------------------------------------------------------------------------------------------ cache
@@ -361,7 +290,7 @@ def test_nothing_is_kept_unless_asked(tmp_path: Path, monkeypatch: pytest.Monkey
 def test_a_file_is_measured_as_it_is(tmp_path: Path) -> None:
     torch.manual_seed(0)
     path = tmp_path / "model.onnx"
-    export_onnx(Residual(), IMAGES, path)
+    export_onnx(Shortcut(32, 32, norm=True), IMAGES, path)
     profile = performance_profile(path, threads=(1, 2), **FEW)
     sums_up(profile)
     assert {"stem", "conv1", "conv2", "head"} <= {one.name for one in profile.layers if one.ms > 0}
@@ -372,7 +301,9 @@ def test_a_file_is_measured_as_it_is(tmp_path: Path) -> None:
         performance_profile(tmp_path / "none.onnx", **FEW)
 
 
-@pytest.mark.parametrize("model", [Tied(), Recurrent(), Attention()], ids=["tied", "recurrent", "attention"])
+@pytest.mark.parametrize(
+    "model", [Tied(50, 16, calls=2), Recurrent(), BertLayer(16, 4)], ids=["tied", "recurrent", "attention"]
+)
 def test_every_layer_of_a_file_has_its_time(model: nn.Module, tmp_path: Path) -> None:
     path = tmp_path / "model.onnx"
     export_onnx(
@@ -430,7 +361,7 @@ def test_a_branch_counts_within_the_node_around_it() -> None:
 
 def test_numbers_for_names_change_nothing_about_what_is_run(tmp_path: Path) -> None:
     path = tmp_path / "model.onnx"
-    export_onnx(Attention(), torch.zeros(1, 6, dtype=torch.int64), path)
+    export_onnx(BertLayer(16, 4), torch.zeros(1, 6, dtype=torch.int64), path)
     onnx.save(numbered(read_model(path)), tmp_path / "numbered.onnx")
     assert optimized_operators(path) == optimized_operators(tmp_path / "numbered.onnx")
 

@@ -9,24 +9,12 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from sparsify import export_onnx, quantize_model
 from sparsify.analysis import get_weights_metadata, weights_table
 from sparsify.errors import ArgumentError, DataFileError
-
-
-class Tied(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.embed = nn.Embedding(30, 8)
-        self.body = nn.Linear(8, 8)
-        self.head = nn.Linear(8, 30, bias=False)
-        self.head.weight = self.embed.weight
-
-    def forward(self, ids: Tensor) -> Tensor:
-        y: Tensor = self.head(self.body(self.embed(ids)))
-        return y
+from tests.zoo.small import Tied
 
 
 @pytest.mark.parametrize(
@@ -44,7 +32,7 @@ def test_the_default_threshold_is_2048() -> None:
 
 
 def test_a_shared_weight_stands_once_with_both_children(tmp_path: Path) -> None:
-    model = Tied()
+    model = Tied(30, 8, calls=1)
     found = get_weights_metadata(model, 100)
     assert list(found) == ["embed.weight"]
     assert found["embed.weight"].val.data_ptr() == model.embed.weight.data_ptr()

@@ -10,6 +10,7 @@ from sparsify.errors import DataError, SparsifyWarning, TargetError
 from sparsify.model import targets
 from sparsify.model.targets import named_modules, named_parameters, resolve_layers, resolve_parameters
 from sparsify.model.wrappers import clean_name
+from tests.zoo.quantizable import Conv1D
 
 WHERE = "GMPruningModifier.params"
 
@@ -23,15 +24,6 @@ class Net(nn.Module):
         self.embedding = nn.Embedding(10, 8)
         self.head = nn.Linear(8, 10)
         self.head.weight = self.embedding.weight  # tied
-
-
-class Conv1D(nn.Module):
-    """As transformers has it: the weight lies the other way round."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.randn(4, 6))
-        self.bias = nn.Parameter(torch.zeros(6))
 
 
 class QuantizedLinear(nn.Linear):
@@ -135,7 +127,7 @@ def test_a_user_s_own_layer_called_module_does_not_hide_another() -> None:
 
 
 def test_conv1d_of_transformers_is_prunable_by_its_class_name() -> None:
-    model = nn.Sequential(Conv1D())
+    model = nn.Sequential(Conv1D(6, 4))
     assert names(model, "__ALL_PRUNABLE__") == ["0.weight"] == names(model, "Conv1D")
     assert targets.input_dim(model[0]) == 0
 

@@ -11,28 +11,14 @@ from torch.nn import functional as F
 
 from sparsify.errors import ArgumentError
 from sparsify.model.trace import trace
-
-
-class Residual(nn.Module):
-    def __init__(self, channels: int = 4) -> None:
-        super().__init__()
-        self.conv1 = nn.Conv2d(channels, channels, 3, padding=1)
-        self.bn1 = nn.BatchNorm2d(channels)
-        self.conv2 = nn.Conv2d(channels, channels, 3, padding=1)
-        self.bn2 = nn.BatchNorm2d(channels)
-        self.relu = nn.ReLU(inplace=True)
-
-    def forward(self, x: Tensor) -> Tensor:
-        out = self.relu(self.bn1(self.conv1(x)))
-        out = self.bn2(self.conv2(out))
-        out += x
-        return self.relu(out)
+from tests.zoo.quantizable import ResidualBlock
+from tests.zoo.small import Branching, Tied, written
 
 
 class Small(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.block = Residual()
+        self.block = ResidualBlock(bias=True)
         self.drop = nn.Dropout(0.5)
         self.fc = nn.Linear(4, 3)
 
@@ -96,7 +82,7 @@ def test_the_model_the_random_state_and_the_buffers_stay_as_they_were(training: 
 
 
 def test_a_shared_module_is_told_apart_by_its_calls() -> None:
-    block = Residual()
+    block = ResidualBlock(bias=True)
     seen = trace(nn.Sequential(block, block), (torch.randn(1, 4, 4, 4),))
     adds = [node for node in seen.nodes if node.kind == "add"]
     assert [node.owner for node in adds] == ["0", "0"]
@@ -104,26 +90,17 @@ def test_a_shared_module_is_told_apart_by_its_calls() -> None:
 
 
 def test_names_are_clean_of_wrappers() -> None:
-    class Wrapper(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self._orig_mod = nn.Linear(3, 2)
+    wrapper = written(lambda self, x: self._orig_mod(x), _orig_mod=nn.Linear(3, 2))
 
-        def forward(self, x: Tensor) -> Tensor:
-            return self._orig_mod(x)
-
-    (linear,) = (n for n in trace(nn.Sequential(Wrapper()), (torch.randn(1, 3),)).nodes if n.kind == "linear")
+    (linear,) = (n for n in trace(nn.Sequential(wrapper), (torch.randn(1, 3),)).nodes if n.kind == "linear")
     assert linear.owner == "0"
     assert linear.parameters == ("0.weight", "0.bias")
 
 
 def test_a_model_that_cannot_be_traced_is_named_with_the_place_in_its_code() -> None:
-    class Branching(nn.Module):
-        def forward(self, x: Tensor) -> Tensor:
-            return x if x.sum() > 0 else -x
 
     model = Branching()
-    with pytest.raises(ArgumentError, match=r"Branching cannot be traced on these inputs in forward \(test_trace.py"):
+    with pytest.raises(ArgumentError, match=r"Branching cannot be traced on these inputs in forward \(small.py"):
         trace(model, (torch.randn(3),))
     assert model.training
 
@@ -134,16 +111,7 @@ def test_inputs_that_do_not_fit_are_an_argument_error() -> None:
 
 
 def test_a_tied_parameter_has_its_first_name() -> None:
-    class Tied(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.embed = nn.Embedding(5, 4)
-            self.head = nn.Linear(4, 5, bias=False)
-            self.head.weight = self.embed.weight
 
-        def forward(self, ids: Tensor) -> Tensor:
-            return self.head(self.embed(ids))
-
-    seen = trace(Tied(), (torch.tensor([[1, 2]]),))
+    seen = trace(Tied(5, 4), (torch.tensor([[1, 2]]),))
     (linear,) = (node for node in seen.nodes if node.kind == "linear")
     assert linear.parameters == ("embed.weight",)

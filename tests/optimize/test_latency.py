@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from sparsify.analysis.analyze import analyze_model
 from sparsify.analysis.loss import LossProfile
@@ -23,6 +23,7 @@ from sparsify.optimize.latency import LatencyPlan, latency_plan
 from sparsify.optimize.latency_tables import ModelTables
 from sparsify.optimize.widths import Choice, LayerTime, SpeedPart, Tables, WidthCurve
 from sparsify.training.manager import ScheduledModifierManager
+from tests.zoo.quantizable import Shortcut
 
 SHARES = (1.0, 0.75, 0.5, 0.25)
 
@@ -110,30 +111,13 @@ def test_curves_pool_what_is_in_the_wrong_order() -> None:
 # ------------------------------------------------------------------------------------------------------------ plans
 
 
-class Net(nn.Module):
-    """Two blocks of two convolutions, one with a shortcut, and a head."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.stem = nn.Conv2d(3, 64, 3, padding=1)
-        self.conv1 = nn.Conv2d(64, 128, 3, padding=1)
-        self.conv2 = nn.Conv2d(128, 64, 3, padding=1)
-        self.head = nn.Linear(64, 10)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = torch.relu(self.stem(x))
-        x = torch.relu(x + self.conv2(torch.relu(self.conv1(x))))
-        out: Tensor = self.head(x.mean((2, 3)))
-        return out
-
-
 IMAGES = torch.randn(1, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 WIDTHS = (1.0, 0.75, 0.5, 0.25)
 
 
-def net() -> Net:
+def net() -> Shortcut:
     torch.manual_seed(0)
-    return Net().eval()
+    return Shortcut(64, 128).eval()
 
 
 def injected(model: nn.Module, **changed: Any) -> PerformanceProfile:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import copy
 import re
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 
 from sparsify.errors import ArgumentError
 from sparsify.pruning.groups import ChannelGroups, GroupMember, find_unchecked_groups
+from tests.zoo.small import Branching, written
 
 IMAGE = torch.randn(2, 3, 8, 8, dtype=torch.float64)
 ROWS = torch.randn(2, 5, 12, dtype=torch.float64)
@@ -78,7 +80,7 @@ class Tagger(nn.Module):
         return result
 
 
-class Tied(nn.Module):
+class TiedFeedForward(nn.Module):
     """Without norms the hidden size of a language model is free; its head is its embedding."""
 
     def __init__(self) -> None:
@@ -150,7 +152,7 @@ def test_heads_of_a_fused_projection() -> None:
 
 
 def test_a_tied_weight_is_one_tensor_and_read_along_the_same_dimension() -> None:
-    assert shown(found(Tied(), IDS))["table.weight"] == (
+    assert shown(found(TiedFeedForward(), IDS))["table.weight"] == (
         "embedding",
         6,
         {
@@ -213,7 +215,13 @@ def test_why_a_weight_stays_whole(model: nn.Module, inputs: Tensor, reasons: dic
 
 
 def test_every_weight_of_a_layer_is_cut_or_has_a_reason() -> None:
-    for model, inputs in ((Residual(), IMAGE), (Concat(), IMAGE), (Block(), ROWS), (Tagger(), IDS), (Tied(), IDS)):
+    for model, inputs in (
+        (Residual(), IMAGE),
+        (Concat(), IMAGE),
+        (Block(), ROWS),
+        (Tagger(), IDS),
+        (TiedFeedForward(), IDS),
+    ):
         channel_groups = found(model, inputs)
         cut = {row for channel_group in channel_groups.groups.values() for row in channel_group.rows}
         weights = {name for name, p in model.named_parameters() if p.dim() > 1}
@@ -276,7 +284,7 @@ def test_what_is_deleted_cannot_be_seen_in_the_output(model: nn.Module, inputs: 
     [
         (Residual(), IMAGE, {"stem.weight": (3, 3, 3, 3), "outer.weight": (3, 2, 1, 1), "head.weight": (5, 3)}),
         (Concat(), IMAGE, {"left.weight": (1, 3, 1, 1), "right.weight": (1, 3, 1, 1), "head.weight": (5, 8)}),
-        (Tied(), IDS, {"table.weight": (9, 3), "up.weight": (4, 3), "head.weight": (9, 3)}),
+        (TiedFeedForward(), IDS, {"table.weight": (9, 3), "up.weight": (4, 3), "head.weight": (9, 3)}),
     ],
     ids=["residual", "concat", "tied"],
 )
@@ -299,7 +307,7 @@ def test_a_model_without_them_computes_what_the_masked_one_does(
         holder = small.get_submodule(owner)
         cut = getattr(holder, own).detach().index_select(dim, kept.nonzero().flatten())
         setattr(holder, own, cut if statistic else nn.Parameter(cut))
-    if isinstance(small, Tied):
+    if isinstance(small, TiedFeedForward):
         small.head.weight = small.table.weight
     assert {name: tuple(small.get_submodule(name[:-7]).weight.shape) for name in smaller} == smaller
     assert torch.allclose(small(inputs), model(inputs), rtol=1e-12, atol=1e-12)
@@ -330,9 +338,6 @@ def test_names_are_clean_and_the_same_at_every_time() -> None:
 
 
 def test_what_cannot_be_traced_is_refused() -> None:
-    class Branching(nn.Module):
-        def forward(self, x: Tensor) -> Tensor:
-            return x * 2 if x.sum() > 0 else x
 
     with pytest.raises(ArgumentError, match="cannot be traced"):
         find_unchecked_groups(Branching(), (IMAGE,))
@@ -369,96 +374,57 @@ def test_the_halves_of_a_gate_lose_the_same_channels() -> None:
     assert rows.channels == (0, 1, 2, 3, 0, 1, 2, 3)
 
 
-class Gated(nn.Module):
-    """The halves of a gate come from a layer and from its channels in another order."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.up, self.down = nn.Linear(12, 4), nn.Linear(4, 5)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.up(x)
-        result: Tensor = self.down(F.glu(torch.cat([x, x], -1), -1))
-        return result
-
-
 def test_a_gate_over_one_layer_twice_is_free() -> None:
-    assert found(Gated(), ROWS).groups["up.weight"].size == 4
+    def forward(self: Any, x: Tensor) -> Tensor:
+        x = self.up(x)
+        return self.down(F.glu(torch.cat([x, x], -1), -1))
 
-
-class Picked(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.up, self.down, self.last = nn.Linear(12, 6), nn.Linear(6, 4), nn.Linear(3, 2)
-        self.register_buffer("chosen", torch.tensor([0, 2, 3]))
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.down(self.up(x).relu())
-        result: Tensor = self.last(x[..., self.chosen])
-        return result
+    assert found(written(forward, up=nn.Linear(12, 4), down=nn.Linear(4, 5)), ROWS).groups["up.weight"].size == 4
 
 
 def test_channels_that_code_picks_by_number_stay() -> None:
-    channel_groups = found(Picked(), ROWS)
+    layers = {"up": nn.Linear(12, 6), "down": nn.Linear(6, 4), "last": nn.Linear(3, 2)}
+    model = written(
+        lambda self, x: self.last(self.down(self.up(x).relu())[..., self.chosen]),
+        **layers,
+        chosen=torch.tensor([0, 2, 3]),
+    )
+    channel_groups = found(model, ROWS)
     assert set(channel_groups.groups) == {"up.weight"}
     assert "takes some by number" in channel_groups.whole["down.weight"]
 
 
-class Twice(nn.Module):
-    """One layer reads two others: both lose the same channels."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.left, self.right, self.both = nn.Linear(12, 6), nn.Linear(12, 6), nn.Linear(6, 3)
-
-    def forward(self, x: Tensor) -> Tensor:
-        result: Tensor = self.both(self.left(x).relu()) * self.both(self.right(x).sigmoid())
-        return result
-
-
 def test_a_layer_that_is_called_twice_ties_what_it_reads() -> None:
-    channel_groups = found(Twice(), ROWS)
+    # One layer reads two others: both lose the same channels.
+    model = written(
+        lambda self, x: self.both(self.left(x).relu()) * self.both(self.right(x).sigmoid()),
+        **{"left": nn.Linear(12, 6), "right": nn.Linear(12, 6), "both": nn.Linear(6, 3)},
+    )
+    channel_groups = found(model, ROWS)
     assert set(channel_groups.groups) == {"left.weight"}
     assert set(channel_groups.groups["left.weight"].rows) == {"left.weight", "right.weight"}
 
 
-class Crossed(nn.Module):
-    """Attention of torch whose queries and keys have other widths: its projections are parameters of its own."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.attention = nn.MultiheadAttention(12, 3, kdim=4, vdim=4, batch_first=True)
-        self.keys, self.up, self.down = nn.Linear(12, 4), nn.Linear(12, 7), nn.Linear(7, 2)
-
-    def forward(self, x: Tensor) -> Tensor:
-        keys = self.keys(x)
-        result: Tensor = self.down(self.up(self.attention(x, keys, keys, need_weights=False)[0]).relu())
-        return result
-
-
 def test_attention_of_torch_stays_whole_and_says_so() -> None:
-    channel_groups = found(Crossed(), ROWS)
+    # Queries and keys have other widths: its projections are parameters of its own.
+    def forward(self: Any, x: Tensor) -> Tensor:
+        keys = self.keys(x)
+        return self.down(self.up(self.attention(x, keys, keys, need_weights=False)[0]).relu())
+
+    attention = nn.MultiheadAttention(12, 3, kdim=4, vdim=4, batch_first=True)
+    layers = {"keys": nn.Linear(12, 4), "up": nn.Linear(12, 7), "down": nn.Linear(7, 2)}
+    channel_groups = found(written(forward, attention=attention, **layers), ROWS)
     assert set(channel_groups.groups) == {"up.weight"}
     fixed = {name: why for name, why in channel_groups.whole.items() if "fixes its width" in why}
     assert {"attention.q_proj_weight", "attention.out_proj.weight"} <= set(fixed)
 
 
-class Counting(nn.Module):
-    """Writes into a buffer of numbers and picks channels by it."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.register_buffer("positions", torch.arange(5))
-        self.up, self.down = nn.Linear(12, 5), nn.Linear(5, 3)
-
-    def forward(self, x: Tensor) -> Tensor:
-        order = self.positions.add_(1) % 5
-        result: Tensor = self.down(self.up(x)[..., order].relu())
-        return result
-
-
 def test_what_writes_is_not_run_for_real() -> None:
-    model = Counting()
+    def forward(self: Any, x: Tensor) -> Tensor:
+        order = self.positions.add_(1) % 5
+        return self.down(self.up(x)[..., order].relu())
+
+    model = written(forward, positions=torch.arange(5), up=nn.Linear(12, 5), down=nn.Linear(5, 3))
     before = model.positions.clone()
     found(model, ROWS)
     assert torch.equal(model.positions, before)

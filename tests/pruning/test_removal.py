@@ -21,6 +21,7 @@ from sparsify.training.checkpoint import checksum
 from tests.loops import holds_state, train_step
 from tests.optimizer_forms import FORMS, Form
 from tests.zoo.prunable import Encoder, Residual, every_second, made_in_double
+from tests.zoo.small import written
 
 
 def loss_of(model: nn.Module, x: Tensor) -> Tensor:
@@ -186,20 +187,10 @@ def test_channels_last_stays() -> None:
     assert not weight.is_contiguous()
 
 
-class Tied(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.first, self.second, self.last = nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 2)
-        self.second.weight = self.first.weight
-        self.enter = nn.Linear(3, 6)
-
-    def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.last(self.second(self.first(self.enter(x)).relu()).relu())
-        return out
-
-
 def test_tied_weights_stay_tied() -> None:
-    model = Tied().double()
+    layers = {"enter": nn.Linear(3, 6), "first": nn.Linear(6, 6), "second": nn.Linear(6, 6), "last": nn.Linear(6, 2)}
+    layers["second"].weight = layers["first"].weight
+    model = written(lambda self, x: self.last(self.second(self.first(self.enter(x)).relu()).relu()), **layers).double()
     x = torch.randn(4, 3, dtype=torch.float64)
     channel_groups = find_unchecked_groups(model, (x,))
     pruned = every_second(channel_groups)
@@ -307,19 +298,9 @@ def test_channel_groups_of_a_model_that_changed_since_are_refused() -> None:
 
 
 def test_a_number_in_code_that_means_two_sizes_is_left_alone() -> None:
-    class Two(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.width = 4
-            self.a, self.b = nn.Linear(2, 4), nn.Linear(2, 4)
-            self.c, self.d = nn.Linear(4, 2), nn.Linear(4, 2)
+    layers = {"a": nn.Linear(2, 4), "b": nn.Linear(2, 4), "c": nn.Linear(4, 2), "d": nn.Linear(4, 2)}
+    model = written(lambda self, x: self.c(self.a(x).relu() * 2) + self.d(self.b(x).relu() * 2), width=4, **layers)
 
-        def forward(self, x: Tensor) -> Tensor:
-            a, b = self.a(x).relu() * 2, self.b(x).relu() * 2
-            out: Tensor = self.c(a) + self.d(b)
-            return out
-
-    model = Two()
     channel_groups = find_unchecked_groups(model, (torch.randn(3, 2),))
     assert plan_removal(model, channel_groups, {"a.weight": [0], "b.weight": [1]}).attributes[""] == {"width": 3}
     assert "" not in plan_removal(model, channel_groups, {"a.weight": [0]}).attributes

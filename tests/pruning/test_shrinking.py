@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -15,6 +17,7 @@ from sparsify.pruning.group_masks import dead_channels
 from sparsify.pruning.groups import find_unchecked_groups
 from tests.loops import holds_state
 from tests.zoo.prunable import Encoder, Residual, every_second, made_in_double, mask_channels_
+from tests.zoo.small import Branching, written
 
 
 @pytest.mark.parametrize("kind", [Residual, Encoder])
@@ -100,6 +103,12 @@ def test_a_copy_is_shrunk_alike_and_an_optimizer_goes_on() -> None:
     optimizer.step()
 
 
+def up_down(code: Callable[[Any, Tensor], Tensor], **numbers: int) -> Any:
+    """Computes `code` on what Linear(4, 8) and a ReLU give; a Linear(8, 2) is there for it."""
+    layers = {"up": nn.Linear(4, 8), "down": nn.Linear(8, 2)}
+    return written(lambda self, x: code(self, self.up(x).relu()), **layers, **numbers)
+
+
 class FixedShape(nn.Module):
     """Has a size in its code that is no attribute: what shrinks would fail."""
 
@@ -125,21 +134,9 @@ def test_what_code_has_as_a_fixed_size_stays_whole_with_the_reason() -> None:
     assert holds_state(model, before)
 
 
-class Lying(nn.Module):
-    """Computes something else, silently, when it is smaller: the count of its channels enters its result."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.up, self.down = nn.Linear(4, 8), nn.Linear(8, 2)
-
-    def forward(self, x: Tensor) -> Tensor:
-        wide = self.up(x).relu()
-        out: Tensor = self.down(wide) * wide.shape[1]
-        return out
-
-
 def test_what_computes_something_else_when_smaller_stays_whole() -> None:
-    model, x = Lying(), torch.randn(3, 4)
+    # The count of the channels enters the result.
+    model, x = up_down(lambda self, wide: self.down(wide) * wide.shape[1]), torch.randn(3, 4)
     # As residual branches begin: as long as it is zero, all that comes before looks right.
     nn.init.zeros_(model.down.weight)
     checked = find_groups(model, (x,))
@@ -147,19 +144,8 @@ def test_what_computes_something_else_when_smaller_stays_whole() -> None:
     assert "computes something else" in checked.whole["up.weight"]
 
 
-class Undefined(Lying):
-    """Gives no numbers when it is smaller."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        wide = self.up(x).relu()
-        out: Tensor = (
-            self.down(wide) * (wide.shape[1] - 7) ** 0.5 if wide.shape[1] == 8 else self.down(wide) * torch.nan
-        )
-        return out
-
-
 def test_what_gives_nan_when_smaller_stays_whole() -> None:
-    model, x = Undefined(), torch.randn(3, 4)
+    model, x = up_down(lambda self, wide: self.down(wide) * (1 if wide.shape[1] == 8 else torch.nan)), torch.randn(3, 4)
     checked = find_groups(model, (x,))
     assert "computes something else: its output is nan off" in checked.whole["up.weight"]
 
@@ -203,39 +189,15 @@ def test_two_samples_are_compared_unless_code_wants_more(least: int, expected: s
     assert set(model.seen) == expected
 
 
-class Single(nn.Module):
-    """Has a part in float32 whatever its weights are."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.up, self.down = nn.Linear(4, 8), nn.Linear(8, 2)
-
-    def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.down(self.up(x).relu().to(torch.float32))
-        return out
-
-
 def test_a_model_that_takes_float32_only_is_compared_in_it() -> None:
-    model, x = Single(), torch.randn(3, 4)
+    model, x = up_down(lambda self, wide: self.down(wide.to(torch.float32))), torch.randn(3, 4)
     assert set(find_groups(model, (x,)).groups) == {"up.weight"}
 
 
-class Buckets(nn.Module):
-    """Two numbers equal to the width: one follows it, the other is a constant of the formula."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.width = self.buckets = 8
-        self.up, self.down = nn.Linear(4, 8), nn.Linear(8, 2)
-
-    def forward(self, x: Tensor) -> Tensor:
-        wide = self.up(x).relu().view(-1, self.width) / self.buckets
-        out: Tensor = self.down(wide)
-        return out
-
-
 def test_a_constant_that_equals_a_size_by_chance_is_told_from_one_that_follows() -> None:
-    model, x = Buckets().double(), torch.randn(3, 4, dtype=torch.float64)
+    # One number that equals the width follows it, the other is a constant of the formula.
+    model = up_down(lambda self, wide: self.down(wide.view(-1, self.width) / self.buckets), width=8, buckets=8).double()
+    x = torch.randn(3, 4, dtype=torch.float64)
     checked = find_groups(model, (x,))
     assert checked.constants == {"buckets"}
     mask_channels_(model, checked, every_second(checked))
@@ -259,12 +221,8 @@ def test_bad_input_is_refused() -> None:
     with pytest.raises(ArgumentError, match="model is a str"):
         sparsify.shrink("model", torch.randn(1))  # type: ignore[arg-type]
 
-    class Looks(nn.Module):
-        def forward(self, x: Tensor) -> Tensor:
-            return x if x.sum() > 0 else -x
-
     with pytest.raises(ArgumentError, match="cannot be traced"):
-        sparsify.shrink(Looks(), torch.randn(2, 2))
+        sparsify.shrink(Branching(), torch.randn(2, 2))
 
 
 def test_a_model_that_cannot_be_copied_is_refused() -> None:

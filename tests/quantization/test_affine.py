@@ -23,7 +23,7 @@ from sparsify.quantization.deployment import deployment_copy
 from sparsify.quantization.plan import QuantizationPlan
 from sparsify.quantization.scheme import QuantizationSettings, Scheme, WeightScheme
 from tests.loops import quantized
-from tests.zoo.quantizable import Conv1D, ResidualNet, images
+from tests.zoo.quantizable import GptBlock, ResidualNet, images
 
 
 def affine(bits: int = 4, block: Any = None, strategy: Any = "channel") -> QuantizationSettings:
@@ -100,25 +100,11 @@ def test_the_gradient_of_every_weight_passes() -> None:
     assert weight.grad is not None and torch.equal(weight.grad, slope)
 
 
-class Gpt(nn.Module):
-    """Inputs that no block divides, transformers' transposed layer, and a ReLU right behind it."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.inner = nn.Linear(70, 64)
-        self.norm = nn.LayerNorm(64)
-        self.turned = Conv1D(48, 64)
-        self.head = nn.Linear(48, 5, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.head(torch.relu(self.turned(self.norm(self.inner(x)))))
-
-
 @pytest.mark.parametrize("block", [16, 128])
 @pytest.mark.parametrize("bits", [2, 4, 8])
 def test_blocks_lie_on_the_grid_worked_out_by_hand(bits: int, block: int) -> None:
     torch.manual_seed(0)
-    model, x = shifted(Gpt()), torch.randn(2, 3, 70)
+    model, x = shifted(GptBlock()), torch.randn(2, 3, 70)
     plain = copy.deepcopy(model)
     quantized(model, x, settings=affine(bits, block))
     with torch.no_grad():
@@ -135,7 +121,7 @@ def test_the_file_computes_the_same_in_the_fused_kernel(
     bits: int, block: int | None, strategy: str, dims: int, tmp_path: Path
 ) -> None:
     torch.manual_seed(0)
-    model, x = shifted(Gpt()), torch.randn(3, 4, 70)
+    model, x = shifted(GptBlock()), torch.randn(3, 4, 70)
     x = x if dims == 3 else x[0]
     quantized(model, x, settings=affine(bits, block, strategy))
     deployed = deployment_copy(model)
@@ -233,7 +219,7 @@ modifiers:
 def test_a_checkpoint_brings_the_grid_back_and_old_states_are_symmetric() -> None:
     torch.manual_seed(0)
     x = torch.randn(8, 70)
-    model = shifted(Gpt())
+    model = shifted(GptBlock())
     plan = quantized(model, x, settings=affine(4, 32))
     state = plan.to_state()
     assert QuantizationPlan.from_state(state) == plan and all(layer.affine for layer in plan.layers)
@@ -243,7 +229,7 @@ def test_a_checkpoint_brings_the_grid_back_and_old_states_are_symmetric() -> Non
     assert old.layers == tuple(dataclasses.replace(layer, affine=False) for layer in plan.layers)
 
     def made() -> tuple[ScheduledModifierManager, nn.Module, Any]:
-        net = shifted(Gpt())
+        net = shifted(GptBlock())
         optimizer: Any = torch.optim.SGD(net.parameters(), lr=0.1)
         manager = ScheduledModifierManager([QuantizationModifier(start_epoch=0.0, scheme=affine(4, 32).scheme)])
         return manager, net, manager.modify(net, optimizer, 4, sample_inputs=(x,))
@@ -260,7 +246,7 @@ def test_a_checkpoint_brings_the_grid_back_and_old_states_are_symmetric() -> Non
 
 def test_without_training_affine_weights_are_rounded_to_the_nearest() -> None:
     torch.manual_seed(0)
-    model, data = shifted(Gpt()), [torch.randn(8, 70) for _ in range(4)]
+    model, data = shifted(GptBlock()), [torch.randn(8, 70) for _ in range(4)]
     chosen = affine(4, 32).scheme
     found = quantize_model(model, data, scheme=chosen, least_samples=8)
     assert {one.rounding for one in found.layers} == {"nearest"}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
+from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from sparsify.quantization.plan import QuantizationPlan
 from sparsify.quantization.scheme import ActivationScheme, QuantizationSettings, Scheme
 from tests.loops import quantized, train
 from tests.zoo.quantizable import BertLayer
+from tests.zoo.small import written
 
 SCHEME = Scheme(matmul_activations=ActivationScheme())
 MASKS: dict[str, Callable[[], dict[str, Any]]] = {
@@ -155,15 +157,9 @@ def test_multihead_attention(weights: bool, tmp_path: Path) -> None:
 
 
 def test_what_the_recipe_says_of_each_attention() -> None:
-    class Two(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.first, self.second = Bare(WAYS["sdpa"]), Bare(WAYS["operator"])
 
-        def forward(self, x: Tensor) -> Tensor:
-            return self.second(self.first(x))
-
-    model, x = Two(), torch.randn(2, 5, 8)
+    model = nn.Sequential(OrderedDict(first=Bare(WAYS["sdpa"]), second=Bare(WAYS["operator"])))
+    x = torch.randn(2, 5, 8)
     assert products_of(plan_of(model, x)) == []
     first = [f"first.matmul_{name}_0_quantizer" for name in attention_products.ATTENTION]
     assert products_of(plan_of(model, x, overrides={"first": SCHEME})) == first
@@ -178,16 +174,10 @@ def test_what_the_recipe_says_of_each_attention() -> None:
 
 
 def test_an_attention_that_is_called_twice_has_each_quantizer_once(tmp_path: Path) -> None:
-    class Again(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.inner = Bare(WAYS["sdpa"])
-
-        def forward(self, x: Tensor) -> Tensor:
-            return self.inner(self.inner(x))
 
     torch.manual_seed(0)
-    model, x, path = Again(), torch.randn(2, 5, 8), tmp_path / "model.onnx"
+    model = written(lambda self, x: self.inner(self.inner(x)), inner=Bare(WAYS["sdpa"]))
+    x, path = torch.randn(2, 5, 8), tmp_path / "model.onnx"
     plan = quantized(model, x, settings=QuantizationSettings(scheme=SCHEME))
     assert products_of(plan) == [f"inner.matmul_{name}_0_quantizer" for name in attention_products.ATTENTION]
     train(model, x, 2)

@@ -15,6 +15,7 @@ from sparsify.quantization.layers import WEIGHTED, QuantizedLayer, deployed_inte
 from sparsify.quantization.scheme import NAMED, ActivationScheme, QuantizationSettings, Scheme, WeightScheme
 from tests.loops import quantized, quantized_and_trained, train
 from tests.zoo.quantizable import ZOO, Conv1D, ResidualNet, images, mlp
+from tests.zoo.small import written
 
 SETTINGS = {
     "default": QuantizationSettings(),
@@ -262,19 +263,12 @@ def test_a_model_that_looks_at_its_layers_weights_in_forward_still_runs() -> Non
 
 
 def test_products_inside_an_embedding_are_none_of_its_callers() -> None:
-    class Scaled(nn.Module):
-        """The product is the first of its kind in this forward: T5 scales what goes into its head."""
-
-        def __init__(self) -> None:
-            super().__init__()
-            self.embed, self.head = nn.Embedding(7, 6), nn.Linear(6, 3)
-
-        def forward(self, ids: Tensor) -> Tensor:
-            y: Tensor = self.head(torch.tanh(self.embed(ids)) * 0.5)
-            return y
+    # The product is the first of its kind in this forward: T5 scales what goes into its head.
 
     torch.manual_seed(0)
-    model, ids = Scaled(), torch.randint(0, 7, (4, 5))
+    layers = {"embed": nn.Embedding(7, 6), "head": nn.Linear(6, 3)}
+    model = written(lambda self, ids: self.head(torch.tanh(self.embed(ids)) * 0.5), **layers)
+    ids = torch.randint(0, 7, (4, 5))
     quantized(model, ids)
     assert "multiply_0_quantizer" in dict(model.named_modules())
     train(model, ids, steps=2)

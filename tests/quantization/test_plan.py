@@ -31,6 +31,7 @@ from tests.zoo.quantizable import (
     images,
     mlp,
 )
+from tests.zoo.small import written
 
 
 def plan_of(model: nn.Module, *inputs: Tensor, **settings: object) -> QuantizationPlan:
@@ -130,16 +131,11 @@ def test_concatenations_and_transposed_convolutions() -> None:
 
 
 def test_a_shared_layer_has_one_quantizer_for_all_that_it_reads_and_is_not_folded() -> None:
-    class Twice(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.conv = nn.Conv2d(3, 3, 1)
-            self.bn = nn.BatchNorm2d(3)
+    model = written(
+        lambda self, x: self.bn(self.conv(torch.relu(self.conv(x)))), conv=nn.Conv2d(3, 3, 1), bn=nn.BatchNorm2d(3)
+    )
 
-        def forward(self, x: Tensor) -> Tensor:
-            return self.bn(self.conv(torch.relu(self.conv(x))))
-
-    plan = plan_of(Twice(), images())
+    plan = plan_of(model, images())
     (layer,) = plan.layers
     assert layer.source == "conv.input_quantizer" and layer.norm is None
     # Its BatchNorm is a layer of its own, then.
@@ -165,15 +161,13 @@ def test_what_a_layer_reads_in_several_calls_lies_on_one_grid() -> None:
 
 
 def test_a_layer_that_reads_the_input_too_brings_its_own_quantizer() -> None:
-    class Twice(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.conv, self.last = nn.Conv2d(3, 3, 1), nn.Conv2d(3, 2, 1)
+    model = written(
+        lambda self, x: self.last(self.conv(torch.relu(self.conv(x)))),
+        conv=nn.Conv2d(3, 3, 1),
+        last=nn.Conv2d(3, 2, 1),
+    )
 
-        def forward(self, x: Tensor) -> Tensor:
-            return self.last(self.conv(torch.relu(self.conv(x))))
-
-    plan = plan_of(Twice(), images())
+    plan = plan_of(model, images())
     assert [site.name for site in plan.sites if not site.child.startswith("output")] == ["conv.input_quantizer"]
     assert {layer.name: layer.source for layer in plan.layers} == {
         "conv": "conv.input_quantizer",

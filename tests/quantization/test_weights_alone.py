@@ -18,7 +18,7 @@ from sparsify.errors import ExportError, RecipeError
 from sparsify.quantization.deployment import deployment_copy
 from sparsify.quantization.scheme import ActivationScheme, QuantizationSettings, Scheme, WeightScheme
 from tests.loops import quantized, train_step
-from tests.zoo.quantizable import Conv1D, images
+from tests.zoo.quantizable import GptBlock, images
 
 
 def weights(bits: int, block: Any = None, **more: Any) -> QuantizationSettings:
@@ -29,20 +29,6 @@ def weights(bits: int, block: Any = None, **more: Any) -> QuantizationSettings:
             weights=WeightScheme(num_bits=bits, strategy=strategy, block_size=block, **more),
         )
     )
-
-
-class Gpt(nn.Module):
-    """A Linear with 70 inputs, which no block divides, one of three dimensions, and transformers' transposed layer."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.inner = nn.Linear(70, 64)
-        self.norm = nn.LayerNorm(64)
-        self.turned = Conv1D(48, 64)
-        self.head = nn.Linear(48, 5, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.head(torch.relu(self.turned(self.norm(self.inner(x)))))
 
 
 def step(model: nn.Module, x: Tensor, steps: int = 3) -> None:
@@ -66,7 +52,7 @@ def by_hand(weight: Tensor, bits: int, block: int) -> Tensor:
 @pytest.mark.parametrize("bits", [3, 4, 8])
 def test_a_block_has_the_scale_of_its_largest_weight(bits: int, block: int) -> None:
     torch.manual_seed(0)
-    model, x = Gpt(), torch.randn(2, 3, 70)
+    model, x = GptBlock(), torch.randn(2, 3, 70)
     plain = copy.deepcopy(model)
     quantized(model, x, settings=weights(bits, block))
     with torch.no_grad():
@@ -85,7 +71,7 @@ def test_the_file_computes_the_same_in_the_fused_kernel(
     bits: int, block: int | None, dims: int, learned: bool, tmp_path: Path
 ) -> None:
     torch.manual_seed(0)
-    model, x = Gpt(), torch.randn(3, 4, 70)
+    model, x = GptBlock(), torch.randn(3, 4, 70)
     x = x if dims == 3 else x[0]
     quantized(model, x, settings=weights(bits, block, observer="lsq" if learned else "min_max"))
     step(model, x)
@@ -139,7 +125,7 @@ def test_convolutions_of_four_bits_are_stored_so_and_activations_in_integers_kee
 
 def test_what_a_file_cannot_say_is_refused_before_the_work(tmp_path: Path) -> None:
     torch.manual_seed(0)
-    model, x = Gpt(), torch.randn(3, 70)
+    model, x = GptBlock(), torch.randn(3, 70)
     quantized(model, x, settings=weights(3, 32))
     with pytest.raises(ExportError, match="from opset 21 on; pass opset=21 instead of 18"):
         export_onnx(model, x, tmp_path / "net.onnx", opset=18)
@@ -152,7 +138,7 @@ def test_what_a_file_cannot_say_is_refused_before_the_work(tmp_path: Path) -> No
 
 
 def test_blocks_beside_quantized_activations_are_refused_at_modify() -> None:
-    model = Gpt()
+    model = GptBlock()
     blocks = WeightScheme(strategy="block", block_size=32)
     manager = ScheduledModifierManager([QuantizationModifier(start_epoch=5.0, scheme=Scheme(weights=blocks))])
     with pytest.raises(RecipeError, match=r"inner would have weights with a scale for each block of 32 and quantized"):
@@ -179,7 +165,7 @@ def test_half_a_block_is_refused(fields: dict[str, Any]) -> None:
 
 def test_without_training_blocks_are_rounded_to_the_nearest() -> None:
     torch.manual_seed(0)
-    model, data = Gpt(), [torch.randn(8, 70) for _ in range(4)]
+    model, data = GptBlock(), [torch.randn(8, 70) for _ in range(4)]
     chosen = weights(4, 32).scheme
     found = quantize_model(model, data, scheme=chosen, least_samples=8)
     assert {one.rounding for one in found.layers} == {"nearest"}

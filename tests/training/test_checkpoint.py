@@ -27,6 +27,7 @@ from sparsify.training.checkpoint import checksum
 from sparsify.training.manager import ScheduledModifierManager
 from tests.loops import assert_same_state, reloaded, train_step
 from tests.optimizer_forms import FORMS, Form
+from tests.zoo.quantizable import Shortcut
 from tests.zoo.small import perceptron
 
 STEPS_PER_EPOCH = 4
@@ -155,23 +156,9 @@ def test_resuming_with_training_modifiers_and_a_teacher_that_is_itself() -> None
         assert_same_state(final, end, f"resumed at step {step}")
 
 
-class Residual(nn.Module):
-    """A small network of convolutions with batch norm and an add, as quantization meets them."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.first, self.norm = nn.Conv2d(2, 4, 3, padding=1, bias=False), nn.BatchNorm2d(4)
-        self.second, self.last = nn.Conv2d(4, 4, 3, padding=1), nn.Linear(4, 3)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = self.norm(self.first(x)).relu()
-        x = (self.second(x) + x).relu()
-        return self.last(x.mean((2, 3)))  # type: ignore[no-any-return]
-
-
 def residual(seed: int = 0) -> nn.Module:
     torch.manual_seed(seed)
-    return Residual()
+    return Shortcut(4, 4, inputs=2, classes=3, norm=True)
 
 
 def convolve(model: nn.Module, optimizer: Any, manager: Any, steps: range, after: Any = None) -> None:

@@ -77,6 +77,25 @@ class NormAct(nn.BatchNorm2d):
         return self.act(self.drop(x))
 
 
+class Shortcut(nn.Module):
+    """A stem with or without BatchNorm, a way around two convolutions, and a head on what is pooled."""
+
+    def __init__(self, width: int, inner: int, inputs: int = 3, classes: int = 10, norm: bool = False) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(inputs, width, 3, padding=1, bias=not norm)
+        if norm:
+            self.norm = nn.BatchNorm2d(width)
+        self.conv1 = nn.Conv2d(width, inner, 3, padding=1)
+        self.conv2 = nn.Conv2d(inner, width, 3, padding=1)
+        self.head = nn.Linear(width, classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        x = F.relu(self.norm(x) if hasattr(self, "norm") else x)
+        x = F.relu(x + self.conv2(F.relu(self.conv1(x))))
+        return self.head(x.mean((2, 3)))
+
+
 class SqueezeExciteNet(nn.Module):
     """EfficientNet's block: SiLU inside the BatchNorm, squeeze-and-excitation, an add of a BatchNorm's output."""
 
@@ -140,6 +159,20 @@ class Subclassed(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = F.relu(self.bn(self.conv(x))).flatten(2).transpose(1, 2)
         return self.head(torch.tanh(self.mix(x)))
+
+
+class GptBlock(nn.Module):
+    """A Linear with 70 inputs, which no block divides, one of three dimensions, and transformers' transposed layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(70, 64)
+        self.norm = nn.LayerNorm(64)
+        self.turned = Conv1D(48, 64)
+        self.head = nn.Linear(48, 5, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.relu(self.turned(self.norm(self.inner(x)))))
 
 
 class BertLayer(nn.Module):

@@ -33,7 +33,10 @@ def written(forward: Callable[..., Any], **members: Any) -> Any:
     """
     model = type("Written", (nn.Module,), {"forward": forward})()
     for name, value in members.items():
-        setattr(model, name, value)
+        if isinstance(value, Tensor) and not isinstance(value, nn.Parameter):
+            model.register_buffer(name, value)
+        else:
+            setattr(model, name, value)
     return model
 
 
@@ -56,6 +59,8 @@ class Tied(nn.Module):
         return y
 
 
-def branching() -> Any:
-    """A model whose control flow depends on values, which no trace can follow."""
-    return written(lambda self, x: x if x.sum() > 0 else -x)
+class Branching(nn.Module):
+    """Control flow that depends on values, which no trace can follow."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x if x.sum() > 0 else -x
