@@ -17,8 +17,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from sparsify.quantization import weight_grid
 from sparsify.quantization.fake_quantize import FakeQuantize
+from sparsify.quantization.fixed_and_shared import SameGrid
 from sparsify.quantization.learned_step import LearnedStep
-from sparsify.quantization.same_grid import SameGrid
 from sparsify.quantization.straight_through import replaced
 from sparsify.quantization.weight_grid import WEIGHT_STEP, on_own_grid, widened
 

@@ -21,7 +21,7 @@ from sparsify.model.preserved import eval_mode_, preserved
 from sparsify.model.targets import named_modules
 from sparsify.quantization.attention import FORMS, disable_fast_path, quantize_attention
 from sparsify.quantization.fake_quantize import FakeQuantize
-from sparsify.quantization.fixed_and_shared import FixedQuantize
+from sparsify.quantization.fixed_and_shared import FixedQuantize, SameGrid
 from sparsify.quantization.forward_ops import Watched, switched_off, watch
 from sparsify.quantization.layers import (
     WEIGHTED,
@@ -32,7 +32,6 @@ from sparsify.quantization.layers import (
     is_weighted,
 )
 from sparsify.quantization.learned_step import LearnedQuantize
-from sparsify.quantization.same_grid import SameGrid
 from sparsify.quantization.weight_grid import WEIGHT_STEP, learned_step
 
 __all__: list[str] = []

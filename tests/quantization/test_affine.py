@@ -18,10 +18,10 @@ from torch import Tensor, nn
 
 from sparsify import QuantizationModifier, ScheduledModifierManager, export_onnx, quantize_model, verify_onnx
 from sparsify.errors import ArgumentError
-from sparsify.quantization.affine import affine_grid, affine_integers, fake_affine
 from sparsify.quantization.deployment import deployment_copy
 from sparsify.quantization.plan import QuantizationPlan
 from sparsify.quantization.scheme import QuantizationSettings, Scheme, WeightScheme
+from sparsify.quantization.weight_grid import affine_grid, affine_integers, fake_affine
 from tests.loops import quantized
 from tests.zoo.quantizable import GptBlock, ResidualNet, images
 
