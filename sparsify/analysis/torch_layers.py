@@ -21,10 +21,12 @@ from sparsify.model.targets import is_prunable_layer, named_modules, named_param
 from sparsify.model.trace import ModuleCall, ModuleNames, exported, plain_trace
 from sparsify.model.wrappers import unwrapped
 from sparsify.quantization.attention import Projection
-from sparsify.quantization.layers import Converted, QuantizedEmbedding, QuantizedLayer
+from sparsify.quantization.conversion import original_type, weight_bits
+from sparsify.quantization.layers import QuantizedEmbedding, QuantizedLayer
 from sparsify.quantization.placement import make_plan
 from sparsify.quantization.plan import is_quantized
 from sparsify.quantization.scheme import QuantizationSettings
+from sparsify.quantization.wiring import Converted
 
 __all__: list[str] = []
 
@@ -303,14 +305,14 @@ def _value_bits(module: nn.Module | None, parameter: nn.Parameter | None) -> int
     """Bits of a value of the weight: those of its quantizer, else those of its storage."""
     if parameter is None:
         return 32
-    if isinstance(module, QuantizedLayer | QuantizedEmbedding) and module._wiring.largest:
-        return (module._wiring.largest + 1).bit_length()
+    if isinstance(module, QuantizedLayer | QuantizedEmbedding) and weight_bits(module):
+        return weight_bits(module)
     return parameter.dtype.itemsize * 8
 
 
 def _class(module: nn.Module) -> str:
     """The name of the module's class; of a quantized module, that of the class it had before."""
-    return module._wiring.original.__name__ if isinstance(module, Converted) else type(module).__name__
+    return original_type(module).__name__
 
 
 def sparsity_of(weight: Tensor) -> float:

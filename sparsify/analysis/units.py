@@ -18,7 +18,7 @@ from sparsify.pruning import group_scores
 from sparsify.pruning.dry_run import find_groups
 from sparsify.pruning.group_masks import deletion_masks
 from sparsify.pruning.masks import compute_masks
-from sparsify.quantization.layers import channel_axis
+from sparsify.quantization.weight_grid import channel_axis
 
 __all__: list[str] = []
 
@@ -106,7 +106,7 @@ def rounded_weight(weight: Tensor, axis: int, bits: int) -> Tensor:
     matrix = rows.reshape(1, len(rows), -1).to(torch.promote_types(weight.dtype, torch.float32))
     largest = 2 ** (bits - 1) - 1
     # Not from the largest weight: with few bits that leaves most weights at zero, which is never deployed.
-    scale = rounding.clipped_scale(matrix, matrix.new_ones(1, matrix.shape[2]), largest=largest)
+    scale = rounding.clipped_scale(matrix, matrix.new_ones(1, matrix.shape[2]), q_max=largest)
     return rounding.nearest(matrix, scale, largest).reshape(rows.shape).movedim(0, axis).to(weight.dtype)
 
 

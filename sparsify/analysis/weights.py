@@ -17,7 +17,8 @@ from sparsify.model.wrappers import unwrapped
 from sparsify.onnx.runtime import read_model
 from sparsify.output.tables import Column, Table
 from sparsify.quantization.attention import QuantizedProjection
-from sparsify.quantization.layers import Converted, QuantizedEmbedding, QuantizedLayer
+from sparsify.quantization.conversion import original_type, weight_bits
+from sparsify.quantization.layers import QuantizedEmbedding, QuantizedLayer
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -130,15 +131,15 @@ def _of_module(model: nn.Module, threshold: int) -> dict[str, WeightMetadata]:
     bits: dict[str, int] = {}
     modules: dict[str, Any] = {"": model, **named_modules(model)}
     for path, module in modules.items():
-        if isinstance(module, QuantizedProjection) and module._wiring.largest:
-            bits[name_of[id(module.parameter)]] = (module._wiring.largest + 1).bit_length()
-        kind = (module._wiring.original if isinstance(module, Converted) else type(module)).__name__
+        if isinstance(module, QuantizedProjection) and weight_bits(module):
+            bits[name_of[id(module.parameter)]] = weight_bits(module)
+        kind = original_type(module).__name__
         for own, parameter in module._parameters.items():
             if parameter is None or id(parameter) not in name_of:
                 continue
             name = name_of[id(parameter)]
-            if isinstance(module, (QuantizedLayer, QuantizedEmbedding)) and own == "weight" and module._wiring.largest:
-                bits[name] = (module._wiring.largest + 1).bit_length()
+            if isinstance(module, (QuantizedLayer, QuantizedEmbedding)) and own == "weight" and weight_bits(module):
+                bits[name] = weight_bits(module)
             children[name].append(ChildOp(kind, path, {own: name}))
     return {
         name: WeightMetadata(

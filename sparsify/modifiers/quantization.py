@@ -16,11 +16,19 @@ from sparsify.model.targets import is_finite, named_modules
 from sparsify.modifiers.base import Active, Epoch, FieldProblem, Modifier, ModifierKind, ParamNames, Run
 from sparsify.modifiers.schedule import Clock
 from sparsify.quantization.calibration import SAMPLES, calibrate, materialized
+from sparsify.quantization.conversion import freeze_norms, is_weighted, quantizers
 from sparsify.quantization.forward_ops import switch_off_all, switched_off
-from sparsify.quantization.layers import WEIGHTED, freeze_norms, is_weighted, quantizers, restore_layers
+from sparsify.quantization.layers import WEIGHTED
 from sparsify.quantization.learned_step import freeze_steps, learned_parameters
 from sparsify.quantization.placement import make_plan
-from sparsify.quantization.plan import QuantizationPlan, apply_plan, check_plan, check_traced_ops, is_quantized
+from sparsify.quantization.plan import (
+    QuantizationPlan,
+    apply_plan,
+    check_plan,
+    check_traced_ops,
+    is_quantized,
+    undo_plan,
+)
 from sparsify.quantization.scheme import NAMED, Bits, Named, QuantizationSettings, Scheme
 
 if TYPE_CHECKING:
@@ -423,7 +431,7 @@ class Quantization(Active):
 
     def _restore(self) -> None:
         self._added.remove()
-        restore_layers(self._run.model)
+        undo_plan(self._run.model)
 
     def detach(self) -> None:
         """Leaves quantized layers in place, ready for export; the optimizer has its own groups again."""

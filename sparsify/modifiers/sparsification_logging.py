@@ -11,7 +11,7 @@ from pydantic import Field, model_validator
 from sparsify.model.targets import named_modules, resolve_parameters
 from sparsify.modifiers.base import Active, Epoch, Modifier, ModifierKind, Run, check_frequency
 from sparsify.modifiers.schedule import Clock, UpdateGrid
-from sparsify.quantization.layers import Converted
+from sparsify.quantization.conversion import weight_bits
 
 __all__ = ["SparsificationLoggingModifier"]
 
@@ -59,9 +59,8 @@ class _Logging(Active):
             self._log.scalar(f"zeros/{name}", count / max(1, parameter.numel()), clock.step)
         self._log.scalar("zeros/model", zeros / max(1, weights), clock.step)
         for name, module in named_modules(self._model).items():
-            if isinstance(module, Converted) and module._wiring.largest:
-                # The largest integer of 8 bits is 127.
-                self._log.scalar(f"bits/{name}", module._wiring.largest.bit_length() + 1, clock.step)
+            if bits := weight_bits(module):
+                self._log.scalar(f"bits/{name}", bits, clock.step)
 
     def state_dict(self) -> dict[str, Any]:
         return {"last": self._last}

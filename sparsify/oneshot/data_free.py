@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from sparsify.errors import DataError
 from sparsify.quantization.layers import QuantizedNorm
+from sparsify.quantization.wiring import wiring_of
 
 __all__: list[str] = []
 
@@ -55,7 +56,7 @@ def _values(norm: Any, x: Tensor, generator: torch.Generator) -> Tensor:
     z = torch.randn(x.shape, generator=generator) * (1 - TOGETHER) ** 0.5
     z += torch.randn((*x.shape[:2], *[1] * (x.dim() - 2)), generator=generator) * TOGETHER**0.5
     shape = [1, -1, *[1] * (x.dim() - 2)]
-    if norm._wiring.layer is None:
+    if wiring_of(norm).layer is None:
         mean, deviation = norm.running_mean, (norm.running_var + norm.eps).sqrt()
     else:
         # Folded: it hands its input through.

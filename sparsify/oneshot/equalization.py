@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from sparsify.model.targets import named_modules
 from sparsify.model.trace import Trace, TracedNode
-from sparsify.quantization.layers import norm_factor
+from sparsify.quantization.folding import norm_factor
 
 __all__: list[str] = []
 

@@ -13,7 +13,9 @@ from torch.nn import functional as F
 
 from sparsify.model.signature import batch_arguments
 from sparsify.model.targets import named_modules
-from sparsify.quantization.layers import TRANSPOSED, stores_transposed
+from sparsify.quantization.conversion import original_type
+from sparsify.quantization.weight_grid import TRANSPOSED, stores_transposed
+from sparsify.quantization.wiring import Converted, input_quantizer
 
 __all__: list[str] = []
 
@@ -44,9 +46,7 @@ def has_matrix(layer: Any) -> bool:
 
     Not of a user's subclass: its forward may pad or scale first, as timm's Conv2dSame does.
     """
-    wiring = layer.__dict__.get("_wiring")
-    kind = type(layer) if wiring is None else wiring.original
-    return kind in (nn.Linear, nn.Conv1d, nn.Conv2d) or (
+    return original_type(layer) in (nn.Linear, nn.Conv1d, nn.Conv2d) or (
         not isinstance(layer, (*TRANSPOSED, nn.Embedding)) and stores_transposed(layer)
     )
 
@@ -180,11 +180,10 @@ def watch_inputs(model: nn.Module, names: Sequence[str], batch: Any, see: Callab
             # What is computed here is no operation of the user's: it is hidden from whoever counts them.
             with torch._C.DisableTorchFunction():
                 x = inputs[0] if inputs else next(iter(named.values()))
-                wiring = getattr(module, "_wiring", None)
-                if wiring is not None:
-                    quantizer = wiring.shared if wiring.shared is not None else module._modules.get("input_quantizer")
+                if isinstance(module, Converted):
+                    quantizer = input_quantizer(module)
                     # Not by calling it: it counts its readers.
-                    x = x if quantizer is None else quantizer._evaluate(x)
+                    x = x if quantizer is None else quantizer.evaluate(x)
                 see(name, x)
 
         return before

@@ -31,11 +31,13 @@ from sparsify.onnx.verify import Verification, verify_onnx
 from sparsify.output.files import replacing
 from sparsify.output.tables import Column, Table, track
 from sparsify.quantization.calibration import EMPTY, SAMPLES, calibrate, materialized, samples_in
+from sparsify.quantization.conversion import quantizers
 from sparsify.quantization.forward_ops import switch_off_all, switched_off
-from sparsify.quantization.layers import QuantizedEmbedding, quantizers
+from sparsify.quantization.layers import QuantizedEmbedding
 from sparsify.quantization.placement import make_plan
 from sparsify.quantization.plan import QuantizationPlan, apply_plan, check_traced_ops, is_quantized
 from sparsify.quantization.scheme import Scheme
+from sparsify.quantization.wiring import bits_of, wiring_of
 
 __all__ = ["quantize_model", "quantize_onnx"]
 
@@ -291,14 +293,14 @@ class _Weights:
         # What follows rounds to the grid of the largest weight of a channel; blocks, learned and affine grids are
         # others.
         special = [layer.name for layer in plan.layers if layer.block or layer.learned or layer.affine]
-        usual = [layer.name for layer in plan.layers if layer.largest and layer.name not in special]
+        usual = [layer.name for layer in plan.layers if layer.q_max and layer.name not in special]
         found = [name for name in usual if has_data and can_round(name)]
         order = {node.owner: at for at, node in reversed(list(enumerate(traced.nodes)))}
         self.names = sorted(found, key=lambda name: order.get(name, 0))
 
     def run(self, data: Sequence[Any], sequential: bool | None, progress: bool | None) -> tuple[QuantizedWeights, ...]:
         if sequential is None:
-            sequential = any(self.plan[name].largest < 63 for name in self.names)
+            sequential = any(self.plan[name].q_max < 63 for name in self.names)
         done: dict[str, QuantizedWeights] = {}
         steps = self._one_by_one() if sequential else self._together()
         for names in track(steps, "rounding weights", progress=progress):
@@ -312,9 +314,9 @@ class _Weights:
             for name in names:
                 done[name] = self._round(name, moments.pop(name))
         return tuple(
-            done.get(name, QuantizedWeights(name, _weight_bits(layer.largest), "nearest"))
+            done.get(name, QuantizedWeights(name, bits_of(layer.q_max), "nearest"))
             for name, layer in self.plan.items()
-            if layer.largest
+            if layer.q_max
         )
 
     def _one_by_one(self) -> list[list[str]]:
@@ -346,7 +348,7 @@ class _Weights:
         corrected = self.correct_bias and bias_correction.can_correct(module, norm)
         # A copy: it is compared with what takes its place.
         weight = layer_inputs.as_matrix(module).detach().float().clone()
-        bits, kind = _weight_bits(layer.largest), self._kind(name)
+        bits, kind = bits_of(layer.q_max), self._kind(name)
         if not moments.columns:
             return QuantizedWeights(name, bits, "nearest")
         second, cross = moments.second, moments.cross
@@ -362,14 +364,14 @@ class _Weights:
         target = weight if cross is None else _made_good(weight, second, cross)
         importance = second.diagonal(dim1=1, dim2=2)
         shared = layer.axis is None
-        scale = rounding.clipped_scale(target, importance, largest=layer.largest, shared=shared)
-        rounded = rounding.nearest(target, scale, layer.largest)
+        scale = rounding.clipped_scale(target, importance, q_max=layer.q_max, shared=shared)
+        rounded = rounding.nearest(target, scale, layer.q_max)
         if kind == "gptq":
-            rounded = rounding.gptq(target, second, scale, layer.largest)
+            rounded = rounding.gptq(target, second, scale, layer.q_max)
         elif kind == "adaround":
-            rounded = rounding.adaround(target, second, scale, layer.largest)
-        whole = rounding.clipped_scale(target, torch.zeros_like(importance), largest=layer.largest, shared=shared)
-        plain = rounding.nearest(target, whole, layer.largest)
+            rounded = rounding.adaround(target, second, scale, layer.q_max)
+        whole = rounding.clipped_scale(target, torch.zeros_like(importance), q_max=layer.q_max, shared=shared)
+        plain = rounding.nearest(target, whole, layer.q_max)
         output = float(rounding.output_error(target, power).sum()) or 1.0
         errors = [float(rounding.output_error(found - target, second).sum()) / output for found in (rounded, plain)]
         if errors[1] < errors[0]:
@@ -386,7 +388,7 @@ class _Weights:
     def _kind(self, name: str) -> str:
         if self.rounding != "auto":
             return self.rounding
-        if self.plan[name].largest >= 63:
+        if self.plan[name].q_max >= 63:
             return "nearest"
         return "adaround" if isinstance(self.modules[name], (nn.Conv1d, nn.Conv2d)) else "gptq"
 
@@ -408,10 +410,13 @@ def _take_ranges(
 ) -> None:
     """Ranges of activations, by the values of the float model; the weights are not rounded meanwhile."""
     modules: dict[str, Any] = named_modules(work)
-    layers = [layer for layer in plan.layers if not isinstance(modules[layer.name], QuantizedEmbedding)]
+    layers = [modules[layer.name] for layer in plan.layers]
+    # Not those that compute in float anyway.
+    wirings = [wiring_of(layer) for layer in layers if not isinstance(layer, QuantizedEmbedding)]
+    wirings = [wiring for wiring in wirings if wiring.enabled]
     try:
-        for layer in layers:
-            modules[layer.name]._wiring.largest = 0
+        for wiring in wirings:
+            wiring.enabled = False
         if data:
             calibrate(work, track(data, "calibrating", progress=progress))
         else:
@@ -425,8 +430,8 @@ def _take_ranges(
             with simulated_norms(work):
                 calibrate(work, [kwargs or args])
     finally:
-        for layer in layers:
-            modules[layer.name]._wiring.largest = layer.largest
+        for wiring in wirings:
+            wiring.enabled = True
     for quantizer in quantizers(work):
         quantizer.observing = False
         if quantizer.enabled and not quantizer.batches:
@@ -473,7 +478,3 @@ def _deep_copied(model: nn.Module) -> nn.Module:
         raise ArgumentError(
             f"{type(model).__name__} cannot be copied: {error}. Take off what holds it back (a graph, a lock, a file)."
         ) from error
-
-
-def _weight_bits(largest: int) -> int:
-    return (largest + 1).bit_length()

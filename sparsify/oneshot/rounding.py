@@ -20,7 +20,7 @@ STRETCH = (-0.1, 1.1)
 """A rectified sigmoid reaches 0 and 1 at finite arguments (Louizos 2018, https://arxiv.org/abs/1712.01312)."""
 
 
-def clipped_scale(weight: Tensor, importance: Tensor, *, largest: int, shared: bool = False) -> Tensor:
+def clipped_scale(weight: Tensor, importance: Tensor, *, q_max: int, shared: bool = False) -> Tensor:
     """The scale whose grid has the least squared error of `weight`, each column counted by its `importance`.
 
     Args:
@@ -28,28 +28,28 @@ def clipped_scale(weight: Tensor, importance: Tensor, *, largest: int, shared: b
         largest: the largest integer. shared: one scale for all rows.
 
     Returns:
-        (G, R, 1), > 0: a share of max |w| / `largest` in steps of 1/40, from 1 down to 0.4.
+        (G, R, 1), > 0: a share of max |w| / `q_max` in steps of 1/40, from 1 down to 0.4.
     """
     whole = weight.abs().amax(-1, keepdim=True)
     if shared:
         whole = whole.amax().expand_as(whole)
-    whole = whole.clamp(min=1e-12) / largest
+    whole = whole.clamp(min=1e-12) / q_max
     best, least = whole, torch.full_like(whole, torch.inf)
     for step in range(40, 15, -1):
         scale = whole * (step / 40)
-        error = ((nearest(weight, scale, largest) - weight).square_() * importance[:, None, :]).sum(-1, keepdim=True)
+        error = ((nearest(weight, scale, q_max) - weight).square_() * importance[:, None, :]).sum(-1, keepdim=True)
         if shared:
             error = error.sum().expand_as(error)
         best, least = torch.where(error < least, scale, best), torch.minimum(error, least)
     return best
 
 
-def nearest(weight: Tensor, scale: Tensor, largest: int) -> Tensor:
+def nearest(weight: Tensor, scale: Tensor, q_max: int) -> Tensor:
     """`weight` on the grid of `scale`, each value by itself."""
-    return (weight / scale).round_().clamp_(-largest, largest).mul_(scale)
+    return (weight / scale).round_().clamp_(-q_max, q_max).mul_(scale)
 
 
-def gptq(weight: Tensor, moment: Tensor, scale: Tensor, largest: int) -> Tensor:
+def gptq(weight: Tensor, moment: Tensor, scale: Tensor, q_max: int) -> Tensor:
     """Columns one after the other; each error is made good by the columns still to come.
 
     Frantar 2022, https://arxiv.org/abs/2210.17323: the order is that of falling importance, and the inverse of the
@@ -64,15 +64,15 @@ def gptq(weight: Tensor, moment: Tensor, scale: Tensor, largest: int) -> Tensor:
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped))
     factor = torch.linalg.cholesky(inverse).mT.to(weight.dtype)
     left = weight.gather(2, order[:, None, :].expand_as(weight)).clone()
-    pinned = _at_the_end(left, scale, largest)
-    ends = left.sign() * largest
+    pinned = _at_the_end(left, scale, q_max)
+    ends = left.sign() * q_max
     result = torch.empty_like(left)
     for start in range(0, columns, BLOCK):
         stop = min(start + BLOCK, columns)
         errors = torch.empty(groups, rows, stop - start, dtype=left.dtype, device=left.device)
         for i in range(start, stop):
             column = left[:, :, i]
-            q = (column / scale[..., 0]).round_().clamp_(-largest, largest)
+            q = (column / scale[..., 0]).round_().clamp_(-q_max, q_max)
             q = torch.where(pinned[:, :, i], ends[:, :, i], q) * scale[..., 0]
             result[:, :, i] = q
             error = (column - q) / factor[:, i, i, None]
@@ -82,7 +82,7 @@ def gptq(weight: Tensor, moment: Tensor, scale: Tensor, largest: int) -> Tensor:
     return result.scatter(2, order[:, None, :].expand_as(result), result.clone())
 
 
-def adaround(weight: Tensor, moment: Tensor, scale: Tensor, largest: int, *, iterations: int = 500) -> Tensor:
+def adaround(weight: Tensor, moment: Tensor, scale: Tensor, q_max: int, *, iterations: int = 500) -> Tensor:
     """Learns for each weight whether it goes up or down (Nagel 2020, https://arxiv.org/abs/2004.10568).
 
     Minimized by Adam: the error of the output plus a penalty sum(1 - |2 h - 1|^b) on undecided weights, where h is a
@@ -94,9 +94,9 @@ def adaround(weight: Tensor, moment: Tensor, scale: Tensor, largest: int, *, ite
     low, high = STRETCH
     damped = damp(moment).to(weight.dtype)
     floor = torch.floor(weight / scale)
-    pinned = _at_the_end(weight, scale, largest)
-    ends = weight.sign() * largest
-    plain = nearest(weight, scale, largest)
+    pinned = _at_the_end(weight, scale, q_max)
+    ends = weight.sign() * q_max
+    plain = nearest(weight, scale, q_max)
     start = output_error(plain - weight, damped)
     # Each row counts alike: what one learning rate can serve.
     per_row = (1.0 / start.clamp(min=1e-20))[..., None]
@@ -109,7 +109,7 @@ def adaround(weight: Tensor, moment: Tensor, scale: Tensor, largest: int, *, ite
         sigmoid = torch.sigmoid(logits)
         stretched = sigmoid * (high - low) + low
         h = stretched.clamp(0.0, 1.0)
-        q = torch.where(pinned, ends, (floor + h).clamp_(-largest, largest))
+        q = torch.where(pinned, ends, (floor + h).clamp_(-q_max, q_max))
         slope = 2.0 * ((q * scale - weight) @ damped) * scale * per_row
         if i >= warm:
             progress = (i - warm) / max(iterations - 1 - warm, 1)
@@ -125,7 +125,7 @@ def adaround(weight: Tensor, moment: Tensor, scale: Tensor, largest: int, *, ite
         step = rate / (1.0 - 0.9 ** (i + 1))
         logits -= step * first / ((second / (1.0 - 0.999 ** (i + 1))).sqrt_() + 1e-8)
     up = (torch.sigmoid(logits) * (high - low) + low) >= 0.5
-    learned = torch.where(pinned, ends, (floor + up).clamp_(-largest, largest)) * scale
+    learned = torch.where(pinned, ends, (floor + up).clamp_(-q_max, q_max)) * scale
     better = output_error(learned - weight, damped) < start
     return torch.where(better[..., None], learned, plain)
 
@@ -142,6 +142,6 @@ def damp(moment: Tensor) -> Tensor:
     return whole + torch.eye(whole.shape[-1], dtype=whole.dtype, device=whole.device) * (DAMPING * mean)[:, None, None]
 
 
-def _at_the_end(weight: Tensor, scale: Tensor, largest: int) -> Tensor:
+def _at_the_end(weight: Tensor, scale: Tensor, q_max: int) -> Tensor:
     """Whether a weight lies at or beyond the end of the grid, up to rounding: at least one of every row does."""
-    return weight.abs() >= scale * (largest * (1 - 1e-6))
+    return weight.abs() >= scale * (q_max * (1 - 1e-6))

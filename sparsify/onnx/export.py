@@ -28,7 +28,7 @@ from sparsify.onnx.runtime import FILE_WEIGHTS
 from sparsify.output.files import replacing
 from sparsify.quantization import qdq_ops
 from sparsify.quantization.deployment import opsets
-from sparsify.quantization.plan import is_quantized, left_in_float
+from sparsify.quantization.plan import is_quantized, unquantized
 
 if TYPE_CHECKING:
     from onnx import ModelProto
@@ -158,7 +158,7 @@ def export_onnx(
         proto = _model_proto(model, call, opset, dynamic_batch, output_names)
         content = proto.SerializeToString()
         temporary.write_bytes(content)
-    return _exported(Path(path), proto, opset, len(content), left_in_float(model))
+    return _exported(Path(path), proto, opset, len(content), unquantized(model))
 
 
 def floating_layers(model: nn.Module) -> dict[str, str]:
@@ -166,7 +166,7 @@ def floating_layers(model: nn.Module) -> dict[str, str]:
 
     Empty where everything is quantized, and for a model that is not quantized at all.
     """
-    return left_in_float(unwrapped(model))
+    return unquantized(unwrapped(model))
 
 
 def _model_proto(

@@ -6,7 +6,7 @@ what its layer reads. Where they are one tensor on the example inputs, they shar
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +14,9 @@ from torch.nn import functional as F
 
 from sparsify.errors import ArgumentError
 from sparsify.quantization.attention_products import probabilities, quantize_of
-from sparsify.quantization.layers import Converted, QuantizedLinear, convert_
+from sparsify.quantization.conversion import convert_, original_type
+from sparsify.quantization.layers import QuantizedLinear
+from sparsify.quantization.wiring import Converted, add_child, overwrite
 
 __all__: list[str] = []
 
@@ -149,7 +151,7 @@ class QuantizedMultiheadAttention(Converted, nn.MultiheadAttention):
     def _projected(self, *given: Tensor) -> list[Tensor]:
         """What the layers in front give for query, key and value."""
         found: list[Tensor] = []
-        for name in self._wiring.made:
+        for name in self._wiring.projections:
             first, last = _THIRDS[name]
             parts: tuple[Tensor, ...] = ()
             for third in range(first, last):
@@ -220,13 +222,12 @@ def quantize_attention(attention: nn.MultiheadAttention, names: tuple[str, ...])
     for name in names:
         projection = Projection(attention, name)
         convert_(projection, QuantizedProjection)
-        attention.add_module(name, projection)
-    wiring.made = names
+        add_child(attention, name, projection)
+    wiring.projections = names
 
 
 def disable_fast_path(module: nn.Module) -> None:
     """Keeps `module`, whose type is in `SLOW`, from its path of eval mode."""
-    quantized, name, value = SLOW[cast(Any, module)._wiring.original if isinstance(module, Converted) else type(module)]
-    wiring = convert_(module, quantized)
-    wiring.kept[name] = getattr(module, name)
-    setattr(module, name, value)
+    quantized, name, value = SLOW[original_type(module)]
+    convert_(module, quantized)
+    overwrite(module, name, value)

@@ -14,7 +14,7 @@ from torch.utils import _pytree as pytree
 from sparsify.errors import ArgumentError, DataError, SparsifyError
 from sparsify.model.preserved import eval_mode_, preserved
 from sparsify.model.signature import batch_arguments
-from sparsify.quantization.layers import quantizers
+from sparsify.quantization.conversion import quantizers
 
 __all__: list[str] = []
 

@@ -6,7 +6,7 @@ Computes bit for bit what the trained model computes in eval mode.
 from __future__ import annotations
 
 import copy
-from typing import Any, cast
+from typing import Any, TypeGuard, cast
 
 import torch
 from torch import Tensor, nn
@@ -16,11 +16,11 @@ from sparsify.errors import DataError
 from sparsify.model.targets import is_finite
 from sparsify.model.wrappers import unwrapped
 from sparsify.quantization.attention import QuantizedMultiheadAttention, QuantizedProjection
+from sparsify.quantization.conversion import original_type, quantized_layers, quantizers
 from sparsify.quantization.fake_quantize import FakeQuantize
 from sparsify.quantization.forward_ops import WatchedLayer, WatchedNorm, watching_class
 from sparsify.quantization.layers import (
     NORMS,
-    DeployedIntegers,
     QuantizedConv1d,
     QuantizedConv2d,
     QuantizedConv3d,
@@ -31,12 +31,11 @@ from sparsify.quantization.layers import (
     QuantizedLayer,
     QuantizedLinear,
     QuantizedNorm,
-    deployed_integers,
-    quantizers,
 )
 from sparsify.quantization.qdq_ops import dequantize, quantize_dequantize
 from sparsify.quantization.straight_through import GATES, gate_of
-from sparsify.quantization.weight_grid import WEIGHT_STEP, on_own_grid, widened
+from sparsify.quantization.weight_grid import WEIGHT_STEP, widened
+from sparsify.quantization.wiring import Converted, DeployedIntegers, wiring_of
 
 __all__: list[str] = []
 
@@ -186,6 +185,26 @@ def deployment_copy(model: nn.Module) -> nn.Module:
         StateError: a quantizer never observed anything.
         DataError: a range, a weight, or a statistic of a BatchNorm is not finite.
     """
+    _check_finite(model)
+    deployed = copy.deepcopy(unwrapped(model)).eval()
+    # First all integers: a layer is made of its BatchNorm and of the quantizer before it.
+    integers = {layer: layer.deployed_integers() for layer in deployed.modules() if _holds_integers(layer)}
+    for layer, found in integers.items():
+        _store_integers(layer, found)
+        _deploy_class(layer)
+    for module in deployed.modules():
+        if isinstance(module, FakeQuantize):
+            _fix_grid(module)
+        elif isinstance(module, QuantizedMultiheadAttention):
+            # Its layers have them as integers.
+            module._parameters.update(dict.fromkeys(module._parameters))
+        elif type(module) in NORMS.values() and wiring_of(module).layer is not None:
+            _clear(module)
+    return deployed
+
+
+def _check_finite(model: nn.Module) -> None:
+    """Refuses ranges that were never observed, and values of which no integers can be made."""
     for quantizer in quantizers(model):
         if quantizer.enabled:
             quantizer.require_range()
@@ -198,65 +217,59 @@ def deployment_copy(model: nn.Module) -> nn.Module:
                     f"{name}.{key} holds NaN or infinity, of which no integers can be made. Load weights that are "
                     "finite, or find the step at which training diverged."
                 )
-    deployed = copy.deepcopy(unwrapped(model)).eval()
-    layers = [
-        module
-        for module in deployed.modules()
-        if isinstance(module, (QuantizedLayer, QuantizedEmbedding))
-        or (isinstance(module, QuantizedNorm) and module.is_layer())
-    ]
-    # First all integers: a layer is made of its BatchNorm and of the quantizer before it.
-    whole = {
-        layer: _embedding(layer) if isinstance(layer, QuantizedEmbedding) else deployed_integers(layer)
-        for layer in layers
-        if layer._wiring.largest
-    }
-    for layer, found in whole.items():
-        if isinstance(layer, QuantizedNorm):
-            _clear(layer)
-        else:
-            for name in ("weight", "bias"):
-                layer._parameters.pop(name, None)
-        layer._modules.pop(WEIGHT_STEP, None)
-        axis = found.axis
-        buffers: dict[str, Tensor | None] = {"weight_int8": found.weight, "weight_scale": found.scale}
-        if found.zero_point is not None:
-            zero = widened(found.zero_point, found.weight, axis, layer._wiring.block)
-            stored = (found.weight + zero).to(torch.uint8)
-            buffers = {"weight_uint8": stored, "weight_scale": found.scale, "weight_zero_point": found.zero_point}
-        if not isinstance(layer, QuantizedEmbedding):
-            layer._wiring.axis = axis
-            if found.bias is not None:
-                buffers.update(bias_int32=found.bias, bias_scale=found.bias_scale)
-            elif found.float_bias is not None:
-                buffers.update(float_bias=found.float_bias)
-        for name, value in buffers.items():
-            layer.register_buffer(name, value)
-        if isinstance(layer, WatchedLayer):
-            cast(Any, layer).__class__ = watching_class(
-                cast(Any, layer._wiring.original), cast(Any, DeployedWatchedLayer)
-            )
-        elif isinstance(layer, WatchedNorm):
-            cast(Any, layer).__class__ = watching_class(
-                cast(Any, layer._wiring.original), cast(Any, DeployedWatchedNorm)
-            )
-        else:
-            cast(Any, layer).__class__ = _DEPLOYED[type(layer)]
-    for module in deployed.modules():
-        if isinstance(module, FakeQuantize):
-            for name in ("step", "offset"):
-                module._parameters.pop(name, None)
-            module._buffers.pop("least", None)
-            module.__class__ = DeployedQuantize
-            if module.gate is not None:
-                module.register_buffer("gate_scale", torch.tensor(GATES[module.gate], device=module.scale.device))
-                module.register_buffer("gate_zero_point", torch.zeros_like(module.zero_point))
-        elif isinstance(module, QuantizedMultiheadAttention):
-            # Its layers have them as integers.
-            module._parameters.update(dict.fromkeys(module._parameters))
-        elif type(module) in NORMS.values() and cast(Any, module)._wiring.layer is not None:
-            _clear(module)
-    return deployed
+
+
+def _holds_integers(module: nn.Module) -> TypeGuard[Converted]:
+    """True if the weights of a module are deployed as integers."""
+    if isinstance(module, QuantizedNorm):
+        return module.is_layer()
+    return isinstance(module, (QuantizedLayer, QuantizedEmbedding)) and wiring_of(module).rounds
+
+
+def _store_integers(layer: Converted, found: DeployedIntegers) -> None:
+    """Puts integers and scales into buffers, in place of the parameters."""
+    wiring, axis = wiring_of(layer), found.axis
+    if isinstance(layer, QuantizedNorm):
+        _clear(layer)
+    else:
+        for name in ("weight", "bias"):
+            layer._parameters.pop(name, None)
+    layer._modules.pop(WEIGHT_STEP, None)
+    buffers: dict[str, Tensor | None] = {"weight_int8": found.weight, "weight_scale": found.scale}
+    if found.zero_point is not None:
+        zero = widened(found.zero_point, found.weight, axis, wiring.block)
+        stored = (found.weight + zero).to(torch.uint8)
+        buffers = {"weight_uint8": stored, "weight_scale": found.scale, "weight_zero_point": found.zero_point}
+    if not isinstance(layer, QuantizedEmbedding):
+        wiring.axis = axis
+        if found.bias is not None:
+            buffers.update(bias_int32=found.bias, bias_scale=found.bias_scale)
+        elif found.float_bias is not None:
+            buffers.update(float_bias=found.float_bias)
+    for name, value in buffers.items():
+        layer.register_buffer(name, value)
+
+
+def _deploy_class(layer: Converted) -> None:
+    """Gives a layer that holds integers the class that computes with them."""
+    converted: nn.Module = layer
+    if isinstance(layer, WatchedLayer):
+        converted.__class__ = watching_class(original_type(layer), DeployedWatchedLayer)
+    elif isinstance(layer, WatchedNorm):
+        converted.__class__ = watching_class(original_type(layer), DeployedWatchedNorm)
+    else:
+        converted.__class__ = _DEPLOYED[type(layer)]
+
+
+def _fix_grid(quantizer: FakeQuantize) -> None:
+    """Makes a quantizer one whose grid is fixed."""
+    for name in ("step", "offset"):
+        quantizer._parameters.pop(name, None)
+    quantizer._buffers.pop("least", None)
+    quantizer.__class__ = DeployedQuantize
+    if quantizer.gate is not None:
+        quantizer.register_buffer("gate_scale", torch.tensor(GATES[quantizer.gate], device=quantizer.scale.device))
+        quantizer.register_buffer("gate_zero_point", torch.zeros_like(quantizer.zero_point))
 
 
 def _clear(norm: nn.Module) -> None:
@@ -271,26 +284,16 @@ def _weight(buffers: Any, axis: int | None, block: int = 0) -> Tensor:
     return dequantize(stored, buffers["weight_scale"], axis, block, zero)
 
 
-def _embedding(layer: QuantizedEmbedding) -> DeployedIntegers:
-    with torch.no_grad():
-        q, scale, zero = on_own_grid(layer)
-        axis = None if scale.dim() == 0 else 0
-        scale = scale.reshape(() if axis is None else -1)
-        if zero is not None:
-            zero = zero.reshape(scale.shape).to(torch.uint8)
-        return DeployedIntegers(q.to(torch.int8 if zero is None else torch.int16), scale, axis, None, scale, None, zero)
-
-
 def opsets(model: nn.Module) -> tuple[int, int]:
     """(the ONNX opset that the integers of `model` need at least, the one with which they take the least room).
 
     Scales of blocks need 21; weights alone of four bits and fewer fill half a byte from there on.
     """
     least = best = 0
-    for module in model.modules():
-        if isinstance(module, (QuantizedLayer, QuantizedEmbedding)) and module._wiring.largest:
-            if module._wiring.block:
-                least = best = 21
-            elif module._wiring.largest <= 7 and module._wiring.source is None:
-                best = 21
+    for _, layer in quantized_layers(model):
+        wiring = wiring_of(layer)
+        if wiring.block:
+            least = best = 21
+        elif wiring.bits <= 4 and wiring.source is None:
+            best = 21
     return least, best

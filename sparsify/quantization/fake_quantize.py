@@ -60,7 +60,9 @@ class FakeQuantize(nn.Module):
         ceiling: the ReLU is cut off there (ReLU6).
         in_place: whether a tensor that nobody else reads may be overwritten.
         gate: the tensor goes through this activation of `GATES` first.
-        observer: how the range follows from the values. percentile: of the observer of that name.
+        observer: how the range follows from the values.
+        percentile: of the observer of that name.
+        producer: the module that gives the tensor: nothing is overwritten while one of its hooks may have kept it.
 
     Attributes:
         observing: whether the range moves in training mode.
@@ -89,6 +91,7 @@ class FakeQuantize(nn.Module):
         gate: str | None = None,
         observer: str = "moving_average",
         percentile: float = 99.99,
+        producer: nn.Module | None = None,
     ) -> None:
         super().__init__()
         self.name = name
@@ -107,8 +110,8 @@ class FakeQuantize(nn.Module):
         self.readers = 1
         """How many layers call it on one tensor: they share what it gives."""
         self._held: Any = None
-        # Whose output is overwritten, in a tuple so that it is no child: not while somebody's hook may have kept it.
-        self._producer: tuple[nn.Module] | None = None
+        # In a tuple so that it is no child.
+        self._producer: tuple[nn.Module] | None = None if producer is None else (producer,)
         self.first: int
         self.last: int
         self.first, self.last = (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) if symmetric else (0, 2**bits - 1)
@@ -151,12 +154,13 @@ class FakeQuantize(nn.Module):
             if self.gate is not None:
                 x = self._gated(x, self.gate)
             if not self.training and not self.calibrating:
-                return self._evaluate(x)
+                return self.evaluate(x)
             if x.dtype != torch.float32:
                 return self._train(x.float()).to(x.dtype)
             return self._train(x)
 
-    def _evaluate(self, x: Tensor) -> Tensor:
+    def evaluate(self, x: Tensor) -> Tensor:
+        """`x` as eval mode gives it, whatever the mode: on the grid as it stands."""
         x = self._rectified(x)
         if not self.enabled:
             return x

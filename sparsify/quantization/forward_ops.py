@@ -21,16 +21,10 @@ from sparsify.model.targets import named_modules
 from sparsify.model.trace import is_idle, is_image_mean
 from sparsify.quantization import attention_products
 from sparsify.quantization.attention_products import MATMUL
+from sparsify.quantization.conversion import convert_, is_norm_and_more, is_weighted
 from sparsify.quantization.fake_quantize import FakeQuantize
-from sparsify.quantization.layers import (
-    Converted,
-    QuantizedLayer,
-    QuantizedNorm,
-    Wiring,
-    convert_,
-    is_norm_and_more,
-    is_weighted,
-)
+from sparsify.quantization.layers import QuantizedLayer, QuantizedNorm
+from sparsify.quantization.wiring import Converted, Wiring, overwrite, wiring_of
 
 __all__: list[str] = []
 
@@ -112,7 +106,7 @@ class Watched(Converted):
         others = [kind for kind in {**self._counts, **seen} if seen.get(kind, 0) != self._counts.get(kind, 0)]
         came, traced = (_name_list({kind: counts.get(kind, 0) for kind in others}) for counts in (seen, self._counts))
         warnings.warn(
-            f"{self._wiring.original.__name__}.forward computed {came}, where its trace has {traced}. Its own "
+            f"{wiring_of(self).original.__name__}.forward computed {came}, where its trace has {traced}. Its own "
             "operations stay in float from now on. Give sample_inputs that take the same way through the model as "
             "training does.",
             SparsifyWarning,
@@ -123,7 +117,7 @@ class Watched(Converted):
         # The class is made at run time: a pickle names the class that it was made of.
         made, (_, *rest), *state = cast(Any, super().__reduce_ex__(2))
         del made, rest
-        return (_unpickled, (self._wiring.original, self._form), *state)
+        return (_unpickled, (wiring_of(self).original, self._form), *state)
 
 
 class WatchedNorm(Watched, QuantizedNorm):
@@ -257,21 +251,23 @@ def _computed(kind: str, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any
 
 def watch(module: nn.Module, counts: dict[str, int]) -> Wiring:
     """Retypes a user's module, in place, to one that counts its operations."""
-    wiring = convert_(module, watching_class(cast(Any, type(module)), cast(Any, _form(module))))
-    module.__dict__["_counts"] = dict(counts)
+    wiring = convert_(module, watching_class(type(module), _form(module)))
+    overwrite(module, "_counts", dict(counts))
     return wiring
 
 
 def switch_off(module: Watched) -> None:
     """Leaves the operations of this module in float; layers that read them have float inputs from now on."""
-    module.__dict__["_off"] = True
-    wiring = module._wiring
+    overwrite(module, "_off", True)
+    wiring = wiring_of(module)
     if wiring.layer is not None:
         # Nobody knows what its forward does with a BatchNorm that passes through.
-        cast(Any, wiring.layer)._wiring.norm = wiring.layer = None
+        wiring_of(wiring.layer).norm = None
+        wiring.layer = None
     if wiring.norm is not None:
-        wiring.norm._wiring.layer = wiring.norm = None
-    wiring.largest = 0
+        wiring_of(wiring.norm).layer = None
+        wiring.norm = None
+    wiring.enabled = False
     for child in module._modules.values():
         if isinstance(child, FakeQuantize):
             child.enabled = False
@@ -298,9 +294,13 @@ def _form(module: nn.Module) -> type[Watched]:
     return WatchedLayer if is_weighted(module) else Watched
 
 
-@cache
 def watching_class(original: type[nn.Module], form: type[Watched]) -> type[Watched]:
     """The watched form of a user's class: a subclass of it and of `form`, made once."""
+    return _made_once(cast(Any, original), cast(Any, form))
+
+
+@cache
+def _made_once(original: type[nn.Module], form: type[Watched]) -> type[Watched]:
     inner = original.forward
 
     # The signature is that of the user's: torch.export and trainers look at it.
@@ -317,7 +317,7 @@ def watching_class(original: type[nn.Module], form: type[Watched]) -> type[Watch
 
 
 def _unpickled(original: type[nn.Module], form: type[Watched]) -> nn.Module:
-    cls = watching_class(cast(Any, original), cast(Any, form))
+    cls = watching_class(original, form)
     return cls.__new__(cls)
 
 

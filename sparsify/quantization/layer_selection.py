@@ -10,9 +10,11 @@ from torch import nn
 from sparsify.model.targets import named_modules
 from sparsify.model.trace import Trace, TracedNode
 from sparsify.quantization.attention import FORMS
-from sparsify.quantization.layers import NORMS, PROJECTION, TRANSPOSED, WEIGHTED, is_norm_and_more, is_weighted
+from sparsify.quantization.conversion import is_norm_and_more, is_weighted
+from sparsify.quantization.layers import NORMS, PROJECTION, WEIGHTED
 from sparsify.quantization.plan import Unquantized
 from sparsify.quantization.scheme import QuantizationSettings, Scheme, below
+from sparsify.quantization.weight_grid import TRANSPOSED
 
 __all__: list[str] = []
 

@@ -34,10 +34,10 @@ LEAST = 1 / 32
 """Of its first value, how small a step may become."""
 
 
-def first_step(x: Tensor, largest: int) -> Tensor:
-    """2 mean|x| / sqrt(`largest`), at most max|x| / `largest`, of each row of `x` (rows, elements): (rows,), > 0."""
+def first_step(x: Tensor, q_max: int) -> Tensor:
+    """2 mean|x| / sqrt(`q_max`), at most max|x| / `q_max`, of each row of `x` (rows, elements): (rows,), > 0."""
     size = x.detach().float().abs()
-    return torch.minimum(size.mean(1) * (2 / math.sqrt(largest)), size.amax(1) / largest).clamp_(min=TINY)
+    return torch.minimum(size.mean(1) * (2 / math.sqrt(q_max)), size.amax(1) / q_max).clamp_(min=TINY)
 
 
 class IntegerRange(NamedTuple):
@@ -98,11 +98,11 @@ class LearnedStep(nn.Module):
     step: nn.Parameter
     least: Tensor
 
-    def __init__(self, weight: Tensor, *, axis: int | None, largest: int) -> None:
+    def __init__(self, weight: Tensor, *, axis: int | None, q_max: int) -> None:
         super().__init__()
-        self.axis, self.largest, self.observing = axis, largest, True
+        self.axis, self.q_max, self.observing = axis, q_max, True
         rows = weight.detach().reshape(1, -1) if axis is None else weight.detach().movedim(axis, 0).flatten(1)
-        step = first_step(rows, largest).to(weight.device)
+        step = first_step(rows, q_max).to(weight.device)
         shape = [1] * weight.dim() if axis is not None else []
         if axis is not None:
             shape[axis] = -1
@@ -116,13 +116,13 @@ class LearnedStep(nn.Module):
     def forward(self, weight: Tensor) -> Tensor:
         """`weight` on the grid."""
         scale = self.scale()
-        last = torch.tensor(float(self.largest), device=scale.device)
+        last = torch.tensor(float(self.q_max), device=scale.device)
         step = self.step if self.observing else self.step.detach()
-        factor = 1.0 / math.sqrt(weight.numel() / scale.numel() * self.largest)
+        factor = 1.0 / math.sqrt(weight.numel() / scale.numel() * self.q_max)
         return learned_rounding(weight, step, None, IntegerRange(scale, -last, last, torch.zeros_like(last)), factor)
 
     def extra_repr(self) -> str:
-        return f"{tuple(self.step.shape)} steps, largest integer {self.largest}{'' if self.observing else ', frozen'}"
+        return f"{tuple(self.step.shape)} steps, largest integer {self.q_max}{'' if self.observing else ', frozen'}"
 
     def _apply(self, fn: Any, recurse: bool = True) -> LearnedStep:
         keep_float32(self, fn, ("step", "least"), lambda: super(LearnedStep, self)._apply(fn, recurse))  # type: ignore[no-untyped-call]

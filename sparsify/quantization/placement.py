@@ -20,22 +20,15 @@ from torch import nn
 from sparsify.model.trace import Trace, TracedNode
 from sparsify.quantization.attention import SLOW
 from sparsify.quantization.attention_products import ATTENTION, MATMUL, OPERANDS, operand
+from sparsify.quantization.conversion import is_norm_and_more
 from sparsify.quantization.fixed_and_shared import FIXED
 from sparsify.quantization.forward_ops import COUNTED, KINDS, LAYER, NORM, child_name
 from sparsify.quantization.layer_selection import QuantizedLayers
-from sparsify.quantization.layers import (
-    NORMS,
-    POINTWISE,
-    PROJECTION,
-    TRANSPOSED,
-    WEIGHTED,
-    channel_axis,
-    is_norm_and_more,
-    stores_transposed,
-)
+from sparsify.quantization.layers import NORMS, POINTWISE, PROJECTION, WEIGHTED
 from sparsify.quantization.plan import LayerPlan, NormPlan, QuantizationPlan, QuantizerSite, Unquantized
 from sparsify.quantization.scheme import ActivationScheme, QuantizationSettings, Scheme
 from sparsify.quantization.straight_through import GATES
+from sparsify.quantization.weight_grid import TRANSPOSED, channel_axis, stores_transposed
 
 __all__: list[str] = []
 
@@ -292,7 +285,7 @@ class _Planner:
             places = [self._place(root) for root in roots]
             if len(roots) == len(self.nodes[name]) and all(root.name in self.blocks for root in roots) and all(places):
                 sites = [self._site(root, place, args) for root, place in zip(roots, places, strict=True) if place]
-                alike = {(site.relu, site.ceiling, site.gate, site.fixed) for site in sites}
+                alike = {(site.fused_relu, site.ceiling, site.gate, site.fixed) for site in sites}
                 if len(alike) == 1 and all(self.required.get(root.name, args) == args for root in roots):
                     shared[name] = list(dict.fromkeys(site.name for site in sites))
                     self.required.update((root.name, args) for root in roots)
@@ -414,7 +407,7 @@ class _Planner:
                 in_place = False
         return dataclasses.replace(
             _site_at(module, child, args),
-            relu=relu,
+            fused_relu=relu,
             ceiling=6.0 if node.op.startswith("relu6") else None,
             in_place=in_place,
             producer=producer,
@@ -492,8 +485,9 @@ def _on_one_grid(sites: Iterable[QuantizerSite], grids: Iterable[list[str]]) -> 
     for site in sites:
         group = together.get(site.name)
         if group is not None and len(group) > 1:
-            like = first.setdefault(id(group), site.name)
-            site = dataclasses.replace(site, in_place=False, producer=None, like=None if like == site.name else like)
+            owner = first.setdefault(id(group), site.name)
+            shared_with = None if owner == site.name else owner
+            site = dataclasses.replace(site, in_place=False, producer=None, shared_with=shared_with)
         found.append(site)
     return found
 

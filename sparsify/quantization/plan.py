@@ -20,41 +20,45 @@ from sparsify.errors import StateError
 from sparsify.model.preserved import eval_mode_, preserved
 from sparsify.model.targets import named_modules
 from sparsify.quantization.attention import FORMS, disable_fast_path, quantize_attention
+from sparsify.quantization.conversion import convert_, is_norm_and_more, is_weighted, restore_layers
 from sparsify.quantization.fake_quantize import FakeQuantize
 from sparsify.quantization.fixed_and_shared import FixedQuantize, SameGrid
 from sparsify.quantization.forward_ops import Watched, switched_off, watch
-from sparsify.quantization.layers import (
-    WEIGHTED,
-    Converted,
-    QuantizedLayer,
-    convert_,
-    is_norm_and_more,
-    is_weighted,
-)
+from sparsify.quantization.layers import WEIGHTED, QuantizedLayer, QuantizedNorm
 from sparsify.quantization.learned_step import LearnedQuantize
-from sparsify.quantization.weight_grid import WEIGHT_STEP, learned_step
+from sparsify.quantization.weight_grid import WEIGHT_STEP, learned_step, weight_of
+from sparsify.quantization.wiring import Converted, add_child, wiring_of
 
 __all__: list[str] = []
 
 PLAN_FORMAT = 1
 """The version of a plan's state."""
-LEFT = "_left_in_float"
+UNQUANTIZED = "_unquantized"
 """The attribute of a quantized model with what stays in float: {what: why}."""
+_SAVED_NAMES = {"q_max": "largest", "fused_relu": "relu", "shared_with": "like"}
+"""Field -> its name in a saved state, where the two differ."""
 
 
 @dataclass(frozen=True)
 class QuantizerSite:
-    """One quantized tensor.
+    """One quantized tensor, and the quantizer that stands there.
 
     Attributes:
-        module: the module that holds the quantizer. child: its name there.
+        module: the module that holds the quantizer.
+        child: the name of the quantizer in `module`.
+        bits: of the integers.
+        symmetric: whether the integers are signed, with zero point 0.
+        averaging_constant: the share of a batch in the moving range.
         readers: layers that call the quantizer on their input, besides `module`.
-        relu: the quantizer does the ReLU. ceiling: where that is cut off (ReLU6); None: nowhere.
+        fused_relu: whether the quantizer clamps at 0 in place of the ReLU behind it.
+        ceiling: where the ReLU is cut off (ReLU6); None: nowhere.
+        in_place: whether the quantizer alone reads the tensor.
+        producer: the module whose hooks could have kept the tensor.
         gate: the activation that the quantizer does, "silu" or "hardswish".
+        shared_with: the name of the site whose quantizer is used here too; None: it has its own.
+        observer: how the range follows from the values.
+        percentile: of the observer of that name.
         fixed: the function before it, where the grid is that function's: "tanh".
-        like: the name of the site whose quantizer does it; None: its own.
-        observer: how the range follows from the values. percentile: of the observer of that name.
-        in_place: whether the quantizer alone reads the tensor. producer: the module whose hooks could have kept it.
     """
 
     module: str
@@ -63,12 +67,12 @@ class QuantizerSite:
     symmetric: bool
     averaging_constant: float
     readers: tuple[str, ...] = ()
-    relu: bool = False
+    fused_relu: bool = False
     ceiling: float | None = None
     in_place: bool = False
     producer: str | None = None
     gate: str | None = None
-    like: str | None = None
+    shared_with: str | None = None
     observer: str = "moving_average"
     percentile: float = 99.99
     fixed: str | None = None
@@ -84,17 +88,19 @@ class LayerPlan:
     """One layer with quantized weights.
 
     Attributes:
+        name: its path.
         axis: the dimension of the weight that has a scale for each index; None: one scale.
-        largest: the largest integer of a weight, 2^(bits-1) - 1; 0: the weights stay in float.
-        source: the name of the site that it reads; None: it reads floats.
+        q_max: the largest integer of a weight, 2^(bits-1) - 1; 0: the weights stay in float.
+        source: the name of the quantizer site that it reads; None: it reads floats.
         norm: the BatchNorm that is folded into it.
-        learned: whether its scales are parameters. block: how many weights along the inputs have one; 0: all.
-        affine: whether a zero point stands beside each scale, and the integers are 0..2 largest + 1.
+        learned: whether its scales are parameters.
+        block: number of weights along the inputs that share a scale; 0: all of them.
+        affine: whether a zero point stands beside each scale, and the integers are 0..2 q_max + 1.
     """
 
     name: str
     axis: int | None
-    largest: int
+    q_max: int
     source: str | None
     norm: str | None
     learned: bool = False
@@ -107,22 +113,26 @@ class NormPlan:
     """A BatchNorm that no layer takes in: between integers it is a layer of its own, one weight for each channel.
 
     Attributes:
-        source: the name of the site that it reads. rank: how many dimensions that tensor has, 3 to 5.
-        largest: the largest integer, which every channel has for a weight.
+        name: its path.
+        source: the name of the quantizer site that it reads.
+        rank: number of dimensions of that tensor, 3 to 5.
+        q_max: the largest integer, which every channel has for a weight.
     """
 
     name: str
     source: str
     rank: int
-    largest: int
+    q_max: int
 
 
 @dataclass(frozen=True)
 class Unquantized:
-    """What stays in float, and why.
+    """A part of the model that stays in float, and why.
 
     Attributes:
-        unasked: it has weights, and the recipe does not leave it out.
+        what: its path, or an operation and where it stands.
+        why: the reason, for the user.
+        unasked: whether it has weights and the recipe does not leave it out.
     """
 
     what: str
@@ -135,13 +145,15 @@ class QuantizationPlan:
     """All that was decided.
 
     Attributes:
+        layers: those with quantized weights or inputs.
+        sites: the quantized tensors.
         watched: the modules whose own operations are counted -> how many of each kind the trace has.
         norms: every BatchNorm, so that its statistics can be frozen, folded or not.
-        alone: those of them that compute in integers by themselves.
         slow: TransformerEncoderLayers that must not take their fused path.
         left: what stays in float, and why.
         attentions: MultiheadAttentions whose projections are layers: "<name>.in_proj", or others of `attention.FORMS`,
             and "<name>.out_proj".
+        alone: the BatchNorms that compute in integers by themselves.
     """
 
     layers: tuple[LayerPlan, ...] = ()
@@ -166,6 +178,10 @@ class QuantizationPlan:
     def to_state(self) -> dict[str, Any]:
         """As dicts, lists, strings and numbers."""
         state: dict[str, Any] = _plain_state(dataclasses.asdict(self))
+        for parts in ("layers", "sites", "alone"):
+            state[parts] = [
+                {_SAVED_NAMES.get(name, name): value for name, value in part.items()} for part in state[parts]
+            ]
         return {"format": PLAN_FORMAT, **state}
 
     @classmethod
@@ -179,14 +195,17 @@ class QuantizationPlan:
             if state["format"] != PLAN_FORMAT:
                 raise StateError(f"the plan has format {state['format']!r}; this sparsify reads {PLAN_FORMAT}.")
             return cls(
-                layers=tuple(LayerPlan(**layer) for layer in state["layers"]),
-                sites=tuple(QuantizerSite(**{**site, "readers": tuple(site["readers"])}) for site in state["sites"]),
+                layers=tuple(LayerPlan(**_field_names(layer)) for layer in state["layers"]),
+                sites=tuple(
+                    QuantizerSite(**{**_field_names(site), "readers": tuple(site["readers"])})
+                    for site in state["sites"]
+                ),
                 watched={path: dict(counts) for path, counts in state["watched"].items()},
                 norms=tuple(state["norms"]),
                 slow=tuple(state["slow"]),
                 left=tuple(Unquantized(**left) for left in state["left"]),
                 attentions=tuple(state.get("attentions", ())),
-                alone=tuple(NormPlan(**norm) for norm in state.get("alone", ())),
+                alone=tuple(NormPlan(**_field_names(norm)) for norm in state.get("alone", ())),
             )
         except (KeyError, TypeError, AttributeError) as error:
             raise StateError(
@@ -206,6 +225,12 @@ def _plain_state(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [_plain_state(one) for one in value]
     return value
+
+
+def _field_names(saved: Mapping[str, Any]) -> dict[str, Any]:
+    """A part of a saved state by the names of the fields."""
+    names = {old: new for new, old in _SAVED_NAMES.items()}
+    return {names.get(name, name): value for name, value in saved.items()}
 
 
 def check_plan(model: nn.Module, plan: QuantizationPlan, *, again: bool = False) -> None:
@@ -246,7 +271,7 @@ def check_plan(model: nn.Module, plan: QuantizationPlan, *, again: bool = False)
 
 
 def apply_plan(model: nn.Module, plan: QuantizationPlan) -> None:
-    """Retypes the layers of `model` in place as `plan` says. Parameters stay the same objects.
+    """Converts the layers of `model` in place as `plan` says. Parameters stay the same objects.
 
     Raises:
         StateError: a layer of the plan is missing or of another type; nothing is changed then.
@@ -266,60 +291,79 @@ def apply_plan(model: nn.Module, plan: QuantizationPlan) -> None:
     for name in plan.slow:
         disable_fast_path(modules[name])
     for layer in plan.layers:
-        wiring = convert_(modules[layer.name])
-        wiring.axis, wiring.largest, wiring.block = layer.axis, layer.largest, layer.block
-        wiring.affine = layer.affine
-        if layer.learned:
-            modules[layer.name].add_module(WEIGHT_STEP, learned_step(modules[layer.name].weight, wiring))
-        if layer.norm is not None:
-            wiring.norm = modules[layer.norm]
-            modules[layer.norm]._wiring.layer = modules[layer.name]
+        _wire_layer(layer, modules)
     quantizers: dict[str, FakeQuantize] = {}
     for site in plan.sites:
-        module = modules[site.module]
-        convert_(module)
-        if site.like is not None:
-            module.add_module(site.child, SameGrid(quantizers[site.like]))
-            quantizers[site.name] = quantizers[site.like]
-            continue
-        made: Callable[..., FakeQuantize] = LearnedQuantize if site.observer == "lsq" else FakeQuantize
-        if site.fixed is not None:
-            made = partial(FixedQuantize, function=site.fixed)
-        quantizer = made(
-            site.name,
-            bits=site.bits,
-            symmetric=site.symmetric,
-            averaging_constant=site.averaging_constant,
-            relu=site.relu,
-            ceiling=math.inf if site.ceiling is None else site.ceiling,
-            in_place=site.in_place,
-            gate=site.gate,
-            observer=site.observer,
-            percentile=site.percentile,
-        )
-        if site.producer is not None:
-            quantizer._producer = (modules[site.producer],)
-        quantizer.to(_device(module, model)).train(module.training)
-        module.add_module(site.child, quantizer)
-        quantizers[site.name] = quantizer
-        for reader in site.readers:
-            modules[reader]._wiring.shared = quantizer
-        if site.readers:
-            quantizer.readers = 1 + len(site.readers)
+        quantizers[site.name] = _place_quantizer(site, modules, quantizers)
     for layer in plan.layers:
         if layer.source is not None:
-            modules[layer.name]._wiring.source = quantizers[layer.source]
+            wiring_of(modules[layer.name]).source = quantizers[layer.source]
     for norm in plan.alone:
-        wiring = modules[norm.name]._wiring
-        wiring.source, wiring.rank, wiring.largest = quantizers[norm.source], norm.rank, norm.largest
-    setattr(model, LEFT, {left.what: left.why for left in plan.left})
+        wiring = wiring_of(modules[norm.name])
+        wiring.source, wiring.rank, wiring.q_max = quantizers[norm.source], norm.rank, norm.q_max
+    setattr(model, UNQUANTIZED, {left.what: left.why for left in plan.left})
 
 
-def left_in_float(model: nn.Module) -> dict[str, str]:
-    """What stays in float in a quantized model -> why; empty for a model that is not quantized."""
+def undo_plan(model: nn.Module) -> None:
+    """The inverse of `apply_plan`: classes, children and attributes below `model` are as they were before."""
+    restore_layers(model)
+    model.__dict__.pop(UNQUANTIZED, None)
+
+
+def _wire_layer(layer: LayerPlan, modules: Mapping[str, nn.Module]) -> None:
+    """Converts one layer, and links it to the grid of its weights and to its BatchNorm."""
+    module = modules[layer.name]
+    wiring = convert_(module)
+    wiring.axis, wiring.q_max, wiring.block = layer.axis, layer.q_max, layer.block
+    wiring.affine = layer.affine
+    if layer.learned:
+        add_child(module, WEIGHT_STEP, learned_step(weight_of(module), wiring))
+    if layer.norm is not None:
+        norm = modules[layer.norm]
+        assert isinstance(norm, QuantizedNorm)
+        wiring.norm = norm
+        wiring_of(norm).layer = module
+
+
+def _place_quantizer(
+    site: QuantizerSite, modules: Mapping[str, nn.Module], quantizers: Mapping[str, FakeQuantize]
+) -> FakeQuantize:
+    """Adds the quantizer of one site, and gives it: a new one, or that of the site that it is shared with."""
+    module = modules[site.module]
+    convert_(module)
+    if site.shared_with is not None:
+        add_child(module, site.child, SameGrid(quantizers[site.shared_with]))
+        return quantizers[site.shared_with]
+    made: Callable[..., FakeQuantize] = LearnedQuantize if site.observer == "lsq" else FakeQuantize
+    if site.fixed is not None:
+        made = partial(FixedQuantize, function=site.fixed)
+    quantizer = made(
+        site.name,
+        bits=site.bits,
+        symmetric=site.symmetric,
+        averaging_constant=site.averaging_constant,
+        relu=site.fused_relu,
+        ceiling=math.inf if site.ceiling is None else site.ceiling,
+        in_place=site.in_place,
+        gate=site.gate,
+        observer=site.observer,
+        percentile=site.percentile,
+        producer=None if site.producer is None else modules[site.producer],
+    )
+    quantizer.to(_device(module, modules[""])).train(module.training)
+    add_child(module, site.child, quantizer)
+    for reader in site.readers:
+        wiring_of(modules[reader]).shared = quantizer
+    if site.readers:
+        quantizer.readers = 1 + len(site.readers)
+    return quantizer
+
+
+def unquantized(model: nn.Module) -> dict[str, str]:
+    """{what stays in float in a quantized model: why}; empty for a model that is not quantized."""
     came_otherwise = "its operations came otherwise in training than in the trace"
     off = {name or "the model": came_otherwise for name in switched_off(model)}
-    return {**getattr(model, LEFT, {}), **off}
+    return {**getattr(model, UNQUANTIZED, {}), **off}
 
 
 def check_traced_ops(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[str]:

@@ -20,8 +20,8 @@ TINY = 1e-12
 """The least width of a range: a tensor of zeros has a scale > 0."""
 
 
-def weight_scale(weight: Tensor, *, axis: int | None, largest: int) -> Tensor:
-    """The scale of symmetric integers -`largest`..`largest`: max |w| / `largest`, per index of `axis` or (None) of all.
+def weight_scale(weight: Tensor, *, axis: int | None, q_max: int) -> Tensor:
+    """The scale of symmetric integers -`q_max`..`q_max`: max |w| / `q_max`, per index of `axis` or (None) of all.
 
     Comes back float32 or wider, in a shape that broadcasts against `weight`; > 0 everywhere.
     """
@@ -38,7 +38,7 @@ def weight_scale(weight: Tensor, *, axis: int | None, largest: int) -> Tensor:
         widest = torch.maximum(values.amax(others, keepdim=True), values.amin(others, keepdim=True).neg_())
     if widest.dtype in (torch.float16, torch.bfloat16):
         widest = widest.float()
-    return widest.clamp_(min=TINY).div_(largest)
+    return widest.clamp_(min=TINY).div_(q_max)
 
 
 def weight_integers(weight: Tensor, scale: Tensor) -> Tensor:
@@ -50,8 +50,8 @@ class _FakeWeight(torch.autograd.Function):
     """Weights on the grid; the gradient passes, since a range of the largest absolute value clips nothing."""
 
     @staticmethod
-    def forward(ctx: Any, weight: Tensor, axis: int | None, largest: int) -> Tensor:
-        scale = weight_scale(weight, axis=axis, largest=largest)
+    def forward(ctx: Any, weight: Tensor, axis: int | None, q_max: int) -> Tensor:
+        scale = weight_scale(weight, axis=axis, q_max=q_max)
         return weight_integers(weight, scale).mul_(scale).to(weight.dtype)
 
     @staticmethod
@@ -59,16 +59,16 @@ class _FakeWeight(torch.autograd.Function):
         return grad, None, None
 
 
-def fake_weight(weight: Tensor, *, axis: int | None, largest: int) -> Tensor:
+def fake_weight(weight: Tensor, *, axis: int | None, q_max: int) -> Tensor:
     """`weight` rounded to its grid (see `weight_scale`); zeros stay exactly zero. Its gradient is the output's."""
     if weight.numel() <= SMALL and weight.dtype == torch.float32 and readable(weight):
         # A copy, overwritten behind autograd's back: the two calls of a function take longer than copying few weights.
         fake = weight.clone()
         values = fake.detach()
-        scale = weight_scale(values, axis=axis, largest=largest)
+        scale = weight_scale(values, axis=axis, q_max=q_max)
         values.mul_(scale.reciprocal()).round_().mul_(scale)
         return fake
-    return apply_function(_FakeWeight, weight, axis, largest)
+    return apply_function(_FakeWeight, weight, axis, q_max)
 
 
 class RectifiedInPlace(torch.autograd.Function):

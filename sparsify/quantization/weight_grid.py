@@ -1,7 +1,9 @@
 """The grid of a layer's weights: one scale, one a channel, or one for every block of inputs of each output channel.
 
-Integers are symmetric, -largest..largest, or affine, 0..2 largest + 1 with a zero point beside each scale. In memory
-both are counted from zero on: of affine ones that is q - z, so that zeros are 0 and a factor of -1 changes signs alone.
+Integers are symmetric, -q_max..q_max, or affine, 0..2 q_max + 1 with a zero point beside each scale. In memory both are
+counted from zero on: of affine ones that is q - z, so that zeros are 0 and a factor of -1 changes signs alone. Zero is
+exact in both, so masks hold. A symmetric grid spends half of its steps on the side where a row has nothing; an affine
+one follows the range as it lies, which shows with few bits and few weights to a scale.
 
 A block is `block` weights of one output channel that lie side by side along the inputs of a Linear; the last one of a
 row may be shorter. In blocks a weight is a matrix with a block in each row, the last filled up with zeros, and its
@@ -10,26 +12,29 @@ scales are those of an axis.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import cast
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import FunctionCtx
 from torch.nn import functional as F
 
 from sparsify.quantization.learned_step import LearnedStep
-from sparsify.quantization.straight_through import fake_weight, weight_integers, weight_scale
-
-if TYPE_CHECKING:
-    from sparsify.quantization.layers import Wiring
-
-
-import torch
-
-from sparsify.quantization.straight_through import TINY
+from sparsify.quantization.straight_through import (
+    TINY,
+    apply_function,
+    fake_weight,
+    weight_integers,
+    weight_scale,
+)
+from sparsify.quantization.wiring import Converted, Wiring, wiring_of
 
 __all__: list[str] = []
 
 WEIGHT_STEP = "weight_quantizer"
 """The child of a layer that holds the learned step of its weights."""
+TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+"""Layers whose weight has its output channels along the second dimension."""
 
 
 def in_blocks(weight: Tensor, block: int, axis: int) -> Tensor:
@@ -40,21 +45,31 @@ def in_blocks(weight: Tensor, block: int, axis: int) -> Tensor:
 
 
 def out_of_blocks(values: Tensor, like: Tensor, axis: int) -> Tensor:
-    """What `in_blocks` undid: `values`, a block in each row, in the shape of `like`."""
+    """The inverse of `in_blocks`: `values`, a block in each row, in the shape of `like`."""
     rows = values.reshape(like.shape[1 - axis], -1)[:, : like.shape[axis]]
     return rows if axis == 1 else rows.t()
 
 
 def learned_step(weight: Tensor, wiring: Wiring) -> LearnedStep:
-    """The parameters of this grid, from the weight as it stands."""
+    """The learned scales of this grid, started from the weight as it stands."""
     if wiring.block:
-        return LearnedStep(in_blocks(weight, wiring.block, _inputs(wiring)), axis=0, largest=wiring.largest)
-    return LearnedStep(weight, axis=wiring.axis, largest=wiring.largest)
+        return LearnedStep(in_blocks(weight, wiring.block, _inputs(wiring)), axis=0, q_max=wiring.q_max)
+    return LearnedStep(weight, axis=wiring.axis, q_max=wiring.q_max)
 
 
-def fake(layer: Any) -> Tensor:
+def weight_of(layer: nn.Module) -> Tensor:
+    """The weight of a layer: its parameter, or where it holds none, the tensor that stands for it."""
+    return cast(Tensor, layer.weight)
+
+
+def bias_of(layer: nn.Module) -> Tensor | None:
+    """The bias of a layer; None: it has none."""
+    return cast("Tensor | None", layer.bias)
+
+
+def fake_layer_weight(layer: Converted) -> Tensor:
     """The weight of `layer` on its grid, with the gradients of training."""
-    wiring, weight, step = layer._wiring, layer.weight, layer._modules.get(WEIGHT_STEP)
+    wiring, weight, step = wiring_of(layer), weight_of(layer), layer._modules.get(WEIGHT_STEP)
     values = in_blocks(weight, wiring.block, _inputs(wiring)) if wiring.block else weight
     values = step(values) if step is not None else rounded(values, 0 if wiring.block else wiring.axis, wiring)
     return out_of_blocks(values, weight, _inputs(wiring)) if wiring.block else values
@@ -63,28 +78,28 @@ def fake(layer: Any) -> Tensor:
 def rounded(values: Tensor, axis: int | None, wiring: Wiring) -> Tensor:
     """`values` on the grid of their own range, with the gradients of training."""
     if wiring.affine:
-        return fake_affine(values, axis=axis, levels=2 * wiring.largest + 1)
-    return fake_weight(values, axis=axis, largest=wiring.largest)
+        return fake_affine(values, axis=axis, levels=2 * wiring.q_max + 1)
+    return fake_weight(values, axis=axis, q_max=wiring.q_max)
 
 
-def on_own_grid(layer: Any) -> tuple[Tensor, Tensor, Tensor | None]:
-    """(integers from zero on, in float, scales, zero points or None) of a layer's weight as it stands.
+def on_own_grid(layer: Converted) -> tuple[Tensor, Tensor, Tensor | None]:
+    """(integers counted from zero on, in float; scales; zero points or None) of a layer's weight as it stands.
 
     The scales broadcast against the integers, or where there are blocks have the shape of the weight with as many
     entries along the inputs as there are blocks; zero points likewise.
     """
-    wiring: Wiring = layer._wiring
-    weight, step = layer.weight.detach().float(), layer._modules.get(WEIGHT_STEP)
+    wiring = wiring_of(layer)
+    weight, step = weight_of(layer).detach().float(), cast("LearnedStep | None", layer._modules.get(WEIGHT_STEP))
     values = in_blocks(weight, wiring.block, _inputs(wiring)) if wiring.block else weight
     axis, zero = 0 if wiring.block else wiring.axis, None
     if wiring.affine:
-        levels = 2 * wiring.largest + 1
+        levels = 2 * wiring.q_max + 1
         scale, zero = affine_grid(values, axis=axis, levels=levels)
         q = affine_integers(values, scale, zero, levels)
     else:
-        scale = weight_scale(values, axis=axis, largest=wiring.largest) if step is None else step.scale()
-        # Clips where the step was learned only: the largest weight is the largest integer else.
-        q = weight_integers(values, scale).clamp_(-wiring.largest, wiring.largest)
+        scale = weight_scale(values, axis=axis, q_max=wiring.q_max) if step is None else step.scale()
+        # Clips only where the step was learned: otherwise the largest weight is the largest integer.
+        q = weight_integers(values, scale).clamp_(-wiring.q_max, wiring.q_max)
     if not wiring.block:
         return q, scale, zero
 
@@ -96,7 +111,7 @@ def on_own_grid(layer: Any) -> tuple[Tensor, Tensor, Tensor | None]:
 
 
 def widened(scale: Tensor, like: Tensor, axis: int | None, block: int) -> Tensor:
-    """`scale`, of rank 0, (C,) along `axis` or one for each block along it, to broadcast against `like`."""
+    """`scale`, of rank 0, (C,) along `axis` or one for each block along it, shaped to broadcast against `like`."""
     if axis is None:
         return scale
     if block:
@@ -107,7 +122,7 @@ def widened(scale: Tensor, like: Tensor, axis: int | None, block: int) -> Tensor
 
 
 def _inputs(wiring: Wiring) -> int:
-    """The dimension along which blocks lie: the other one than that of the output channels."""
+    """The dimension along which blocks lie: that of the inputs."""
     return 1 if wiring.axis is None else 1 - wiring.axis
 
 
@@ -140,16 +155,26 @@ class _FakeAffine(torch.autograd.Function):
     """Weights on an affine grid; the gradient passes, since the range holds every weight."""
 
     @staticmethod
-    def forward(ctx: Any, weight: Tensor, axis: int | None, levels: int) -> Tensor:
+    def forward(ctx: FunctionCtx, weight: Tensor, axis: int | None, levels: int) -> Tensor:
         scale, zero_point = affine_grid(weight, axis=axis, levels=levels)
         return affine_integers(weight, scale, zero_point, levels).mul_(scale).to(weight.dtype)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor, None, None]:
         return grad, None, None
 
 
 def fake_affine(weight: Tensor, *, axis: int | None, levels: int) -> Tensor:
     """`weight` rounded to its `affine_grid`; zeros stay exactly zero. Its gradient is the output's."""
-    fake: Tensor = _FakeAffine.apply(weight, axis, levels)  # type: ignore[no-untyped-call]
-    return fake
+    return apply_function(_FakeAffine, weight, axis, levels)
+
+
+def channel_axis(layer: nn.Module) -> int:
+    """The dimension of the weight along which the output channels lie."""
+    return 1 if isinstance(layer, TRANSPOSED) or stores_transposed(layer) else 0
+
+
+def stores_transposed(module: nn.Module) -> bool:
+    """True if it is transformers' Conv1D (GPT-2), a Linear whose weight is (in, out). Known by its name alone."""
+    weight = module._parameters.get("weight")
+    return any(cls.__name__ == "Conv1D" for cls in type(module).__mro__) and (weight is None or weight.dim() == 2)

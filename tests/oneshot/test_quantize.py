@@ -28,7 +28,7 @@ from sparsify import (
     quantize_model,
     quantize_onnx,
 )
-from sparsify.quantization.layers import quantizers
+from sparsify.quantization.conversion import quantizers
 from sparsify.quantization.plan import is_quantized
 from tests.zoo.quantizable import InvertedResidual, ResidualNet, SqueezeExciteNet
 

@@ -31,7 +31,7 @@ def error_on(x: Tensor, weight: Tensor, rounded: Tensor) -> float:
 
 
 def scale_of(weight: Tensor, second: Tensor) -> Tensor:
-    return clipped_scale(weight, second.diagonal(dim1=1, dim2=2), largest=LARGEST)
+    return clipped_scale(weight, second.diagonal(dim1=1, dim2=2), q_max=LARGEST)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -56,7 +56,7 @@ def test_a_layer_that_quantizes_once_more_leaves_rounded_weights_as_they_are(
     scale = scale_of(weight, second)
     arguments = (weight, scale, LARGEST) if method is nearest else (weight, second, scale, LARGEST)
     rows = method(*arguments).reshape(-1, shape[2])  # type: ignore[operator]
-    again = weight_integers(rows, weight_scale(rows, axis=0, largest=LARGEST))
+    again = weight_integers(rows, weight_scale(rows, axis=0, q_max=LARGEST))
     wanted = (rows / scale.reshape(-1, 1)).round()
     assert torch.equal(again, wanted)
     assert wanted.abs().amax(1).eq(LARGEST).all()
@@ -104,20 +104,20 @@ def test_a_clipped_scale_has_less_error_than_the_largest_weight_asks_for() -> No
     weight[:, 0] = 0.0
     importance = torch.ones(1, 400)
     for bits in (3, 4):
-        largest = 2 ** (bits - 1) - 1
-        whole = weight.abs().amax(-1, keepdim=True).clamp(min=1e-12) / largest
-        found = clipped_scale(weight, importance, largest=largest)
+        q_max = 2 ** (bits - 1) - 1
+        whole = weight.abs().amax(-1, keepdim=True).clamp(min=1e-12) / q_max
+        found = clipped_scale(weight, importance, q_max=q_max)
         assert (found <= whole).all() and (found > 0).all()
 
-        def error(scale: Tensor, largest: int = largest) -> Tensor:
-            return (nearest(weight, scale, largest) - weight).square().sum(-1)[:, 1:]
+        def error(scale: Tensor, q_max: int = q_max) -> Tensor:
+            return (nearest(weight, scale, q_max) - weight).square().sum(-1)[:, 1:]
 
         assert (error(found) < 0.9 * error(whole)).all()
 
 
 def test_one_scale_for_all_rows_is_one_scale() -> None:
     weight = torch.randn(2, 4, 10)
-    scale = clipped_scale(weight, torch.ones(2, 10), largest=7, shared=True)
+    scale = clipped_scale(weight, torch.ones(2, 10), q_max=7, shared=True)
     assert scale.shape == (2, 4, 1) and scale.unique().numel() == 1
 
 

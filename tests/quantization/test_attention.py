@@ -18,11 +18,11 @@ from sparsify.onnx.export import export_onnx
 from sparsify.onnx.runtime import open_session, optimized_operators, run_session
 from sparsify.onnx.verify import verify_onnx
 from sparsify.quantization.attention import FORMS, Projection, QuantizedMultiheadAttention
+from sparsify.quantization.conversion import quantizers
 from sparsify.quantization.deployment import deployment_copy
 from sparsify.quantization.fake_quantize import FakeQuantize
-from sparsify.quantization.layers import quantizers, restore_layers
 from sparsify.quantization.placement import make_plan
-from sparsify.quantization.plan import QuantizationPlan, apply_plan
+from sparsify.quantization.plan import QuantizationPlan, apply_plan, undo_plan
 from sparsify.quantization.scheme import QuantizationSettings, Scheme
 from tests.loops import quantized, train
 
@@ -50,7 +50,7 @@ def rounding_off(model: nn.Module) -> None:
         quantizer.enabled = False
     for module in model.modules():
         if hasattr(module, "_wiring"):
-            module._wiring.largest = 0
+            module._wiring.enabled = False
 
 
 QUERIES, KEYS = 4, 5
@@ -202,7 +202,7 @@ def test_a_plan_makes_a_fresh_model_the_same_and_restore_takes_all_back(form: st
             name = "q_proj_weight" if form == "other widths" else "in_proj_weight"
             getattr(other.attention, name).zero_()
             assert not other.attention.q_proj.weight.any() and getattr(model.attention, name).any()
-    restore_layers(model)
+    undo_plan(model)
     assert list(model.state_dict()) == keys and type(model.attention) is nn.MultiheadAttention
     assert not any(isinstance(module, (FakeQuantize, Projection)) for module in model.modules())
     model(*inputs)
@@ -282,7 +282,7 @@ def test_every_scheme_reaches_the_rows_of_a_packed_weight(scheme: str) -> None:
         deployed = deployment_copy(model)
         assert torch.equal(deployed(*inputs)[0], model(*inputs)[0])
         assert deployed.attention.kv_proj.weight_int8.shape == (32, 16)
-    restore_layers(model)
+    undo_plan(model)
     assert list(model.state_dict()) == keys
 
 
@@ -388,7 +388,7 @@ def test_its_plan_makes_a_fresh_model_the_same_and_restore_takes_it_back() -> No
     copied = copy.deepcopy(model)
     assert copied.layers[0].self_attn.in_proj.weight is copied.layers[0].self_attn.in_proj_weight
     assert not any(key.endswith("in_proj.weight") for key in model.state_dict())
-    restore_layers(model)
+    undo_plan(model)
     assert list(model.state_dict()) == keys
     assert all(type(module) is not QuantizedMultiheadAttention for module in model.modules())
     assert not any(isinstance(module, FakeQuantize) for module in model.modules())
@@ -416,7 +416,7 @@ def test_padding_makes_no_nested_tensors_of_what_quantized_layers_read() -> None
         model.enable_nested_tensor = False
         expected = torch.cat([model(x[i : i + 1, : (~PADDING[i]).sum()]) for i in range(3)], 1)
     torch.testing.assert_close(found[~PADDING], expected[0], rtol=0.02, atol=0.02)
-    restore_layers(model)
+    undo_plan(model)
     assert model.use_nested_tensor is True and type(model) is nn.TransformerEncoder
 
 
@@ -492,6 +492,6 @@ def test_its_scheme_can_be_overridden() -> None:
     model, x = encoder(), torch.randn(3, 5, 16)
     four = Scheme.model_validate({"weights": {"num_bits": 4}})
     plan = make_plan(model, trace(model, (x,)), QuantizationSettings(overrides={"layers.1.self_attn": four}))
-    largest = {layer.name: layer.largest for layer in plan.layers}
-    assert largest["layers.1.self_attn.in_proj"] == largest["layers.1.self_attn.out_proj"] == 7
-    assert largest["layers.0.self_attn.in_proj"] == 127
+    bounds = {layer.name: layer.q_max for layer in plan.layers}
+    assert bounds["layers.1.self_attn.in_proj"] == bounds["layers.1.self_attn.out_proj"] == 7
+    assert bounds["layers.0.self_attn.in_proj"] == 127

@@ -18,10 +18,10 @@ from torch.nn import functional as F
 from sparsify import export_onnx, verify_onnx
 from sparsify.model.trace import trace
 from sparsify.quantization import attention_products
+from sparsify.quantization.conversion import quantizers
 from sparsify.quantization.deployment import deployment_copy
-from sparsify.quantization.layers import quantizers, restore_layers
 from sparsify.quantization.placement import make_plan
-from sparsify.quantization.plan import QuantizationPlan
+from sparsify.quantization.plan import QuantizationPlan, undo_plan
 from sparsify.quantization.scheme import ActivationScheme, QuantizationSettings, Scheme
 from tests.loops import quantized, train
 from tests.zoo.quantizable import BertLayer
@@ -126,7 +126,7 @@ def test_however_it_is_written_operands_are_quantized_and_the_file_is_exact(way:
     kernels = [tensor.kernel for tensor in found.tensors]
     assert sum("MatMul" in kernel for kernel in kernels) >= 1, kernels
     assert all(tensor.optimized.count == 0 for tensor in found.tensors if tensor.exact and tensor.optimized)
-    restore_layers(model)
+    undo_plan(model)
     with torch.no_grad():
         before.load_state_dict(model.state_dict())
         assert torch.equal(model(x), before(x))

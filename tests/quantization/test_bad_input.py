@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from sparsify import QuantizationModifier, ScheduledModifierManager, export_onnx, floating_layers
 from sparsify.errors import ArgumentError, DataError, ExportError, RecipeError, SparsifyWarning, StateError, TargetError
-from sparsify.quantization.layers import quantizers, restore_layers
-from sparsify.quantization.plan import is_quantized
+from sparsify.quantization.conversion import quantizers
+from sparsify.quantization.plan import is_quantized, undo_plan
 from tests.loops import train_step
 from tests.zoo.quantizable import ResidualBlock, ResidualNet, images
 
@@ -228,7 +228,7 @@ def test_a_resumed_model_has_the_same_list_and_a_restored_one_none() -> None:
     fresh = ResidualNet()
     again = recipe(ignore=["fc"]).apply_structure(fresh, state=manager.state_dict())
     assert again is fresh and floating_layers(fresh) == floating_layers(model) == {"fc": "left out by the recipe"}
-    restore_layers(fresh)
+    undo_plan(fresh)
     assert floating_layers(fresh) == {} and vars(fresh).keys() == vars(ResidualNet()).keys()
 
 

@@ -10,8 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from sparsify.errors import DataError, StateError
+from sparsify.quantization.conversion import quantizers
 from sparsify.quantization.deployment import deployment_copy
-from sparsify.quantization.layers import WEIGHTED, QuantizedLayer, deployed_integers, quantizers, restore_layers
+from sparsify.quantization.layers import WEIGHTED, QuantizedLayer
+from sparsify.quantization.plan import undo_plan
 from sparsify.quantization.scheme import NAMED, ActivationScheme, QuantizationSettings, Scheme, WeightScheme
 from tests.loops import quantized, quantized_and_trained, train
 from tests.zoo.quantizable import ZOO, Conv1D, ResidualNet, images, mlp
@@ -68,7 +70,7 @@ def test_batch_norm_is_folded_exactly() -> None:
     with torch.no_grad():
         norm.weight.copy_(torch.tensor([1.0, -0.5, 0.0, 2.0, -3.0, 1e-12]))
         norm.bias.copy_(torch.randn(6))
-    whole = deployed_integers(model[0])
+    whole = model[0].deployed_integers()
     c = norm.weight.double() / (norm.running_var.double() + norm.eps).sqrt()
     weight = model[0].weight.double()
     scale = weight.abs().amax((1, 2, 3)) / 127
@@ -89,7 +91,7 @@ def test_a_norm_alone_is_exact_but_for_the_grid_of_its_bias() -> None:
     with torch.no_grad():
         norm.weight.copy_(torch.tensor([1.0, -0.5, 0.0, 1e-12, -1e-12, 1e-30, 3.0, 1.0, 1.0, 1.0]))
         norm.bias.copy_(torch.linspace(-2, 2, 10))
-    whole = deployed_integers(norm)
+    whole = norm.deployed_integers()
     factor = norm.weight.double() / (norm.running_var.double() + norm.eps).sqrt()
     offset = norm.bias.double() - norm.running_mean.double() * factor
     usual = norm.weight.abs() > 1e-9
@@ -147,7 +149,7 @@ def test_a_norm_alone_learns_in_training_and_in_eval_mode_and_is_given_back() ->
         for quantizer in quantizers(model):
             quantizer.enabled = False
         assert not norm.is_layer()
-    restore_layers(model)
+    undo_plan(model)
     assert type(norm) is nn.BatchNorm2d and not [name for name, _ in norm.named_children()]
     with torch.no_grad():
         assert 0 < (model(x) - rounded).abs().max() < 0.1 * rounded.abs().max()
@@ -158,9 +160,9 @@ def test_the_float_model_is_near() -> None:
     model.eval()
     with torch.no_grad():
         got = model(inputs)
-        from sparsify.quantization.layers import restore_layers
+        from sparsify.quantization.plan import undo_plan
 
-        restore_layers(model)
+        undo_plan(model)
         expected = model(inputs)
     assert ((got - expected).norm() / expected.norm()).item() < 0.1
 

@@ -16,7 +16,7 @@ from sparsify.quantization.fake_quantize import FakeQuantize
 from sparsify.quantization.straight_through import fake_weight, on_grid
 
 
-def reference_weight(weight: Tensor, axis: int | None, largest: int) -> Tensor:
+def reference_weight(weight: Tensor, axis: int | None, q_max: int) -> Tensor:
     out = torch.empty_like(weight)
     parts = (
         [(slice(None),) * weight.dim()]
@@ -25,19 +25,19 @@ def reference_weight(weight: Tensor, axis: int | None, largest: int) -> Tensor:
     )
     for part in parts:
         values = weight[part].double()
-        scale = max(values.abs().max().item(), 1e-12) / largest
+        scale = max(values.abs().max().item(), 1e-12) / q_max
         out[part] = ((values / scale).round() * scale).float()
     return out
 
 
 @pytest.mark.parametrize("shape", [(5, 7), (4, 3, 3, 3), (6, 2, 5)])
 @pytest.mark.parametrize("axis", [None, 0, 1])
-@pytest.mark.parametrize("largest", [127, 63, 7])
-def test_weights_are_those_of_the_long_way(shape: tuple[int, ...], axis: int | None, largest: int) -> None:
+@pytest.mark.parametrize("q_max", [127, 63, 7])
+def test_weights_are_those_of_the_long_way(shape: tuple[int, ...], axis: int | None, q_max: int) -> None:
     torch.manual_seed(0)
     weight = torch.randn(shape)
     torch.testing.assert_close(
-        fake_weight(weight, axis=axis, largest=largest), reference_weight(weight, axis, largest), rtol=1e-5, atol=1e-6
+        fake_weight(weight, axis=axis, q_max=q_max), reference_weight(weight, axis, q_max), rtol=1e-5, atol=1e-6
     )
 
 
@@ -46,7 +46,7 @@ def test_zeros_of_weights_stay_exactly_zero_and_gradients_pass() -> None:
     weight[weight.abs() < 0.5] = 0.0
     weight[3] = 0.0
     weight.requires_grad_()
-    out = fake_weight(weight, axis=0, largest=127)
+    out = fake_weight(weight, axis=0, q_max=127)
     assert torch.equal(out[weight == 0], torch.zeros_like(out[weight == 0]))
     upstream = torch.randn(8, 6)
     out.backward(upstream)

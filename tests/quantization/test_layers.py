@@ -15,18 +15,12 @@ from torch.utils.checkpoint import checkpoint
 
 from sparsify.errors import SparsifyWarning
 from sparsify.quantization.calibration import calibrate
+from sparsify.quantization.conversion import freeze_norms, quantizers
 from sparsify.quantization.deployment import deployment_copy
 from sparsify.quantization.fake_quantize import FakeQuantize
 from sparsify.quantization.forward_ops import Watched, switched_off
-from sparsify.quantization.layers import (
-    QuantizedConv2d,
-    QuantizedLayer,
-    QuantizedLinear,
-    freeze_norms,
-    quantizers,
-    restore_layers,
-)
-from sparsify.quantization.plan import is_quantized
+from sparsify.quantization.layers import QuantizedConv2d, QuantizedLayer, QuantizedLinear
+from sparsify.quantization.plan import is_quantized, undo_plan
 from tests.loops import quantized, quantized_and_trained, train
 from tests.zoo.quantizable import ZOO, BertLayer, ResidualBlock, ResidualNet, SqueezeExciteNet, images
 
@@ -55,7 +49,7 @@ def test_undo_gives_back_classes_keys_and_values(name: str) -> None:
     expected = model(inputs)
     quantized(model, inputs)
     assert is_quantized(model)
-    restore_layers(model)
+    undo_plan(model)
     assert not is_quantized(model)
     assert {n: type(module) for n, module in model.named_modules()} == types
     assert {n: set(vars(module)) for n, module in model.named_modules()} == attributes
@@ -279,7 +273,7 @@ def test_a_norm_that_computes_more_trains_as_before_and_keeps_frozen_statistics(
         quantizer.enabled = False
     # 2^-15 of a weight's range: nothing to see, and training is the float model's.
     for layer in (module for module in model.modules() if isinstance(module, QuantizedLayer)):
-        layer._wiring.largest = 2**15 - 1
+        layer._wiring.q_max = 2**15 - 1
     torch.testing.assert_close(model(inputs), twin(inputs), rtol=1e-3, atol=1e-3)
     for name in ("bn0", "bn1", "bn2"):
         torch.testing.assert_close(getattr(model, name).running_var, getattr(twin, name).running_var, rtol=1e-3, atol=0)
@@ -289,7 +283,7 @@ def test_a_norm_that_computes_more_trains_as_before_and_keeps_frozen_statistics(
     assert torch.equal(model.bn1.running_mean, before) and model.bn1.weight.grad is not None
     again = pickle.loads(pickle.dumps(model))
     assert type(again.bn1) is type(model.bn1) and again.bn1._wiring.layer is again.expand
-    restore_layers(model)
+    undo_plan(model)
     assert type(model.bn1) is type(twin.bn1) and list(model.state_dict()) == list(twin.state_dict())
 
 
@@ -430,7 +424,7 @@ def test_the_fast_path_of_a_transformer_layer_is_off_where_a_layer_changed() -> 
             expected = model(x)
     assert torch.equal(slow, expected)
     assert not plan.left
-    restore_layers(model)
+    undo_plan(model)
     assert model.layers[0].activation_relu_or_gelu == 1
 
 

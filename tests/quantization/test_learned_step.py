@@ -54,10 +54,10 @@ def reference(
 def test_gradients_of_weights_are_those_of_the_paper(bits: int) -> None:
     torch.manual_seed(0)
     weight = torch.randn(5, 40, requires_grad=True)
-    largest = 2 ** (bits - 1) - 1
-    module = LearnedStep(weight, axis=0, largest=largest)
-    first = 2 * weight.abs().mean(1) / largest**0.5
-    torch.testing.assert_close(module.step.flatten(), torch.minimum(first, weight.abs().amax(1) / largest))
+    q_max = 2 ** (bits - 1) - 1
+    module = LearnedStep(weight, axis=0, q_max=q_max)
+    first = 2 * weight.abs().mean(1) / q_max**0.5
+    torch.testing.assert_close(module.step.flatten(), torch.minimum(first, weight.abs().amax(1) / q_max))
     with torch.no_grad():
         module.step.mul_(0.7)  # some are clipped, whatever the bits
     fake = module(weight)
@@ -67,10 +67,10 @@ def test_gradients_of_weights_are_those_of_the_paper(bits: int) -> None:
     clipped = 0
     for row in range(5):
         step = module.step[row].item()
-        by_x, by_step, _ = reference(weight[row].detach(), grad[row], step, 0.0, -largest, largest)
+        by_x, by_step, _ = reference(weight[row].detach(), grad[row], step, 0.0, -q_max, q_max)
         assert torch.equal(weight.grad[row], by_x)
         clipped += int((by_x == 0).sum())
-        assert module.step.grad[row].item() == pytest.approx(by_step / (40 * largest) ** 0.5, rel=1e-3, abs=1e-5)
+        assert module.step.grad[row].item() == pytest.approx(by_step / (40 * q_max) ** 0.5, rel=1e-3, abs=1e-5)
     assert clipped
 
 

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from sparsify import export_onnx, quantize_model, verify_onnx
 from sparsify.errors import StateError, TargetError
 from sparsify.model.trace import trace
+from sparsify.quantization.conversion import quantizers
 from sparsify.quantization.forward_ops import switched_off
-from sparsify.quantization.layers import quantizers
 from sparsify.quantization.placement import make_plan
 from sparsify.quantization.plan import QuantizationPlan, apply_plan
 from sparsify.quantization.scheme import NAMED, ActivationScheme, QuantizationSettings, Scheme, WeightScheme
@@ -69,7 +69,7 @@ def test_an_add_without_a_relu_has_a_quantizer_of_its_own() -> None:
     names = [site.name for site in plan.sites]
     assert "project.1.output_quantizer" in names and "again.1.output_quantizer" in names
     assert "add_0_quantizer" in names
-    assert {site.ceiling for site in plan.sites if site.relu} == {6.0}
+    assert {site.ceiling for site in plan.sites if site.fused_relu} == {6.0}
 
 
 def test_a_norm_that_computes_more_is_folded_and_what_it_computes_is_quantized() -> None:
@@ -148,12 +148,12 @@ def test_what_a_layer_reads_in_several_calls_lies_on_one_grid() -> None:
     layers = {layer.name: layer for layer in plan.layers}
     assert layers["boxes.0"].source == layers["kinds.0"].source == "lateral.0.output_quantizer"
     like = "lateral.0.output_quantizer"
-    assert [sites[f"lateral.{n}.output_quantizer"].like for n in range(3)] == [None, like, like]
+    assert [sites[f"lateral.{n}.output_quantizer"].shared_with for n in range(3)] == [None, like, like]
     # The ReLUs of one head come before those of the other; each head has its own grid.
-    likes = [sites[f"relu_{n}_quantizer"].like for n in range(6)]
+    likes = [sites[f"relu_{n}_quantizer"].shared_with for n in range(6)]
     assert likes == [None, *2 * ["relu_0_quantizer"], None, *2 * ["relu_3_quantizer"]]
     assert layers["boxes.2"].source != layers["kinds.2"].source
-    assert not any(site.in_place or site.producer for site in plan.sites if site.like)
+    assert not any(site.in_place or site.producer for site in plan.sites if site.shared_with)
     # No tensor is quantized twice, and what a head gives leaves it as integers.
     assert not any(site.child == "input_quantizer" and site.module != "stem.0" for site in plan.sites)
     assert {"boxes.2.output_quantizer", "kinds.2.output_quantizer"} <= set(sites)
@@ -220,7 +220,7 @@ def test_a_norm_before_its_convolution_is_a_layer_between_integers() -> None:
     names = ["block.one.norm", "block.two.norm", "norm"]
     # The last concatenation stands in a container: the quantizer behind it is that of who reads it.
     sources = ["block.one.concat_0_quantizer", "block.two.concat_0_quantizer", "norm.input_quantizer"]
-    assert [(norm.name, norm.source, norm.rank, norm.largest) for norm in plan.alone] == [
+    assert [(norm.name, norm.source, norm.rank, norm.q_max) for norm in plan.alone] == [
         (name, source, 4, 127) for name, source in zip(names, sources, strict=True)
     ]
     assert plan.left == () and {name for name in plan.watched if name.endswith("norm")} == {"block.two.norm"}
@@ -244,7 +244,7 @@ def test_a_norm_stays_in_float_where_the_recipe_says_so(settings: QuantizationSe
     model = DenseNet()
     plan = make_plan(model, trace(model, (images(),)), settings)
     assert len(plan.alone) == alone
-    assert all(norm.largest == (63 if settings.reduce_range else 127) for norm in plan.alone)
+    assert all(norm.q_max == (63 if settings.reduce_range else 127) for norm in plan.alone)
 
 
 def test_norms_of_rows_or_without_statistics_stay_in_float() -> None:
@@ -318,14 +318,14 @@ def test_overrides_by_name_beat_those_by_type_and_fill_in_the_rest() -> None:
     plan = make_plan(model, trace(model, (images(),)), settings)
     layers = {layer.name: layer for layer in plan.layers}
     assert "fc" not in layers
-    assert layers["first.conv1"].largest == 7
-    assert layers["stem"].source is None and layers["stem"].largest == 127
+    assert layers["first.conv1"].q_max == 7
+    assert layers["stem"].source is None and layers["stem"].q_max == 127
 
 
 def test_tensorrt_reduce_range_and_one_scale() -> None:
     plan = plan_of(mlp(), torch.randn(4, 6), scheme=NAMED["tensorrt"], reduce_range=True)
     assert all(site.symmetric for site in plan.sites)
-    assert {layer.largest for layer in plan.layers} == {63}
+    assert {layer.q_max for layer in plan.layers} == {63}
     one = Scheme(weights=WeightScheme(strategy="tensor"))
     assert {layer.axis for layer in plan_of(mlp(), torch.randn(4, 6), scheme=one).layers} == {None}
 
@@ -369,7 +369,7 @@ def test_a_plan_survives_as_plain_data_and_rebuilds_a_fresh_model(name: str) -> 
     fresh.load_state_dict(model.state_dict())
     assert [type(m) for m in fresh.modules()] == [type(m) for m in model.modules()]
     assert torch.equal(fresh.eval()(inputs), model.eval()(inputs))
-    assert len(list(quantizers(fresh))) == sum(site.like is None for site in plan.sites)
+    assert len(list(quantizers(fresh))) == sum(site.shared_with is None for site in plan.sites)
 
 
 def test_a_plan_of_another_model_is_refused_before_anything_changes() -> None:
@@ -426,7 +426,7 @@ def test_the_trace_and_the_settings_are_all_that_a_plan_depends_on() -> None:
 
 def test_weight_only_leaves_what_layers_read_in_float() -> None:
     plan = plan_of(mlp(), torch.randn(4, 6), scheme=NAMED["weight_only"])
-    assert not plan.sites and [layer.largest for layer in plan.layers] == [127] * 3
+    assert not plan.sites and [layer.q_max for layer in plan.layers] == [127] * 3
     assert NAMED["onnxruntime"] == NAMED["default"]
 
 

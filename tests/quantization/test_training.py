@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from sparsify import QuantizationModifier, ScheduledModifierManager
 from sparsify.errors import DataError, RecipeError, StateError, TargetError
+from sparsify.quantization.conversion import quantizers
 from sparsify.quantization.deployment import deployment_copy
-from sparsify.quantization.layers import quantizers
 from sparsify.quantization.plan import is_quantized
 from tests.loops import train, train_step
 from tests.zoo.quantizable import ResidualNet, images, mlp

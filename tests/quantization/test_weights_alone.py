@@ -39,11 +39,11 @@ def step(model: nn.Module, x: Tensor, steps: int = 3) -> None:
 
 def by_hand(weight: Tensor, bits: int, block: int) -> Tensor:
     """(out, in) on the grid, one block after another."""
-    result, largest = weight.clone(), 2 ** (bits - 1) - 1
+    result, q_max = weight.clone(), 2 ** (bits - 1) - 1
     for row in range(weight.shape[0]):
         for start in range(0, weight.shape[1], block):
             values = weight[row, start : start + block]
-            scale = values.abs().max() / largest
+            scale = values.abs().max() / q_max
             result[row, start : start + block] = (values / scale).round() * scale
     return result
 

@@ -1,0 +1,90 @@
+"""Converting a user's modules in place to their quantized forms, undoing it, and going through what was converted."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from sparsify.model.targets import named_modules
+from sparsify.quantization.fake_quantize import FakeQuantize
+from sparsify.quantization.layers import (
+    CONVERTED,
+    NORMS,
+    PROJECTION,
+    WEIGHTED,
+    QuantizedEmbedding,
+    QuantizedLayer,
+    QuantizedNorm,
+)
+from sparsify.quantization.weight_grid import stores_transposed
+from sparsify.quantization.wiring import Converted, Wiring, revert_, wiring_of
+
+__all__: list[str] = []
+
+
+def convert_(module: nn.Module, quantized: type[Converted] | None = None) -> Wiring:
+    """Makes `module` its quantized form, in place; one that is converted already stays as it is. Returns its wiring."""
+    if isinstance(module, Converted):
+        return wiring_of(module)
+    wiring = Wiring(original=type(module))
+    projection = isinstance(module, nn.Linear) and type(module).__name__ == PROJECTION
+    module.__class__ = quantized or CONVERTED[nn.Linear if projection else type(module)]
+    module.__dict__["_wiring"] = wiring
+    return wiring
+
+
+def restore_layers(model: nn.Module) -> None:
+    """Undoes every `convert_` below `model`: classes, children and attributes are as they were before."""
+    for module in list(model.modules()):
+        if isinstance(module, Converted):
+            revert_(module)
+
+
+def quantizers(model: nn.Module) -> Iterator[FakeQuantize]:
+    """Every quantizer of activations below `model`, once."""
+    for module in model.modules():
+        if isinstance(module, FakeQuantize):
+            yield module
+
+
+def quantized_layers(model: nn.Module) -> Iterator[tuple[str, Converted]]:
+    """(clean name, layer) of every layer below `model` that computes with integer weights; "" is the model itself."""
+    for name, module in {"": model, **named_modules(model)}.items():
+        if isinstance(module, (QuantizedLayer, QuantizedEmbedding)) and weight_bits(module):
+            yield name, module
+
+
+def weight_bits(module: nn.Module) -> int:
+    """Bits of the weights that a module computes with; 0: they are in float."""
+    wiring = wiring_of(module) if isinstance(module, Converted) else None
+    return wiring.bits if wiring is not None and wiring.enabled else 0
+
+
+def original_type(module: nn.Module) -> type[nn.Module]:
+    """The class of a module, of a converted one the class that it had."""
+    return wiring_of(module).original if isinstance(module, Converted) else type(module)
+
+
+def freeze_norms(model: nn.Module, frozen: bool) -> None:
+    """Has BatchNorms below `model` train on their running statistics, which stay as they are; or no longer."""
+    for module in model.modules():
+        if isinstance(module, QuantizedNorm):
+            wiring_of(module).frozen = frozen
+
+
+def is_norm_and_more(module: nn.Module) -> bool:
+    """True if it is of a user's subclass of BatchNorm, as timm's BatchNormAct2d, whose forward may compute more.
+
+    Not of SyncBatchNorm, which in training is another function.
+    """
+    return isinstance(module, _BatchNorm) and not isinstance(module, nn.SyncBatchNorm) and type(module) not in NORMS
+
+
+def is_weighted(module: nn.Module) -> bool:
+    """True if it is a layer whose weights can be quantized: torch's own, a subclass, or transformers' Conv1D."""
+    cls = type(module)
+    if isinstance(module, Converted) or cls.__name__ == PROJECTION:
+        return False
+    return cls in WEIGHTED or (isinstance(module, tuple(set(WEIGHTED) - {nn.Embedding})) or stores_transposed(module))
