@@ -131,7 +131,7 @@ def _check_not_quantized(module: nn.Module, name: str) -> None:
     Raises:
         StateError: it is.
     """
-    from sparsify.quantization.layers import Converted
+    from sparsify.quantization.wiring import Converted
 
     if isinstance(module, Converted):
         raise StateError(

@@ -116,13 +116,15 @@ def _store(graph: Graph, dequantize: NodeProto, output: str | None, turned: bool
     assert scale is not None  # The exporter writes scales as initializers.
     block, axis = integer(dequantize, "block_size", 0), integer(dequantize, "axis", 1)
     scales = dequantize.input[1]
-    zero = _zero_points(graph, dequantize) if values.dtype == np.uint8 else None
+    narrow = _fits(values)
+    # int8 keeps its zeros: where onnxruntime makes uint8 of it (see `runtime.start_session`) and finds none, it adds
+    # one for the whole tensor, which DequantizeLinear refuses beside scales of blocks (seen in 1.31.1).
+    zero = _zero_points(graph, dequantize) if values.dtype == np.uint8 or not narrow else None
     if turned:
         values, axis = np.ascontiguousarray(values.T), 1 - axis
         if block:
             scales = graph.value(graph.fresh(f"{scales}_turned"), np.ascontiguousarray(scale.T))
             zero = None if zero is None else zero.T
-    narrow = _fits(values)
     stored.CopyFrom(_tensor(stored.name, values, narrow))
     operands = [stored.name, scales]
     if zero is not None:

@@ -222,7 +222,7 @@ def digits() -> tuple[Tensor, Tensor, Tensor, Tensor]:
 @pytest.mark.parametrize(("bits", "kind"), [(2, "sgd"), (2, "adam"), (3, "sgd")])
 def test_few_bits_learn_better_than_with_the_largest_weight(bits: int, kind: str) -> None:
     x, y, test_x, test_y = digits()
-    losses, accuracy = {}, {}
+    losses, right = {}, {}
     for observer in ("min_max", "lsq"):
         torch.manual_seed(0)
         model = nn.Sequential(
@@ -248,6 +248,10 @@ def test_few_bits_learn_better_than_with_the_largest_weight(bits: int, kind: str
         manager.finalize(model)
         losses[observer] = total / 12
         with torch.no_grad():
-            accuracy[observer] = (model.eval()(test_x).argmax(1) == test_y).float().mean().item()
+            right[observer] = model.eval()(test_x).argmax(1) == test_y
     assert losses["lsq"] <= losses["min_max"]
-    assert accuracy["lsq"] >= accuracy["min_max"] - 0.005
+    # Which kernels a CPU has decides single images. If both were equally good, an image that only one of them gets right
+    # would fall to either with 1/2: of d such images the difference has a deviation of sqrt(d). 0.005 of 597 images, the
+    # bound before, were 2.985: less than one deviation where d > 9.
+    apart = int((right["lsq"] ^ right["min_max"]).sum())
+    assert int(right["lsq"].sum()) >= int(right["min_max"].sum()) - 2 * apart**0.5
