@@ -250,8 +250,8 @@ def test_few_bits_learn_better_than_with_the_largest_weight(bits: int, kind: str
         with torch.no_grad():
             right[observer] = model.eval()(test_x).argmax(1) == test_y
     assert losses["lsq"] <= losses["min_max"]
-    # Which kernels a CPU has decides single images. If both were equally good, an image that only one of them gets right
-    # would fall to either with 1/2: of d such images the difference has a deviation of sqrt(d). 0.005 of 597 images, the
-    # bound before, were 2.985: less than one deviation where d > 9.
+    # Which kernels a CPU has decides single images. If both were equally good, an image that only one of them gets
+    # right would fall to either with 1/2: of d such images the difference has a deviation of sqrt(d). 0.005 of 597
+    # images, the bound before, were 2.985: less than one deviation where d > 9.
     apart = int((right["lsq"] ^ right["min_max"]).sum())
     assert int(right["lsq"].sum()) >= int(right["min_max"].sum()) - 2 * apart**0.5
