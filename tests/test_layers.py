@@ -105,7 +105,6 @@ def test_the_picture_of_the_house_is_current() -> None:
     assert f"```mermaid\n{house(ROOT)}\n```" in page, "run `make docs`"
 
 
-@pytest.mark.xfail(strict=True, reason="the walls are being moved")
 def test_imports_point_down_and_in_no_circle() -> None:
     assert not faults(ROOT)
 

@@ -199,7 +199,8 @@ def test_one_call_gives_a_verified_file(net: nn.Module, tmp_path: Path) -> None:
     assert written.verification.ok and written.exported.path == path
     x = samples()[1]
     options = onnxruntime.SessionOptions()
-    # Without it x86 CPUs that lack VNNI saturate sums of two products, and are up to 60 % off: where that happens, the verification says so.
+    # Without it x86 CPUs that lack VNNI saturate sums of two products, and are up to 60 % off: where that happens, the
+    # verification says so.
     options.add_session_config_entry("session.x64quantprecision", "1")
     session = onnxruntime.InferenceSession(written, options, providers=["CPUExecutionProvider"])
     got = session.run(None, {"x": x.numpy()})[0]
