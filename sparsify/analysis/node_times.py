@@ -181,11 +181,9 @@ class _Origins:
         self.file, self.file_owners = file, owners
         self.nodes: dict[str, NodeProto] = {node.name: node for node in optimized.node}
         self.made_in_file = {name: i for i, node in enumerate(file.node) for name in node.output}
-        self.made: dict[str, NodeProto] = {name: node for node in optimized.node for name in node.output}
-        self.read: dict[str, list[NodeProto]] = defaultdict(list)
-        for node in optimized.node:
-            for name in node.input:
-                self.read[name].append(node)
+        from sparsify.onnx.graph import GraphView
+
+        self.view = GraphView(optimized)
         self.outputs = {value.name for value in file.output}
         self.anchors = {node.name: self._anchors(node) for node in optimized.node}
         self.taken = {i for anchors in self.anchors.values() for i in anchors}
@@ -252,12 +250,12 @@ class _Origins:
         """The owner of the nearest node that is no conversion, where there is one in this direction."""
         for _ in range(len(self.nodes)):
             if forward:
-                readers = [reader for name in node.output for reader in self.read[name]]
+                readers = [reader for name in node.output for reader in self.view.consumers(name)]
                 if not readers:
                     return []
                 node = readers[0]
             else:
-                before = next((self.made[name] for name in node.input if name in self.made), None)
+                before = next((self.view.producer[name] for name in node.input if name in self.view.producer), None)
                 if before is None:
                     return []
                 node = before

@@ -94,8 +94,9 @@ def _inlined(model: ModelProto) -> ModelProto:
 
 def _sizes(path: Path, model: ModelProto, given: InputsLike | None, batch: int) -> dict[str, TensorShape]:
     """The shape of every input: of the samples, or as the file has it, with the first free axis 0 as the batch."""
-    stored = {tensor.name for tensor in model.graph.initializer}
-    inputs = {value.name: value.type.tensor_type.shape.dim for value in model.graph.input if value.name not in stored}
+    from sparsify.onnx.graph import GraphView
+
+    inputs = {name: value.type.tensor_type.shape.dim for name, value in GraphView(model.graph).inputs.items()}
     if given is not None:
         return _of_samples(path, list(inputs), given)
     free = next(

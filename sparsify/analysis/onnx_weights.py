@@ -30,8 +30,6 @@ _BITS = {
     "BFLOAT16": 16,
     "DOUBLE": 64,
 }
-THROUGH = ("DequantizeLinear", "Transpose", "Cast", "Identity", "Reshape", "Squeeze", "Unsqueeze", "QuantizeLinear")
-"""Operators between an initializer and the operator that uses it as a weight."""
 _ZERO_POINTS = {"DequantizeLinear": (0, 2), "QLinearConv": (3, 5), "ConvInteger": (1, 3)}
 _ZERO_POINTS |= {"QLinearMatMul": (3, 5), "MatMulInteger": (1, 3)}
 """Operator -> which of its inputs is the weight, and which its zero point."""
@@ -83,17 +81,12 @@ class StoredWeights:
     """All weights of a file, found by the values that nodes read."""
 
     def __init__(self, model: ModelProto, folder: Path) -> None:
+        from sparsify.onnx.graph import GraphView
+
         self._folder = folder
         self.nodes = list(model.graph.node)
-        self.tensors = {tensor.name: tensor for tensor in model.graph.initializer}
-        for node in self.nodes:
-            if node.op_type == "Constant" and node.attribute and node.attribute[0].name == "value":
-                self.tensors[node.output[0]] = node.attribute[0].t
-        self._producer = {name: node for node in model.graph.node for name in node.output}
-        self._readers: dict[str, list[NodeProto]] = {}
-        for node in model.graph.node:
-            for name in dict.fromkeys(node.input):
-                self._readers.setdefault(name, []).append(node)
+        self._view = GraphView(model.graph)
+        self.tensors = self._view.constants()
         self._parameters: dict[str, str] = _noted(model, FILE_WEIGHTS)
         self._elements: dict[str, int] = _noted(model, FILE_ELEMENTS)
         self._found: dict[str, Stored] = {}
@@ -102,11 +95,11 @@ class StoredWeights:
         """The weight that a value comes from, dequantized and transposed on the way; None for an activation."""
         from onnx import TensorProto
 
-        while value not in self.tensors:
-            node = self._producer.get(value)
-            if node is None or node.op_type not in THROUGH:
-                return None
-            value = node.input[0]
+        from sparsify.onnx.graph import STORAGE
+
+        value = self._view.origin(value, lambda node: node.op_type in STORAGE)
+        if value not in self.tensors:
+            return None
         if value not in self._found:
             tensor = self.tensors[value]
             kind = TensorProto.DataType.Name(tensor.data_type)
@@ -139,7 +132,7 @@ class StoredWeights:
         from onnx import numpy_helper
 
         shape = tuple(self.tensors[name].dims)
-        readers = self._readers.get(name, [])
+        readers = self._view.consumers(name)
         # Rows of an embedding are dequantized after they were looked up.
         looked_up = [reader for node in readers if node.op_type == "Gather" for reader in self._reading(node)]
         for node in [*readers, *looked_up]:
@@ -165,7 +158,7 @@ class StoredWeights:
         return None
 
     def _reading(self, node: NodeProto) -> list[NodeProto]:
-        return self._readers.get(node.output[0], [])
+        return self._view.consumers(node.output[0])
 
     def table(self, node: NodeProto) -> Stored | None:
         """The weight whose rows a Gather looks up by what is computed: no positions, scales, or relative biases."""
@@ -187,7 +180,7 @@ class StoredWeights:
         if position is not None and position < len(node.input) and node.input[position]:
             stored = self.behind(node.input[position])
             return stored.elements if stored is not None else 0
-        readers = self._readers.get(node.output[0], [])
+        readers = self._view.consumers(node.output[0])
         if node.op_type == "MatMul" and len(readers) == 1 and readers[0].op_type == "Add":
             for name in readers[0].input:
                 stored = self.behind(name)
@@ -201,8 +194,7 @@ class StoredWeights:
 
         aside = {
             name
-            for readers in self._readers.values()
-            for node in readers
+            for node in self.nodes
             if node.op_type in ("DequantizeLinear", "QuantizeLinear")
             for name in node.input[1:]
         }

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from sparsify.analysis.onnx_weights import THROUGH, StoredWeights
+from sparsify.analysis.onnx_weights import StoredWeights
 from sparsify.errors import ArgumentError
 from sparsify.model.signature import check_module
 from sparsify.model.targets import named_modules, named_parameters
@@ -204,9 +204,11 @@ def _readers(stored: StoredWeights) -> dict[str, list[ChildOp]]:
     """{initializer: the nodes that compute with it}, where it is dequantized and moved in between, behind that."""
     from onnx import defs
 
+    from sparsify.onnx.graph import STORAGE
+
     found: dict[str, list[ChildOp]] = {}
     for node in stored.nodes:
-        if node.op_type in THROUGH:
+        if node.op_type in STORAGE:
             continue
         for index, value in enumerate(node.input):
             weight = stored.behind(value) if value else None

@@ -234,33 +234,20 @@ _DTYPES = {
     "bool": "bool",
 }
 
-# What token ids may pass through on their way to a table.
-_THROUGH = {"Cast", "Reshape", "Unsqueeze", "Squeeze", "Flatten", "Identity", "Transpose", "Slice"}
-
 
 def _rows_looked_up(model: ModelProto) -> dict[str, int]:
     """{input: rows of the smallest table that it indexes}."""
-    graph = model.graph
-    stored = {tensor.name: list(tensor.dims) for tensor in graph.initializer}
-    producer = {name: node for node in graph.node for name in node.output}
+    from sparsify.onnx.graph import STORAGE, GraphView, integer, only_moves
 
-    def origin(name: str, through: set[str]) -> str:
-        # Bounded by the number of nodes: a broken file may hold a circle.
-        for _ in range(len(graph.node)):
-            node = producer.get(name)
-            if node is None or node.op_type not in through or not node.input:
-                break
-            name = node.input[0]
-        return name
-
+    view = GraphView(model.graph)
     rows: dict[str, int] = {}
-    for node in graph.node:
+    for node in model.graph.node:
         if node.op_type != "Gather" or len(node.input) < 2:
             continue
-        table = stored.get(origin(node.input[0], {"DequantizeLinear", "Cast", "Identity"}))
-        axis = next((int(attribute.i) for attribute in node.attribute if attribute.name == "axis"), 0)
+        stored = view.initializers.get(view.origin(node.input[0], lambda each: each.op_type in STORAGE))
+        table, axis = [] if stored is None else list(stored.dims), integer(node, "axis", 0)
         if table and -len(table) <= axis < len(table):
-            source = origin(node.input[1], _THROUGH)
+            source = view.origin(node.input[1], lambda each: only_moves(each) or each.op_type == "Cast")
             rows[source] = min(rows.get(source, table[axis]), table[axis])
     return rows
 

@@ -476,9 +476,11 @@ def _reason(node: str, left: Mapping[str, str]) -> str | None:
 def _exported(path: Path, proto: ModelProto, opset: int, size: int, left: Mapping[str, str]) -> ExportedModel:
     from onnx import TensorProto, numpy_helper
 
+    from sparsify.onnx.graph import STORAGE, GraphView
+
     graph = proto.graph
-    producer = {name: node for node in graph.node for name in node.output}
-    stored = {tensor.name: tensor for tensor in graph.initializer}
+    view = GraphView(graph)
+    stored = view.initializers
     quantized: list[str] = []
     floating: list[str] = []
     for node in graph.node:
@@ -487,9 +489,7 @@ def _exported(path: Path, proto: ModelProto, opset: int, size: int, left: Mappin
         position = {"Gather": 0, "Conv": 1, "ConvTranspose": 1, "Gemm": 1, "MatMul": 1}.get(node.op_type)
         if position is None:
             continue
-        name = node.input[position]
-        while name not in stored and name in producer and producer[name].op_type in ("DequantizeLinear", "Transpose"):
-            name = producer[name].input[0]
+        name = view.origin(node.input[position], lambda each: each.op_type in STORAGE)
         # Vectors (positions, shapes, the scale of each row of an embedding) are no layer's weights.
         if name not in stored or (node.op_type == "Gather" and sum(dim != 1 for dim in stored[name].dims) < 2):
             continue

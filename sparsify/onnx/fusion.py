@@ -7,13 +7,12 @@ of the grid, a Clip where it cuts nothing off. These are the rules by which onnx
 
 from __future__ import annotations
 
-from collections import defaultdict
 from dataclasses import dataclass
 
 import numpy as np
-from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
+from onnx import ModelProto, NodeProto, TensorProto
 
-from sparsify.onnx.graph import all_inputs, integer
+from sparsify.onnx.graph import GraphView, integer, only_moves
 
 __all__: list[str] = []
 
@@ -31,9 +30,8 @@ INTEGER = {
     "Softmax": "QLinearSoftmax",
 }
 """{operator: onnxruntime's integer kernel for it}."""
-MOVEMENT = frozenset({"Reshape", "Flatten", "Squeeze", "Unsqueeze", "Transpose", "MaxPool", "Slice", "Gather", "Split"})
-MOVEMENT |= {"Resize", "DepthToSpace", "SpaceToDepth", "Expand", "Tile", "Identity", "Cast", "Shape"}
-"""Operators that move integers, or for which it does not matter whether they move them."""
+INDIFFERENT = frozenset({"Cast", "Shape"})
+"""Operators for which it does not matter that they read floats: a shape is no value, and a Cast asks for floats."""
 
 
 @dataclass(frozen=True)
@@ -71,13 +69,8 @@ class Fusion:
 
     def __init__(self, model: ModelProto) -> None:
         graph = model.graph
-        self._stored = {tensor.name: tensor for tensor in graph.initializer}
-        self._outputs = {value.name for value in graph.output}
-        self._producer = {name: node for node in graph.node for name in node.output}
-        self._readers: dict[str, list[NodeProto]] = defaultdict(list)
-        for node in graph.node:
-            for name in dict.fromkeys(all_inputs(node)):
-                self._readers[name].append(node)
+        self.view = GraphView(graph)
+        self._stored = self.view.initializers
         self.fused: dict[str, Fused] = {}
         self.unfused: list[Unfused] = []
         for node in graph.node:
@@ -86,12 +79,12 @@ class Fusion:
             found = self._fuse(node)
             if isinstance(found, Fused):
                 self.fused[found.output] = found
-            elif node.op_type not in MOVEMENT:
+            elif not only_moves(node) and node.op_type not in INDIFFERENT:
                 self.unfused.append(Unfused(node.name or node.output[0], node.op_type, found))
 
     def source(self, name: str) -> NodeProto | None:
         """The DequantizeLinear that makes a value."""
-        node = self._producer.get(name)
+        node = self.view.producer.get(name)
         return node if node is not None and node.op_type == "DequantizeLinear" else None
 
     def _concerned(self, node: NodeProto) -> bool:
@@ -112,7 +105,7 @@ class Fusion:
             if source is None:
                 if i == 2 and kind in ("Conv", "Gemm"):
                     return f"its bias {name!r} is in float; it has to be int32 on the grid of input and weight"
-                where = self._producer.get(name)
+                where = self.view.producer.get(name)
                 made = f"what {where.name or where.output[0]} gives" if where is not None else f"{name!r}"
                 return f"it reads {made} in float; quantize that as well"
             if why := self._unsuitable(
@@ -130,8 +123,8 @@ class Fusion:
         name = node.output[0]
         floating = Fused(node, None) if node.op_type in ("Gemm", "MatMul") else None
         while True:
-            readers = self._readers[name]
-            if name in self._outputs:
+            readers = self.view.consumers(name)
+            if name in self.view.outputs:
                 return floating or "its result is an output of the file in float"
             if len(readers) != 1:
                 names = ", ".join(reader.name or reader.output[0] for reader in readers)
@@ -153,8 +146,8 @@ class Fusion:
 
     def _unsuitable(self, node: NodeProto, *, weight: bool, bias: bool) -> str | None:
         """Why a Q or DQ node's grid fits no integer kernel."""
-        scale = self.constant(node.input[1])
-        zero = self.constant(node.input[2]) if len(node.input) > 2 and node.input[2] else None
+        scale = self.view.constant(node.input[1])
+        zero = self.view.constant(node.input[2]) if len(node.input) > 2 and node.input[2] else None
         if scale is None:
             return f"the scale {node.input[1]!r} is computed, not stored"
         if bias:
@@ -177,7 +170,7 @@ class Fusion:
         return None
 
     def _vanishes(self, node: NodeProto, quantize: NodeProto) -> bool:
-        scale, zero = self.constant(quantize.input[1]), self.constant(quantize.input[2])
+        scale, zero = self.view.constant(quantize.input[1]), self.view.constant(quantize.input[2])
         if scale is None or zero is None:
             return False
         info = np.iinfo(zero.dtype)
@@ -186,18 +179,8 @@ class Fusion:
         low, high = (
             (float(edge) - float(zero.reshape(-1)[0])) * float(scale.reshape(-1)[0]) for edge in (info.min, info.max)
         )
-        bounds = [self.constant(name) if name else None for name in [*node.input[1:], "", ""][:2]]
+        bounds = [self.view.constant(name) if name else None for name in [*node.input[1:], "", ""][:2]]
         slack = float(np.finfo(np.float32).eps)
         least = -np.inf if bounds[0] is None else float(bounds[0])
         most = np.inf if bounds[1] is None else float(bounds[1])
         return least <= low + slack and most >= high - slack
-
-    def constant(self, name: str) -> np.ndarray | None:
-        """A stored value, or None."""
-        if name in self._stored:
-            return numpy_helper.to_array(self._stored[name])
-        node = self._producer.get(name)
-        if node is not None and node.op_type == "Constant":
-            value = helper.get_attribute_value(node.attribute[0])
-            return numpy_helper.to_array(value) if isinstance(value, TensorProto) else np.asarray(value)
-        return None

@@ -1,51 +1,166 @@
-"""An ONNX graph while it is being rewritten: who makes and who reads each value, constants, shapes, names."""
+"""An ONNX graph: who makes and who reads each value, its constants, operators that only move values, and rewriting."""
 
 from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import onnx
-from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
+from onnx import GraphProto, ModelProto, NodeProto, TensorProto, ValueInfoProto, helper, numpy_helper
 
 __all__: list[str] = []
 
 
-class Graph:
-    """Who makes and who reads each value of a model while it is being rewritten. `finish` writes the nodes back."""
+@dataclass(frozen=True)
+class Movement:
+    """An operator whose results hold values of its first input and no others, so that integers can go through it."""
 
-    def __init__(self, model: ModelProto) -> None:
-        self.model = model
-        self.initializers: dict[str, TensorProto] = {tensor.name: tensor for tensor in model.graph.initializer}
-        self.outputs = {value.name for value in model.graph.output}
+    kind: Literal["rearranges", "selects", "repeats"]
+    """rearranges: each value once; selects: each at most once; repeats: any number of times."""
+    propagated: bool = False
+    """onnxruntime itself moves a QuantizeLinear from behind it to before it: QDQPropagationTransformer,
+    https://github.com/microsoft/onnxruntime/pull/10487; each seen in 1.31.1. An Identity is dropped."""
+
+
+MOVEMENT = {
+    "Reshape": Movement("rearranges", propagated=True),
+    "Squeeze": Movement("rearranges", propagated=True),
+    "Unsqueeze": Movement("rearranges", propagated=True),
+    "Transpose": Movement("rearranges", propagated=True),
+    "Identity": Movement("rearranges", propagated=True),
+    "Flatten": Movement("rearranges"),
+    "DepthToSpace": Movement("rearranges"),
+    "SpaceToDepth": Movement("rearranges"),
+    # The largest value is the largest integer, since scales are positive.
+    "MaxPool": Movement("selects", propagated=True),
+    "Slice": Movement("selects", propagated=True),
+    "Split": Movement("selects"),
+    "Gather": Movement("repeats"),
+    "Expand": Movement("repeats"),
+    "Tile": Movement("repeats"),
+    # Only of the nearest pixel: `only_moves`.
+    "Resize": Movement("repeats"),
+}
+"""{operator: what it does to the values}. Every list of such operators is derived from this one."""
+PROPAGATED = frozenset(name for name, movement in MOVEMENT.items() if movement.propagated)
+"""Operators that onnxruntime moves a QuantizeLinear over by itself."""
+STORAGE = frozenset(name for name, movement in MOVEMENT.items() if movement.kind == "rearranges")
+STORAGE |= {"DequantizeLinear", "QuantizeLinear", "Cast"}
+"""Operators that may stand between a stored weight and its layer: they change its form and type. What selects or
+repeats gives something else than the weight."""
+
+
+def only_moves(node: NodeProto) -> bool:
+    """True if its results hold values of its first input and no others: a Resize may blend pixels."""
+    if node.op_type == "Resize":
+        text = {entry.name: entry.s for entry in node.attribute}
+        # tf_crop_and_resize fills what lies outside with a number of its own.
+        return text.get("mode", b"nearest") == b"nearest" and b"tf_crop" not in text.get(
+            "coordinate_transformation_mode", b""
+        )
+    return node.op_type in MOVEMENT
+
+
+class GraphView:
+    """Who makes and who reads each value of a graph, and its constants.
+
+    Attributes:
+        initializers: {name: stored tensor}.
+        inputs: {name: input}, without those that only give an initializer its type.
+        outputs: names of the graph's outputs.
+        producer: {value: node that makes it}.
+    """
+
+    def __init__(self, graph: GraphProto) -> None:
+        self.initializers: dict[str, TensorProto] = {tensor.name: tensor for tensor in graph.initializer}
+        self.inputs: dict[str, ValueInfoProto] = {
+            value.name: value for value in graph.input if value.name not in self.initializers
+        }
+        self.outputs: set[str] = {value.name for value in graph.output}
         self.producer: dict[str, NodeProto] = {}
-        # The replaced node is kept with its replacement: a node that nobody holds loses its id.
-        self.changes: dict[int, tuple[NodeProto, list[NodeProto]]] = {}
-        self.readers_of: dict[str, list[NodeProto]] = defaultdict(list)
-        self.names = set(self.initializers) | {value.name for value in model.graph.input}
-        self.shapes: dict[str, list[int | None]] | None = None
-        for node in model.graph.node:
-            self._add(node)
+        self._consumers: dict[str, list[NodeProto]] = defaultdict(list)
+        for node in graph.node:
+            self.add(node)
 
-    def _add(self, node: NodeProto) -> None:
+    def add(self, node: NodeProto) -> None:
+        """Takes in one more node."""
         for name in node.output:
-            self.producer[name] = node
-            self.names.add(name)
+            if name:
+                self.producer[name] = node
         for name in dict.fromkeys(all_inputs(node)):
-            self.readers_of[name].append(node)
+            self._consumers[name].append(node)
 
-    def replace(self, node: NodeProto, nodes: list[NodeProto]) -> None:
-        """`nodes` stand where `node` stood."""
-        self.changes[id(node)] = (node, nodes)
+    def remove(self, node: NodeProto) -> None:
+        """Forgets a node."""
         for name in node.output:
             if self.producer.get(name) is node:
                 del self.producer[name]
         for name in dict.fromkeys(all_inputs(node)):
-            self.readers_of[name] = [reader for reader in self.readers_of[name] if reader is not node]
+            self._consumers[name] = [each for each in self._consumers[name] if each is not node]
+
+    def consumers(self, name: str) -> list[NodeProto]:
+        """The nodes that read a value, each once; those whose subgraphs read it too."""
+        return list(self._consumers.get(name, ()))
+
+    def constants(self) -> dict[str, TensorProto]:
+        """{name: tensor} of initializers and of Constant nodes that hold a tensor."""
+        nodes = {
+            name: node.attribute[0].t
+            for name, node in self.producer.items()
+            if node.op_type == "Constant" and node.attribute and node.attribute[0].name == "value"
+        }
+        return {**self.initializers, **nodes}
+
+    def constant(self, name: str) -> np.ndarray | None:
+        """The value of an initializer or Constant node; None where it is computed."""
+        if name in self.initializers:
+            return numpy_helper.to_array(self.initializers[name])
+        node = self.producer.get(name)
+        if node is None or node.op_type != "Constant" or not node.attribute:
+            return None
+        attribute = node.attribute[0]
+        if attribute.name == "value":
+            return numpy_helper.to_array(attribute.t)
+        kind = {"value_int": np.int64, "value_ints": np.int64, "value_float": np.float32, "value_floats": np.float32}
+        if attribute.name not in kind:
+            return None
+        return np.asarray(helper.get_attribute_value(attribute), kind[attribute.name])
+
+    def origin(self, name: str, through: Callable[[NodeProto], bool]) -> str:
+        """The value that `name` stems from by first inputs of nodes of which `through` is true."""
+        # Bounded by the number of values: a broken file may hold a circle.
+        for _ in range(len(self.producer)):
+            node = self.producer.get(name)
+            if node is None or not node.input or not through(node):
+                break
+            name = node.input[0]
+        return name
+
+
+class Graph:
+    """A graph while it is being rewritten. `finish` writes the nodes back."""
+
+    def __init__(self, model: ModelProto) -> None:
+        self.model = model
+        self.view = GraphView(model.graph)
+        self.initializers = self.view.initializers
+        self.producer = self.view.producer
+        # The replaced node is kept with its replacement: a node that nobody holds loses its id.
+        self.changes: dict[int, tuple[NodeProto, list[NodeProto]]] = {}
+        self.names = {*self.initializers, *(value.name for value in model.graph.input), *self.producer}
+        self.shapes: dict[str, list[int | None]] | None = None
+
+    def replace(self, node: NodeProto, nodes: list[NodeProto]) -> None:
+        """`nodes` stand where `node` stood."""
+        self.changes[id(node)] = (node, nodes)
+        self.view.remove(node)
         for new in nodes:
-            self._add(new)
+            self.view.add(new)
+            self.names.update(new.output)
 
     def finish(self) -> None:
         """Puts the changes into the model, in an order that can be computed."""
@@ -65,13 +180,16 @@ class Graph:
         remove_unused(self.model)
 
     def readers(self, name: str) -> list[NodeProto]:
-        return list(self.readers_of.get(name, []))
+        """As `GraphView.consumers`."""
+        return self.view.consumers(name)
 
     def is_initializer(self, name: str) -> bool:
+        """True if a value is stored."""
         return name in self.initializers
 
     def is_output(self, name: str) -> bool:
-        return name in self.outputs
+        """True if a value is an output of the graph."""
+        return name in self.view.outputs
 
     def per_tensor(self, node: NodeProto) -> bool:
         """Whether a Q or DQ node has one scale that is a constant."""
@@ -79,17 +197,8 @@ class Graph:
         return scale is not None and len(scale.dims) == 0
 
     def constant(self, name: str) -> np.ndarray | None:
-        """The value of an initializer or Constant node; None where it is computed."""
-        if name in self.initializers:
-            return numpy_helper.to_array(self.initializers[name])
-        node = self.producer.get(name)
-        if node is not None and node.op_type == "Constant":
-            attribute = node.attribute[0]
-            if attribute.name == "value":
-                return numpy_helper.to_array(attribute.t)
-            if attribute.name in ("value_ints", "value_int"):
-                return np.asarray(helper.get_attribute_value(attribute))
-        return None
+        """As `GraphView.constant`."""
+        return self.view.constant(name)
 
     def same_constant(self, one: str, other: str) -> bool:
         if one == other:
@@ -149,7 +258,7 @@ class Graph:
 def remove_unused(model: ModelProto) -> None:
     """Nodes and initializers that no output needs go; the order becomes one in which values precede their readers."""
     graph = model.graph
-    producer = {name: node for node in graph.node for name in node.output}
+    producer = GraphView(graph).producer
     order: list[NodeProto] = []
     placed: set[int] = set()
     stack = [(producer[value.name], False) for value in reversed(graph.output) if value.name in producer]

@@ -31,11 +31,7 @@ class Reference:
     def __init__(self, model: ModelProto) -> None:
         self.fusion = Fusion(model)
         self.outputs = [value.name for value in model.graph.output]
-        self.inputs = [
-            value.name
-            for value in model.graph.input
-            if value.name not in {tensor.name for tensor in model.graph.initializer}
-        ]
+        self.inputs = list(self.fusion.view.inputs)
         self.opset = next((entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx")), 1)
         self._stored = {tensor.name: _stored_arrays(tensor) for tensor in model.graph.initializer}
         inside = {id(each.node) for each in self.fusion.fused.values() if each.quantize is not None}

@@ -17,7 +17,7 @@ import numpy as np
 from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
 from sparsify.onnx import rewrite_attention, rewrite_transposed_convs
-from sparsify.onnx.graph import Graph, attribute, integer, like, remove_unused
+from sparsify.onnx.graph import PROPAGATED, Graph, attribute, integer, like, only_moves, remove_unused
 
 __all__: list[str] = []
 
@@ -207,7 +207,7 @@ def dequantize_after_movement(model: ModelProto) -> None:
         if graph.is_initializer(dequantize.input[0]) or not graph.per_tensor(dequantize):
             continue
         for reader in graph.readers(dequantize.output[0]):
-            if not _only_moves(reader) or reader.input[0] != dequantize.output[0] or not all(reader.output):
+            if not only_moves(reader) or reader.input[0] != dequantize.output[0] or not all(reader.output):
                 continue
             moved = [graph.fresh(f"{name}_int") for name in reader.output]
             mover = like(reader, [dequantize.input[0], *reader.input[1:]], moved)
@@ -222,9 +222,10 @@ def dequantize_after_movement(model: ModelProto) -> None:
 
 
 def quantize_behind_products(model: ModelProto) -> None:
-    """What a product of integers gives and only a QuantizeLinear reads, in another shape or order, is quantized first.
+    """Quantizes the result of a product of integers before what moves it, where only a QuantizeLinear reads it then.
 
-    onnxruntime does so by itself. It rounds once then instead of twice, and the file is to say what is computed.
+    onnxruntime does so by itself, but for Flatten. It rounds once then instead of twice, and the file is to say what is
+    computed.
     """
     graph = Graph(model)
     for node in list(model.graph.node):
@@ -237,7 +238,7 @@ def quantize_behind_products(model: ModelProto) -> None:
         name, reader = node.output[0], None
         while not graph.is_output(name) and len(graph.readers(name)) == 1:
             reader = graph.readers(name)[0]
-            if reader.op_type not in _RESHAPING or reader.input[0] != name:
+            if reader.op_type not in PROPAGATED | {"Flatten"} or reader.input[0] != name or len(reader.output) != 1:
                 break
             movers.append(reader)
             name = reader.output[0]
@@ -409,19 +410,6 @@ def state_zero_points(model: ModelProto) -> None:
 
 
 _WEIGHTED_OPERATORS = frozenset({"Conv", "ConvTranspose", "Gemm", "MatMul"})
-_RESHAPING = frozenset({"Reshape", "Flatten", "Squeeze", "Unsqueeze", "Transpose"})
-_MOVEMENT = _RESHAPING | {"MaxPool", "Slice", "Gather"}
-_MOVEMENT |= {"DepthToSpace", "SpaceToDepth", "Expand", "Tile", "Identity", "Split"}
-
-
-def _only_moves(node: NodeProto) -> bool:
-    """Whether it gives values of its first input and no others: a Resize repeats pixels, unless it is told to blend."""
-    if node.op_type == "Resize":
-        text = {entry.name: entry.s for entry in node.attribute}
-        return text.get("mode", b"nearest") == b"nearest" and b"tf_crop" not in text.get(
-            "coordinate_transformation_mode", b""
-        )
-    return node.op_type in _MOVEMENT
 
 
 def _quantized_weight(graph: Graph, name: str) -> tuple[str, bool, int, int] | None:

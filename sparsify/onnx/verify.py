@@ -360,35 +360,17 @@ def _checked_fraction(part: float, whole: float) -> float:
 
 def _output_steps(proto: ModelProto) -> dict[str, float]:
     """{output: scale} of the outputs that come straight from a DequantizeLinear, through data movement at most."""
-    from onnx import numpy_helper
+    from sparsify.onnx.graph import GraphView, only_moves
 
-    stored = {tensor.name: tensor for tensor in proto.graph.initializer}
-    producer = {name: node for node in proto.graph.node for name in node.output}
+    view = GraphView(proto.graph)
     steps: dict[str, float] = {}
     for value in proto.graph.output:
-        node = producer.get(value.name)
-        for _ in range(len(proto.graph.node)):
-            if node is None or node.op_type not in _MOVING_OPERATORS:
-                break
-            node = producer.get(node.input[0])
-        if node is not None and node.op_type == "DequantizeLinear" and node.input[1] in stored:
-            scale = numpy_helper.to_array(stored[node.input[1]])
-            if scale.ndim == 0:
+        node = view.producer.get(view.origin(value.name, only_moves))
+        if node is not None and node.op_type == "DequantizeLinear":
+            scale = view.constant(node.input[1])
+            if scale is not None and scale.ndim == 0:
                 steps[value.name] = float(scale)
     return steps
-
-
-_MOVING_OPERATORS = {
-    "Reshape",
-    "Flatten",
-    "Transpose",
-    "Squeeze",
-    "Unsqueeze",
-    "MaxPool",
-    "Slice",
-    "Gather",
-    "Identity",
-}
 
 
 def _record(deployed: nn.Module, call: SampleInputs) -> dict[str, np.ndarray]:

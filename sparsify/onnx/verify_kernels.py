@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from onnx import ModelProto, NodeProto
 
     from sparsify.onnx.fusion import Unfused
+    from sparsify.onnx.graph import GraphView
     from sparsify.onnx.reference import Reference
 
 __all__: list[str] = []
@@ -145,7 +146,9 @@ def prove(
     named = {node.output[0]: node for node in [*quantizers, *floats]}
     order = [name for node in proto.graph.node for name in node.output if name in named]
 
-    behind = {node.output[0]: _moved(proto, node.output[0]) for node in quantizers if node.name in recorded}
+    behind = {
+        node.output[0]: _moved(reference.fusion.view, node.output[0]) for node in quantizers if node.name in recorded
+    }
     end_to_end = reference.run(feed, keep=[*order, *(name for names in behind.values() for name in names)])
     written = _computed_as_written(proto, path, feed, [node.output[0] for node in quantizers])
     optimized, kernels = _inside(proto, path, feed, [node.output[0] for node in quantizers], order, expected)
@@ -221,6 +224,8 @@ def _inside(
     import numpy as np
     import onnx
 
+    from sparsify.onnx.graph import GraphView
+
     mine = copy.deepcopy(proto)
     present = {value.name for value in mine.graph.output}
     for name in dict.fromkeys(quantized):
@@ -230,10 +235,10 @@ def _inside(
         target = Path(folder) / "optimized.onnx"
         start_session(mine, SessionSettings(float_inputs=True, optimized_path=target), path=path, changed=True)
         seen = onnx.load(target)
-    producer = {name: node for node in seen.graph.node for name in node.output}
+    view = GraphView(seen.graph)
     have = {value.name for value in seen.graph.output}
     for name in wanted:
-        if name in producer and name not in have:
+        if name in view.producer and name not in have:
             seen.graph.output.add().name = name
     session = start_session(seen, SessionSettings(optimized=False), path=path, changed=True)
     values = run_session(session, feed)
@@ -243,28 +248,38 @@ def _inside(
                 f"{Path(path)}: onnxruntime optimizes this graph otherwise when its inner values are asked for "
                 f"(output {name!r} differs), so that they prove nothing."
             )
-    kernels = {name: _kernel(producer, name) for name in wanted if name in producer}
+    kernels = {name: _kernel(view, name) for name in wanted if name in view.producer}
     return {name: values[name] for name in wanted if name in values}, kernels
 
 
-def _kernel(producer: Mapping[str, NodeProto], name: str) -> str:
-    """The operator behind a value; not what moves integers, as the Transpose out of the layout of convolutions."""
-    node = producer[name]
-    while node.op_type in ("Transpose", "Reshape", "Flatten", "Squeeze", "Unsqueeze") and node.input[0] in producer:
-        node = producer[node.input[0]]
-    return str(node.op_type)
+def _kernel(view: GraphView, name: str) -> str:
+    """The operator that computes a value of the optimized graph, before what only moves it.
+
+    onnxruntime puts a Transpose behind convolutions for the layout of their results, and moves a QuantizeLinear before
+    operators that move integers; its MaxPool in the other layout is called NhwcMaxPool.
+    """
+    from sparsify.onnx.graph import only_moves
+
+    def moves(node: NodeProto) -> bool:
+        return (only_moves(node) or node.op_type == "NhwcMaxPool") and node.input[0] in view.producer
+
+    return str(view.producer[view.origin(name, moves)].op_type)
 
 
-def _moved(proto: ModelProto, name: str) -> list[str]:
+def _moved(view: GraphView, name: str) -> list[str]:
     """The integers of one quantizer, and what they become that are moved before anybody computes with them.
 
     A transposed convolution that runs as a convolution gives its pixels as channels, which torch does not have; a
     quantizer behind a product stands in torch behind what moves its result.
     """
+    from sparsify.onnx.graph import only_moves
+
     names = [name]
     while True:
-        readers = [node for node in proto.graph.node if names[-1] in node.input]
-        if len(readers) != 1 or readers[0].op_type not in ("Reshape", "Transpose", "Slice", "Squeeze", "Unsqueeze"):
+        readers = view.consumers(names[-1])
+        if len(readers) != 1 or not only_moves(readers[0]) or readers[0].input[0] != names[-1]:
+            return names
+        if len(readers[0].output) != 1:
             return names
         names.append(readers[0].output[0])
 
@@ -279,7 +294,7 @@ def _step(reference: Reference, name: str) -> np.ndarray | None:
     scales = []
     for operand in fused.node.input[:2]:
         source = reference.fusion.source(operand)
-        scale = reference.fusion.constant(source.input[1]) if source is not None else None
+        scale = reference.fusion.view.constant(source.input[1]) if source is not None else None
         scales.append(np.float32(1) if scale is None else np.asarray(scale))
     return np.asarray(scales[0] * scales[1])
 

@@ -455,3 +455,5 @@ def test_pixels_are_repeated_as_integers_and_blended_in_float(tmp_path: Path) ->
         read = {made[node.input[0]].op_type for node in graph.node if node.op_type == "Resize"}
         assert read == ({"QuantizeLinear"} if mode == "nearest" else {"DequantizeLinear"})
         assert (result.exact and result.unfused == ()) == (mode == "nearest"), str(result)
+        blended = [each.operator for each in result.unfused if each.operator == "Resize"]
+        assert len(blended) == (2 if mode == "bilinear" else 0), str(result)
