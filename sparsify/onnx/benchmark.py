@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from sparsify.errors import ArgumentError, DataError
 from sparsify.onnx.runtime import open_session, read_model, run_failure, run_session
+from sparsify.output.json_values import EXACT
 
 if TYPE_CHECKING:
     import numpy as np
@@ -30,6 +31,8 @@ LARGEST_INPUT = 2**31
 @dataclass(frozen=True)
 class Benchmark:
     """How fast a file runs. Latencies are of one call with the whole batch, in milliseconds."""
+
+    __pydantic_config__ = EXACT
 
     path: Path
     batch_size: int

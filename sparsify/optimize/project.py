@@ -13,7 +13,6 @@ not at all; nothing is pickled, and nothing is run when a project is opened.
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 import re
 import shutil
@@ -33,6 +32,7 @@ from sparsify.onnx.export import export_onnx
 from sparsify.optimize.pruning_profiles import PruningSettings
 from sparsify.optimize.stages import OriginalTraining
 from sparsify.output.files import read_text, replacing
+from sparsify.output.json_values import EXACT, from_json_object, json_object, json_text
 from sparsify.output.tables import Column, Table
 from sparsify.recipe import Recipe
 
@@ -58,6 +58,8 @@ class ProjectSettings:
         training: how the dense model was trained, where that is known.
         batch_size, threads: what benchmarks and profiles of it are made with by default.
     """
+
+    __pydantic_config__ = EXACT
 
     name: str = ""
     description: str = ""
@@ -171,22 +173,18 @@ class Project:
         except DataFileError as error:
             raise DataFileError(f"{error} Is this the folder of a project?") from error
         try:
-            plain = json.loads(text)
-            if plain.pop("format") != PROJECT_FORMAT:
+            state = json_object(text)
+            if state.pop("format") != PROJECT_FORMAT:
                 raise DataError(f"{path}: of another version of sparsify; this one reads format {PROJECT_FORMAT}.")
-            if plain["training"] is not None:
-                plain["training"] = OriginalTraining(**plain["training"])
-            return cls(Path(folder), ProjectSettings(**plain))
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            if isinstance(error, DataError):
-                raise
+            return cls(Path(folder), from_json_object(ProjectSettings, state))
+        except DataError:
+            raise
+        except (ValueError, KeyError) as error:
             raise DataError(f"{path}: this is no project: {error}") from error
 
     def save(self) -> None:
         """Writes the settings. All else is written when it is added."""
-        self._write(
-            "project.json", json.dumps({"format": PROJECT_FORMAT, **dataclasses.asdict(self._settings)}, indent=2)
-        )
+        self._write("project.json", json_text(self._settings, {"format": PROJECT_FORMAT}, indent=2))
 
     # ------------------------------------------------------------------ what it is
 
@@ -241,8 +239,8 @@ class Project:
             made = None
             if settings.exists():
                 try:
-                    made = PruningSettings(**json.loads(read_text(settings)))
-                except (ValueError, TypeError) as error:
+                    made = from_json_object(PruningSettings, json_object(read_text(settings)))
+                except ValueError as error:
                     raise DataError(f"{settings}: these are no settings: {error}") from error
             found[name] = Optimization(Recipe.load(path), made, read_text(path))
         return found
@@ -252,10 +250,8 @@ class Project:
         found = {}
         for name, path in self._files("benchmarks", ".json").items():
             try:
-                plain = json.loads(read_text(path))
-                plain |= {"path": Path(plain["path"]), "providers": tuple(plain["providers"])}
-                found[name] = Benchmark(**plain)
-            except (ValueError, KeyError, TypeError) as error:
+                found[name] = from_json_object(Benchmark, json_object(read_text(path)))
+            except ValueError as error:
                 raise DataError(f"{path}: this is no benchmark: {error}") from error
         return found
 
@@ -301,7 +297,7 @@ class Project:
         # The recipe is written last: settings without a recipe are ignored.
         if settings is not None:
             with replacing(beside) as temporary:
-                temporary.write_text(json.dumps(dataclasses.asdict(settings), indent=2) + "\n", encoding="utf-8")
+                temporary.write_text(json_text(settings, {}, indent=2) + "\n", encoding="utf-8")
         elif beside.exists():
             beside.unlink()
         recipe.save(path)
@@ -321,10 +317,8 @@ class Project:
         if not isinstance(benchmark, Benchmark):
             raise ArgumentError(f"benchmark: a {type(benchmark).__name__} is none; give what benchmark_onnx gave.")
         path = self._free("benchmarks", name, ".json", replace)
-        plain = {one.name: getattr(benchmark, one.name) for one in dataclasses.fields(benchmark)}
-        plain |= {"path": str(benchmark.path)}
         with replacing(path) as temporary:
-            temporary.write_text(json.dumps(plain, indent=2) + "\n", encoding="utf-8")
+            temporary.write_text(json_text(benchmark, {}, indent=2) + "\n", encoding="utf-8")
         return path
 
     def remove(self, path: str | os.PathLike[str]) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from sparsify.output.json_values import EXACT
+
 __all__ = ["LayerChoice", "PruningProfile", "PruningSettings"]
 
 
@@ -22,6 +24,8 @@ class PruningSettings:
         first_layer, grouped: whether the first prunable layer, and grouped convolutions, are pruned too.
         overrides: {layer: sparsity} set by hand; they stand whatever the rest says.
     """
+
+    __pydantic_config__ = EXACT
 
     sparsity: float = 0.85
     balance: float = 1.0

@@ -14,6 +14,7 @@ from sparsify.modifiers.learning_rate import (
     LearningRateModifier,
     SetLearningRateModifier,
 )
+from sparsify.output.json_values import EXACT
 
 __all__ = ["LearningRateSchedule", "OriginalTraining", "TrainingStage", "learning_rates"]
 
@@ -72,6 +73,8 @@ class OriginalTraining:
     >>> [(stage.name, stage.start, stage.end) for stage in OriginalTraining(90, 0.1, 0.001).stages()]
     [('stabilization', 0.0, 1.0), ('pruning', 1.0, 31.0), ('fine-tuning', 31.0, 53.0)]
     """
+
+    __pydantic_config__ = EXACT
 
     epochs: float
     initial_lr: float | None = None

@@ -1,7 +1,7 @@
 """Frozen dataclasses as JSON, and back: each value is checked against its field's type, and errors name it.
 
-A class that is read names `__pydantic_config__ = EXACT` (or `EXACT_AND_FINITE`), and the classes of its fields do: a key
-that is no field is then refused, and no text becomes a number.
+A class that is read names `__pydantic_config__ = EXACT` (or `EXACT_AND_FINITE`), and the classes of its fields do: a
+key that is no field is then refused, and no text becomes a number.
 """
 
 from __future__ import annotations

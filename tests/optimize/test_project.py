@@ -192,6 +192,31 @@ def test_a_broken_file_is_refused(project: Project, text: str) -> None:
         Project.open(project.folder)
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"latency_p50_ms": "fast"}, "latency_p50_ms is 'fast'"),
+        ({"providers": [1]}, r"providers\.0 is 1"),
+        ({"more": 1}, "more is unknown"),
+        ({"batch_size": None}, "batch_size is None"),
+    ],
+)
+def test_a_benchmark_with_a_wrong_field_is_refused(project: Project, change: dict[str, Any], message: str) -> None:
+    path = project.add_benchmark("one", benchmark_onnx(project.model_path, iterations=2))
+    path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
+    with pytest.raises(DataError, match=message):
+        _ = project.benchmarks
+
+
+@pytest.mark.parametrize("text", ['{"sparsity": "half"}', '{"sparse": 0.5}', "[]", "{"])
+def test_settings_of_an_optimization_are_checked(project: Project, text: str) -> None:
+    path = project.add_optimization("one", create_recipe(network(), sparsity=0.5), PruningSettings(0.5))
+    assert project.optimizations["one"].settings == PruningSettings(0.5)
+    path.with_suffix(".json").write_text(text)
+    with pytest.raises(DataError, match="these are no settings"):
+        _ = project.optimizations
+
+
 def test_no_project_is_a_missing_file(tmp_path: Path) -> None:
     with pytest.raises(DataFileError, match="Is this the folder of a project"):
         Project.open(tmp_path)
