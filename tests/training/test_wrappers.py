@@ -13,7 +13,6 @@ import torch
 from torch import nn
 
 from sparsify.errors import StateError
-from sparsify.model.wrappers import unwrapped
 from sparsify.modifiers.base import Modifier
 from sparsify.modifiers.distillation import DistillationModifier
 from sparsify.modifiers.learning_rate import LearningRateFunctionModifier
@@ -114,17 +113,6 @@ def test_with_the_default_compiler_masks_are_as_exact(before: Any, after: Any) -
         "0.weight": 43,
         "2.weight": 29,
     }
-
-
-def test_every_wrapper_is_looked_through() -> None:
-    model = network()
-    assert unwrapped(nn.DataParallel(eager(nn.DataParallel(model)))) is model
-    # A layer that a user calls "module" is no wrapper, and an empty container is no missing one.
-    holder = nn.Module()
-    holder.module = model
-    assert unwrapped(holder) is holder
-    empty = nn.DataParallel(nn.Sequential())
-    assert unwrapped(empty) is empty.module
 
 
 def test_a_compiled_model_asks_for_outputs() -> None:
