@@ -144,8 +144,8 @@ def weights_of_channel_groups(
         def masked(
             level: float, name: str = name, size: int = channel_group.size, held: dict[str, nn.Parameter] = held
         ) -> dict[str, Tensor]:
-            gone = group_scores.lowest({name: scores[name]}, {name: min(round(size * level), size - 1)}, {})
-            masks = deletion_masks(model, found, gone)
+            pruned = group_scores.lowest({name: scores[name]}, {name: min(round(size * level), size - 1)}, {})
+            masks = deletion_masks(model, found, pruned)
             return {tensor: held[tensor].detach() * mask for tensor, mask in masks.items()}
 
         row, _, number = name.partition("#")

@@ -205,8 +205,8 @@ def _copy(model: nn.Module) -> nn.Module:
     with preserved(model, modes=False, buffers=False, requires_grad=False, rng=False):
         try:
             return copy.deepcopy(model)
-        # Any code of a user may stand in __deepcopy__; torch refuses outputs of a graph with RuntimeError, pickle's way
-        # of copying with TypeError.
+        # Any code of a user may stand in __deepcopy__; torch refuses outputs of a graph with RuntimeError
+        # (https://github.com/pytorch/pytorch/issues/54580), pickle's way of copying with TypeError.
         except Exception as error:
             raise ArgumentError(
                 f"{type(model).__name__} cannot be copied, and removing channels is tried on a copy first: {error} "

@@ -182,7 +182,8 @@ class LabelState:
         for node, target in signature.inputs_to_buffers.items():
             if self._constants[node] is None:
                 self._constants[node] = program.constants.get(target)
-        # Parameters of nn.MultiheadAttention: its code checks that head size x heads is the width it was built with.
+        # nn.MultiheadAttention hands the width it was built with to functional.multi_head_attention_forward, which
+        # refuses another one (torch 2.13.0); needless once it reads the width from its weights.
         self._rigid: dict[str, str] = {}
         for raw, module in model.named_modules():
             if isinstance(module, nn.MultiheadAttention):

@@ -36,7 +36,7 @@ class _MaskedParameter:
 
     Attributes:
         pointer: the address of the parameter's memory when the views were taken.
-        bits, keep: values as integers and mask as flat numpy views in memory order; None where there are none.
+        views: values as integers and mask, flat, in memory order; None where there are no such views.
     """
 
     parameter: Tensor

@@ -144,7 +144,7 @@ class _LabelPropagation:
             return None
 
     def _inner_graph(self, node: Node) -> Any:
-        """A graph inside the graph: torch.autocast and torch.no_grad in the model's code."""
+        """The labels of a graph inside the graph, which torch.autocast and torch.no_grad in the model's code make."""
         for position, argument in enumerate(node.args):
             if isinstance(argument, Node) and argument.op == "get_attr":
                 module = operator.attrgetter(str(argument.target))(argument.graph.owning_module)

@@ -300,7 +300,8 @@ def remove(model: nn.Module, removal: Removal, optimizer: Any = None) -> None:
         # After the rest: it cannot fail, and is not undone.
         for state in inner.state.values():
             state.clear()
-        inner._numel_cache = None  # the number of all weights, which torch counts once
+        # The number of all weights, which LBFGS counts once (torch 2.13.0); needless once it counts at every step.
+        inner._numel_cache = None
 
 
 def _check_removable(model: nn.Module, removal: Removal) -> None:
@@ -398,8 +399,8 @@ def _set_data(parameter: Tensor, value: Tensor, grad: Tensor | None) -> None:
     """Gives a parameter another shape without making another object of it.
 
     A loss that is still held keeps the node that accumulates this parameter's gradient, with its old shape, and the
-    next backward would fail on it. A change of type in between makes torch forget that node (seen in torch 2.13.0;
-    needless once setting `.data` of another shape resets it by itself).
+    next backward would fail on it. A change of type in between makes torch forget that node
+    (https://github.com/pytorch/pytorch/issues/33941, seen in torch 2.13.0; needless once a new shape of `.data` does).
     """
     parameter.grad = None
     other = torch.float16 if value.dtype != torch.float16 else torch.float32

@@ -306,5 +306,5 @@ def _whole_fisher(blocks: Tensor, like: Tensor) -> Tensor:
 
 
 def _solving(device: torch.device) -> torch.dtype:
-    # Apple's GPUs know no float64.
+    # Apple's GPUs have no float64: https://github.com/pytorch/pytorch/issues/122602, closed as a known limitation.
     return torch.float32 if device.type == "mps" else torch.float64
