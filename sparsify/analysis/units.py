@@ -138,11 +138,11 @@ def weights_of_channel_groups(
         )
     scores = group_scores.norms(model, kept)
     units = []
-    for name, channel_group in kept.items():
-        held = {p.tensor: value for p in channel_group.members if (value := parameters.get(p.tensor)) is not None}
+    for name, group in kept.items():
+        held = {p.tensor: value for p in group.members if (value := parameters.get(p.tensor)) is not None}
 
         def masked(
-            level: float, name: str = name, size: int = channel_group.size, held: dict[str, nn.Parameter] = held
+            level: float, name: str = name, size: int = group.size, held: dict[str, nn.Parameter] = held
         ) -> dict[str, Tensor]:
             pruned = group_scores.lowest({name: scores[name]}, {name: min(round(size * level), size - 1)}, {})
             masks = deletion_masks(model, found, pruned)

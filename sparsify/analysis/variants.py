@@ -106,7 +106,7 @@ def cuttable(model: nn.Module, call: SampleInputs) -> tuple[ChannelGroups | None
         channel_groups = find_groups(model, args, kwargs)
     except SparsifyError as error:
         return None, str(error)
-    if not any(channel_group.size > 1 for channel_group in channel_groups.groups.values()):
+    if not any(group.size > 1 for group in channel_groups.groups.values()):
         reasons = "; ".join(dict.fromkeys(channel_groups.whole.values())) or "it has no layers with channels"
         return None, f"no channels can be removed: {reasons}"
     return channel_groups, ""
@@ -119,19 +119,19 @@ def narrowed(model: nn.Module, channel_groups: ChannelGroups, width: float | Map
     """
     smaller = copy.deepcopy(model)
     pruned = {}
-    for name, channel_group in channel_groups.groups.items():
+    for name, group in channel_groups.groups.items():
         share = width if isinstance(width, int | float) else width.get(name, 1.0)
-        pruned[name] = tuple(range(kept_channels(channel_groups, name, share), channel_group.size))
+        pruned[name] = tuple(range(kept_channels(channel_groups, name, share), group.size))
     remove(smaller, plan_removal(smaller, channel_groups, {name: lost for name, lost in pruned.items() if lost}))
     return smaller
 
 
 def kept_channels(channel_groups: ChannelGroups, name: str, share: float) -> int:
     """Number of channels of a channel group that stay, rounded as StructuredPruningModifier does."""
-    channel_group = channel_groups.groups[name]
+    group = channel_groups.groups[name]
     # Exactly what it masks before it rounds: round(n * sparsity) of n.
-    wanted = channel_group.size - round(channel_group.size * (1 - share))
-    return Bounds.of(channel_group.size, multiple_of(channel_group, None)).nearest(wanted)
+    wanted = group.size - round(group.size * (1 - share))
+    return Bounds.of(group.size, multiple_of(group, None)).nearest(wanted)
 
 
 def _as_tuple(sample_inputs: InputsLike) -> Any:

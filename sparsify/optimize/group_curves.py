@@ -43,7 +43,7 @@ def channel_groups_of(model: nn.Module, sample_inputs: InputsLike | None) -> Cha
     call = SampleInputs.of(model, sample_inputs)
     args, kwargs = call.arguments(list(call.inputs.values()))
     found = find_groups(model, args, kwargs)
-    if not any(channel_group.rows and channel_group.size > 1 for channel_group in found.groups.values()):
+    if not any(group.rows and group.size > 1 for group in found.groups.values()):
         reasons = "; ".join(dict.fromkeys(found.whole.values())) or "it has no layers with channels"
         raise TargetError(f"structured: no channels of {type(model).__name__} can go: {reasons}.")
     return found
@@ -71,10 +71,10 @@ def channel_group_curves(
     total = sum(analysis.macs for _ in kept) or 1
     scores = group_scores.norms(model, kept)
     found, rows = [], {}
-    for name, channel_group in kept.items():
+    for name, group in kept.items():
         row, _, number = name.partition("#")
         title = names[row] + (f"#{number}" if number else "")
-        own = [infos[weight] for weight in channel_group.rows if weight in infos]
+        own = [infos[weight] for weight in group.rows if weight in infos]
         profiled = _profiled_layers(title, own, loss)
         if loss is not None and profiled and all(layer in loss.losses for layer in profiled):
             levels = loss.levels
@@ -83,11 +83,11 @@ def channel_group_curves(
             levels, losses = SHARES, _norm_losses(scores[name])
         macs = sum(info.macs for info in own)
         ms = sum(times.get(info.name, 0.0) for info in own) if times else macs / total
-        rows[title] = channel_group.rows
+        rows[title] = group.rows
         found.append(
             LayerCurve(
                 name=title,
-                weights=channel_group.size if own else 0,
+                weights=group.size if own else 0,
                 parameters=sum(info.parameters for info in own),
                 macs=macs,
                 ms=ms,

@@ -80,6 +80,9 @@ class RemovalCheck:
     """Compares the outputs of a model before and after channels are removed, on copies.
 
     Args:
+        model: stays as it was.
+        args: positional inputs of the model.
+        kwargs: inputs of the model by name.
         randomized: the copy has random values for norms and zeros, and the channels are masked before they are removed;
             otherwise it has the weights as they are.
 

@@ -43,6 +43,8 @@ def dead_channels(
     A channel is dead where all columns that read it are zero, or, where no layer reads it, all the rest of it.
 
     Args:
+        model: the module whose weights are looked at.
+        channel_groups: those of `model`.
         by_rows: also where its rows, biases and norms are zero, though the columns that read it are not. What follows
             may make something of a zero, so the result has to be checked.
     """

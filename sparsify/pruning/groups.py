@@ -220,8 +220,7 @@ def _whole_weights(
 ) -> dict[str, str]:
     """The reason why the rows of each weight that is not in `cut` cannot be removed.
 
-    Args:
-        no_group: the reasons of channel ids that no channel group was made of.
+    `no_group` has the reasons of channel ids that no channel group was made of.
     """
     channel_ids = found.channel_ids
     kept, mixed, attended = channel_ids.first("kept"), channel_ids.first("mixed"), channel_ids.first("attended")

@@ -46,7 +46,7 @@ def _identity(state: LabelState, node: Node, given: dict[str, Any]) -> Tensor:
     return state.read(argument_node(node))
 
 
-# -- what meets -----------------------------------------------------------------------------------------------------
+# -- pointwise operators -------------------------------------------------------------------------------------------
 
 
 def _pointwise(state: LabelState, node: Node, given: dict[str, Any]) -> Tensor:

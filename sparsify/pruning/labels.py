@@ -142,6 +142,8 @@ class LabelState:
     """The labels of the nodes of a program that are known so far.
 
     Args:
+        model: the module that was exported.
+        program: its trace.
         rule_of: the rule for the operator of a node; None for one that is not known.
         is_pointwise: True if every element of a node's result depends on the elements at the same position alone.
     """

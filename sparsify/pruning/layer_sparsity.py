@@ -23,6 +23,7 @@ def spread(shapes: Mapping[str, Sequence[int]], sparsity: float, strategy: Strat
     Args:
         shapes: the sizes of each weight, output and input channels first.
         sparsity: the fraction of zeros over all layers, 0 to 1.
+        strategy: one of the three above.
 
     >>> shapes = {"a": (16, 3, 3, 3), "b": (32, 16, 3, 3), "c": (10, 32)}
     >>> {name: round(s, 6) for name, s in spread(shapes, 0.9, "erdos_renyi_kernel").items()}
