@@ -174,7 +174,9 @@ class _Keys:
         keys: SortableBits = np.sort(np.concatenate(found))
         return keys
 
-    def within(self, low: Any, high: Any, heavy: tuple[bool, bool]) -> tuple[int, int, SortableBits, int]:
+    def within(
+        self, low: np.unsignedinteger[Any], high: np.unsignedinteger[Any], heavy: tuple[bool, bool]
+    ) -> tuple[int, int, SortableBits, int]:
         """Number of keys below `low`, number of `low`, the keys between, and number of `high`.
 
         An end that is not heavy is not counted apart but given back with those between.
@@ -224,7 +226,7 @@ class _Keys:
                 low, high = high, self.top
 
     @staticmethod
-    def _is_heavy(sample: SortableBits, key: Any) -> bool:
+    def _is_heavy(sample: SortableBits, key: np.unsignedinteger[Any]) -> bool:
         """True if so many are equal to `key` that counting them is cheaper than collecting them."""
         return int(np.searchsorted(sample, key, "right") - np.searchsorted(sample, key, "left")) > sample.size // 256
 

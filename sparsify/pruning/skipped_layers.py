@@ -7,7 +7,7 @@ import functools
 import itertools
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, SupportsIndex, cast
 
 import torch
 from torch import Tensor, nn
@@ -65,7 +65,7 @@ class Skipped(nn.Module):
         given = read.clone()
         return (given, *itertools.repeat(None, self._skip.entries - 1)) if self._skip.entries else given
 
-    def __reduce_ex__(self, protocol: Any) -> Any:
+    def __reduce_ex__(self, protocol: SupportsIndex) -> Any:
         # The class was made here: pickle and deepcopy find it by the one it was made of.
         own: Any = getattr(self, "__getstate__", None)  # every object has one from Python 3.11 on
         state = self.__dict__ if own is None else own()
@@ -159,7 +159,7 @@ def entries_of(
     for name, module in layers.items():
 
         def see(
-            module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any, name: str = name
+            module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: object, name: str = name
         ) -> None:
             found[name] = _compared(name, _first_tensor_of(args, kwargs), output)
 
@@ -179,7 +179,7 @@ def _given_by(module: nn.Module, known: Skip, args: tuple[Any, ...], kwargs: Map
         return _compared(known.name, _first_tensor_of(args, kwargs), forward(*args, **kwargs))
 
 
-def _compared(name: str, read: Tensor | None, gives: Any) -> int:
+def _compared(name: str, read: Tensor | None, gives: object) -> int:
     first, rest = (gives[0], list(gives[1:])) if isinstance(gives, tuple) and gives else (gives, [])
     if read is None or not isinstance(first, Tensor) or any(other is not None for other in rest):
         what = f"a {type(gives).__name__}"
