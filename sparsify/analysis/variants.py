@@ -14,7 +14,8 @@ from torch import nn
 from sparsify.errors import ExportError, SparsifyError, SparsifyWarning
 from sparsify.model.signature import InputsLike, SampleInputs
 from sparsify.oneshot import quantize_model
-from sparsify.onnx.export import ExportedModel, export_onnx
+from sparsify.onnx.export import export_onnx
+from sparsify.onnx.exported import ExportedModel
 from sparsify.output.tables import track
 from sparsify.pruning.dry_run import find_groups
 from sparsify.pruning.group_scores import Bounds, multiple_of

@@ -26,7 +26,8 @@ from sparsify.oneshot import bias_correction, layer_inputs, rounding
 from sparsify.oneshot.data_free import simulated_norms
 from sparsify.oneshot.equalization import equalize as equalize_channels
 from sparsify.oneshot.equalization import neighbours
-from sparsify.onnx.export import ExportedModel, export_onnx
+from sparsify.onnx.export import export_onnx
+from sparsify.onnx.exported import ExportedModel
 from sparsify.onnx.verify import Verification, verify_onnx
 from sparsify.output.files import replacing
 from sparsify.output.tables import Column, Table, track

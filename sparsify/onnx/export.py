@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import gzip
 import json
 import logging
 import os
 import re
 import traceback
 import warnings
-from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +21,8 @@ from torch import Tensor, nn
 from sparsify.errors import ArgumentError, ExportError, SparsifyError, SparsifyWarning, first_line
 from sparsify.model.signature import SampleInputs, check_module, named_outputs
 from sparsify.model.wrappers import clean_name, unwrapped
+from sparsify.onnx.exported import ExportedModel, bytes_text, exported_model
+from sparsify.onnx.names import checked_output_names, name_values, with_input_names
 from sparsify.onnx.runtime import FILE_WEIGHTS
 from sparsify.output.files import replacing
 from sparsify.quantization import qdq_ops
@@ -40,67 +39,6 @@ DEFAULT_OPSET = 20
 OPSETS = range(18, 24)
 MOST_BYTES = int(1.8 * 2**30)
 """Bytes in one file: protobuf ends at 2 GiB."""
-
-
-@dataclass(frozen=True)
-class ExportedModel(os.PathLike[str]):
-    """A written file and what is in it. Usable wherever a path is: `onnxruntime.InferenceSession(exported)`."""
-
-    path: Path
-    opset: int
-    inputs: Mapping[str, tuple[int | str, ...]]
-    """Shapes by name; "batch" is the dynamic axis."""
-    outputs: Mapping[str, tuple[int | str, ...]]
-    size_bytes: int
-    quantized: tuple[str, ...]
-    """Names of the nodes whose weights are stored as integers."""
-    floating: tuple[str, ...]
-    """Names of the nodes (convolutions, matrix products, embeddings, recurrent ones) whose weights stayed in float."""
-    initializers: Mapping[str, int] = field(default_factory=dict)
-    """Bytes of stored values by their type."""
-    reasons: Mapping[str, str] = field(default_factory=dict)
-    """Why in float, by name of the node, where the model was quantized and it is known."""
-
-    @cached_property
-    def gzip_bytes(self) -> int:
-        """Size of the file under gzip (level 6), where zeros cost next to nothing; reads the file on first use."""
-        counter = _Counter()
-        with (
-            self.path.open("rb") as file,
-            gzip.GzipFile(fileobj=counter, mode="wb", compresslevel=6, mtime=0) as packed,
-        ):
-            while block := file.read(1 << 20):
-                packed.write(block)
-        return counter.count
-
-    @property
-    def unaccelerated(self) -> tuple[str, ...]:
-        """Of `quantized`, those for which onnxruntime has no integer kernel on the CPU: transposed convolutions."""
-        return tuple(name for name in self.quantized if re.search(r"ConvTranspose(_\d+)?$", name))
-
-    def __fspath__(self) -> str:
-        return str(self.path)
-
-    def __str__(self) -> str:
-        kinds = ", ".join(f"{kind} {_in_bytes(size)}" for kind, size in sorted(self.initializers.items()))
-        integer, floating = len(self.quantized), len(self.floating)
-        lines = [
-            f"{self.path}: opset {self.opset}, {_in_bytes(self.size_bytes)}, gzipped {_in_bytes(self.gzip_bytes)}",
-            f"  inputs: {_signature(self.inputs)}; outputs: {_signature(self.outputs)}",
-            f"  layers with integer weights: {integer}, in float: {floating}; stored values: {kinds}",
-        ]
-        if self.unaccelerated:
-            lines.append(f"  integer weights, computed in float by onnxruntime: {', '.join(self.unaccelerated)}")
-        if not {"int4", "uint4"}.isdisjoint(self.initializers):
-            lines.append(
-                "  Linear layers with weights of four bits: onnxruntime rounds what they read to int8, unless the "
-                "session's session.qdq_matmulnbits_accuracy_level is 1, as verify_onnx sets it"
-            )
-        if self.quantized and self.floating:
-            for why in dict.fromkeys(self.reasons.get(name, "") for name in self.floating):
-                names = ", ".join(name for name in self.floating if self.reasons.get(name, "") == why)
-                lines.append(f"  in float: {names}{': ' if why else ''}{why}")
-        return "\n".join(lines)
 
 
 def export_onnx(
@@ -152,13 +90,13 @@ def export_onnx(
         )
     call = SampleInputs.of(model, sample_inputs)
     if input_names is not None:
-        call = _with_names(call, input_names)
+        call = with_input_names(call, input_names)
     # The temporary file is there before the work starts: a path that cannot be written costs nobody a minute.
     with replacing(path) as temporary:
         proto = _model_proto(model, call, opset, dynamic_batch, output_names)
         content = proto.SerializeToString()
         temporary.write_bytes(content)
-    return _exported(Path(path), proto, opset, len(content), unquantized(model))
+    return exported_model(Path(path), proto, opset, len(content), unquantized(model))
 
 
 def floating_layers(model: nn.Module) -> dict[str, str]:
@@ -223,7 +161,7 @@ def _model_proto(
     written = next((entry.version for entry in proto.opset_import if entry.domain == ""), None)
     if written != opset:
         raise ExportError(f"{name} could only be written at opset {written}, not {opset}; pass opset={written}.")
-    _name(proto, call, _output_names(name, adapter.returned.names, call, output_names))
+    name_values(proto, call, checked_output_names(name, adapter.returned.names, call, output_names))
     rewrites.rewrite(proto)
     rewrite_weight_only.fuse(proto)
     rewrites.name_dimensions(proto, batched)
@@ -252,7 +190,9 @@ def deployed_copy(model: nn.Module) -> nn.Module:
         deployed = deployment_copy(model)
         size = sum(tensor.numel() * tensor.element_size() for tensor in [*deployed.parameters(), *deployed.buffers()])
         if size > MOST_BYTES:
-            raise ExportError(f"{name} has {_in_bytes(size)} of weights; one ONNX file holds {_in_bytes(MOST_BYTES)}.")
+            raise ExportError(
+                f"{name} has {bytes_text(size)} of weights; one ONNX file holds {bytes_text(MOST_BYTES)}."
+            )
         return deployed.cpu().eval()
     except SparsifyError:
         raise
@@ -311,72 +251,6 @@ def _batched(call: SampleInputs) -> tuple[list[str], list[Tensor]]:
         for name, tensor in call.inputs.items()
     ]
     return batched, tensors
-
-
-def _with_names(call: SampleInputs, names: Sequence[str]) -> SampleInputs:
-    names = _checked_names("input_names", names, len(call.inputs), "input")
-    return SampleInputs(
-        dict(zip(names, call.inputs.values(), strict=True)), call.leaves, call.tensor_at, call.structure
-    )
-
-
-def _output_names(name: str, own: Sequence[str], call: SampleInputs, given: Sequence[str] | None) -> list[str]:
-    if given is None:
-        return [f"{key}_output" if key in call.inputs else key for key in own]
-    names = _checked_names("output_names", given, len(own), "output")
-    for key in names:
-        if key in call.inputs:
-            raise ArgumentError(f"output_names: {key!r} is the name of an input of {name}, too.")
-    return names
-
-
-def _checked_names(where: str, names: Sequence[str], count: int, noun: str) -> list[str]:
-    if isinstance(names, str) or not all(isinstance(name, str) and name for name in names):
-        raise ArgumentError(f"{where}={names!r}: give a list of names.")
-    if len(names) != count:
-        raise ArgumentError(f"{where}: {len(names)} names for {count} {noun}{'s' if count != 1 else ''}.")
-    if len(set(names)) != len(names):
-        raise ArgumentError(f"{where}={list(names)!r}: a name stands there twice.")
-    return list(names)
-
-
-def _name(proto: ModelProto, call: SampleInputs, outputs: Sequence[str]) -> None:
-    """Gives inputs, outputs and weights the names that the user knows them by."""
-    from sparsify.onnx.graph import rename
-
-    graph = proto.graph
-    names: dict[str, str] = {}
-    for value, wanted in zip([*graph.input, *graph.output], [*call.inputs, *outputs], strict=True):
-        names[value.name] = wanted
-    taken = set(names.values())
-    # "model." is the adapter's.
-    for tensor in graph.initializer:
-        # A weight that is an output as well bears the name of the output.
-        if (
-            tensor.name not in names
-            and tensor.name.startswith("model.")
-            and (short := tensor.name.removeprefix("model.")) not in taken
-        ):
-            names[tensor.name] = short
-            taken.add(short)
-    for node in graph.node:
-        for entry in node.metadata_props:
-            if entry.key.endswith("name_scopes"):
-                entry.value = re.sub(r"'model(?:\.|')", lambda hit: "'" if hit[0].endswith(".") else "''", entry.value)
-        # A weight that was transposed for a MatMul has lost its name.
-        if node.op_type == "MatMul" and re.fullmatch(r"val_\d+", node.input[1]):
-            scopes = next((entry.value for entry in node.metadata_props if entry.key.endswith("name_scopes")), "")
-            modules = re.findall(r"'([^']*)'", scopes)[:-1]
-            short = f"{modules[-1]}.weight" if modules and modules[-1] else ""
-            if short and short not in taken and node.input[1] in {tensor.name for tensor in graph.initializer}:
-                names.setdefault(node.input[1], short)
-                taken.add(short)
-    for node in graph.node:
-        for name in node.output:
-            if name in taken and name not in names:
-                # An inner value that bears a name wanted elsewhere makes way.
-                names[name] = f"{name}_inner"
-    rename(proto, names)
 
 
 def _note_weights(proto: ModelProto, model: nn.Module) -> None:
@@ -460,92 +334,3 @@ def _quiet_loggers() -> Iterator[None]:
         finally:
             for logger, level in zip(loggers, levels, strict=True):
                 logger.setLevel(level)
-
-
-def _reason(node: str, left: Mapping[str, str]) -> str | None:
-    """Why the layer that a node stems from ("layer.path/Gemm") is in float: itself, what is above it, or its operation.
-
-    >>> _reason("head.out/Gemm", {"head": "why"}), _reason("MatMul", {"the model: matmul": "why"})
-    ('why', 'why')
-    """
-    path = node.rpartition("/")[0].partition("/")[0] or "the model"
-    found = [what for what in left if f"{path}.".startswith(f"{what}.") or what.startswith(f"{path}: ")]
-    return left[max(found, key=len)] if found else None
-
-
-def _exported(path: Path, proto: ModelProto, opset: int, size: int, left: Mapping[str, str]) -> ExportedModel:
-    from onnx import TensorProto, numpy_helper
-
-    from sparsify.onnx.graph import STORAGE, GraphView
-
-    graph = proto.graph
-    view = GraphView(graph)
-    stored = view.initializers
-    quantized: list[str] = []
-    floating: list[str] = []
-    for node in graph.node:
-        if node.op_type in ("LSTM", "GRU", "RNN"):
-            floating.append(node.name)
-        position = {"Gather": 0, "Conv": 1, "ConvTranspose": 1, "Gemm": 1, "MatMul": 1}.get(node.op_type)
-        if position is None:
-            continue
-        name = view.origin(node.input[position], lambda each: each.op_type in STORAGE)
-        # Vectors (positions, shapes, the scale of each row of an embedding) are no layer's weights.
-        if name not in stored or (node.op_type == "Gather" and sum(dim != 1 for dim in stored[name].dims) < 2):
-            continue
-        kind = stored[name].data_type
-        if kind in (TensorProto.INT8, TensorProto.UINT8, TensorProto.INT4, TensorProto.UINT4):
-            quantized.append(node.name)
-        elif kind in (TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.BFLOAT16, TensorProto.DOUBLE):
-            floating.append(node.name)
-    sizes: Counter[str] = Counter()
-    for tensor in graph.initializer:
-        kind_name = TensorProto.DataType.Name(tensor.data_type).lower()
-        sizes[kind_name] += len(tensor.raw_data) or numpy_helper.to_array(tensor).nbytes
-    return ExportedModel(
-        path=path,
-        opset=opset,
-        inputs={value.name: _shape(value) for value in graph.input},
-        outputs={value.name: _shape(value) for value in graph.output},
-        size_bytes=size,
-        quantized=tuple(quantized),
-        floating=tuple(floating),
-        initializers=dict(sizes),
-        reasons={name: why for name in floating if (why := _reason(name, left)) is not None},
-    )
-
-
-def _shape(value: Any) -> tuple[int | str, ...]:
-    return tuple(dim.dim_param or dim.dim_value for dim in value.type.tensor_type.shape.dim)
-
-
-def _signature(values: Mapping[str, tuple[int | str, ...]]) -> str:
-    return ", ".join(f"{name} ({', '.join(str(dim) for dim in shape)})" for name, shape in values.items())
-
-
-def _in_bytes(count: int) -> str:
-    """Bytes for people.
-
-    >>> _in_bytes(999), _in_bytes(1536), _in_bytes(5 * 2**20)
-    ('999 B', '1.5 KiB', '5.0 MiB')
-    """
-    size = float(count)
-    for unit in ("B", "KiB", "MiB"):
-        if size < 1024:
-            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
-        size /= 1024
-    return f"{size:.2f} GiB"
-
-
-class _Counter:
-    """A file that only counts what is written to it."""
-
-    def __init__(self) -> None:
-        self.count = 0
-
-    def write(self, data: bytes) -> int:
-        self.count += len(data)
-        return len(data)
-
-    def flush(self) -> None:
-        pass

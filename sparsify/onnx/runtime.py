@@ -10,7 +10,7 @@ import tempfile
 from collections import Counter
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -288,14 +288,20 @@ def optimized_operators(path: str | os.PathLike[str]) -> Counter[str]:
     Raises:
         DataFileError, DataError, ExportError: as `open_session`.
     """
+    optimized = optimized_model(read_model(path), SessionSettings(), path=path, changed=False)
+    return Counter(node.op_type for node in optimized.graph.node)
+
+
+def optimized_model(
+    model: ModelProto, settings: SessionSettings, *, path: str | os.PathLike[str] | None, changed: bool
+) -> ModelProto:
+    """The graph that onnxruntime makes of a model. The arguments are those of `start_session`."""
     import onnx
 
-    model = read_model(path)
     with tempfile.TemporaryDirectory() as folder:
         target = Path(folder) / "optimized.onnx"
-        start_session(model, SessionSettings(optimized_path=target), path=path, changed=False)
-        optimized = onnx.load(target, load_external_data=False)
-    return Counter(node.op_type for node in optimized.graph.node)
+        start_session(model, replace(settings, optimized_path=target), path=path, changed=changed)
+        return onnx.load(target)
 
 
 def _existing(path: str | os.PathLike[str]) -> Path:

@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import copy
 import os
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sparsify.errors import ExportError
-from sparsify.onnx.runtime import SessionSettings, open_session, run_session, start_session
+from sparsify.onnx.runtime import SessionSettings, open_session, optimized_model, run_session, start_session
 
 if TYPE_CHECKING:
     import numpy as np
@@ -222,7 +221,6 @@ def _inside(
     those the ones are taken that the optimized graph, saved, still has.
     """
     import numpy as np
-    import onnx
 
     from sparsify.onnx.graph import GraphView
 
@@ -231,10 +229,7 @@ def _inside(
     for name in dict.fromkeys(quantized):
         if name not in present:
             mine.graph.output.add().name = name
-    with tempfile.TemporaryDirectory() as folder:
-        target = Path(folder) / "optimized.onnx"
-        start_session(mine, SessionSettings(float_inputs=True, optimized_path=target), path=path, changed=True)
-        seen = onnx.load(target)
+    seen = optimized_model(mine, SessionSettings(float_inputs=True), path=path, changed=True)
     view = GraphView(seen.graph)
     have = {value.name for value in seen.graph.output}
     for name in wanted:

@@ -24,7 +24,8 @@ from torch.nn import functional as F
 import sparsify
 from sparsify import ScheduledModifierManager
 from sparsify.errors import ArgumentError, DataFileError, ExportError, SparsifyWarning
-from sparsify.onnx.export import ExportedModel, export_onnx
+from sparsify.onnx.export import export_onnx
+from sparsify.onnx.exported import ExportedModel
 from sparsify.onnx.runtime import open_session, optimized_operators, run_session
 from sparsify.onnx.verify import verify_onnx
 from sparsify.quantization.scheme import NAMED, QuantizationSettings

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sparsify.errors import DataError
-from sparsify.onnx import rewrites
+from sparsify.onnx import rewrite_activations, rewrites
 from sparsify.onnx.export import export_onnx
 from sparsify.onnx.graph import remove_unused
 from sparsify.onnx.runtime import open_session, optimized_operators, run_session
@@ -235,7 +235,7 @@ def test_a_hard_sigmoid_between_integers_becomes_an_add_that_saturates(scale: fl
     constants = {"s": np.float32(0.05), "z": np.uint8(131), "t": np.float32(scale), "zero": np.uint8(0)}
     model = model_of(nodes, ["n", 256], **constants)
     before = ModelProto.FromString(model.SerializeToString())
-    rewrites.hard_sigmoid_as_add(model)
+    rewrite_activations.hard_sigmoid_as_add(model)
     assert kinds(model)["Add"] == int(added) and kinds(model)["HardSigmoid"] == int(not added)
     # Every integer there is.
     x = ((np.arange(256, dtype=np.float32) - 131) * np.float32(0.05))[None]
@@ -261,7 +261,7 @@ def test_a_tanh_between_integers_becomes_a_sigmoid(read: float, scale: float, ze
     constants = {"s": np.float32(read), "z": np.uint8(131), "t": np.float32(scale), "u": np.uint8(zero)}
     model = model_of(nodes, ["n", 256], **constants)
     before = ModelProto.FromString(model.SerializeToString())
-    rewrites.tanh_as_sigmoid(model)
+    rewrite_activations.tanh_as_sigmoid(model)
     assert kinds(model)["Sigmoid"] == 1 + rewritten and kinds(model)["Tanh"] == int(not rewritten)
     named = [node.name for node in model.graph.node if node.name]
     assert len(set(named)) == len(named)
@@ -285,12 +285,12 @@ def test_a_number_beside_integers_is_an_integer(operator: str, number: float, fi
     constants = {"s": np.float32(0.0131), "z": np.uint8(131), "t": np.float32(0.071), "c": np.float32(number)}
     model = model_of(nodes, ["n", 256], **constants)
     before = ModelProto.FromString(model.SerializeToString())
-    rewrites.numbers_as_integers(model)
+    rewrite_activations.numbers_as_integers(model)
     assert kinds(model)["DequantizeLinear"] == 3
     x = ((np.arange(256, dtype=np.float32) - 131) * np.float32(0.0131))[None]
     expected, found = (ReferenceEvaluator(one).run(None, {"x": x})[0] for one in (before, model))
     np.testing.assert_array_equal(found, expected)
-    rewrites.numbers_as_integers(model)
+    rewrite_activations.numbers_as_integers(model)
     assert kinds(model)["DequantizeLinear"] == 3
 
 
