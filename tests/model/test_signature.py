@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from sparsify.errors import ArgumentError
-from sparsify.model.signature import CallArguments, SampleInputs, batch_arguments, call_arguments
+from sparsify.model.signature import CallArguments, SampleInputs, batch_arguments, call_arguments, check_module
 
 X, Y, LABEL = torch.zeros(2, 3), torch.ones(2, 3), torch.tensor([1, 2])
 
@@ -90,3 +90,12 @@ def test_sample_inputs_are_a_tensor_or_hold_some() -> None:
     assert list(SampleInputs.of(model(two), {"x": X, "y": Y}).inputs) == ["x", "y"]
     # A tuple is a tuple of arguments, also where its parts look like (args, kwargs).
     assert list(SampleInputs.of(model(two), ((X,), {"a": Y})).inputs) == ["x_0", "y_a"]
+
+
+def test_a_module_is_given_back_and_all_else_refused() -> None:
+    model = nn.Linear(1, 1)
+    assert check_module(model) is model
+    with pytest.raises(ArgumentError, match=r"^model is a dict: give a torch\.nn\.Module\.$"):
+        check_module({})
+    with pytest.raises(ArgumentError, match=r"^analyze: model is a int: give a torch\.nn\.Module, or a path\.$"):
+        check_module(3, "analyze", other=", or a path")

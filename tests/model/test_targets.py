@@ -223,3 +223,26 @@ def test_resolving_touches_nothing() -> None:
     resolve_layers(model, "__ALL__", where=WHERE)
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
     assert list(before) == list(model.state_dict())
+
+
+@pytest.mark.parametrize(
+    ("values", "finite"),
+    [
+        ([1.0, -2.0], True),
+        ([], True),
+        ([1.0, float("nan")], False),
+        ([float("inf"), 1.0], False),
+        # Their sum is NaN, and that of the next overflows: neither tells by itself.
+        ([float("inf"), float("-inf")], False),
+        ([1.7e308, 1.7e308], True),
+    ],
+)
+def test_values_are_finite_or_not(values: list[float], finite: bool) -> None:
+    assert targets.is_finite(torch.tensor(values, dtype=torch.float64)) is finite
+    assert targets.is_finite(nn.Parameter(torch.tensor(values, dtype=torch.float64))) is finite
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.int64, torch.complex64])
+def test_values_that_are_no_floats_are_looked_at_one_by_one(dtype: torch.dtype) -> None:
+    assert targets.is_finite(torch.ones(3).to(dtype))
+    assert not targets.is_finite(torch.tensor([complex(0.0, float("nan"))]))
