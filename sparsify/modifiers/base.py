@@ -15,11 +15,10 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Protocol
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from sparsify.errors import RecipeError, did_you_mean
 from sparsify.modifiers.schedule import Clock, Window
+from sparsify.output.field_errors import FieldProblem, recipe_error
 
 if TYPE_CHECKING:
-    from pydantic_core import ErrorDetails
     from torch import Tensor, nn
     from torch.optim import Optimizer
 
@@ -93,7 +92,7 @@ class Modifier(BaseModel, ABC):
         try:
             super().__init__(**fields)
         except ValidationError as error:
-            raise _recipe_error(type(self), error, fields) from None
+            raise recipe_error(type(self), error, fields) from None
 
     @model_validator(mode="before")
     @classmethod
@@ -284,14 +283,6 @@ class Run:
     steps_per_epoch: int | None = None
 
 
-class FieldProblem(ValueError):
-    """Raised in a validator that sees several fields: names the one that is wrong."""
-
-    def __init__(self, field: str, message: str) -> None:
-        super().__init__(message)
-        self.field = field
-
-
 def check_frequency(value: float) -> None:
     """Refuses an `update_frequency` at which nothing would ever be due; for validators."""
     if value <= 0 and value != -1:
@@ -304,73 +295,3 @@ _OPEN = {"start_epoch": "at once", "end_epoch": "never"}
 @cache
 def _say_without_effect(modifier: str, name: str) -> None:
     logging.getLogger("sparsify").warning("%s.%s is without effect; the recipe can do without it.", modifier, name)
-
-
-def _recipe_error(cls: type[Modifier], error: ValidationError, fields: Mapping[str, Any]) -> RecipeError:
-    """The first problem of a pydantic error in plain words, with the field's name and a way out."""
-    # A misspelled field is missing under its right name as well: the misspelling is what its writer looks for. And of a
-    # union's problems, the member that has the right type says what is wrong with the value.
-    problem = min(error.errors(include_url=False), key=_rank)
-    path = _path_in(fields, problem["loc"], absent=problem["type"] == "missing")
-    cause = problem.get("ctx", {}).get("error")
-    if isinstance(cause, FieldProblem):
-        path = [cause.field]
-    name = ".".join(path)
-    value = problem["input"]
-    shown = repr(value) if len(repr(value)) <= _SHOWN else repr(value)[:_SHOWN] + "..."
-    if problem["type"] == "extra_forbidden":
-        known = cls.model_fields if len(path) == 1 else ()
-        text = f"no such field.{did_you_mean(path[-1], known)}"
-        text += f" It has: {', '.join(known)}." if known else ""
-    elif problem["type"] == "missing":
-        text = "is required and was not given."
-    elif cause is not None:
-        text = str(cause)
-    elif problem["type"] in ("less_than_equal", "greater_than_equal") and _is_fraction(cls, path):
-        hint = f"; did you mean {value / 100:g}?" if 1 < value <= 100 else "."
-        text = f"{shown} is not a fraction in [0, 1]{hint}"
-    elif isinstance(value, str) and problem["type"] in ("float_type", "int_type"):
-        text = f"{shown} is text where a number belongs; write it without quotes, or as eval(...) if it is computed."
-    elif isinstance(value, bool) and problem["type"] in ("float_type", "int_type"):
-        text = f"{str(value).lower()} is not a number."
-    else:
-        text = f"{shown}: {problem['msg'][0].lower()}{problem['msg'][1:]}."
-    return RecipeError(f"{cls.__name__}{'.' if name else ''}{name}: {text}", field=name or None)
-
-
-_SHOWN = 120
-"""Characters of a wrong value that a message shows."""
-
-
-def _rank(problem: ErrorDetails) -> int:
-    if problem["type"] == "extra_forbidden":
-        return 0
-    other_kind = problem["type"].endswith("_type") or (
-        problem["type"] == "literal_error" and not isinstance(problem["input"], str)
-    )
-    return 2 if other_kind else 1
-
-
-def _path_in(fields: Mapping[str, Any], loc: tuple[int | str, ...], *, absent: bool) -> list[str]:
-    """The keys and positions of `loc` that stand in what was written; pydantic adds the names of a union's members.
-
-    `absent`: the last key is the one that was not written.
-    """
-    path: list[str] = []
-    value: Any = fields
-    for number, part in enumerate(loc):
-        inside = range(len(value)) if isinstance(value, list) else value if isinstance(value, Mapping) else ()
-        if part in inside:
-            value = value[part]
-        elif not (absent and number == len(loc) - 1):
-            continue
-        path.append(str(part))
-    return path
-
-
-def _is_fraction(cls: type[Modifier], path: list[str]) -> bool:
-    """True if a field's limits are 0 and 1, both allowed."""
-    field = cls.model_fields.get(path[0]) if len(path) == 1 else None
-    limits = {type(limit).__name__: limit for limit in field.metadata} if field else {}
-    low, high = limits.get("Ge"), limits.get("Le")
-    return getattr(low, "ge", None) == 0 and getattr(high, "le", None) == 1

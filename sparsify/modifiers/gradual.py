@@ -13,17 +13,9 @@ from torch import nn
 
 from sparsify.errors import SparsifyWarning, TargetError
 from sparsify.model import distributed, targets
-from sparsify.modifiers.base import (
-    Active,
-    Epoch,
-    FieldProblem,
-    Modifier,
-    ModifierKind,
-    ParamNames,
-    Run,
-    check_frequency,
-)
+from sparsify.modifiers.base import Active, Epoch, Modifier, ModifierKind, ParamNames, Run, check_frequency
 from sparsify.modifiers.schedule import Clock, Curve, UpdateGrid, between
+from sparsify.output.field_errors import FieldProblem
 from sparsify.pruning.masks import MaskType, compute_masks
 
 if TYPE_CHECKING:

@@ -8,9 +8,10 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import Field, model_validator
 
 from sparsify.errors import did_you_mean
-from sparsify.modifiers.base import Active, Epoch, FieldProblem, Modifier, ModifierKind, Run
+from sparsify.modifiers.base import Active, Epoch, Modifier, ModifierKind, Run
 from sparsify.modifiers.learning_rate_ledger import Entry
 from sparsify.modifiers.schedule import EPOCH_TOLERANCE, Clock, Window, between
+from sparsify.output.field_errors import FieldProblem
 
 __all__ = ["LearningRateFunctionModifier", "LearningRateModifier", "SetLearningRateModifier"]
 

@@ -10,18 +10,10 @@ from pydantic import AfterValidator, Field, field_validator, model_validator
 from torch import Tensor, nn
 
 from sparsify.model import distributed, targets
-from sparsify.modifiers.base import (
-    Active,
-    Epoch,
-    FieldProblem,
-    Modifier,
-    ModifierKind,
-    ParamNames,
-    Run,
-    check_frequency,
-)
+from sparsify.modifiers.base import Active, Epoch, Modifier, ModifierKind, ParamNames, Run, check_frequency
 from sparsify.modifiers.gradual import fitting, trainable
 from sparsify.modifiers.schedule import Clock, UpdateGrid
+from sparsify.output.field_errors import FieldProblem
 from sparsify.pruning.masks import MaskType, compute_masks
 
 __all__: list[str] = []

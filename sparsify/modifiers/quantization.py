@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import warnings
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
@@ -13,8 +14,9 @@ from sparsify.errors import DataError, SparsifyWarning, StateError, TargetError
 from sparsify.model import distributed
 from sparsify.model.param_groups import AddedParameters
 from sparsify.model.targets import is_finite, named_modules
-from sparsify.modifiers.base import Active, Epoch, FieldProblem, Modifier, ModifierKind, ParamNames, Run
+from sparsify.modifiers.base import Active, Epoch, Modifier, ModifierKind, ParamNames, Run
 from sparsify.modifiers.schedule import Clock
+from sparsify.output.field_errors import FieldProblem
 from sparsify.quantization.calibration import SAMPLES, calibrate, materialized
 from sparsify.quantization.conversion import freeze_norms, is_weighted, quantizers
 from sparsify.quantization.forward_ops import switch_off_all, switched_off
@@ -29,7 +31,7 @@ from sparsify.quantization.plan import (
     is_quantized,
     undo_plan,
 )
-from sparsify.quantization.scheme import NAMED, Bits, Named, QuantizationSettings, Scheme
+from sparsify.quantization.scheme import Bits, Named, QuantizationSettings, Scheme
 
 if TYPE_CHECKING:
     from sparsify.pruning.removal import Removal
@@ -147,21 +149,21 @@ class QuantizationModifier(Modifier):
 
     def settings(self) -> QuantizationSettings:
         """What it says, legacy fields included, in the terms of the planner."""
-        scheme = _scheme("tensorrt" if self.tensorrt else self.scheme)
-        scheme = scheme.model_copy(update=self._legacy(scheme))
+        where = type(self).__name__
+        scheme = "tensorrt" if self.tensorrt else self.scheme
+        written = QuantizationSettings.of(scheme, self.scheme_overrides, self.ignore, where=where)
+        base = written.scheme.model_copy(update=self._legacy(written.scheme))
         overrides: dict[str, Scheme | None] = {}
         for wanted, types in (
             (self.quantize_linear_activations, ("Linear",)),
             (self.quantize_conv_activations, tuple(f"Conv{kind}{n}d" for kind in ("", "Transpose") for n in (1, 2, 3))),
         ):
             if not wanted:
-                overrides.update(dict.fromkeys(types, Scheme(input_activations=None, weights=scheme.weights)))
-        overrides.update({name: None if one is None else _scheme(one) for name, one in self.scheme_overrides.items()})
-        ignore = [self.ignore] if isinstance(self.ignore, str) else list(self.ignore)
-        return QuantizationSettings(
-            scheme=scheme,
-            overrides=overrides,
-            ignore=tuple(ignore),
+                overrides.update(dict.fromkeys(types, Scheme(input_activations=None, weights=base.weights)))
+        return dataclasses.replace(
+            written,
+            scheme=base,
+            overrides={**overrides, **written.overrides},
             ignore_types=(
                 *(() if self.quantize_embeddings else ("Embedding",)),
                 *(self.exclude_module_types or ()),
@@ -169,7 +171,6 @@ class QuantizationModifier(Modifier):
             within=None if self.submodules is None else tuple(self.submodules),
             reduce_range=self.reduce_range,
             strict=self.strict,
-            where=type(self).__name__,
         )
 
     def _legacy(self, scheme: Scheme) -> dict[str, Any]:
@@ -436,10 +437,6 @@ class Quantization(Active):
     def detach(self) -> None:
         """Leaves quantized layers in place, ready for export; the optimizer has its own groups again."""
         self._added.remove()
-
-
-def _scheme(given: Scheme | str | None) -> Scheme:
-    return given if isinstance(given, Scheme) else NAMED[given or "default"]
 
 
 def _refuse_infinite(model: nn.Module, plan: QuantizationPlan) -> None:

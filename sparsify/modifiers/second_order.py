@@ -15,9 +15,10 @@ from torch import Tensor, nn
 from sparsify.errors import ArgumentError, DataError, StateError
 from sparsify.model import distributed, gradients, targets
 from sparsify.model.targets import is_finite
-from sparsify.modifiers.base import Active, FieldProblem, Run
+from sparsify.modifiers.base import Active, Run
 from sparsify.modifiers.gradual import Gradual, GradualPruning, ScoreType
 from sparsify.modifiers.schedule import EPOCH_TOLERANCE, Clock, between
+from sparsify.output.field_errors import FieldProblem
 from sparsify.pruning import second_order
 from sparsify.pruning.masks import compute_masks
 

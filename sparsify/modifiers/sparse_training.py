@@ -12,10 +12,11 @@ from torch import Tensor, nn
 
 from sparsify.model import distributed, gradients, targets
 from sparsify.model.optimizer_state import reset_where
-from sparsify.modifiers.base import Active, FieldProblem, Run
+from sparsify.modifiers.base import Active, Run
 from sparsify.modifiers.gradual import Gradual, GradualPruning, ScoreType
 from sparsify.modifiers.moving_masks import Fraction, MaskName, Moving, SparseTraining, taken_over
 from sparsify.modifiers.schedule import EPOCH_TOLERANCE, Clock
+from sparsify.output.field_errors import FieldProblem
 from sparsify.pruning import layer_sparsity
 from sparsify.pruning.selection import mask_lowest
 

@@ -10,9 +10,10 @@ from pydantic import Field, field_validator, model_validator
 
 from sparsify.errors import SparsifyWarning, StateError, TargetError
 from sparsify.model import distributed, targets
-from sparsify.modifiers.base import Active, FieldProblem, Run
+from sparsify.modifiers.base import Active, Run
 from sparsify.modifiers.gradual import GradualPruning
 from sparsify.modifiers.schedule import Clock, UpdateGrid, between
+from sparsify.output.field_errors import FieldProblem
 from sparsify.pruning import group_scores
 
 if TYPE_CHECKING:

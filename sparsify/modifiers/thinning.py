@@ -12,8 +12,9 @@ from torch import nn
 
 from sparsify.errors import SparsifyWarning, TargetError
 from sparsify.model import targets
-from sparsify.modifiers.base import Active, Epoch, FieldProblem, Modifier, ModifierKind, Run
+from sparsify.modifiers.base import Active, Epoch, Modifier, ModifierKind, Run
 from sparsify.modifiers.schedule import Clock
+from sparsify.output.field_errors import FieldProblem
 
 if TYPE_CHECKING:
     from sparsify.pruning.groups import ChannelGroups

@@ -13,9 +13,10 @@ from torch.utils.hooks import RemovableHandle
 from sparsify.model import gradients
 from sparsify.model.optimizer_hooks import ModelCallback
 from sparsify.model.optimizer_state import reset_where
-from sparsify.modifiers.base import Active, FieldProblem, Run
+from sparsify.modifiers.base import Active, Run
 from sparsify.modifiers.moving_masks import Fraction, MaskName, Moving, SparseTraining, taken_over
 from sparsify.modifiers.schedule import Clock
+from sparsify.output.field_errors import FieldProblem
 
 __all__ = ["TopKASTPruningModifier"]
 

@@ -10,18 +10,10 @@ from pydantic import Field, model_validator
 from torch import nn
 
 from sparsify.model import targets
-from sparsify.modifiers.base import (
-    Active,
-    Epoch,
-    FieldProblem,
-    Modifier,
-    ModifierKind,
-    ParamNames,
-    Run,
-    check_frequency,
-)
+from sparsify.modifiers.base import Active, Epoch, Modifier, ModifierKind, ParamNames, Run, check_frequency
 from sparsify.modifiers.learning_rate_ledger import check_groups
 from sparsify.modifiers.schedule import Clock, Curve, UpdateGrid, between
+from sparsify.output.field_errors import FieldProblem
 
 __all__ = ["GradualParamModifier", "SetParamModifier", "SetWeightDecayModifier", "TrainableParamsModifier"]
 

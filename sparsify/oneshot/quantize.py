@@ -6,26 +6,23 @@ import copy
 import dataclasses
 import os
 import warnings
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from sparsify.errors import ArgumentError, DataError, ExportError, SparsifyWarning, StateError, TargetError
 from sparsify.model.preserved import preserved_rng
 from sparsify.model.signature import batch_arguments, check_module
 from sparsify.model.targets import is_finite, named_modules
-from sparsify.model.trace import Trace, trace
+from sparsify.model.trace import trace
 from sparsify.model.wrappers import unwrapped
-from sparsify.modifiers import QuantizationModifier
-from sparsify.oneshot import bias_correction, layer_inputs, rounding
 from sparsify.oneshot.data_free import simulated_norms
 from sparsify.oneshot.equalization import equalize as equalize_channels
 from sparsify.oneshot.equalization import neighbours
+from sparsify.oneshot.weights import QuantizedWeights, Rounding, WeightRounding
 from sparsify.onnx.export import export_onnx
 from sparsify.onnx.exported import ExportedModel
 from sparsify.onnx.verify import Verification, verify_onnx
@@ -37,36 +34,12 @@ from sparsify.quantization.forward_ops import switch_off_all, switched_off
 from sparsify.quantization.layers import QuantizedEmbedding
 from sparsify.quantization.placement import make_plan
 from sparsify.quantization.plan import QuantizationPlan, apply_plan, check_traced_ops, is_quantized
-from sparsify.quantization.scheme import Scheme
-from sparsify.quantization.wiring import bits_of, wiring_of
+from sparsify.quantization.scheme import QuantizationSettings, Scheme
+from sparsify.quantization.wiring import wiring_of
 
 __all__ = ["quantize_model", "quantize_onnx"]
 
 Ranges = Literal["mse", "min_max", "percentile", "entropy"]
-Rounding = Literal["auto", "nearest", "adaround", "gptq"]
-
-MEMORY = 1 << 30
-"""Bytes of second moments that are gathered in one run through the data."""
-
-
-@dataclass(frozen=True)
-class QuantizedWeights:
-    """What became of the weights of one layer.
-
-    Attributes:
-        rounding: "nearest", "adaround" or "gptq".
-        error: the mean square of the error that rounding makes in the layer's output, as a share of the output's own
-            mean square, both without their means where the bias takes care of these; None where it was not measured.
-        error_nearest: the same for plain rounding from the largest weight.
-        shift: the largest shift of an output's mean that the bias took back; None: not corrected.
-    """
-
-    layer: str
-    bits: int
-    rounding: str
-    error: float | None = None
-    error_nearest: float | None = None
-    shift: float | None = None
 
 
 @dataclass(frozen=True)
@@ -168,12 +141,7 @@ def quantize_model(
     user_model, model = model, unwrapped(model)
     if is_quantized(model):
         raise StateError(f"{type(model).__name__} holds quantized layers already; give the model that was trained.")
-    modifier = QuantizationModifier(
-        start_epoch=0.0,
-        scheme=cast(Any, scheme),
-        scheme_overrides=dict(scheme_overrides or {}),
-        ignore=[ignore] if isinstance(ignore, str) else list(ignore),
-    )
+    settings = QuantizationSettings.of(scheme, scheme_overrides, ignore, where="QuantizationModifier")
     _check_weights(model)
     data, samples = _batches(calibration_data, batches, least_samples)
     if not data and sample_inputs is None:
@@ -183,7 +151,7 @@ def quantize_model(
         reference = _deep_copied(model)
         args, kwargs = batch_arguments(reference, sample)
         traced = trace(reference, args, kwargs)
-        plan = make_plan(reference, traced, modifier.settings())
+        plan = make_plan(reference, traced, settings)
         if not plan.layers and not plan.sites:
             raise TargetError(f"nothing in {type(model).__name__} can be quantized. {plan}")
         affine = next((layer.name for layer in plan.layers if layer.affine), None)
@@ -206,7 +174,7 @@ def quantize_model(
         apply_plan(work, plan)
         check_traced_ops(work, args, kwargs)
         _take_ranges(work, plan, data, (args, kwargs), type(model).__name__, progress)
-        job = _Weights(reference, work, plan, traced, rounding, correct_bias, bool(data))
+        job = WeightRounding(reference, work, plan, traced, rounding, correct_bias, bool(data))
         layers = job.run(data, sequential, progress)
         for name, tensor in work.state_dict().items():
             if tensor.is_floating_point() and not is_finite(tensor):
@@ -262,143 +230,6 @@ def quantize_onnx(
     return QuantizedFile(
         dataclasses.replace(exported, path=there), quantized, dataclasses.replace(verification, path=there)
     )
-
-
-class _Weights:
-    """Rounds the weights of a model that has its ranges, and corrects its biases."""
-
-    def __init__(
-        self,
-        reference: nn.Module,
-        work: nn.Module,
-        plan: QuantizationPlan,
-        traced: Trace,
-        rounding: Rounding,
-        correct_bias: bool,
-        has_data: bool,
-    ) -> None:
-        self.reference = reference
-        self.work = work
-        self.plan = {layer.name: layer for layer in plan.layers}
-        self.trace = traced
-        self.rounding = rounding
-        self.correct_bias = correct_bias
-        self.modules: dict[str, Any] = named_modules(work)
-        owners = Counter(id(p) for module in work.modules() for p in module._parameters.values() if p is not None)
-
-        def can_round(name: str) -> bool:
-            # Another layer's weights (an embedding tied to the head) must not move with this one's.
-            own = [p for p in self.modules[name]._parameters.values() if p is not None]
-            return layer_inputs.has_matrix(self.modules[name]) and all(owners[id(p)] == 1 for p in own)
-
-        # What follows rounds to the grid of the largest weight of a channel; blocks, learned and affine grids are
-        # others.
-        special = [layer.name for layer in plan.layers if layer.block or layer.learned or layer.affine]
-        usual = [layer.name for layer in plan.layers if layer.q_max and layer.name not in special]
-        found = [name for name in usual if has_data and can_round(name)]
-        order = {node.owner: at for at, node in reversed(list(enumerate(traced.nodes)))}
-        self.names = sorted(found, key=lambda name: order.get(name, 0))
-
-    def run(self, data: Sequence[Any], sequential: bool | None, progress: bool | None) -> tuple[QuantizedWeights, ...]:
-        if sequential is None:
-            sequential = any(self.plan[name].q_max < 63 for name in self.names)
-        done: dict[str, QuantizedWeights] = {}
-        steps = self._one_by_one() if sequential else self._together()
-        for names in track(steps, "rounding weights", progress=progress):
-            moments = layer_inputs.gather(
-                self.work if sequential else self.reference,
-                names,
-                data,
-                reference=self.reference if sequential else None,
-                calls=self.trace.calls if sequential else None,
-            )
-            for name in names:
-                done[name] = self._round(name, moments.pop(name))
-        return tuple(
-            done.get(name, QuantizedWeights(name, bits_of(layer.q_max), "nearest"))
-            for name, layer in self.plan.items()
-            if layer.q_max
-        )
-
-    def _one_by_one(self) -> list[list[str]]:
-        """Layers in the order of computation; those that read one tensor together."""
-        groups: dict[str, list[str]] = {}
-        for name in self.names:
-            node = next(n for n in self.trace.of_module(name) if n.kind in ("conv", "linear", "matmul"))
-            read = node.inputs[0] if self.trace.calls[name] == 1 and node.inputs else name
-            groups.setdefault(read, []).append(name)
-        return list(groups.values())
-
-    def _together(self) -> list[list[str]]:
-        """As many layers at once as there is memory for their moments."""
-        groups: list[list[str]] = []
-        size = MEMORY
-        for name in self.names:
-            matrix = layer_inputs.as_matrix(self.modules[name])
-            need = 4 * matrix.shape[0] * matrix.shape[2] ** 2
-            if size + need > MEMORY:
-                groups.append([])
-                size = 0
-            groups[-1].append(name)
-            size += need
-        return groups
-
-    def _round(self, name: str, moments: layer_inputs.Moments) -> QuantizedWeights:
-        layer, module = self.plan[name], self.modules[name]
-        norm = None if layer.norm is None else self.modules[layer.norm]
-        corrected = self.correct_bias and bias_correction.can_correct(module, norm)
-        # A copy: it is compared with what takes its place.
-        weight = layer_inputs.as_matrix(module).detach().float().clone()
-        bits, kind = bits_of(layer.q_max), self._kind(name)
-        if not moments.columns:
-            return QuantizedWeights(name, bits, "nearest")
-        second, cross = moments.second, moments.cross
-        power = second
-        if corrected:
-            # Means are the bias's business. Where nothing but a mean is there, float32 leaves noise of either sign.
-            noise = 1e-6 * second.diagonal(dim1=1, dim2=2).mean(-1)[:, None, None]
-            second = second - moments.mean[:, :, None] * moments.mean[:, None, :]
-            second = second + noise * torch.eye(second.shape[-1], device=second.device)
-            power = second
-            if cross is not None:
-                cross = cross - moments.mean[:, :, None] * moments.mean_float[:, None, :]
-        target = weight if cross is None else _made_good(weight, second, cross)
-        importance = second.diagonal(dim1=1, dim2=2)
-        shared = layer.axis is None
-        scale = rounding.clipped_scale(target, importance, q_max=layer.q_max, shared=shared)
-        rounded = rounding.nearest(target, scale, layer.q_max)
-        if kind == "gptq":
-            rounded = rounding.gptq(target, second, scale, layer.q_max)
-        elif kind == "adaround":
-            rounded = rounding.adaround(target, second, scale, layer.q_max)
-        whole = rounding.clipped_scale(target, torch.zeros_like(importance), q_max=layer.q_max, shared=shared)
-        plain = rounding.nearest(target, whole, layer.q_max)
-        output = float(rounding.output_error(target, power).sum()) or 1.0
-        errors = [float(rounding.output_error(found - target, second).sum()) / output for found in (rounded, plain)]
-        if errors[1] < errors[0]:
-            # What clipping or compensation cost was more than it gave.
-            rounded, errors[0], kind = plain, errors[1], "nearest"
-        layer_inputs.set_matrix(module, rounded)
-        shift = None
-        if corrected:
-            by = bias_correction.mean_shift(weight, moments.mean_float, rounded, moments.mean)
-            bias_correction.correct(module, norm, by)
-            shift = float(by.abs().max())
-        return QuantizedWeights(name, bits, kind, errors[0], errors[1], shift)
-
-    def _kind(self, name: str) -> str:
-        if self.rounding != "auto":
-            return self.rounding
-        if self.plan[name].q_max >= 63:
-            return "nearest"
-        return "adaround" if isinstance(self.modules[name], (nn.Conv1d, nn.Conv2d)) else "gptq"
-
-
-def _made_good(weight: Tensor, second: Tensor, cross: Tensor) -> Tensor:
-    """The weights that give on quantized inputs what `weight` gives on float ones, by least squares."""
-    damped = rounding.damp(second)
-    change: Tensor = torch.linalg.solve(damped, (cross - second).double() @ weight.double().mT)
-    return weight + change.mT.to(weight.dtype)
 
 
 def _take_ranges(

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from torch import nn
 
 from sparsify.errors import RecipeError, SparsifyWarning
 from sparsify.model.targets import resolve_layers
+from sparsify.output.field_errors import recipe_error
 from sparsify.quantization.observers import Observer
 
 __all__: list[str] = []
@@ -146,16 +147,34 @@ on the CPU. tensorrt: int8, symmetric activations. weight_only: int8 weights, co
 size. A Linear of 4 bits, or of blocks, is faster as well: see `onnx_weight_only`."""
 
 
+def named(scheme: Scheme | str | None) -> Scheme:
+    """The scheme of a name of `NAMED`, a scheme itself, or for None the default."""
+    return scheme if isinstance(scheme, Scheme) else NAMED[scheme or "default"]
+
+
+class _Fields(BaseModel):
+    """Fields of a recipe or arguments of a function, as a user writes them."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    scheme: Scheme | Named | None = None
+    scheme_overrides: dict[str, Scheme | Named | None] = Field(default_factory=dict)
+    ignore: str | list[str] = Field(default_factory=list)
+
+
 @dataclass(frozen=True)
 class QuantizationSettings:
     """All that a plan is made from besides the trace: the scheme, its exceptions, and where to look.
 
     Attributes:
+        scheme: of every layer for which nothing else is said.
         overrides: name or type of a layer -> the scheme there, whose missing fields are those of `scheme`; None: float.
-        ignore: names or types left in float, with all that is below them. ignore_types: more of them, which may match
-            nothing.
+        ignore: names or types left in float, with all that is below them.
+        ignore_types: more of them, which may match nothing.
         within: only layers at or below these; None: everywhere.
+        reduce_range: whether weights of 8 bits have 7.
         strict: whether a name in `overrides`, `ignore` or `within` that matches nothing is an error.
+        where: what the settings belong to, for messages.
     """
 
     scheme: Scheme = NAMED["default"]
@@ -167,8 +186,47 @@ class QuantizationSettings:
     strict: bool = True
     where: str = "quantize"
 
+    @classmethod
+    def of(
+        cls,
+        scheme: Scheme | Mapping[str, Any] | str | None = None,
+        overrides: Mapping[str, Scheme | Mapping[str, Any] | str | None] | None = None,
+        ignore: Sequence[str] | str = (),
+        *,
+        where: str = "quantize",
+    ) -> QuantizationSettings:
+        """The settings that a user wrote, checked.
+
+        Args:
+            scheme: a scheme, its fields, or a name of `NAMED`; None: the default.
+            overrides: name or type of a layer -> its scheme; None: float.
+            ignore: names or types of layers left in float.
+            where: what the settings belong to, for messages.
+
+        Raises:
+            RecipeError: a field that does not exist, or a value that it cannot have.
+        """
+        written = {
+            "scheme": scheme,
+            "scheme_overrides": dict(overrides or {}),
+            "ignore": ignore if isinstance(ignore, str) else list(ignore),
+        }
+        try:
+            fields = _Fields.model_validate(written)
+        except ValidationError as error:
+            raise recipe_error(_Fields, error, written, where=where) from None
+        return cls(
+            scheme=named(fields.scheme),
+            overrides={name: None if one is None else named(one) for name, one in fields.scheme_overrides.items()},
+            ignore=(fields.ignore,) if isinstance(fields.ignore, str) else tuple(fields.ignore),
+            where=where,
+        )
+
     def left_out(self, model: nn.Module) -> Callable[[str], bool]:
-        """Whether the module of a clean name stays in float: ignored, or not within where quantization was asked for.
+        """A predicate: True for the clean name of a module that stays in float, ignored or outside of `within`.
+
+        Args:
+            model: whose modules they are.
 
         Raises:
             TargetError: `strict`, and a name matches nothing.
@@ -187,6 +245,10 @@ class QuantizationSettings:
         """The scheme of each of `layers` (clean names of modules of `model`); None where it is ignored.
 
         Exact names beat types and patterns, the longer name beats the shorter, the later of two patterns wins.
+
+        Args:
+            model: whose modules they are.
+            layers: clean names.
 
         Raises:
             TargetError: `strict`, and a name matches nothing.
@@ -230,7 +292,7 @@ class QuantizationSettings:
 
 
 def below(name: str, parents: Iterable[str]) -> bool:
-    """Whether `name` is one of `parents` or lies below one.
+    """True if `name` is one of `parents` or lies below one.
 
     >>> below("layer1.0.conv1", ["layer1.0"]), below("layer10", ["layer1"])
     (True, False)
