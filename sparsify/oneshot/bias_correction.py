@@ -6,30 +6,33 @@ is an error of every output, which the bias can take back. Here the mean is meas
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from sparsify.quantization.weight_grid import bias_of
 
 __all__: list[str] = []
 
 
 def mean_shift(weight: Tensor, mean: Tensor, rounded: Tensor, mean_rounded: Tensor) -> Tensor:
-    """By how much outputs are too large in the mean: (G R,), for weights (G, R, K) and means of inputs (G, K)."""
+    """The mean by which outputs are too large: (G R,), for weights (G, R, K) and means of inputs (G, K)."""
     before = (weight * mean[:, None, :]).sum(-1)
     return ((rounded * mean_rounded[:, None, :]).sum(-1) - before).reshape(-1)
 
 
-def can_correct(layer: Any, norm: Any) -> bool:
-    """Whether there is a number to be changed: a bias, or a mean in the BatchNorm that is folded into the layer."""
+def can_correct(layer: nn.Module, norm: nn.Module | None) -> bool:
+    """True if there is a number to be changed: a bias, or a mean in the BatchNorm that is folded into the layer."""
     return norm is not None or layer._parameters.get("bias") is not None
 
 
 @torch.no_grad()
-def correct(layer: Any, norm: nn.Module | None, shift: Tensor) -> None:
+def correct(layer: nn.Module, norm: _BatchNorm | None, shift: Tensor) -> None:
     """Takes `shift` (C,) from what `layer` gives, in place: in its bias, or in the running mean of its BatchNorm."""
     if norm is not None:
-        running: Any = norm.running_mean
-        running.add_(shift.to(running.dtype))
+        assert norm.running_mean is not None  # Else it is not folded.
+        norm.running_mean.add_(shift.to(norm.running_mean.dtype))
     else:
-        layer.bias.sub_(shift.to(layer.bias.dtype))
+        bias = bias_of(layer)
+        assert bias is not None  # See `can_correct`.
+        bias.sub_(shift.to(bias.dtype))

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from sparsify.errors import DataError
 from sparsify.quantization.layers import QuantizedNorm
@@ -40,9 +41,10 @@ def simulated_norms(model: nn.Module, seed: int = 0) -> Iterator[None]:
             raise DataError(f"a {type(norm).__name__} keeps no running statistics. Give calibration_data.")
     generator = torch.Generator().manual_seed(seed)
 
-    def drawn(norm: Any, inputs: tuple[Tensor, ...]) -> tuple[Tensor]:
+    def drawn(norm: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor]:
         # What is computed here is no operation of the user's: it is hidden from whoever counts them.
         with torch._C.DisableTorchFunction():
+            assert isinstance(norm, _BatchNorm)
             return (_values(norm, inputs[0], generator),)
 
     with ExitStack() as stack:
@@ -51,8 +53,10 @@ def simulated_norms(model: nn.Module, seed: int = 0) -> Iterator[None]:
         yield
 
 
-def _values(norm: Any, x: Tensor, generator: torch.Generator) -> Tensor:
-    """What `norm` must read to give normal values of its own mean and deviation, in the shape of `x`."""
+def _values(norm: _BatchNorm, x: Tensor, generator: torch.Generator) -> Tensor:
+    """Inputs of which `norm` makes normal values of its own mean and deviation, in the shape of `x`."""
+    assert norm.running_mean is not None and norm.running_var is not None
+    weight, bias = norm._parameters.get("weight"), norm._parameters.get("bias")
     z = torch.randn(x.shape, generator=generator) * (1 - TOGETHER) ** 0.5
     z += torch.randn((*x.shape[:2], *[1] * (x.dim() - 2)), generator=generator) * TOGETHER**0.5
     shape = [1, -1, *[1] * (x.dim() - 2)]
@@ -60,7 +64,7 @@ def _values(norm: Any, x: Tensor, generator: torch.Generator) -> Tensor:
         mean, deviation = norm.running_mean, (norm.running_var + norm.eps).sqrt()
     else:
         # Folded: it hands its input through.
-        mean = torch.zeros_like(norm.running_mean) if norm.bias is None else norm.bias
-        deviation = torch.ones_like(norm.running_var) if norm.weight is None else norm.weight.abs()
+        mean = torch.zeros_like(norm.running_mean) if bias is None else bias
+        deviation = torch.ones_like(norm.running_var) if weight is None else weight.abs()
     seen: Tensor = z.to(x) * deviation.view(shape) + mean.view(shape)
     return seen

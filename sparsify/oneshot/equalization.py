@@ -15,10 +15,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from sparsify.model.targets import named_modules
 from sparsify.model.trace import Trace, TracedNode
 from sparsify.quantization.folding import norm_factor
+from sparsify.quantization.weight_grid import bias_of, weight_of
 
 __all__: list[str] = []
 
@@ -57,7 +59,7 @@ def neighbours(model: nn.Module, trace: Trace, folds: Mapping[str, str]) -> tupl
     found = []
 
     def is_free(name: str) -> bool:
-        """Whether it is a plain layer, called once, whose parameters are nobody else's."""
+        """True for a plain layer, called once, that shares no parameter."""
         module = modules.get(name)
         own = [] if module is None else [p for p in module._parameters.values() if p is not None]
         plain = type(module) in _WEIGHTED_KINDS or name in folds.values()
@@ -141,28 +143,28 @@ def _maker(trace: Trace, node: TracedNode) -> tuple[TracedNode | None, set[str]]
         name = made.inputs[0]
 
 
-def _given(layer: Any, norm: Any) -> Tensor:
+def _given(layer: nn.Module, norm: _BatchNorm | None) -> Tensor:
     """The largest weight that makes each channel, BatchNorm folded: (C,)."""
-    reach: Tensor = layer.weight.flatten(1).abs().amax(1)
+    reach: Tensor = weight_of(layer).flatten(1).abs().amax(1)
     return reach if norm is None else reach * norm_factor(norm)[0].abs().to(reach.dtype)
 
 
-def _read(layer: Any) -> Tensor:
+def _read(layer: nn.Module) -> Tensor:
     """The largest weight that reads each channel: (C,)."""
     groups = getattr(layer, "groups", 1)
-    weight = layer.weight
+    weight = weight_of(layer)
     by_group = weight.reshape(groups, weight.shape[0] // groups, weight.shape[1], -1)
     reach: Tensor = by_group.abs().amax((1, 3)).reshape(-1)
     return reach
 
 
-def _scale(first: Any, norm: Any, second: Any, scale: Tensor) -> None:
+def _scale(first: nn.Module, norm: nn.Module | None, second: nn.Module, scale: Tensor) -> None:
     """Divides what `first` gives by `scale` (C,), and multiplies where `second` reads it."""
-    makers = [first.weight, first.bias] if norm is None else [norm.weight, norm.bias]
-    for tensor in makers:
+    maker = first if norm is None else norm
+    for tensor in (weight_of(maker), bias_of(maker)):
         if tensor is not None:
             tensor.div_(scale.to(tensor.dtype).view(-1, *[1] * (tensor.dim() - 1)))
     groups = getattr(second, "groups", 1)
-    weight = second.weight
+    weight = weight_of(second)
     by_group = weight.view(groups, weight.shape[0] // groups, weight.shape[1], -1)
     by_group.mul_(scale.to(weight.dtype).view(groups, 1, weight.shape[1], 1))

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from sparsify.model.signature import batch_arguments
 from sparsify.model.targets import named_modules
 from sparsify.quantization.conversion import original_type
-from sparsify.quantization.weight_grid import TRANSPOSED, stores_transposed
+from sparsify.quantization.weight_grid import TRANSPOSED, stores_transposed, weight_of
 from sparsify.quantization.wiring import Converted, input_quantizer
 
 __all__: list[str] = []
@@ -25,15 +25,15 @@ ROWS_AT_ONCE = 1 << 14
 
 def as_matrix(layer: nn.Module) -> Tensor:
     """The weight as (G, R, K): groups, outputs of a group, what each sums over."""
-    weight: Any = layer.weight
+    weight = weight_of(layer)
     if stores_transposed(layer):
         weight = weight.T
-    return weight.reshape(_group_inputs(layer), -1, weight[0].numel())  # type: ignore[no-any-return]
+    return weight.reshape(_group_inputs(layer), -1, weight[0].numel())
 
 
 def set_matrix(layer: nn.Module, matrix: Tensor) -> None:
     """The inverse of `as_matrix`: writes the weight of `layer` in place."""
-    weight: Any = layer.weight
+    weight = weight_of(layer)
     with torch.no_grad():
         if stores_transposed(layer):
             weight.copy_(matrix[0].T)
@@ -41,8 +41,8 @@ def set_matrix(layer: nn.Module, matrix: Tensor) -> None:
             weight.copy_(matrix.reshape(weight.shape))
 
 
-def has_matrix(layer: Any) -> bool:
-    """Whether it gives the product of its weight as a matrix and what it reads: Linear, convolutions, GPT-2's Conv1D.
+def has_matrix(layer: nn.Module) -> bool:
+    """True if it gives the product of its weight as a matrix and its input: Linear, convolutions, GPT-2's Conv1D.
 
     Not of a user's subclass: its forward may pad or scale first, as timm's Conv2dSame does.
     """
@@ -51,8 +51,8 @@ def has_matrix(layer: Any) -> bool:
     )
 
 
-def columns(layer: Any, x: Tensor) -> Tensor:
-    """What the rows of `as_matrix` are multiplied with: (G, K, n), a column for each output position."""
+def columns(layer: nn.Module, x: Tensor) -> Tensor:
+    """The matrix that the rows of `as_matrix` are multiplied with: (G, K, n), a column for each output position."""
     if not isinstance(layer, (nn.Conv1d, nn.Conv2d)):
         return x.reshape(1, -1, x.shape[-1]).mT
     mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
@@ -176,7 +176,7 @@ def watch_inputs(model: nn.Module, names: Sequence[str], batch: Any, see: Callab
     args, kwargs = batch_arguments(model, batch)
 
     def hook(name: str) -> Callable[..., None]:
-        def before(module: Any, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
+        def before(module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
             # What is computed here is no operation of the user's: it is hidden from whoever counts them.
             with torch._C.DisableTorchFunction():
                 x = inputs[0] if inputs else next(iter(named.values()))
@@ -197,5 +197,5 @@ def watch_inputs(model: nn.Module, names: Sequence[str], batch: Any, see: Callab
             model(*args, **kwargs)
 
 
-def _group_inputs(layer: Any) -> int:
+def _group_inputs(layer: nn.Module) -> int:
     return int(getattr(layer, "groups", 1))

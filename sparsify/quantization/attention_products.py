@@ -44,7 +44,9 @@ def quantize_of(module: nn.Module, index: int) -> Quantize | None:
     return (lambda name, x: cast(Tensor, quantizers[name](x))) if quantizers else None
 
 
-def product(quantize: Quantize, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+def product(
+    quantize: Quantize, function: Callable[..., Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Tensor:
     """What `function` of `FUNCTIONS` gives of quantized operands."""
     if function is F.scaled_dot_product_attention:
         return attention(quantize, *args, **kwargs)

@@ -6,6 +6,7 @@ Computes bit for bit what the trained model computes in eval mode.
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from typing import Any, TypeGuard, cast
 
 import torch
@@ -96,7 +97,7 @@ class DeployedConvTranspose3d(DeployedLayer, QuantizedConvTranspose3d):
 class DeployedWatchedLayer(DeployedLayer, WatchedLayer):
     """A layer of a user's class, whose forward goes on looking at its `weight`."""
 
-    def _is_own(self, weight: Any) -> bool:
+    def _is_own(self, weight: object) -> bool:
         return True
 
 
@@ -278,7 +279,7 @@ def _clear(norm: nn.Module) -> None:
         values.update(dict.fromkeys(values))
 
 
-def _weight(buffers: Any, axis: int | None, block: int = 0) -> Tensor:
+def _weight(buffers: Mapping[str, Tensor], axis: int | None, block: int = 0) -> Tensor:
     zero = buffers.get("weight_zero_point")
     stored = buffers["weight_int8"] if zero is None else buffers["weight_uint8"]
     return dequantize(stored, buffers["weight_scale"], axis, block, zero)

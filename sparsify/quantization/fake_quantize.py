@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import weakref
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -38,7 +39,7 @@ SETTLING = 16
 
 
 class FakeQuantize(nn.Module):
-    """Puts the values of one tensor onto the grid of its integers, and watches their range while it trains.
+    """Puts the values of one tensor onto the grid of its integers, and observes their range while it trains.
 
     q = clip(rint(x / scale) + zero_point, first, last); what comes out is (q - zero_point) * scale. The range
     [low, high] is a moving average of the least and largest value of each batch, widened to hold zero:
@@ -67,7 +68,7 @@ class FakeQuantize(nn.Module):
     Attributes:
         observing: whether the range moves in training mode.
         enabled: whether anything is rounded; off, it only observes.
-        calibrating: observes in eval mode too, and rounds nothing.
+        calibrating: whether it observes in eval mode too, and rounds nothing.
     """
 
     low: Tensor
@@ -108,7 +109,7 @@ class FakeQuantize(nn.Module):
         self.enabled = True
         self.calibrating = False
         self.readers = 1
-        """How many layers call it on one tensor: they share what it gives."""
+        """Number of layers that read one tensor through it: its quantized value is kept for them."""
         self._held: Any = None
         # In a tuple so that it is no child.
         self._producer: tuple[nn.Module] | None = None if producer is None else (producer,)
@@ -347,7 +348,7 @@ class FakeQuantize(nn.Module):
                 "calibrate, before the model is exported; where training never comes there, name the layer in `ignore`."
             )
 
-    def _apply(self, fn: Any, recurse: bool = True) -> FakeQuantize:
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FakeQuantize:
         # Ranges keep their types whatever the model is cast to: a scale in bfloat16 has two digits.
         names = ("low", "high", "scale", *(("histogram", "extent") if self.observer in observers.HISTOGRAMS else ()))
         kept = {name: getattr(self, name) for name in names}

@@ -10,7 +10,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from functools import cache, wraps
-from typing import Any, cast
+from typing import Any, SupportsIndex, cast
 
 import torch
 from torch import Tensor, nn, overrides
@@ -23,6 +23,7 @@ from sparsify.quantization import attention_products
 from sparsify.quantization.attention_products import MATMUL
 from sparsify.quantization.conversion import convert_, is_norm_and_more, is_weighted
 from sparsify.quantization.fake_quantize import FakeQuantize
+from sparsify.quantization.fixed_and_shared import SameGrid
 from sparsify.quantization.layers import QuantizedLayer, QuantizedNorm
 from sparsify.quantization.wiring import Converted, Wiring, overwrite, wiring_of
 
@@ -47,7 +48,9 @@ _SIGMOIDS = (torch.sigmoid, torch.sigmoid_, Tensor.sigmoid, Tensor.sigmoid_, tor
 _TANHS = (torch.tanh, torch.tanh_, Tensor.tanh, Tensor.tanh_)
 _GATES = (F.silu, F.hardswish, F.hardsigmoid)
 _MEANS = (torch.mean, Tensor.mean)
-_KIND_OF: dict[Any, str] = {
+_HARDTANH = "hardtanh"
+"""A ReLU6 by another name, where its limits say so."""
+_KIND_OF: dict[Callable[..., Any], str] = {
     **dict.fromkeys(_ADDS, "add"),
     **dict.fromkeys(_PRODUCTS, "multiply"),
     **dict.fromkeys((torch.cat, torch.concat, torch.concatenate), "concat"),
@@ -59,7 +62,11 @@ _KIND_OF: dict[Any, str] = {
         "average_pool",
     ),
     F.batch_norm: NORM,
+    F.hardtanh: _HARDTANH,
+    **dict.fromkeys((F.linear, F.conv1d, F.conv2d, F.conv3d, torch.addmm), LAYER),
+    **dict.fromkeys((F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d), LAYER),
 }
+"""Function -> the kind of its operation, which says what is done with it in `_BY_KIND`."""
 _WRITES: frozenset[Any] = frozenset(
     (
         *(Tensor.add_, Tensor.__iadd__, torch.relu_, Tensor.relu_, torch.sigmoid_, Tensor.sigmoid_),
@@ -113,7 +120,7 @@ class Watched(Converted):
             stacklevel=3,
         )
 
-    def __reduce_ex__(self, protocol: Any) -> Any:
+    def __reduce_ex__(self, protocol: SupportsIndex) -> Any:
         # The class is made at run time: a pickle names the class that it was made of.
         made, (_, *rest), *state = cast(Any, super().__reduce_ex__(2))
         del made, rest
@@ -133,7 +140,7 @@ class WatchedLayer(Watched, QuantizedLayer):
     A subclass of Linear or of a convolution (timm's Linear and Conv2dSame), or transformers' Conv1D.
     """
 
-    def _operated(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+    def _operated(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
         """What `func` gives with quantized weight and input; None where it is not called with this layer's weight."""
         names = _OPERATIONS[func]
         given = {**dict(zip(names, args, strict=False)), **kwargs}
@@ -145,7 +152,7 @@ class WatchedLayer(Watched, QuantizedLayer):
         first = [given.pop(name) for name in names]
         return self._output(func(*first, *args[len(names) :], **given))
 
-    def _is_own(self, weight: Any) -> bool:
+    def _is_own(self, weight: object) -> bool:
         return weight is self._parameters.get("weight")
 
 
@@ -169,51 +176,79 @@ class _ForwardMode(overrides.TorchFunctionMode):
         self.seen: dict[str, int] = dict.fromkeys(module._counts, 0)
 
     def __torch_function__(
-        self, func: Any, types: Sequence[Any], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+        self,
+        func: Callable[..., Any],
+        types: Sequence[Any],
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
         kind = _KIND_OF.get(func)
-        if func in _OPERATIONS and isinstance(self.module, WatchedLayer) and not (self.depth or self.module._off):
-            operated = self.module._operated(func, args, kwargs)
-            if operated is not None:
-                self.seen[LAYER] = self.seen.get(LAYER, 0) + 1
-                return operated
-        if func is F.hardtanh and (*args[1:3], *kwargs.values())[:2] == (0.0, 6.0):
-            kind = "relu"
-        if kind in ("add", "multiply") and is_idle("add" if kind == "add" else "mul", args):
-            kind = None
         if kind is None or self.depth or self.module._off:
             return func(*args, **kwargs)
-        if kind == NORM and isinstance(self.module, WatchedNorm):
-            first, *others = args or (kwargs.pop("input"),)
-            given = kwargs
-            if NORM in self.seen:
-                self.seen[NORM] += 1
-            return self.module._normed(first, lambda x: func(x, *others, **given))
-        if kind not in self.seen:
+        return _BY_KIND[kind](self, kind, func, args, kwargs)
+
+    def layer(self, kind: str, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """An operation on a weight: that of a layer of a user's class, if the weight is its own."""
+        operated = self.module._operated(func, args, kwargs) if isinstance(self.module, WatchedLayer) else None
+        if operated is None:
             return func(*args, **kwargs)
-        if func in _MEANS:
+        self.seen[kind] = self.seen.get(kind, 0) + 1
+        return operated
+
+    def norm(self, kind: str, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """F.batch_norm: that of a user's subclass of BatchNorm."""
+        if not isinstance(self.module, WatchedNorm):
+            return self.result(kind, func, args, kwargs)
+        first, *others = args or (kwargs.pop("input"),)
+        if kind in self.seen:
+            self.seen[kind] += 1
+        return self.module._normed(first, lambda x: func(x, *others, **kwargs))
+
+    def hardtanh(self, kind: str, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """F.hardtanh: a ReLU where it is a ReLU6."""
+        if (*args[1:3], *kwargs.values())[:2] != (0.0, 6.0):
+            return func(*args, **kwargs)
+        return self.result("relu", func, args, kwargs)
+
+    def sum_or_product(self, kind: str, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """An add or a product; one that changes nothing is none."""
+        if is_idle("add" if kind == "add" else "mul", args):
+            return func(*args, **kwargs)
+        return self.result(kind, func, args, kwargs)
+
+    def pool(self, kind: str, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """An average pool; a mean is one if it is taken over the pixels of images."""
+        if func in _MEANS and kind in self.seen:
             pooled = func(*args, **kwargs)
             if not is_image_mean((args[0] if args else kwargs["input"]).shape, pooled.shape):
                 return pooled
+        return self.result(kind, func, args, kwargs)
+
+    def matmul(self, kind: str, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """A product of two activations, of which the operands are quantized."""
+        if kind not in self.seen:
+            return func(*args, **kwargs)
         index = self.seen[kind]
-        if kind == MATMUL:
-            self.seen[kind] = index + 1
-            quantize = attention_products.quantize_of(self.module, index)
-            return (
-                func(*args, **kwargs) if quantize is None else attention_products.product(quantize, func, args, kwargs)
-            )
-        quantizer = cast(Any, self.module._modules.get(child_name(kind, index)))
+        self.seen[kind] = index + 1
+        quantize = attention_products.quantize_of(self.module, index)
+        if quantize is None:
+            return func(*args, **kwargs)
+        return attention_products.product(quantize, func, args, kwargs)
+
+    def result(self, kind: str, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """An operation whose result is quantized, if the module holds a quantizer for it."""
+        if kind not in self.seen:
+            return func(*args, **kwargs)
+        index = self.seen[kind]
+        quantizer = cast("FakeQuantize | SameGrid | None", self.module._modules.get(child_name(kind, index)))
         if quantizer is None:
             result = func(*args, **kwargs)
             # An integer add (BatchNorm's counter) is nobody's.
             if isinstance(result, Tensor) and result.is_floating_point():
                 self.seen[kind] = index + 1
             return result
-        target = kwargs.get("out")
-        positional = (kind == "relu" and len(args) in (2, 4)) or (func in _GATES and len(args) == 2)
-        if func in _WRITES or kwargs.get("inplace") or (positional and args[-1]):
-            target = args[0]
+        target = _target(kind, func, args, kwargs)
         if target is not None and not target.is_floating_point():
             return func(*args, **kwargs)
         if kind == "relu" or quantizer.gate is not None:
@@ -235,7 +270,26 @@ class _ForwardMode(overrides.TorchFunctionMode):
         return result if target is None or result is target else target.copy_(result)
 
 
-def _computed(kind: str, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+_BY_KIND: dict[str, Callable[[_ForwardMode, str, Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]] = {
+    **dict.fromkeys(("concat", "relu", "gate"), _ForwardMode.result),
+    **dict.fromkeys(("add", "multiply"), _ForwardMode.sum_or_product),
+    "average_pool": _ForwardMode.pool,
+    MATMUL: _ForwardMode.matmul,
+    NORM: _ForwardMode.norm,
+    LAYER: _ForwardMode.layer,
+    _HARDTANH: _ForwardMode.hardtanh,
+}
+
+
+def _target(kind: str, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+    """The tensor that an operation writes to; None: it makes a new one."""
+    positional = (kind == "relu" and len(args) in (2, 4)) or (func in _GATES and len(args) == 2)
+    if func in _WRITES or kwargs.get("inplace") or (positional and args[-1]):
+        return cast(Tensor, args[0])
+    return kwargs.get("out")
+
+
+def _computed(kind: str, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
     """What an operation gives, out of place."""
     if kind == "add":
         return torch.add(*args, **kwargs)

@@ -17,7 +17,7 @@ everything by its learning rate (Adam) would carry small steps past zero.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -26,12 +26,12 @@ from torch import Tensor, nn
 from sparsify.errors import DataError
 from sparsify.model import distributed
 from sparsify.quantization.fake_quantize import FakeQuantize
-from sparsify.quantization.straight_through import TINY, in_backward, readable
+from sparsify.quantization.straight_through import TINY, Context, apply_function, in_backward, readable
 
 __all__: list[str] = []
 
 LEAST = 1 / 32
-"""Of its first value, how small a step may become."""
+"""Lower bound of a step, as a fraction of its first value."""
 
 
 def first_step(x: Tensor, q_max: int) -> Tensor:
@@ -49,18 +49,28 @@ class IntegerRange(NamedTuple):
     zero_point: Tensor
 
 
+class LearnedContext(Context):
+    """Attributes that the forward of `LearnedRounding` leaves for its backward."""
+
+    shape: torch.Size
+    factor: float
+    has_offset: bool
+
+
 class LearnedRounding(torch.autograd.Function):
     """clip(round(x / s), lowest, highest) * s with the gradients above; `step` and `offset` are where they go."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, step: Tensor, offset: Tensor | None, grid: IntegerRange, factor: float) -> Tensor:
+    def forward(
+        ctx: LearnedContext, x: Tensor, step: Tensor, offset: Tensor | None, grid: IntegerRange, factor: float
+    ) -> Tensor:
         ctx.save_for_backward(x, *grid)
         ctx.shape, ctx.factor, ctx.has_offset = step.shape, factor, offset is not None
         t = x * grid.scale.reciprocal()
         return torch.minimum(torch.maximum(t.round_(), grid.lowest), grid.highest).mul_(grid.scale).to(x.dtype)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None, None]:
+    def backward(ctx: LearnedContext, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None, None]:
         x, scale, lowest, highest, zero_point = ctx.saved_tensors
         t = x * scale.reciprocal()
         below, above = t <= lowest, t >= highest
@@ -81,9 +91,8 @@ def _summed(values: Tensor, shape: torch.Size) -> Tensor:
 
 
 def learned_rounding(x: Tensor, step: Tensor, offset: Tensor | None, grid: IntegerRange, factor: float) -> Tensor:
-    """`LearnedRounding`, typed."""
-    result: Tensor = LearnedRounding.apply(x, step, offset, grid, factor)  # type: ignore[no-untyped-call]
-    return result
+    """The result of `LearnedRounding`."""
+    return apply_function(LearnedRounding, x, step, offset, grid, factor)
 
 
 class LearnedStep(nn.Module):
@@ -124,8 +133,8 @@ class LearnedStep(nn.Module):
     def extra_repr(self) -> str:
         return f"{tuple(self.step.shape)} steps, largest integer {self.q_max}{'' if self.observing else ', frozen'}"
 
-    def _apply(self, fn: Any, recurse: bool = True) -> LearnedStep:
-        keep_float32(self, fn, ("step", "least"), lambda: super(LearnedStep, self)._apply(fn, recurse))  # type: ignore[no-untyped-call]
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LearnedStep:
+        keep_float32(self, ("step", "least"), lambda: super(LearnedStep, self)._apply(fn, recurse))  # type: ignore[no-untyped-call]
         return self
 
 
@@ -229,14 +238,14 @@ class LearnedQuantize(FakeQuantize):
         self.batches.add_(1)
         self.follow()
 
-    def _apply(self, fn: Any, recurse: bool = True) -> LearnedQuantize:
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LearnedQuantize:
         names = ("step", "offset", "least")
-        keep_float32(self, fn, names, lambda: super(LearnedQuantize, self)._apply(fn, recurse))
+        keep_float32(self, names, lambda: super(LearnedQuantize, self)._apply(fn, recurse))
         return self
 
 
-def keep_float32(module: nn.Module, fn: Any, names: tuple[str, ...], apply: Any) -> None:
-    """Runs `apply`, which maps `fn` over `module`; what is called `names` keeps its digits whatever it is cast to."""
+def keep_float32(module: nn.Module, names: tuple[str, ...], apply: Callable[[], object]) -> None:
+    """Runs `apply`, which casts tensors of `module`; those called `names` keep their digits."""
     kept = {name: value.detach().clone() for name in names if (value := getattr(module, name)) is not None}
     apply()
     for name, value in kept.items():
@@ -256,7 +265,7 @@ def learned_parameters(model: nn.Module) -> Mapping[str, nn.Parameter]:
 
 
 def freeze_steps(model: nn.Module, frozen: bool) -> None:
-    """Whether the steps of weights stand still; what was left of a gradient goes, so that no momentum moves them."""
+    """Has the steps of weights stand still, or no longer; gradients are dropped, so that no momentum moves them."""
     for module in model.modules():
         if isinstance(module, LearnedStep):
             module.observing = not frozen

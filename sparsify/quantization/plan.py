@@ -219,7 +219,7 @@ class QuantizationPlan:
         return "\n".join([line, *(f"  in float: {left.what}: {left.why}" for left in self.left)])
 
 
-def _plain_state(value: Any) -> Any:
+def _plain_state(value: object) -> Any:
     if isinstance(value, Mapping):
         return {str(key): _plain_state(one) for key, one in value.items()}
     if isinstance(value, (list, tuple)):

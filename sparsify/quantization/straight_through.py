@@ -6,10 +6,9 @@ and what may be overwritten, is said where it happens.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import FunctionCtx
 from torch.nn import functional as F
 
 __all__: list[str] = []
@@ -18,6 +17,16 @@ SMALL = 1 << 16
 """Weights up to which one operator less counts more than one copy less."""
 TINY = 1e-12
 """The least width of a range: a tensor of zeros has a scale > 0."""
+
+
+class Context(FunctionCtx):
+    """Attributes that a forward leaves for its backward; for the type checker only."""
+
+    saved_tensors: tuple[Tensor, ...]
+    needs_input_grad: tuple[bool, ...]
+    high: float
+    limits: tuple[float, float]
+    gate: str
 
 
 def weight_scale(weight: Tensor, *, axis: int | None, q_max: int) -> Tensor:
@@ -50,12 +59,12 @@ class _FakeWeight(torch.autograd.Function):
     """Weights on the grid; the gradient passes, since a range of the largest absolute value clips nothing."""
 
     @staticmethod
-    def forward(ctx: Any, weight: Tensor, axis: int | None, q_max: int) -> Tensor:
+    def forward(ctx: Context, weight: Tensor, axis: int | None, q_max: int) -> Tensor:
         scale = weight_scale(weight, axis=axis, q_max=q_max)
         return weight_integers(weight, scale).mul_(scale).to(weight.dtype)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Context, grad: Tensor) -> tuple[Tensor, None, None]:
         return grad, None, None
 
 
@@ -78,7 +87,7 @@ class RectifiedInPlace(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, scale: float, levels: int) -> Tensor:
+    def forward(ctx: Context, x: Tensor, scale: float, levels: int) -> Tensor:
         ctx.mark_dirty(x)
         x.mul_(1.0 / scale).round_().clamp_(0, levels).mul_(scale)
         # Backward looks at the output. The highest level counts as clipped, as does all that was rounded to zero.
@@ -87,7 +96,7 @@ class RectifiedInPlace(torch.autograd.Function):
         return x
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Context, grad: Tensor) -> tuple[Tensor, None, None]:
         (y,) = ctx.saved_tensors
         return torch.ops.aten.hardtanh_backward(grad, y, 0.0, ctx.high), None, None
 
@@ -96,14 +105,14 @@ class Rectified(torch.autograd.Function):
     """As `RectifiedInPlace`, for an x that others still read."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, scale: float, levels: int) -> Tensor:
+    def forward(ctx: Context, x: Tensor, scale: float, levels: int) -> Tensor:
         y = x.mul(1.0 / scale).round_().clamp_(0, levels).mul_(scale)
         ctx.high = (levels - 0.5) * scale
         ctx.save_for_backward(y)
         return y
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Context, grad: Tensor) -> tuple[Tensor, None, None]:
         (y,) = ctx.saved_tensors
         return torch.ops.aten.hardtanh_backward(grad, y, 0.0, ctx.high), None, None
 
@@ -112,11 +121,11 @@ class Unclipped(torch.autograd.Function):
     """Fake-quant where nothing lies outside the range: the gradient passes, and nothing needs to be kept."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, scale: float) -> Tensor:
+    def forward(ctx: Context, x: Tensor, scale: float) -> Tensor:
         return x.mul(1.0 / scale).round_().mul_(scale)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Context, grad: Tensor) -> tuple[Tensor, None]:
         return grad, None
 
 
@@ -124,13 +133,13 @@ class Clipped(torch.autograd.Function):
     """Fake-quant with clipping: keeps its *input*, since the user's `out += identity` may overwrite the output."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, scale: float, lowest: int, highest: int) -> Tensor:
+    def forward(ctx: Context, x: Tensor, scale: float, lowest: int, highest: int) -> Tensor:
         ctx.save_for_backward(x)
         ctx.limits = ((lowest - 0.5) * scale, (highest + 0.5) * scale)
         return x.mul(1.0 / scale).round_().clamp_(lowest, highest).mul_(scale)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+    def backward(ctx: Context, grad: Tensor) -> tuple[Tensor, None, None, None]:
         (x,) = ctx.saved_tensors
         return torch.ops.aten.hardtanh_backward(grad, x, *ctx.limits), None, None, None
 
@@ -139,14 +148,14 @@ class ClippedOnDevice(torch.autograd.Function):
     """Fake-quant whose scale stays in a tensor: on an accelerator, where reading it would wait, or in compiled code."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, scale: Tensor, lowest: Tensor, highest: Tensor, relu: bool) -> Tensor:
+    def forward(ctx: Context, x: Tensor, scale: Tensor, lowest: Tensor, highest: Tensor, relu: bool) -> Tensor:
         q = (x / scale).round()
         # Behind a ReLU as `Rectified` does it: nothing for what became zero or the highest level.
         ctx.save_for_backward((q > lowest) & (q < highest) if relu else (q >= lowest) & (q <= highest))
         return torch.minimum(torch.maximum(q, lowest), highest) * scale
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None]:
+    def backward(ctx: Context, grad: Tensor) -> tuple[Tensor, None, None, None, None]:
         (inside,) = ctx.saved_tensors
         return grad * inside, None, None, None, None
 
@@ -155,13 +164,13 @@ class Gated(torch.autograd.Function):
     """x * gate(x) with the gate on its own grid of integers, `GATES`; the gradient is that of the activation."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, gate: str) -> Tensor:
+    def forward(ctx: Context, x: Tensor, gate: str) -> Tensor:
         ctx.save_for_backward(x)
         ctx.gate = gate
         return gate_of(x, gate).div_(GATES[gate]).round_().clamp_(0, 255).mul_(GATES[gate]).mul_(x)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Context, grad: Tensor) -> tuple[Tensor, None]:
         (x,) = ctx.saved_tensors
         silu = ctx.gate == "silu"
         return (torch.ops.aten.silu_backward if silu else torch.ops.aten.hardswish_backward)(grad, x), None
@@ -178,9 +187,9 @@ def gate_of(x: Tensor, gate: str) -> Tensor:
     return torch.sigmoid(x) if gate == "silu" else F.hardsigmoid(x)
 
 
-def apply_function(function: Any, *args: Any) -> Tensor:
-    """`function.apply`, which torch leaves untyped."""
-    result: Tensor = function.apply(*args)
+def apply_function(function: type[torch.autograd.Function], *args: object) -> Tensor:
+    """The result of `function.apply`, which torch leaves untyped."""
+    result: Tensor = function.apply(*args)  # type: ignore[no-untyped-call]
     return result
 
 
@@ -196,11 +205,11 @@ def readable(x: Tensor) -> bool:
 
 class _Replaced(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, y: Tensor) -> Tensor:
+    def forward(ctx: Context, x: Tensor, y: Tensor) -> Tensor:
         return y.detach()
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Context, grad: Tensor) -> tuple[Tensor, None]:
         return grad, None
 
 

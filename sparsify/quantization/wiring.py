@@ -140,7 +140,7 @@ def add_child(module: nn.Module, name: str, child: nn.Module) -> None:
     wiring_of(module).children.append(name)
 
 
-def overwrite(module: nn.Module, name: str, value: Any) -> None:
+def overwrite(module: nn.Module, name: str, value: object) -> None:
     """Sets an attribute of a converted module; an undo of the conversion gives it the value that it had, or none."""
     values = module.__dict__
     wiring_of(module).overwritten.setdefault(name, (values[name],) if name in values else ())
