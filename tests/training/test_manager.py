@@ -401,38 +401,6 @@ def test_stages_are_composed_from_managers_recipes_and_text() -> None:
 
 
 @pytest.mark.parametrize(
-    ("modifiers", "expected"),
-    [
-        ([gradual_pruning(2.0, 4.0)], {1: "dense", 2: None, 3: None, 4: None, 4.5: "pruned", 9: "pruned"}),
-        ([QuantizationModifier(start_epoch=2.0)], {1: "dense", 2: None, 2.1: "dense_quantized"}),
-        (
-            [gradual_pruning(1.0, 2.0), QuantizationModifier(start_epoch=3.0)],
-            {0: "dense", 1.5: None, 2.5: "pruned", 3: None, 4: "pruned_quantized"},
-        ),
-        (
-            [QuantizationModifier(start_epoch=1.0), gradual_pruning(2.0, 3.0)],
-            {0: "dense", 1: None, 1.5: "dense_quantized", 2.5: None, 4: "quantized_pruned"},
-        ),
-        ([ConstantPruningModifier(params="__ALL__")], {0: "pruned", 5: "pruned"}),
-        (
-            [gradual_pruning(1.0, 2.0), ConstantPruningModifier(params="__ALL_PRUNABLE__", start_epoch=2.0)],
-            {0.5: "dense", 2: None, 2.5: "pruned", 9: "pruned"},
-        ),
-        ([EpochRangeModifier(end_epoch=4.0)], {0: "dense", 4: "dense"}),
-    ],
-)
-def test_phases(modifiers: list[Modifier], expected: dict[float, str | None]) -> None:
-    manager = ScheduledModifierManager(modifiers)
-    assert {epoch: manager.phase(epoch) for epoch in expected} == expected
-
-
-def test_qat_is_active_by_the_end_of_an_epochs_first_step() -> None:
-    manager = ScheduledModifierManager([QuantizationModifier(start_epoch=2.0)])
-    assert [manager.qat_active(epoch) for epoch in (0.0, 1.0, 1.99, 2.0, 3.0)] == [False, False, False, True, True]
-    assert not ScheduledModifierManager([gradual_pruning()]).qat_active(5.0)
-
-
-@pytest.mark.parametrize(
     ("modifiers", "least", "most"),
     [
         ([EpochRangeModifier(end_epoch=4.0)], 0, 4),
