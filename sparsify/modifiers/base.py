@@ -205,8 +205,8 @@ class Active:
         return loss
 
     def structure(self, epoch: float, state: Mapping[str, Any] | None) -> None:
-        """Gives the model its structure (quantized layers) at `epoch`, or the one in `state`; removed channels are gone
-        already."""
+        """Gives the model its structure (quantized layers) at `epoch`, or the one in `state`. Channels were removed
+        before."""
 
     def resized(self, removal: Removal) -> None:
         """Called after `removal` was done on the model, the optimizer's state and the masks."""

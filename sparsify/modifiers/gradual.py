@@ -207,7 +207,7 @@ class GradualPruning(Modifier, ABC):
         return found
 
     def activity(self, clock: Clock) -> str:
-        """Pruning, and from the end on holding what it pruned."""
+        """The words "pruning", and "holding zeros" from its end on."""
         point = UpdateGrid(self.window, self.update_frequency).latest(clock)
         if point is None:
             return ""
@@ -392,7 +392,7 @@ def fitting(
 
 
 def trainable(parameters: Mapping[str, nn.Parameter], who: str) -> dict[str, nn.Parameter]:
-    """Those that are trained; a frozen one is left alone, and that is said."""
+    """The parameters that are trained; warns of frozen ones, which stay as they are."""
     frozen = [name for name, parameter in parameters.items() if not parameter.requires_grad]
     if frozen:
         warnings.warn(

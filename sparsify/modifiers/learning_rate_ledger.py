@@ -1,4 +1,4 @@
-"""The ledger of learning rates: the modifier that governs each parameter group, and changes by somebody else."""
+"""The ledger of learning rates: the modifier that governs each parameter group, and changes from elsewhere."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Entry:
 
 @dataclass
 class InForce:
-    """The learning rate of one parameter group: who says it, the number, and the tensor it was filled into."""
+    """The learning rate of one parameter group: its entry, the number, and the tensor it was filled into."""
 
     entry: Entry
     value: float
@@ -97,7 +97,7 @@ class LearningRateLedger:
             self._put(index, group, InForce(entry, value))
 
     def hold(self) -> None:
-        """Just before a step: what the recipe says is what the step uses, with one warning where somebody disagrees."""
+        """Sets the recipe's learning rates just before a step; warns once where another value was set."""
         if self._optimizer is None:
             return
         for index, known in self._in_force.items():
@@ -113,15 +113,15 @@ class LearningRateLedger:
             if changed:
                 found = float(rate)
                 self._put(index, group, known)
-                # Filled by somebody with the value it had: no quarrel. float32 holds about seven digits.
+                # Filled from elsewhere with the value it had: no conflict. float32 holds about seven digits.
                 if abs(found - known.value) > 1e-6 * abs(known.value) and not self._expected:
                     self._warn(index, found, known)
         self._expected = False
 
     def loaded(self) -> None:
-        """The optimizer's state was loaded: at the next step the recipe's values take its place without a quarrel.
+        """To be called when the optimizer's state was loaded: the next step sets the recipe's values without a warning.
 
-        Not at once: the manager's state may be loaded next, and may say that nobody governs now.
+        Not at once: the manager's state may be loaded next, and may say that no entry governs now.
         """
         self._expected = True
 

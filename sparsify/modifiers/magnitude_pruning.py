@@ -64,12 +64,12 @@ class ConstantPruningModifier(Modifier):
         )
 
     def foreseen_zeros(self, clock: Clock, model: nn.Module) -> dict[str, float | None]:
-        """None, "as many as are there when it starts", from its start to its end."""
+        """None for each parameter, since it holds the zeros that are there, from its start to its end."""
         within = clock.reached(self.window.start) and not clock.reached(self.window.end)
         return dict.fromkeys(self.targets(model)) if within else {}
 
     def activity(self, clock: Clock) -> str:
-        """It holds, from its start to its end."""
+        """The words "holding zeros" from its start to its end."""
         return "holding zeros" if super().activity(clock) else ""
 
     def attach(self, run: Run) -> Active:

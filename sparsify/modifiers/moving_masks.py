@@ -89,7 +89,7 @@ class SparseTraining(Modifier, ABC):
         return {**self.sparsities(point, shapes)}
 
     def activity(self, clock: Clock) -> str:
-        """Its masks move, and from its end on stay."""
+        """The words "moving masks", and "holding zeros" from its end on."""
         if not clock.reached(self.window.start):
             return ""
         if not clock.reached(self.window.end):

@@ -100,7 +100,7 @@ class _Powerpropagation(Active):
     Its place is innermost around the optimizer's step: what others put into the weights and gradients are w and dL/dw.
 
     Checkpoint: whether it has started and ended, and v, from which w was rounded. Where a weight is no longer the w
-    of its v, because a mask or somebody else has changed it, v is computed from the weight.
+    of its v, because a mask or other code has changed it, v is computed from the weight.
     """
 
     innermost: ClassVar[bool] = True

@@ -1,4 +1,4 @@
-"""Where a run reports what it does: the `logging` module and, where the user gives one, a TensorBoard-like writer."""
+"""The log of a run: the `logging` module and, where the user gives one, a TensorBoard-like writer."""
 
 from __future__ import annotations
 
@@ -41,13 +41,13 @@ class RunLog:
         self.writer = writer
 
     def scalar(self, tag: str, value: float, step: int) -> None:
-        """One number at one optimizer step."""
+        """Logs one number, `value`, under the name `tag` at one optimizer step."""
         logger.debug("step %d: %s = %.6g", step, tag, value)
         if self.writer is not None:
             self.writer.add_scalar(tag, value, step)
 
     def text(self, tag: str, text: str, step: int = 0) -> None:
-        """One note at one optimizer step."""
+        """Logs one note under the name `tag` at one optimizer step."""
         logger.info("%s: %s", tag, text)
         add_text = getattr(self.writer, "add_text", None)
         if callable(add_text):

@@ -19,7 +19,7 @@ EPOCH_TOLERANCE = 1e-6
 
 
 def curve(kind: Curve, progress: float) -> float:
-    """The share of its way, 0..1, that a schedule has gone when a fraction `progress`, 0..1, of its window has passed.
+    """The value, 0..1, of a normalized schedule when a fraction `progress`, 0..1, of its window has passed.
 
     linear: x. cubic: 1 - (1 - x)^3, fast at first, flat at the end (Zhu & Gupta 2017,
     https://arxiv.org/abs/1710.01878, eq. 1). inverse_cubic: 1 - (1 - x)^(1/3). cosine: (1 - cos(pi x)) / 2.

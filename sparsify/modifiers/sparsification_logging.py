@@ -1,4 +1,4 @@
-"""Writes down how sparse and how quantized the model is while it trains."""
+"""Logs the sparsity and the bits of the model while it trains."""
 
 from __future__ import annotations
 

@@ -64,7 +64,7 @@ class DistillationTeacher:
             return teacher(*args, **kwargs)
 
     def release(self) -> None:
-        """Modes are what they were; may be called twice."""
+        """Gives the teacher's modules their modes back; may be called twice."""
         for module, training in self._modes:
             module.training = training
         self._modes = []

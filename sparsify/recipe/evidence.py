@@ -71,7 +71,7 @@ class Expected(BaseModel):
 
 
 class Evidence(BaseModel):
-    """All of it.
+    """Everything that a recipe cites.
 
     Attributes:
         goal: what was asked, in words.
@@ -105,7 +105,7 @@ class Evidence(BaseModel):
         try:
             return cls.model_validate(metadata[KEY])
         except ValidationError:
-            # Somebody's own data under the same name.
+            # A user's own data under the same name.
             return None
 
     def metadata(self) -> dict[str, Any]:

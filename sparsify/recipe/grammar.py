@@ -261,7 +261,7 @@ class _Tree:
         if isinstance(parent.value, list):
             parent.value.append(node)
         elif around.key is None:
-            # Where a key stands, a line is worth more than the anchor's.
+            # For messages the line of the key is better than the line of the anchor.
             around.key = YamlNode(line, node.tag, node.value, quoted=node.quoted)
         else:
             key, around.key = around.key, None

@@ -257,18 +257,18 @@ class _Scope:
             if isinstance(text, str) and (expression := self._expression(text, line)):
                 names.update(dict.fromkeys(sorted(expression.names)))
 
-        def walk(node: YamlNode) -> None:
+        def visit_all(node: YamlNode) -> None:
             if isinstance(node.value, dict):
                 for key, inner in node.value.items():
                     visit(key, node.key_lines[key])
-                    walk(inner)
+                    visit_all(inner)
             elif isinstance(node.value, list):
                 for inner in node.value:
-                    walk(inner)
+                    visit_all(inner)
             else:
                 visit(node.value, node.line)
 
-        walk(node)
+        visit_all(node)
         return list(names)
 
     def _expression(self, text: str, line: int) -> Expression | None:

@@ -1,4 +1,4 @@
-"""Recipe: what a file says, as frozen values; read from text, written to text, checked against a model."""
+"""Recipe: the contents of a recipe file as frozen values; read from text, written to text, checked against a model."""
 
 from __future__ import annotations
 
@@ -144,7 +144,7 @@ class Recipe(BaseModel):
         return hashlib.sha256(self._text(everything=True).encode()).hexdigest()
 
     def to_yaml(self) -> str:
-        """Its text: tags, the fields that were given in the order of their declaration, `eval(...)` as what it gave.
+        """Its text: tags, the given fields in the order of their declaration, and values in place of `eval(...)`.
 
         A recipe with evidence has it as comments too: beside the numbers, and summed up before them.
         Reading it gives an equal recipe, and writing that one the same text.

@@ -1,4 +1,4 @@
-"""Recipe -> text that reads well and is read back as an equal recipe."""
+"""Writes recipes as text that reads well and is read back as an equal recipe."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def to_yaml(stages: Sequence[Stage], variables: dict[str, Any], metadata: Any, *
                 else _commented(key, stage.groups[key], evidence)
                 for key, value in body.items()
             ]
-    # Whoever opens a recipe that was made from measurements looks for what it does first.
+    # A reader of a recipe that was made from measurements looks for its summary first.
     if evidence is not None:
         return "\n".join([head(evidence, [m for stage in stages for m in stage.modifiers]), *sections, *kept])
     return "\n".join([*kept, *sections])

@@ -32,7 +32,7 @@ class ChannelRemoval:
         modifiers: all of the recipe, to see who prunes weights of masked channels.
         masker: its masks are cut along.
         optimizer: its state is cut along; None where it keeps none.
-        inputs: the inputs, and the trace that a removal makes worthless.
+        inputs: the inputs, and the trace, which is forgotten after a removal.
         resized: called with a removal after model, optimizer and masks have the new shapes.
 
     Attributes:

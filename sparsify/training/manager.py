@@ -1,4 +1,4 @@
-"""The life cycle of a recipe: attached to a model and an optimizer, stepped, saved, resumed, taken off again."""
+"""The life cycle of a recipe: attached to a model and an optimizer, stepped, saved, resumed, finalized."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ Teacher = nn.Module | Literal["self"] | None
 
 
 class ScheduledModifierManager:
-    """Puts a recipe to work while a model trains.
+    """Applies a recipe to a model while it trains.
 
     ::
 
@@ -361,8 +361,8 @@ class ScheduledModifierManager:
         return self._session.update_loss(loss, outputs, inputs, labels)
 
     def finalize(self, model: nn.Module | None = None) -> None:
-        """Ends everything: hooks removed, masks baked in; quantized layers stay, ready for export, and removed channels
-        are gone.
+        """Ends the run: removes hooks and leaves masked weights at zero. Quantized layers stay, ready for export, and
+        removed channels stay removed.
 
         May be called at any moment, and twice.
 

@@ -1,4 +1,4 @@
-"""The inputs of a model's call: given by the user, or seen in its first forward, for modifiers that trace the model."""
+"""Inputs to trace a model on: given by the user, or seen in its first forward."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ __all__: list[str] = []
 
 
 class TracingInputs:
-    """Hands the arguments of one call of the model to whoever asks, as soon as they are known; keeps the trace on them.
+    """Calls back with the arguments of one call of the model as soon as they are known, and keeps the trace on them.
 
     Args:
         model: the user's module, without wrappers.
@@ -55,7 +55,7 @@ class TracingInputs:
 
     @property
     def awaited(self) -> bool:
-        """True while somebody waits for the first forward."""
+        """True while a callback waits for the first forward."""
         return bool(self._callbacks)
 
     def check_available(self) -> None:
@@ -107,7 +107,7 @@ class TracingInputs:
         self._trace = None
 
     def close(self) -> None:
-        """Takes the hook off the model and forgets who waits; may be called twice."""
+        """Takes the hook off the model and forgets the callbacks; may be called twice."""
         self._callbacks.clear()
         if self._hook is not None:
             self._hook.remove()

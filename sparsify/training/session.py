@@ -1,4 +1,4 @@
-"""A list of modifiers at work on one model: attached together, called around every step, taken off together."""
+"""The order of a step: modifiers attached to one model together, called around every step, and detached together."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ class Session:
 
         log = RunLog(writer)
         self.ledger = LearningRateLedger(self._optimizer, log)
-        # What is no torch Optimizer may keep no state, or where nobody knows.
+        # An optimizer that is no torch Optimizer may keep no state, or keep it in another place.
         self._stateful = self._optimizer if isinstance(getattr(self._optimizer, "state", None), Mapping) else None
         self.masker = Masker(self.model, self._stateful)
         self.inputs = TracingInputs(
@@ -140,7 +140,8 @@ class Session:
         self._losses = [a for a in working if _overrides(a, "loss")]
 
     def start(self) -> Any:
-        """Puts in force what is due and hooks in; gives the optimizer to go on with. Where it fails, call `finish`."""
+        """Puts in force what is due and registers the hooks; gives the optimizer to train with. Where it raises, call
+        `finish`."""
         if self._given is not None:
             self.hooks = StepHooks(self._given, self._before, self._after, self._loaded)
             self.hooks.attach()
@@ -153,7 +154,7 @@ class Session:
         return None if self.hooks is None else self.hooks.given
 
     def finish(self) -> None:
-        """Hooks off, modifiers detached, masks baked in; each of them, also where another one raises."""
+        """Removes hooks, detaches modifiers and applies masks for good; each of them, also where another one raises."""
         undo: list[Callable[[], object]] = [self.channels.settle, self.inputs.close]
         undo += (handle.remove for handle in self._handles)
         if self.hooks is not None:
@@ -321,7 +322,7 @@ class Session:
         return self.hooks is None or self.hooks.attached
 
     def warn_if_detached(self) -> None:
-        """Says once that the hooks are gone."""
+        """Warns once where the optimizer has lost the hooks."""
         if not self.attached and not self._said_detached:
             self._said_detached = True
             warnings.warn(
