@@ -25,8 +25,10 @@ MENDED = {
     "analysis",
     "cli",
     "errors",
+    "model",
     "modifiers",
     "optimize",
+    "output",
     "recipe",
     "training",
 }

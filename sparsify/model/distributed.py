@@ -16,7 +16,7 @@ __all__: list[str] = []
 
 
 def world_size() -> int:
-    """How many processes train together; 1 where torch.distributed is not set up."""
+    """Number of processes that train together; 1 where torch.distributed is not set up."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 

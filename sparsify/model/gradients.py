@@ -1,4 +1,4 @@
-"""Gradients that scores are made of: those of the training loop's own steps, or of losses that a sampler yields.
+"""Gradients for importance scores: those of the training loop's own steps, or of losses that a sampler yields.
 
 In training they are all there: the gradient of a masked weight is computed like any other. Under DDP they are the mean
 over all processes, so that scores and masks agree.
@@ -34,10 +34,10 @@ class StepGradients:
     step; then they are read after it, and belong to the weights before it.
 
     Attributes:
-        inside: whether the optimizer is known to compute them in its step.
+        inside: True if the optimizer is known to compute them in its step.
     """
 
-    def __init__(self, optimizer: Any) -> None:
+    def __init__(self, optimizer: object) -> None:
         self.optimizer = optimizer
         self.inside = isinstance(optimizer, LBFGS)
         self._seen: dict[str, Tensor | None] = {}
@@ -46,7 +46,8 @@ class StepGradients:
         """Those of this step, not to be written to; none where the step computes them. May be called twice.
 
         Args:
-            closure: whether the step was given a closure. It may write into the tensors that are there already.
+            parameters: those whose gradients are wanted, by name.
+            closure: True if the step was given a closure. It may write into the tensors that are there already.
         """
         self.inside = self.inside or closure
         self._seen = {name: parameter.grad for name, parameter in parameters.items()}
@@ -66,8 +67,8 @@ class StepGradients:
         return {name: _true(grad, None) for name, grad in now.items() if grad is not None}
 
 
-def grad_scale(optimizer: Any) -> Tensor | None:
-    """What gradients are multiplied with while a fused optimizer steps under GradScaler; None: they are true."""
+def grad_scale(optimizer: object) -> Tensor | None:
+    """The factor of all gradients while a fused optimizer steps under GradScaler; None: they are true."""
     scale = getattr(optimizer, "grad_scale", None)
     return scale if isinstance(scale, Tensor) else None
 
@@ -79,7 +80,7 @@ def _true(grad: Tensor, scale: Tensor | None) -> Tensor:
     return grad if scale is None else grad / scale.to(grad.device, grad.dtype)
 
 
-def refuse_closures(optimizer: Any, who: str) -> None:
+def refuse_closures(optimizer: object, who: str) -> None:
     """For work that changes the weights around a step, in which no forward may be computed.
 
     Raises:
@@ -90,7 +91,7 @@ def refuse_closures(optimizer: Any, who: str) -> None:
 
 
 def closures(who: str, what: str) -> StateError:
-    """What is raised where the gradients were computed inside of a step."""
+    """The error for gradients that were computed inside of a step."""
     return StateError(
         f"{who}: {what} computes the loss inside of the optimizer's step, where the weights are not those of the "
         "forward pass. Call backward() before step() without a closure, with another optimizer than LBFGS."
@@ -104,7 +105,7 @@ _SAMPLING: ContextVar[bool] = ContextVar("sampling", default=False)
 
 
 def sampling() -> bool:
-    """Whether the forward at hand is one of a gradient sampler, and none of training."""
+    """True if the forward at hand is one of a gradient sampler, and none of training."""
     return _SAMPLING.get()
 
 
@@ -127,16 +128,19 @@ def check_sampler(sampler: object) -> None:
 
 
 def sampled(
-    model: nn.Module, parameters: Parameters, sampler: Any, count: int, options: Mapping[str, Any] | None = None
+    model: nn.Module, parameters: Parameters, sampler: GradSampler, count: int, options: Mapping[str, Any] | None = None
 ) -> Iterator[dict[str, Tensor]]:
     """The gradients of `count` losses, one after the other; those of parameters that a loss does not reach are missing.
 
     Nothing of training changes: gradients, buffers (the statistics of batches) and the RNG are as before at the end.
 
     Args:
+        model: the model that the losses are of; it is left as it was.
+        parameters: those whose gradients are wanted, by name.
         sampler: a callable that gives an iterable of losses, or (data loader, loss function): the loader, or a callable
             that gives one, yields (inputs, ..., target), and the loss is loss function(model(inputs, ...), target).
             What ends too early is begun again.
+        count: number of losses.
         options: arguments of the callable.
 
     Raises:
@@ -160,7 +164,7 @@ def sampled(
             yield found
 
 
-def _sampled_losses(model: nn.Module, sampler: Any, options: Mapping[str, Any]) -> Iterator[Any]:
+def _sampled_losses(model: nn.Module, sampler: GradSampler, options: Mapping[str, Any]) -> Iterator[Any]:
     if callable(sampler):
         yield from sampler(**options)
         return
@@ -169,7 +173,7 @@ def _sampled_losses(model: nn.Module, sampler: Any, options: Mapping[str, Any]) 
         yield _loss(model, batch, loss_function)
 
 
-def _loss(model: nn.Module, batch: Any, loss_function: Callable[..., Any]) -> Any:
+def _loss(model: nn.Module, batch: object, loss_function: Callable[..., Any]) -> Any:
     if isinstance(batch, Mapping):
         args, kwargs = batch_arguments(model, batch)
         return loss_function(model(*args, **kwargs), batch)

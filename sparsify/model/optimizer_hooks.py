@@ -39,7 +39,7 @@ class Callback:
     def __init__(self, function: Callable[..., Any] | None = None) -> None:
         self._function = function
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, *args: object, **kwargs: object) -> Any:
         return None if self._function is None else self._function(*args, **kwargs)
 
     # Asked by copy, deepcopy and pickle alike.
@@ -50,15 +50,16 @@ class Callback:
 class ModelCallback(Callback):
     """A hook of a model, to a bound method whose owner it does not keep alive: the model outlives the run.
 
-    Not called in compiled code, which would keep the hooks of its first call for ever and ignore later ones.
+    Not called in compiled code, which keeps the hooks of its first call and may ignore later ones: "Limitations" of
+    https://docs.pytorch.org/docs/stable/torch.compiler_nn_module.html, seen in torch 2.13.0.
     """
 
     __slots__ = ()
 
-    def __init__(self, method: Any = None) -> None:
+    def __init__(self, method: Callable[..., Any] | None = None) -> None:
         super().__init__(None if method is None else weakref.WeakMethod(method))
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, *args: object, **kwargs: object) -> Any:
         if self._function is None or torch.compiler.is_compiling():
             return None
         method = self._function()
@@ -68,11 +69,18 @@ class ModelCallback(Callback):
 class StepHooks:
     """`before(closure)` and `after()` around every step of `optimizer`, and `loaded()` when its state was loaded.
 
-    `closure` is whether the step was given a function: forward and backward are then inside the step (LBFGS; Lightning
+    `closure` is True if the step was given a function: forward and backward are then inside the step (LBFGS; Lightning
     steps every optimizer so), and what gradients stand there before it are old.
 
     An optimizer that calls `super().step()` calls them twice, inner ones inside the outer; after a step that raised,
-    `after` is missing. `torch.compile(optimizer.step)` calls them outside the compiled code.
+    `after` is missing: torch wraps the `step` of each class (`Optimizer.profile_hook_step`), seen in torch 2.13.0.
+    `torch.compile(optimizer.step)` calls them outside the compiled code.
+
+    Args:
+        optimizer: the user's optimizer, torch's or another that steps.
+        before: called before each step.
+        after: called after each step.
+        loaded: called when the optimizer has loaded a state_dict.
 
     Attributes:
         optimizer: the object whose `param_groups` are real: the torch Optimizer inside a wrapper, or what was given.
@@ -85,13 +93,13 @@ class StepHooks:
 
     def __init__(
         self,
-        optimizer: Any,
+        optimizer: object,
         before: Callable[[bool], None],
         after: Callable[[], None],
         loaded: Callable[[], None],
     ) -> None:
         self.optimizer = innermost_optimizer(optimizer)
-        self.given = optimizer
+        self.given: Any = optimizer
         self._handles: list[RemovableHandle] = []
         self._hook: Callback | None = None
         if not _hookable(self.optimizer):
@@ -114,7 +122,11 @@ class StepHooks:
 
     @property
     def attached(self) -> bool:
-        """Whether the hooks are still there; deepcopy and pickle of an optimizer drop them without a word."""
+        """True if the hooks are still there.
+
+        deepcopy and pickle of an optimizer drop them without a word: `Optimizer.__getstate__` of torch 2.13.0 keeps
+        state and groups alone.
+        """
         if isinstance(self.given, SteppedOptimizer):
             return self.given.watched
         return any(hook is self._hook for hook in self.optimizer._optimizer_step_pre_hooks.values())
@@ -132,12 +144,12 @@ class SteppedOptimizer:
     """Stands before an optimizer that is no torch Optimizer and tells of its steps; all else is the optimizer's."""
 
     def __init__(
-        self, optimizer: Any, before: Callable[[bool], None] | None = None, after: Callable[[], None] | None = None
+        self, optimizer: object, before: Callable[[bool], None] | None = None, after: Callable[[], None] | None = None
     ) -> None:
         self.__dict__.update(_optimizer=optimizer, _before=before, _after=after)
 
-    def step(self, *args: Any, **kwargs: Any) -> Any:
-        """The optimizer's step; what it returns."""
+    def step(self, *args: object, **kwargs: object) -> Any:
+        """The optimizer's step with `args` and `kwargs`; what it returns."""
         before, after = self.__dict__["_before"], self.__dict__["_after"]
         if before is not None:
             before(_has_closure(args, kwargs))
@@ -148,7 +160,7 @@ class SteppedOptimizer:
 
     @property
     def watched(self) -> bool:
-        """Whether steps are told to somebody."""
+        """True if steps are told to somebody."""
         return self.__dict__["_after"] is not None
 
     def release(self) -> None:
@@ -161,23 +173,26 @@ class SteppedOptimizer:
             raise AttributeError(name)
         return getattr(self.__dict__["_optimizer"], name)
 
-    def __setattr__(self, name: str, value: Any) -> None:
+    def __setattr__(self, name: str, value: object) -> None:
         setattr(self.__dict__["_optimizer"], name, value)
 
     def __reduce__(self) -> tuple[type[SteppedOptimizer], tuple[Any]]:
         return (SteppedOptimizer, (self.__dict__["_optimizer"],))
 
 
-def innermost_optimizer(optimizer: Any) -> Any:
+def innermost_optimizer(optimizer: object) -> Any:
     """The object inside `optimizer` that really steps: the torch Optimizer that a wrapper holds, or `optimizer` itself.
 
-    Some wrappers subclass Optimizer without initializing it (accelerate's), and registering a hook on them fails; they
-    hold the real one as `.optimizer`. Others are no Optimizer, but share the `param_groups` of one.
+    Some wrappers subclass Optimizer without initializing it (AcceleratedOptimizer of accelerate 1.15), and registering
+    a hook on them fails for want of `_optimizer_step_pre_hooks`, as in
+    https://github.com/kozistr/pytorch_optimizer/issues/122; they hold the real one as `.optimizer`. Others are no
+    Optimizer, but share the `param_groups` of one.
 
     Raises:
         ArgumentError: it has no `step` and `param_groups`.
     """
-    inner, seen = optimizer, set()
+    inner: Any = optimizer
+    seen = set()
     while not _hookable(inner) and id(inner) not in seen:
         seen.add(id(inner))
         deeper = getattr(inner, "optimizer", None)
@@ -203,23 +218,24 @@ def _uncompiled(function: Callable[P, None]) -> Callable[P, None]:
 
 
 def _has_closure(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    """Whether a step is called with a function that computes loss and gradients."""
+    """True if a step is called with a function that computes loss and gradients."""
     return any(callable(argument) for argument in (*args, *kwargs.values()))
 
 
-def _hookable(optimizer: Any) -> bool:
+def _hookable(optimizer: object) -> bool:
     return isinstance(optimizer, Optimizer) and "_optimizer_step_pre_hooks" in vars(optimizer)
 
 
-def _kind_of(value: Any) -> str:
+def _kind_of(value: object) -> str:
     return f"the class {value.__name__}" if isinstance(value, type) else f"an object of type {type(value).__name__}"
 
 
-def skips_step(optimizer: Any) -> bool:
-    """Whether the step at hand changes nothing because gradients overflowed.
+def skips_step(optimizer: object) -> bool:
+    """True if the step at hand changes nothing because gradients overflowed.
 
-    A fused optimizer under GradScaler runs its hooks on such steps too; the flag is then on the optimizer. Reading it
-    waits for the device: the one flag a step that nothing else can tell.
+    A fused optimizer under GradScaler runs its hooks on such steps too; the flag is then on the optimizer (the table in
+    https://github.com/pytorch/pytorch/pull/97415#issuecomment-1502039859, seen in torch 2.13.0). Reading it waits for
+    the device: the one flag a step that nothing else can tell.
     """
     found_inf = getattr(optimizer, "found_inf", None)
     return isinstance(found_inf, torch.Tensor) and bool(found_inf.item())

@@ -1,4 +1,4 @@
-"""What an optimizer remembers of a parameter (momentum, second moments, ...), set back to what it began with."""
+"""The state of an optimizer for a parameter (momentum, second moments, ...), set back to what it began with."""
 
 from __future__ import annotations
 

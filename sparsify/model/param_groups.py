@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import LBFGS
 from torch.optim.lr_scheduler import LRScheduler
+from torch.utils.hooks import RemovableHandle
 
 from sparsify.errors import StateError
 from sparsify.model import distributed
@@ -32,19 +33,22 @@ class AddedParameters:
 
     Args:
         optimizer: the one that steps; None: nothing can be added.
-        who: the modifier, for messages. why: what needs parameters that learn. way_out: what to do without them.
+        who: the modifier, for messages.
+        why: what needs parameters that learn, for messages.
+        way_out: what to do without them, for messages.
     """
 
     def __init__(
         self,
-        optimizer: Any,
+        optimizer: object | None,
         who: str,
         *,
         why: str = "features of another width need a projection that learns",
         way_out: str = "choose layers of equal width",
     ) -> None:
-        self._optimizer, self._who, self._why, self._way_out = optimizer, who, why, way_out
-        self._handles: list[Any] = []
+        self._optimizer: Any = optimizer
+        self._who, self._why, self._way_out = who, why, way_out
+        self._handles: list[RemovableHandle] = []
         self.parameters: dict[str, nn.Parameter] = {}
 
     def add(self, values: Mapping[str, Tensor]) -> None:
@@ -69,7 +73,7 @@ class AddedParameters:
         if "param_names" in group:
             group["param_names"] += made
 
-    def adopt(self, parameters: Mapping[str, nn.Parameter], **settings: Any) -> None:
+    def adopt(self, parameters: Mapping[str, nn.Parameter], **settings: object) -> None:
         """Takes parameters of the model itself, which its checkpoint holds, into the group; `settings` are the group's.
 
         Those that the optimizer has already stay where they are. Without an optimizer nothing is done: they are the
@@ -141,7 +145,7 @@ class AddedParameters:
                 return index
         return None
 
-    def _add_group(self, made: Mapping[str, nn.Parameter], **settings: Any) -> None:
+    def _add_group(self, made: Mapping[str, nn.Parameter], **settings: object) -> None:
         groups = self._optimizer.param_groups
         first = {key: value for key, value in groups[0].items() if key not in ("params", "param_names")}
         # A tensor (a capturable learning rate) belongs to one group: schedulers multiply it in place.
@@ -156,7 +160,7 @@ class AddedParameters:
             _for_each_list(scheduler, before, lambda values: values.append(_copied_group(values[0])))
 
 
-def _copied_group(value: Any) -> Any:
+def _copied_group(value: object) -> object:
     return value.clone() if isinstance(value, Tensor) else value
 
 
@@ -167,7 +171,7 @@ def _for_each_list(scheduler: LRScheduler, length: int, change: Callable[[list[A
             change(values)
 
 
-def _schedulers(optimizer: Any) -> list[LRScheduler]:
+def _schedulers(optimizer: object) -> list[LRScheduler]:
     """The live schedulers that drive `optimizer`, those inside of others too; an optimizer does not know them."""
     return [
         thing

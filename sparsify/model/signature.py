@@ -1,4 +1,4 @@
-"""What goes into a model and what comes out, as tensors by name.
+"""The inputs and outputs of a model as tensors by name, and the arguments of a call.
 
 Users give sample inputs as a tensor, a tuple or a dictionary, and models return tensors, tuples, dictionaries or
 dataclasses of them; files and comparisons want flat names.
@@ -101,7 +101,7 @@ class SampleInputs:
         return args, kwargs
 
 
-def named_outputs(output: Any) -> tuple[dict[str, Tensor], list[str]]:
+def named_outputs(output: object) -> tuple[dict[str, Tensor], list[str]]:
     """The tensors in what a model returned, by name, and what else was there ("past_key_values: DynamicCache").
 
     One tensor is "output", those of a tuple are "output_0", "output_1", ..., those of a dictionary, named tuple or
@@ -120,7 +120,7 @@ def named_outputs(output: Any) -> tuple[dict[str, Tensor], list[str]]:
     return tensors, others
 
 
-def call_arguments(inputs: Any) -> CallArguments:
+def call_arguments(inputs: object) -> CallArguments:
     """The (args, kwargs) that `inputs` stands for.
 
     Args:
@@ -135,7 +135,7 @@ def call_arguments(inputs: Any) -> CallArguments:
     return _plain_arguments(inputs)
 
 
-def batch_arguments(model: nn.Module, batch: Any) -> CallArguments:
+def batch_arguments(model: nn.Module, batch: object) -> CallArguments:
     """The (args, kwargs) of `model` in one batch of a data loader, moved to the device of the model.
 
     What `forward` does not take is left out: of a tuple or list the last values (labels), of a mapping the keys that
@@ -153,11 +153,11 @@ def batch_arguments(model: nn.Module, batch: Any) -> CallArguments:
     return tuple(_moved_to(value, device) for value in args), {k: _moved_to(v, device) for k, v in kwargs.items()}
 
 
-def _moved_to(value: Any, device: torch.device) -> Any:
+def _moved_to(value: object, device: torch.device) -> object:
     return value.to(device) if isinstance(value, Tensor) else value
 
 
-def _plain_arguments(inputs: Any) -> CallArguments:
+def _plain_arguments(inputs: object) -> CallArguments:
     if isinstance(inputs, Mapping):
         return (), {str(name): value for name, value in inputs.items()}
     return (tuple(inputs) if isinstance(inputs, (tuple, list)) else (inputs,)), {}
@@ -180,11 +180,11 @@ def _parameter_names(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[st
     return names
 
 
-def _key_text(key: Any) -> str:
+def _key_text(key: object) -> str:
     return next((str(getattr(key, kind)) for kind in ("key", "idx", "name") if hasattr(key, kind)), str(key))
 
 
-def _walk(value: Any, path: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], Any]]:
+def _walk(value: object, path: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], Any]]:
     if isinstance(value, Mapping):
         items: list[tuple[str, Any]] = [(str(key), item) for key, item in value.items()]
     elif isinstance(value, tuple) and hasattr(value, "_fields"):
@@ -213,6 +213,6 @@ def _unique(name: str, taken: Mapping[str, Any]) -> str:
     return candidate
 
 
-def _brief(value: Any) -> str:
+def _brief(value: object) -> str:
     text = repr(value)
     return text if len(text) <= 60 else f"{text[:57]}..."

@@ -56,7 +56,9 @@ def resolve_parameters(
     none, of layers.
 
     Args:
-        where: what the names were written in, "GMPruningModifier.params"; errors begin with it.
+        model: the model whose parameters they are.
+        names: one or several names, in the forms that the top of this file tells.
+        where: the field that the names were written in, "GMPruningModifier.params"; errors begin with it.
         strict: False warns of a name that matches nothing instead of raising.
         ignore: names, in the same forms, that are taken out again; they may match nothing.
 
@@ -142,7 +144,7 @@ def resolve_layers(
 
 
 def is_prunable_layer(module: nn.Module) -> bool:
-    """Whether `__ALL_PRUNABLE__` means this layer: Linear, convolutions, Embedding, transformers' Conv1D, and what was
+    """True if `__ALL_PRUNABLE__` means this layer: Linear, convolutions, Embedding, transformers' Conv1D, and what was
     derived from them (a quantized layer is a subclass)."""
     # transformers' Conv1D by name: importing transformers for an isinstance costs seconds.
     return isinstance(module, _PRUNABLE) or _is(module, "Conv1D")
@@ -229,7 +231,7 @@ def _aliased_modules(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def _is(module: nn.Module, type_name: str) -> bool:
-    """Whether `type_name` is the class of `module`, or one that it was derived from, below nn.Module."""
+    """True if `type_name` is the class of `module`, or one that it was derived from, below nn.Module."""
     if type_name == ALL_PRUNABLE:
         return is_prunable_layer(module)
     for cls in type(module).__mro__:

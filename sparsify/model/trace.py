@@ -12,7 +12,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,9 @@ from torch import Tensor, nn
 from sparsify.errors import ArgumentError, first_line
 from sparsify.model.preserved import eval_mode_, preserved
 from sparsify.model.wrappers import clean_name
+
+if TYPE_CHECKING:
+    from torch.export import ExportedProgram
 
 __all__: list[str] = []
 
@@ -129,7 +132,7 @@ class TracedNode:
 
     @property
     def is_float(self) -> bool:
-        """Whether it gives one floating-point tensor."""
+        """True if it gives one floating-point tensor."""
         return self.dtype is not None and self.dtype in ("float16", "bfloat16", "float32", "float64")
 
 
@@ -144,7 +147,7 @@ class Pair:
 
 @dataclass(frozen=True)
 class Trace:
-    """What a model computes on one set of example inputs, in eval mode: nodes in the order of computation.
+    """The computation of a model on one set of example inputs, in eval mode: nodes in the order of computation.
 
     Names of modules and parameters are clean: without the prefixes that wrappers add.
     """
@@ -169,7 +172,7 @@ class Trace:
 
     @cached_property
     def calls(self) -> dict[str, int]:
-        """How often each module was called, by path; those that were not called are missing."""
+        """Number of calls of each module, by path; those that were not called are missing."""
         numbers: dict[str, set[int]] = defaultdict(set)
         for node in self.nodes:
             for call in node.stack:
@@ -207,7 +210,7 @@ class Trace:
         return tuple(found.values())
 
     def leaves(self, name: str) -> bool:
-        """Whether the model returns the values of node `name`, perhaps moved."""
+        """True if the model returns the values of node `name`, perhaps moved."""
         return any(self.root(output) == self.root(name) for output in self.outputs)
 
     @cached_property
@@ -243,7 +246,7 @@ def trace(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None
     return plain_trace(exported(model, args, kwargs), ModuleNames(model))
 
 
-def exported(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> Any:
+def exported(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> ExportedProgram:
     """The torch.export.ExportedProgram of `model` on these example inputs; for readers of single operators.
 
     Traced with torch.export, not strict, in eval mode: dropout is gone and BatchNorm's counters stand still. Training
@@ -267,7 +270,12 @@ def exported(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | N
 
 @contextlib.contextmanager
 def without_fast_path() -> Iterator[None]:
-    """Attention as training computes it: the fast path of TransformerEncoderLayer is one opaque operator."""
+    """Attention as training computes it, while the block runs.
+
+    In eval mode and without gradients TransformerEncoderLayer takes a fast path that is one operator, in which no part
+    can be seen: https://github.com/pytorch/pytorch/issues/115511, open, seen in torch 2.13.0. Needless once that
+    operator is decomposed in traces.
+    """
     fast = torch.backends.mha.get_fastpath_enabled()
     try:
         torch.backends.mha.set_fastpath_enabled(False)
@@ -278,7 +286,11 @@ def without_fast_path() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _without_cache(model: nn.Module) -> Iterator[None]:
-    """No cache of keys and values in what a model of transformers returns: an object that no trace can return."""
+    """No cache of keys and values in what a model of transformers returns, while the block runs.
+
+    torch.export returns no DynamicCache: https://github.com/pytorch/pytorch/issues/136582, seen with torch 2.13.0 and
+    transformers 5.23.0. Needless once transformers registers the class with pytree.
+    """
     config = getattr(model, "config", None)
     caches = getattr(config, "use_cache", None)
     try:
@@ -312,8 +324,8 @@ class ModuleNames:
             yield ModuleCall(name, numbers.setdefault(keys, len(numbers)))
 
 
-def plain_trace(program: Any, names: ModuleNames) -> Trace:
-    """The traced view in what `exported` gives."""
+def plain_trace(program: ExportedProgram, names: ModuleNames) -> Trace:
+    """The traced view of `program`, with the names of modules and parameters that `names` knows."""
     signature = program.graph_signature
     parameters = {
         name: names.parameters.get(target, clean_name(target))
@@ -361,7 +373,7 @@ def plain_trace(program: Any, names: ModuleNames) -> Trace:
 
 
 def is_idle(op: str, operands: Sequence[Any]) -> bool:
-    """Whether an addition of the number 0 or a product with the number 1, which give their other operand.
+    """True for an addition of the number 0 or a product with the number 1, which give their other operand.
 
     Sums that begin at 0 have one: total = 0; for branch in branches: total = total + branch(x).
 
@@ -374,7 +386,7 @@ def is_idle(op: str, operands: Sequence[Any]) -> bool:
 
 
 def is_image_mean(before: Sequence[int], after: Sequence[int]) -> bool:
-    """Whether a mean between these shapes goes over all that is behind batch and channels: it is an average pool.
+    """True if a mean between these shapes goes over all that is behind batch and channels: it is an average pool.
 
     >>> is_image_mean((2, 3, 5, 5), (2, 3)), is_image_mean((2, 3, 5, 5), (2, 3, 1, 1)), is_image_mean((2, 7, 8), (2, 8))
     (True, True, False)
@@ -383,7 +395,7 @@ def is_image_mean(before: Sequence[int], after: Sequence[int]) -> bool:
     return len(before) in (3, 4, 5) and tuple(before[:2]) == kept and rest in ((), (1,) * (len(before) - 2))
 
 
-def _in_order(node: Any) -> Iterator[Any]:
+def _in_order(node: torch.fx.Node) -> Iterator[torch.fx.Node]:
     """The nodes among the arguments, a node that is given twice twice."""
     waiting = [*node.args, *node.kwargs.values()]
     while waiting:
@@ -394,7 +406,7 @@ def _in_order(node: Any) -> Iterator[Any]:
             waiting = [*argument, *waiting]
 
 
-def _op_name(target: Any) -> str:
+def _op_name(target: object) -> str:
     name = getattr(target, "_opname", None) or getattr(target, "__name__", str(target))
     return str(name)
 

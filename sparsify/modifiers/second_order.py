@@ -244,9 +244,12 @@ class _SecondOrder(Gradual, ABC):
 
     def _sample(self, parameters: Mapping[str, nn.Parameter]) -> None:
         self.forget()
+        sampler = self.run.grad_sampler
+        if sampler is None:
+            return
         pending: list[Mapping[str, Tensor]] = []
         options = self.modifier.grad_sampler_kwargs
-        for found in gradients.sampled(self.run.model, parameters, self.run.grad_sampler, self.wanted, options):
+        for found in gradients.sampled(self.run.model, parameters, sampler, self.wanted, options):
             pending.append(found)
             if len(pending) == self.at_once:
                 self.add_gradients(pending, parameters)

@@ -49,7 +49,7 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
 
 
 def read_text(path: str | os.PathLike[str]) -> str:
-    """What a text file says.
+    """The text in a file.
 
     Raises:
         DataFileError: it is missing, unreadable or no text.

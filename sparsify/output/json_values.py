@@ -26,7 +26,7 @@ EXACT = ConfigDict(extra="forbid", strict=True)
 EXACT_AND_FINITE = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
 
-def plain(value: Any, *, finite: bool = True) -> Any:
+def plain(value: object, *, finite: bool = True) -> Any:
     """Dataclasses, mappings, sequences and numbers as JSON knows them.
 
     Args:
