@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from sparsify.analysis.analyze import analyze_model
 from sparsify.analysis.loss import loss_profile
 from sparsify.analysis.profiling import performance_profile
-from sparsify.errors import SparsifyWarning
+from sparsify.errors import ArgumentError, SparsifyWarning
 from sparsify.optimize.latency import latency_plan
 from sparsify.optimize.pruning_profiles import PruningSettings
 from sparsify.optimize.recipe_creation import create_recipe
@@ -71,6 +71,8 @@ class MeasuredRecipe:
         Raises:
             ArgumentError: the model was not analyzed, because there were no sample inputs.
         """
+        if self.analysis is None:
+            raise ArgumentError("the page shows what layers compute: give sample inputs.")
         if self.structured:
             warnings.warn(
                 "the page moves single weights, while the recipe removes channels: take the file, not the recipe of "
@@ -78,11 +80,11 @@ class MeasuredRecipe:
                 SparsifyWarning,
                 stacklevel=2,
             )
-        # The page shows single weights: a loss profile of channels does not fit it.
-        single = self.loss is None or bool(self.loss.families)
-        loss = loss_profile(self.model, progress=False) if single or self.loss is None else self.loss
+        loss = self.loss
+        if loss is None or loss.families:
+            # The page shows single weights, which a loss profile of channels does not know.
+            loss = loss_profile(self.model, progress=False)
         asked = self.recipe.evidence.asked.get("settings") if self.recipe.evidence is not None else None
-        assert self.analysis is not None
         return Report.of(
             self.analysis,
             loss,

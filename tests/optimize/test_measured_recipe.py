@@ -46,6 +46,12 @@ def test_times_need_inputs() -> None:
         recipe_from_measurements(build(), None, Measurements(goal_ms=5.0))
 
 
+def test_the_page_needs_inputs() -> None:
+    made = recipe_from_measurements(build(), None, Measurements(), optim_level=0.5)
+    with pytest.raises(ArgumentError, match="give sample inputs"):
+        made.report("made.yaml")
+
+
 def test_the_page_begins_with_the_settings_of_the_recipe() -> None:
     settings = PruningSettings(sparsity=0.6)
     made = recipe_from_measurements(build(), X, Measurements(), settings=settings)
