@@ -42,8 +42,8 @@ def check_same(masks: Mapping[str, Tensor]) -> None:
             if (other or {}).get(name) != (all_of_them[0] or {}).get(name):
                 raise StateError(
                     f"the mask of {name!r} on rank {rank} differs from rank 0's: the weights differ between "
-                    "processes. Make "
-                    "the model in DistributedDataParallel (which sends rank 0's weights to all) before modify()."
+                    "processes. Make the model in DistributedDataParallel (which sends rank 0's weights to all) before "
+                    "modify()."
                 )
 
 

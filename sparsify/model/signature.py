@@ -109,7 +109,7 @@ def named_outputs(output: object) -> tuple[dict[str, Tensor], list[str]]:
     """
     tensors: dict[str, Tensor] = {}
     others: list[str] = []
-    for path, value in _walk(output, ()):
+    for path, value in _leaves_of(output, ()):
         name = "_".join(path)
         if isinstance(value, Tensor):
             if not path or path[0].isdigit():
@@ -184,7 +184,7 @@ def _key_text(key: object) -> str:
     return next((str(getattr(key, kind)) for kind in ("key", "idx", "name") if hasattr(key, kind)), str(key))
 
 
-def _walk(value: object, path: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], Any]]:
+def _leaves_of(value: object, path: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], Any]]:
     if isinstance(value, Mapping):
         items: list[tuple[str, Any]] = [(str(key), item) for key, item in value.items()]
     elif isinstance(value, tuple) and hasattr(value, "_fields"):
@@ -198,7 +198,7 @@ def _walk(value: object, path: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...
             yield path, value
         return
     for key, item in items:
-        yield from _walk(item, (*path, key))
+        yield from _leaves_of(item, (*path, key))
 
 
 def _identifier(name: str) -> str:

@@ -91,8 +91,7 @@ def resolve_parameters(
             if weight is None:
                 raise TargetError(
                     f"{where}: {name!r} is a {type(layers[exact]).__name__} without a weight of its own. Name one "
-                    "of its "
-                    f"parameters{_listing(p for p in parameters if p.startswith(exact + '.'))}."
+                    f"of its parameters{_listing(p for p in parameters if p.startswith(exact + '.'))}."
                 )
             return [weight]
         if name.startswith("re:"):
@@ -181,7 +180,7 @@ class Held:
         self.refresh()
 
     def refresh(self) -> None:
-        """For a model in which modules were replaced."""
+        """Looks the places up again, for a model in which modules were replaced."""
         self._places = [place for place in owners(self._model) if place[0] in self._names]
 
     def now(self) -> dict[str, nn.Parameter]:
@@ -205,14 +204,12 @@ def refuse_unusable(parameters: Mapping[str, Tensor], *, where: str, values: boo
         if parameter.dtype not in _FLOATS:
             raise TargetError(
                 f"{where}: {name!r} is {str(parameter.dtype).removeprefix('torch.')}; only float16, bfloat16, "
-                "float32 and "
-                "float64 weights can be pruned. Leave it out."
+                "float32 and float64 weights can be pruned. Leave it out."
             )
         if values and not parameter.is_meta and not is_finite(parameter):
             raise DataError(
                 f"{where}: {name!r} holds NaN or infinity, which cannot be ranked. Load weights that are finite, or "
-                "find the "
-                "step at which training diverged."
+                "find the step at which training diverged."
             )
 
 
@@ -266,9 +263,8 @@ def _refuse_recomputed(model: nn.Module, name: str, module: nn.Module, where: st
         kind = "a parametrization" if by_parametrization else "a hook (weight_norm, torch's own pruning)"
         raise TargetError(
             f"{where}: the weight of {name!r} is recomputed before every forward by {kind}, so zeros in it would "
-            "not last. "
-            "Remove it first (torch.nn.utils.parametrize.remove_parametrizations, remove_weight_norm), or leave the "
-            "layer out."
+            "not last. Remove it first (torch.nn.utils.parametrize.remove_parametrizations, remove_weight_norm), or "
+            "leave the layer out."
         )
 
 

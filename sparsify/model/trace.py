@@ -249,7 +249,7 @@ def trace(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None
 def exported(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> ExportedProgram:
     """The torch.export.ExportedProgram of `model` on these example inputs; for readers of single operators.
 
-    Traced with torch.export, not strict, in eval mode: dropout is gone and BatchNorm's counters stand still. Training
+    Traced with torch.export, not strict, in eval mode: without dropout, and BatchNorm's counters stand still. Training
     modes, random states and buffers are afterwards as they were.
 
     Raises:
