@@ -148,7 +148,7 @@ class QuantizationModifier(Modifier):
         return self
 
     def settings(self) -> QuantizationSettings:
-        """What it says, legacy fields included, in the terms of the planner."""
+        """The fields, legacy ones included, in the terms of the planner."""
         where = type(self).__name__
         scheme = "tensorrt" if self.tensorrt else self.scheme
         written = QuantizationSettings.of(scheme, self.scheme_overrides, self.ignore, where=where)
@@ -174,7 +174,7 @@ class QuantizationModifier(Modifier):
         )
 
     def _legacy(self, scheme: Scheme) -> dict[str, Any]:
-        """What the legacy fields change in `scheme`."""
+        """{field of `scheme`: its value} where the legacy fields change it."""
         changed: dict[str, Any] = {}
         activations, weights = scheme.input_activations, scheme.weights
         if activations is not None:
@@ -191,7 +191,7 @@ class QuantizationModifier(Modifier):
         return changed
 
     def notes(self) -> list[str]:
-        """What was said and means nothing here, a sentence each."""
+        """Sentences that name the given fields without effect."""
         said = self.model_fields_set
         notes = []
         if self.model_fuse_fn_name is not None:
@@ -243,7 +243,7 @@ class QuantizationModifier(Modifier):
         return found
 
     def activity(self, clock: Clock) -> str:
-        """What is trained, and what no longer moves."""
+        """Names of the phases that are in force: quantized, ranges frozen, BatchNorm frozen."""
         if not clock.reached(self.window.start):
             return ""
         said = ["quantized"]
@@ -367,7 +367,7 @@ class Quantization(Active):
             self._reached(self._modifier.disable_quantization_observer_epoch),
             self._reached(self._modifier.freeze_bn_stats_epoch),
         )
-        # Asked after every step: a walk over the modules only where something changes.
+        # Called after every step: modules are gone through only where something changes.
         if wanted == self._in_force:
             return
         stop, frozen = wanted

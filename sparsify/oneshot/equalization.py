@@ -124,7 +124,7 @@ def equalize(model: nn.Module, pairs: tuple[Neighbours, ...]) -> dict[str, float
 
 
 def _maker(trace: Trace, node: TracedNode) -> tuple[TracedNode | None, set[str]]:
-    """What makes the channels that `node` reads, and the operations between; None: one of them minds a factor."""
+    """(the node that makes what `node` reads, operations between); None where a factor does not pass them."""
     name, way = node.inputs[0], set[str]()
     while True:
         made = trace.by_name[name]

@@ -1,4 +1,4 @@
-"""What layers read, as the little of it that rounding and bias correction need: means and second moments."""
+"""Means and second moments of what layers read, for rounding and bias correction."""
 
 from __future__ import annotations
 
@@ -73,11 +73,13 @@ def columns(layer: nn.Module, x: Tensor) -> Tensor:
 
 
 class Moments:
-    """Of one layer: what it reads in the quantized model, and in the float model.
+    """Moments of the inputs x of one layer in the quantized model, and beside those in the float model.
 
-    Attributes, once something was added:
-        mean, mean_float: (G, K).
-        second: (G, K, K), the mean of x x^T in the quantized model. cross: of x times x^T in float.
+    Attributes:
+        mean: (G, K), of x in the quantized model, once something was added; so the others.
+        mean_float: (G, K), of x in the float model.
+        second: (G, K, K), the mean of x x^T in the quantized model.
+        cross: (G, K, K), the mean of x in the quantized model times x^T in the float model; None: not taken.
     """
 
     def __init__(self, layer: nn.Module, with_second: bool = True) -> None:
@@ -130,8 +132,12 @@ def gather(
     """Runs `batches` through `model` in the mode that it is in, and takes the moments of what layers read.
 
     Args:
-        reference: the same model in float, whose layers read what these should read.
-        calls: how often each layer is called in one forward, so that the rest of it can be left out.
+        model: the model whose layers are looked at.
+        names: of these layers.
+        batches: inputs of the model.
+        reference: the same model in float, whose layers read what these should read; None: `model` is that.
+        calls: how often each layer is called in one forward, so that the rest of it can be left out; None: all is run.
+        with_second: whether second moments are taken.
     """
     modules = named_modules(model)
     moments = {name: Moments(modules[name], with_second) for name in names}

@@ -55,7 +55,7 @@ class QuantizedModel:
 
     @property
     def floating(self) -> dict[str, str]:
-        """What stays in float, and why."""
+        """{what stays in float: why}."""
         return {left.what: left.why for left in self.plan.left}
 
     def __str__(self) -> str:
@@ -109,11 +109,14 @@ def quantize_model(
     with the model in float, weights are rounded, and biases take back the shift of means that this leaves.
 
     Args:
+        model: a trained model in float.
         calibration_data: batches of inputs as the model takes them: tensors, tuples (of which as many are used as the
             model takes, so that a loader of (inputs, labels) will do) or dicts of arguments by name. Kept in memory
             while this works. None: ranges come from the statistics of BatchNorm, with a warning; needs `sample_inputs`.
         sample_inputs: inputs to trace the model on; None: the first batch.
-        scheme, scheme_overrides, ignore: as the fields of QuantizationModifier.
+        scheme: as the field of QuantizationModifier.
+        scheme_overrides: likewise.
+        ignore: likewise.
         ranges: how the range of an activation follows from its values, where the scheme does not say it: least squared
             error, all values, 99.99 % of them, or least loss of information.
         rounding: of weights. "auto": "nearest" with 8 bits; with fewer "adaround" for convolutions, "gptq" for Linear.
@@ -203,7 +206,15 @@ def quantize_onnx(
     """`quantize_model`, `export_onnx` and `verify_onnx` in one: the file is there once it computes what the model does.
 
     Args:
-        options: those of `quantize_model`. The others are those of `export_onnx`.
+        model: a trained model in float.
+        path: where the file is written, once it is verified.
+        calibration_data: as in `quantize_model`.
+        sample_inputs: inputs to trace, export and verify with; None: the first batch.
+        opset: as in `export_onnx`.
+        dynamic_batch: likewise.
+        input_names: likewise.
+        output_names: likewise.
+        options: the other arguments of `quantize_model`.
 
     Raises:
         ExportError: the file does not compute what the model computes; nothing is written then. Otherwise as the three.

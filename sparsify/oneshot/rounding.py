@@ -1,9 +1,9 @@
-"""Which of its two neighbours on the grid a weight becomes: the nearest, or the one that the layer's output asks for.
+"""Rounding each weight to one of its two neighbours on the grid: the nearest, or the better one for the layer's output.
 
-Pure functions on matrices. A weight is (G, R, K): groups, outputs of a group, what each is summed over. A moment is
+Pure functions on matrices. A weight is (G, R, K): groups, outputs of a group, inputs that each sums over. A moment is
 (G, K, K), the mean of x x^T over what the layer reads, so that the mean squared error of an output is d H d^T for an
-error d (K,) of its row. What comes back lies on the grid of `fake.weight_scale`: the largest weight of every row is the
-largest integer, so a layer that quantizes it once more leaves it as it is, and no scale has to be kept anywhere.
+error d (K,) of its row. Results lie on the grid of `straight_through.weight_scale`: the largest weight of every row is
+the largest integer, so a layer that quantizes it once more leaves it as it is, and no scale has to be kept anywhere.
 """
 
 from __future__ import annotations
@@ -24,8 +24,10 @@ def clipped_scale(weight: Tensor, importance: Tensor, *, q_max: int, shared: boo
     """The scale whose grid has the least squared error of `weight`, each column counted by its `importance`.
 
     Args:
-        weight: (G, R, K). importance: (G, K), the mean square of what the column is multiplied with.
-        largest: the largest integer. shared: one scale for all rows.
+        weight: (G, R, K).
+        importance: (G, K), the mean square of what the column is multiplied with.
+        q_max: the largest integer.
+        shared: whether all rows have one scale.
 
     Returns:
         (G, R, 1), > 0: a share of max |w| / `q_max` in steps of 1/40, from 1 down to 0.4.
@@ -143,5 +145,5 @@ def damp(moment: Tensor) -> Tensor:
 
 
 def _at_the_end(weight: Tensor, scale: Tensor, q_max: int) -> Tensor:
-    """Whether a weight lies at or beyond the end of the grid, up to rounding: at least one of every row does."""
+    """True where a weight lies at or beyond the end of the grid, up to rounding: at least one of every row does."""
     return weight.abs() >= scale * (q_max * (1 - 1e-6))

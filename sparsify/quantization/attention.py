@@ -33,7 +33,11 @@ class SlowTransformerEncoder(Converted, nn.TransformerEncoder):
 
 
 class SlowTransformerEncoderLayer(Converted, nn.TransformerEncoderLayer):
-    """Without the fused path of eval mode, which reads the weights of its layers and does not call them."""
+    """Without the fused path of eval mode, which reads the weights of its layers and does not call them.
+
+    https://github.com/pytorch/pytorch/issues/128413, seen in torch 2.13.0. torch.backends.mha.set_fastpath_enabled is
+    for the whole process, other models included; a switch of the module would make this class needless.
+    """
 
 
 SLOW: dict[type[nn.Module], tuple[type[Converted], str, Any]] = {
@@ -149,7 +153,7 @@ class QuantizedMultiheadAttention(Converted, nn.MultiheadAttention):
         return y, weights
 
     def _projected(self, *given: Tensor) -> list[Tensor]:
-        """What the layers in front give for query, key and value."""
+        """The results of the layers in front for query, key and value."""
         found: list[Tensor] = []
         for name in self._wiring.projections:
             first, last = _THIRDS[name]
@@ -217,7 +221,7 @@ def _joined_mask(attention: Tensor | None, padding: Tensor | None, like: Tensor,
 
 
 def quantize_attention(attention: nn.MultiheadAttention, names: tuple[str, ...]) -> None:
-    """Retypes `attention`, in place, and gives it the layers called `names`: one of `FORMS`."""
+    """Converts `attention`, in place, and gives it the layers called `names`: one of `FORMS`."""
     wiring = convert_(attention, QuantizedMultiheadAttention)
     for name in names:
         projection = Projection(attention, name)

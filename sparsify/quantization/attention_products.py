@@ -47,7 +47,7 @@ def quantize_of(module: nn.Module, index: int) -> Quantize | None:
 def product(
     quantize: Quantize, function: Callable[..., Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Tensor:
-    """What `function` of `FUNCTIONS` gives of quantized operands."""
+    """The product that `function` of `FUNCTIONS` computes, of quantized operands."""
     if function is F.scaled_dot_product_attention:
         return attention(quantize, *args, **kwargs)
     names = ("input", "mat2" if function in (torch.bmm, Tensor.bmm) else "other")

@@ -29,9 +29,10 @@ def calibrate(model: nn.Module, data: Iterable[Any], steps: int | None = None) -
     In eval mode and without gradients: statistics of batches, random states of dropout and weights stay as they are.
 
     Args:
-        data: inputs of the model: a tensor, a dict of arguments by name, or a tuple, of which as many are used as the
-            model takes: a loader of (inputs, labels) will do.
-        steps: how many batches at most; None: all.
+        model: quantized.
+        data: batches of inputs of the model: a tensor, a dict of arguments by name, or a tuple, of which as many are
+            used as the model takes: a loader of (inputs, labels) will do.
+        steps: number of batches at most; None: all.
 
     Raises:
         DataError: there was no batch, one that the model cannot take, or values were not finite.
@@ -80,7 +81,8 @@ def materialized(data: Iterable[Any], most: int | None = None) -> Iterable[Any]:
     there is, a loader, is not loaded: `calibrate` looks at its batches.
 
     Args:
-        most: how many batches are wanted; None: all.
+        data: batches of inputs.
+        most: number of batches that are wanted; None: all.
 
     Raises:
         ArgumentError: it is no iterable of batches.
@@ -103,7 +105,11 @@ def materialized(data: Iterable[Any], most: int | None = None) -> Iterable[Any]:
 
 
 def samples_in(batch: Any, at: int) -> int:
-    """How many samples there are in batch number `at`.
+    """Number of samples in a batch.
+
+    Args:
+        batch: inputs of the model.
+        at: the number of the batch, for messages.
 
     Raises:
         DataError: it holds no tensor, or NaN or infinity. The infinity below zero may pass: masks are made of it.

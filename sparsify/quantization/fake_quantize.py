@@ -57,6 +57,7 @@ class FakeQuantize(nn.Module):
         name: what the tensor is, for messages.
         bits: 2 to 8.
         symmetric: signed integers with zero point 0 instead of unsigned affine ones.
+        averaging_constant: the share of a batch in the moving range or histogram.
         relu: the tensor goes through a ReLU first: low is 0, and in training the two are one function.
         ceiling: the ReLU is cut off there (ReLU6).
         in_place: whether a tensor that nobody else reads may be overwritten.

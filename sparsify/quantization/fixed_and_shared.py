@@ -1,4 +1,4 @@
-"""Quantizers whose grid follows from the function before them, whatever the values are."""
+"""Quantizers with a grid that no observer finds: that of the function before them, or that of another quantizer."""
 
 from __future__ import annotations
 
@@ -59,5 +59,5 @@ class SameGrid(nn.Module):
         return self._quantizer[0].gate
 
     def forward(self, x: Tensor) -> Any:
-        """What the quantizer gives."""
+        """The result of the quantizer of the other place."""
         return self._quantizer[0](x)

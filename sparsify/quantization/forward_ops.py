@@ -1,6 +1,6 @@
 """Operations in a user's own forward: adds, products, concatenations, activations, pools, quantized where they stand.
 
-The module whose forward they stand in is retyped to a class that watches the functions it calls. They are known by
+The module whose forward they stand in is converted to a class that watches the functions it calls. They are known by
 their kind and their order within one call of that module, which is the order of the trace; where the counts disagree,
 what stands there stays in float.
 """
@@ -91,7 +91,7 @@ class Watched(Converted):
     """Whether the trace and the calls disagreed: everything in float since."""
 
     def _watch(self, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """What the user's `forward` gives, its operations watched."""
+        """The result of the user's `forward`, its operations watched."""
         watch = _ForwardMode(self)
         stack: Any = overrides._get_current_function_mode_stack
         above = [mode for mode in stack() if isinstance(mode, _ForwardMode)]
@@ -141,7 +141,7 @@ class WatchedLayer(Watched, QuantizedLayer):
     """
 
     def _operated(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
-        """What `func` gives with quantized weight and input; None where it is not called with this layer's weight."""
+        """The result of `func` with quantized weight and input; None if it is not called with this layer's weight."""
         names = _OPERATIONS[func]
         given = {**dict(zip(names, args, strict=False)), **kwargs}
         x, weight, bias = (names[i] for i in ((1, 2, 0) if func is torch.addmm else (0, 1, 2)))
@@ -248,7 +248,7 @@ class _ForwardMode(overrides.TorchFunctionMode):
             if isinstance(result, Tensor) and result.is_floating_point():
                 self.seen[kind] = index + 1
             return result
-        target = _target(kind, func, args, kwargs)
+        target = _written_to(kind, func, args, kwargs)
         if target is not None and not target.is_floating_point():
             return func(*args, **kwargs)
         if kind == "relu" or quantizer.gate is not None:
@@ -281,7 +281,7 @@ _BY_KIND: dict[str, Callable[[_ForwardMode, str, Callable[..., Any], tuple[Any, 
 }
 
 
-def _target(kind: str, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+def _written_to(kind: str, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
     """The tensor that an operation writes to; None: it makes a new one."""
     positional = (kind == "relu" and len(args) in (2, 4)) or (func in _GATES and len(args) == 2)
     if func in _WRITES or kwargs.get("inplace") or (positional and args[-1]):
@@ -290,7 +290,7 @@ def _target(kind: str, func: Callable[..., Any], args: tuple[Any, ...], kwargs: 
 
 
 def _computed(kind: str, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-    """What an operation gives, out of place."""
+    """The result of an operation, out of place."""
     if kind == "add":
         return torch.add(*args, **kwargs)
     if kind == "multiply":
@@ -304,7 +304,7 @@ def _computed(kind: str, func: Callable[..., Any], args: tuple[Any, ...], kwargs
 
 
 def watch(module: nn.Module, counts: dict[str, int]) -> Wiring:
-    """Retypes a user's module, in place, to one that counts its operations."""
+    """Converts a user's module, in place, to one that counts its operations."""
     wiring = convert_(module, watching_class(type(module), _form(module)))
     overwrite(module, "_counts", dict(counts))
     return wiring

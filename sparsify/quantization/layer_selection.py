@@ -181,7 +181,7 @@ class QuantizedLayers:
         return next(reader.name for reader in self.trace.readers[node.name] if reader.owner == norm)
 
     def ignores(self, node: TracedNode) -> bool:
-        """Whether the recipe leaves out what computes `node`."""
+        """True if the recipe leaves out the module that computes `node`."""
         return any(self.out(call.path) for call in node.stack if call.path) or (
             not any(call.path for call in node.stack) and self.settings.within is not None
         )

@@ -123,7 +123,7 @@ class QuantizedNorm(Converted, _BatchNorm):
     """
 
     def _normed(self, x: Tensor, norm: Callable[[Tensor], Tensor]) -> Tensor:
-        """What it gives for `x`; `norm` computes it with the statistics of the batch, or as nobody folded it."""
+        """The result for `x`; `norm` computes it as torch does, with the statistics of the batch in training."""
         wiring = self._wiring
         x = self._input(x)
         # The layer's mode counts, not ours: a user who trains with bn.eval() has a layer that is not folded.

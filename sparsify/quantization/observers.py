@@ -80,7 +80,7 @@ def range_of(
     one = torch.ones_like(shares)
     for of_low, of_high in ((shares, shares), (one, shares), (shares, one)):
         lows, highs = low * of_low, high * of_high
-        # Of equals the widest: what was never seen may come.
+        # Ties go to the widest range, for values beyond the calibration data.
         best = CANDIDATES - 1 - errors(lows, highs).flip(0).argmin()
         low, high = lows[best], highs[best]
     return low.float(), high.float()
@@ -92,7 +92,7 @@ def _squared(h: Tensor, x: Tensor, low: Tensor, high: Tensor, bits: int, symmetr
 
 
 def _divergence(h: Tensor, x: Tensor, low: Tensor, high: Tensor, bits: int, symmetric: bool) -> Tensor:
-    """Of the distribution from the one that is even among the occupied bins of each level; (candidates,)."""
+    """Divergence of the distribution from one that is even among the occupied bins of each level; (candidates,)."""
     _, integers, _ = _grid(x, low, high, bits, symmetric)
     level = (integers - integers.amin(1, keepdim=True)).long()
     present = (h > 0).to(h.dtype)

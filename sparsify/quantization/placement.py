@@ -2,9 +2,8 @@
 
 One quantizer per tensor. In convolutional blocks it stands where the tensor is made: behind every ReLU, behind what
 feeds another activation or an add or product of tensors, behind these themselves, concatenations and average pools; all
-who read it share it. Elsewhere, as in
-attention blocks, only what a layer reads is quantized, by one quantizer that the layers share, and who else reads the
-tensor sees floats: few quantized tensors are the fastest there.
+readers share it. Elsewhere, as in attention blocks, only what a layer reads is quantized, by one quantizer that the
+layers share, and other readers see floats: few quantized tensors are the fastest there.
 """
 
 from __future__ import annotations
@@ -36,7 +35,12 @@ QuantizerRole = Literal["input", "output", "function"]
 
 
 def make_plan(model: nn.Module, trace: Trace, settings: QuantizationSettings) -> QuantizationPlan:
-    """What is to be quantized in `model` by `settings`; changes nothing.
+    """The plan of what is quantized in `model` by `settings`; changes nothing.
+
+    Args:
+        model: in float.
+        trace: of `model`.
+        settings: as the recipe says.
 
     Raises:
         TargetError: a name in `settings` matches nothing.
@@ -82,7 +86,7 @@ class _Planner:
         return owner, child_name(node.kind, self._index(node, owner)), "function"
 
     def _is_own_module(self, node: TracedNode) -> bool:
-        """Whether `node` is all that a ReLU or a pool computes, called from one place."""
+        """True if `node` is all that a ReLU or a pool computes, called from one place."""
         module = self.modules.get(node.owner)
         return type(module) in POINTWISE and self.trace.calls.get(node.owner) == 1
 
@@ -114,7 +118,7 @@ class _Planner:
         return by_owner
 
     def _counts(self, owner: str) -> dict[str, int] | None:
-        """How many operations of each kind a module computes itself; None where that differs between its calls."""
+        """{kind: number of operations} that a module computes itself; None where that differs between its calls."""
         calls = self._own_nodes(owner)
         found = [{kind: sum(n.kind == kind for n in nodes) for kind in COUNTED} for nodes in calls.values()]
         if len(found) != self.trace.calls.get(owner, 1) or any(counts != found[0] for counts in found):
@@ -154,7 +158,7 @@ class _Planner:
         )
 
     def _ask_layers(self) -> None:
-        """What layers read, and what the recipe wants of what they give."""
+        """Notes the tensors that layers read, and those layer outputs that the recipe wants quantized."""
         for name, scheme in self.layers.items():
             if scheme.output_activations is not None:
                 for end in (end for end, layer in self.ends.items() if layer == name):
@@ -200,7 +204,7 @@ class _Planner:
                 self.required.setdefault(name, base)
 
     def _follow(self, node: TracedNode, roots: list[str], base: ActivationScheme) -> None:
-        """Whether what `node` gives is in integers too, the first of whose operands is; sums apart."""
+        """Decides whether the result of `node` is in integers like its first operand; sums are decided elsewhere."""
         inside, placed = all(root in self.blocks for root in roots), self._place(node) is not None
         users = self.trace.users(node.name)
         if self._stands_alone(node):
@@ -303,13 +307,14 @@ class _Planner:
         return shared
 
     def _reads_integers(self, node: TracedNode) -> bool:
-        """Whether all that `node` reads is quantized where it is made."""
+        """True if all that `node` reads is quantized where it is made."""
         return all(self.trace.root(name) in self.required for name in node.inputs)
 
     def _give_integers(self) -> None:
-        """A convolution with a result that nobody reads as integers would run in float: it is quantized as it leaves.
+        """Quantizes the output of a Conv even without a quantized reader: it would run in float.
 
-        onnxruntime has no integer convolution with a result in float, as it has for products of matrices.
+        onnxruntime has no integer Conv with float output, as MatMulIntegerToFloat is for matrices
+        (https://github.com/microsoft/onnxruntime/issues/9410, seen in 1.31.1); needless once it has one.
         """
         base = self.settings.scheme.input_activations
         for end in self.ends:
@@ -321,12 +326,12 @@ class _Planner:
                 self.required.setdefault(end, base)
 
     def _is_norm_by_hand(self, node: TracedNode) -> bool:
-        """Whether a mean over the last of three dimensions reads what was moved: features, not time, as in a norm."""
+        """True for a mean over the last of three dimensions of a moved tensor: of features, as in a norm, not time."""
         made = self.trace.by_name[node.inputs[0]]
         return node.op == "mean" and made.kind == "move" and made.shape is not None and len(made.shape) == 3
 
     def _stands_alone(self, node: TracedNode) -> bool:
-        """Whether `node` is a BatchNorm that no layer takes in, and a layer of its own where it reads integers."""
+        """True for a BatchNorm that no layer takes in: it is a layer of its own where it reads integers."""
         norm: Any = self.modules.get(node.owner)
         if node.kind != "batch_norm" or node.name in self.ends or self.trace.calls.get(node.owner) != 1:
             return False

@@ -1,4 +1,4 @@
-"""What is quantized where, and why not, as plain data; and putting it in force on a model.
+"""The plan of what is quantized where, as plain data, and putting it in force on a model.
 
 A plan is made once, from a trace and a scheme (`placement.make_plan`). It goes into a checkpoint and gives a fresh
 model its quantized layers without a trace.
@@ -237,6 +237,8 @@ def check_plan(model: nn.Module, plan: QuantizationPlan, *, again: bool = False)
     """Refuses a plan that was made for another model.
 
     Args:
+        model: which the plan is to fit.
+        plan: as a state holds it.
         again: whether the model may be quantized already, by a plan that this one is to take the place of.
 
     Raises:
@@ -390,5 +392,5 @@ def _device(module: nn.Module, model: nn.Module) -> torch.device:
 
 
 def is_quantized(model: nn.Module) -> bool:
-    """Whether some layer of `model` computes with quantized weights or activations."""
+    """True if some layer of `model` computes with quantized weights or activations."""
     return any(isinstance(module, (QuantizedLayer, FakeQuantize)) for module in model.modules())

@@ -1,4 +1,4 @@
-"""What a recipe may ask of quantization, in its own words: how many bits, where, and where not."""
+"""Quantization as a recipe asks for it: bits, observers, scales, and which layers have others or none."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ Named = Literal["default", "onnxruntime", "deepsparse", "tensorrt", "weight_only
 
 
 class ActivationScheme(BaseModel):
-    """How the values that flow between layers are quantized: one scale per tensor."""
+    """Quantization of the values that flow between layers: one scale per tensor."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
@@ -58,7 +58,7 @@ class ActivationScheme(BaseModel):
 
 
 class WeightScheme(BaseModel):
-    """How weights are quantized; a zero stays exactly zero in every way."""
+    """Quantization of weights; a zero stays exactly zero in every way."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
@@ -109,7 +109,7 @@ class WeightScheme(BaseModel):
 
 
 class Scheme(BaseModel):
-    """What is quantized around a layer; null leaves it in float.
+    """Quantization around a layer: its input, its weights, its output; null leaves each in float.
 
     >>> Scheme(weights={"num_bits": 4}).weights.strategy
     'channel'

@@ -183,7 +183,7 @@ at 255/256. With 1/255 it would saturate at 1, but 1/2, the gate of 0, would lie
 
 
 def gate_of(x: Tensor, gate: str) -> Tensor:
-    """What x is multiplied by in the activation `gate`, in float."""
+    """The factor of x in the activation `gate`, in float."""
     return torch.sigmoid(x) if gate == "silu" else F.hardsigmoid(x)
 
 
@@ -194,12 +194,13 @@ def apply_function(function: type[torch.autograd.Function], *args: object) -> Te
 
 
 def in_backward() -> bool:
+    """True inside of a backward, as where activation checkpointing computes a forward again."""
     # Compiled code has no such question, and computes nothing again but what it decided to.
     return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
 
 def readable(x: Tensor) -> bool:
-    """Whether a value may be read into Python without waiting for a device or breaking a compiled or traced graph."""
+    """True if a value can be read into Python without waiting for a device or breaking a compiled or traced graph."""
     return x.device.type == "cpu" and not torch.compiler.is_compiling() and type(x) in (Tensor, nn.Parameter)
 
 

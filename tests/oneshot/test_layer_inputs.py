@@ -48,7 +48,7 @@ def test_moments_of_batches_are_those_of_all_samples(monkeypatch: pytest.MonkeyP
     assert torch.allclose(moments.mean_float[0], y.mean(0), atol=1e-6)
     assert torch.allclose(moments.second[0], x.T @ x / 40, atol=1e-6)
     assert moments.cross is not None and torch.allclose(moments.cross[0], x.T @ y / 40, atol=1e-6)
-    monkeypatch.setattr(layer_inputs, "ROWS", 10)
+    monkeypatch.setattr(layer_inputs, "ROWS_AT_ONCE", 10)
     few = Moments(layer)
     few.add(x)
     assert few.rows == 10

@@ -1,10 +1,12 @@
-"""Layers retyped in place: what stays, what works on, what can be undone, what the user's own operations become."""
+"""Layers converted in place: what stays, what works on, what can be undone, what the user's own operations become."""
 
 from __future__ import annotations
 
 import copy
 import io
 import pickle
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,14 +15,17 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+import sparsify
 from sparsify.errors import SparsifyWarning
 from sparsify.quantization.calibration import calibrate
-from sparsify.quantization.conversion import freeze_norms, quantizers
+from sparsify.quantization.conversion import freeze_norms, original_type, quantized_layers, quantizers, weight_bits
 from sparsify.quantization.deployment import deployment_copy
 from sparsify.quantization.fake_quantize import FakeQuantize
 from sparsify.quantization.forward_ops import Watched, switched_off
 from sparsify.quantization.layers import QuantizedConv2d, QuantizedLayer, QuantizedLinear
 from sparsify.quantization.plan import is_quantized, undo_plan
+from sparsify.quantization.scheme import QuantizationSettings, Scheme
+from sparsify.quantization.wiring import wiring_of
 from tests.loops import quantized, quantized_and_trained, train
 from tests.zoo.quantizable import ZOO, BertLayer, ResidualBlock, ResidualNet, SqueezeExciteNet, images
 
@@ -87,6 +92,41 @@ def test_a_quantized_layer_is_still_one_of_its_kind() -> None:
     assert type(model.fc) is QuantizedLinear and isinstance(model.fc, nn.Linear)
     assert type(model.stem) is QuantizedConv2d and isinstance(model.stem, nn.Conv2d)
     assert isinstance(model.first, ResidualBlock) and isinstance(model.first, Watched)
+
+
+def test_links_of_converted_layers_are_read_in_their_room_alone() -> None:
+    root = Path(sparsify.__file__).parent
+    private = re.compile(r"\b_wiring\b|\._counts\b|\._off\b|_unquantized\b|_left_in_float\b")
+    readers = {path.relative_to(root).as_posix() for path in root.rglob("*.py") if private.search(path.read_text())}
+    assert readers and not {name for name in readers if not name.startswith("quantization/")}
+
+
+def test_a_switched_off_layer_keeps_its_bits_for_later_and_computes_in_float() -> None:
+    layer = nn.Sequential(nn.Linear(8, 4))
+    x = torch.randn(3, 8)
+    exact = layer(x)
+    quantized(layer, x, settings=QuantizationSettings(scheme=Scheme(input_activations=None)))
+    (name, linear), *others = quantized_layers(layer)
+    assert (name, weight_bits(linear), original_type(linear), others) == ("0", 8, nn.Linear, [])
+    wiring = wiring_of(linear)
+    rounded = layer(x)
+    wiring.enabled = False
+    assert wiring.bits == 8 and wiring.q_max == 127 and weight_bits(linear) == 0 and not list(quantized_layers(layer))
+    assert torch.equal(layer(x), exact) and torch.equal(layer.eval()(x), exact)
+    wiring.enabled = True
+    assert torch.equal(layer.train()(x), rounded) and not torch.equal(rounded, exact)
+
+
+def test_undoing_a_plan_leaves_nothing_behind() -> None:
+    model, x = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True), torch.randn(2, 4, 16)
+    before = {name: set(vars(module)) | set(module._modules) for name, module in model.named_modules()}
+    types = {name: type(module) for name, module in model.named_modules()}
+    quantized(model, x)
+    assert model.activation_relu_or_gelu == 0
+    undo_plan(model)
+    assert {name: set(vars(module)) | set(module._modules) for name, module in model.named_modules()} == before
+    assert {name: type(module) for name, module in model.named_modules()} == types
+    assert model.activation_relu_or_gelu == 1
 
 
 def test_hooks_of_the_user_go_on_working() -> None:

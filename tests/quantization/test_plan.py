@@ -15,7 +15,7 @@ from sparsify.model.trace import trace
 from sparsify.quantization.conversion import quantizers
 from sparsify.quantization.forward_ops import switched_off
 from sparsify.quantization.placement import make_plan
-from sparsify.quantization.plan import QuantizationPlan, apply_plan
+from sparsify.quantization.plan import LayerPlan, NormPlan, QuantizationPlan, QuantizerSite, apply_plan
 from sparsify.quantization.scheme import NAMED, ActivationScheme, QuantizationSettings, Scheme, WeightScheme
 from tests.loops import quantized
 from tests.zoo.quantizable import (
@@ -354,6 +354,19 @@ def test_containers_do_not_get_quantizers_among_their_layers() -> None:
     quantized(model, images())
     assert list(model[0]) == ["a", "b"]
     model(images())
+
+
+def test_a_saved_plan_keeps_its_keys() -> None:
+    site = QuantizerSite("conv", "output_quantizer", 8, False, 0.01, fused_relu=True, shared_with="other")
+    plan = QuantizationPlan(
+        layers=(LayerPlan("conv", 0, 127, None, None),), sites=(site,), alone=(NormPlan("bn", "site", 4, 63),)
+    )
+    state = plan.to_state()
+    # As the first release wrote them; the fields have other names since.
+    assert state["layers"][0]["largest"] == 127 and state["alone"][0]["largest"] == 63
+    assert state["sites"][0]["relu"] is True and state["sites"][0]["like"] == "other"
+    assert not {"q_max", "fused_relu", "shared_with"} & {*state["layers"][0], *state["sites"][0], *state["alone"][0]}
+    assert QuantizationPlan.from_state(state) == plan
 
 
 @pytest.mark.parametrize("name", ZOO)
