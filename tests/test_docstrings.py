@@ -27,8 +27,11 @@ MENDED = {
     "errors",
     "model",
     "modifiers",
+    "oneshot",
     "optimize",
     "output",
+    "pruning",
+    "quantization",
     "recipe",
     "training",
 }
@@ -124,10 +127,13 @@ def names_described(text: str) -> list[str]:
 
 
 def parameters(function: Function) -> list[str]:
-    """As they stand in the signature, without self and cls, and without those that are ignored by name."""
+    """As they stand in the signature, without the object or class of a method, and without those that are ignored."""
     a = function.args
     every = [*a.posonlyargs, *a.args, *filter(None, [a.vararg]), *a.kwonlyargs, *filter(None, [a.kwarg])]
-    return [one.arg for one in every if one.arg not in ("self", "cls") and not one.arg.startswith("_")]
+    # A function may have a parameter called cls; a method has it where it says so.
+    of_class = {"classmethod"} & {ast.unparse(one).split("(")[0] for one in function.decorator_list}
+    bound = {"self", "cls"} if of_class or function.name in ("__new__", "__init_subclass__") else {"self"}
+    return [one.arg for one in every if one.arg not in bound and not one.arg.startswith("_")]
 
 
 def described(text: str) -> list[tuple[list[str], str]]:
@@ -201,6 +207,9 @@ def f(one, two):
 def hidden(one):
     """Text."""
 class A:
+    @classmethod
+    def of(cls, one):
+        """Text of `one`."""
     def work(self, one):
         """Text of `one`."""
 class B(A):
@@ -218,8 +227,8 @@ class B(A):
 '''
     assert list(Source({"f.py": text}).faults()) == [
         "f.py:3: f: nothing is said of ['two']",
-        "f.py:12: B.rest: nothing is said of ['two']",
-        "f.py:14: B.more: nothing is said of ['two']",
+        "f.py:15: B.rest: nothing is said of ['two']",
+        "f.py:17: B.more: nothing is said of ['two']",
     ]
 
 
