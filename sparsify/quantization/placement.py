@@ -11,8 +11,7 @@ from __future__ import annotations
 import dataclasses
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
-from functools import cached_property
-from typing import Any, Literal
+from typing import Any
 
 from torch import nn
 
@@ -21,17 +20,16 @@ from sparsify.quantization.attention import SLOW
 from sparsify.quantization.attention_products import ATTENTION, MATMUL, OPERANDS, operand
 from sparsify.quantization.conversion import is_norm_and_more
 from sparsify.quantization.fixed_and_shared import FIXED
-from sparsify.quantization.forward_ops import COUNTED, KINDS, LAYER, NORM, child_name
+from sparsify.quantization.forward_ops import COUNTED, LAYER, NORM
+from sparsify.quantization.insertion_points import CONTAINERS, InsertionPoints, QuantizerRole
 from sparsify.quantization.layer_selection import QuantizedLayers
-from sparsify.quantization.layers import NORMS, POINTWISE, PROJECTION, WEIGHTED
+from sparsify.quantization.layers import NORMS, PROJECTION, WEIGHTED
 from sparsify.quantization.plan import LayerPlan, NormPlan, QuantizationPlan, QuantizerSite, Unquantized
 from sparsify.quantization.scheme import ActivationScheme, QuantizationSettings, Scheme
 from sparsify.quantization.straight_through import GATES
 from sparsify.quantization.weight_grid import TRANSPOSED, channel_axis, stores_transposed
 
 __all__: list[str] = []
-
-QuantizerRole = Literal["input", "output", "function"]
 
 
 def make_plan(model: nn.Module, trace: Trace, settings: QuantizationSettings) -> QuantizationPlan:
@@ -57,6 +55,7 @@ class _Planner:
         self.modules, self.layers, self.folds = chosen.modules, chosen.layers, chosen.folds
         # BatchNorms that become layers of their own, and what stays in float, are found while tensors are chosen.
         self.nodes, self.ends, self.left = dict(chosen.nodes), dict(chosen.ends), list(chosen.left)
+        self.points = InsertionPoints(trace, chosen, self.nodes, self.ends)
         # Tensors, by the nodes that give them: those that layers read, with the layers; those that are quantized where
         # they are made; those that hold integers in convolutional blocks.
         self.demands: dict[str, list[tuple[str, ActivationScheme]]] = defaultdict(list)
@@ -65,71 +64,6 @@ class _Planner:
         self.alone: dict[str, TracedNode] = {}
         # Layers that are called more than once, or read what is no float.
         self.own: list[tuple[str, ActivationScheme]] = []
-
-    # Where a quantizer can stand
-
-    def _place(self, node: TracedNode) -> tuple[str, str, QuantizerRole] | None:
-        """Where the quantizer of what `node` gives can stand: (module, child, role); None: only at its readers."""
-        if node.name in self.ends:
-            layer = self.ends[node.name]
-            if len(self.nodes.get(layer, ())) > 1 and node.kind != "conv":
-                return None
-            return self.folds.get(layer, layer), "output_quantizer", "output"
-        if node.kind not in KINDS or not node.is_float or self.chosen.ignores(node):
-            return None
-        if self._is_own_module(node):
-            return node.owner, "output_quantizer", "output"
-        owner = self._watched_owner(node)
-        # A container runs or lists its children: a quantizer among them would be one more layer.
-        if isinstance(self.modules[owner], _CONTAINERS) or self._counts(owner) is None:
-            return None
-        return owner, child_name(node.kind, self._index(node, owner)), "function"
-
-    def _is_own_module(self, node: TracedNode) -> bool:
-        """True if `node` is all that a ReLU or a pool computes, called from one place."""
-        module = self.modules.get(node.owner)
-        return type(module) in POINTWISE and self.trace.calls.get(node.owner) == 1
-
-    def _watched_owner(self, node: TracedNode) -> str:
-        """The user's module in whose forward the node stands: modules of torch without children are looked through."""
-        for call in reversed(node.stack):
-            module = self.modules.get(call.path)
-            if module is None:
-                continue
-            plain = type(module).__module__.startswith("torch.nn.")
-            if not plain or (any(True for _ in module.children()) and not isinstance(module, _CONTAINERS)):
-                return call.path
-        return ""
-
-    def _own_nodes(self, owner: str) -> dict[int, list[TracedNode]]:
-        """The counted operations of a module, by call."""
-        return self._by_owner.get(owner, {})
-
-    @cached_property
-    def _by_owner(self) -> dict[str, dict[int, list[TracedNode]]]:
-        by_owner: dict[str, dict[int, list[TracedNode]]] = defaultdict(lambda: defaultdict(list))
-        for node in self.trace.nodes:
-            if node.kind in COUNTED and node.is_float and not self._is_own_module(node):
-                if node.kind == MATMUL and node.op not in OPERANDS:
-                    continue
-                path = self._watched_owner(node)
-                number = next((call.number for call in reversed(node.stack) if call.path == path), 0)
-                by_owner[path][number].append(node)
-        return by_owner
-
-    def _counts(self, owner: str) -> dict[str, int] | None:
-        """{kind: number of operations} that a module computes itself; None where that differs between its calls."""
-        calls = self._own_nodes(owner)
-        found = [{kind: sum(n.kind == kind for n in nodes) for kind in COUNTED} for nodes in calls.values()]
-        if len(found) != self.trace.calls.get(owner, 1) or any(counts != found[0] for counts in found):
-            return None
-        return found[0]
-
-    def _index(self, node: TracedNode, owner: str) -> int:
-        for nodes in self._own_nodes(owner).values():
-            if node in nodes:
-                return [n.name for n in nodes if n.kind == node.kind].index(node.name)
-        raise AssertionError(node.name)
 
     # Which tensors are quantized
 
@@ -205,7 +139,7 @@ class _Planner:
 
     def _follow(self, node: TracedNode, roots: list[str], base: ActivationScheme) -> None:
         """Decides whether the result of `node` is in integers like its first operand; sums are decided elsewhere."""
-        inside, placed = all(root in self.blocks for root in roots), self._place(node) is not None
+        inside, placed = all(root in self.blocks for root in roots), self.points.place(node) is not None
         users = self.trace.users(node.name)
         if self._stands_alone(node):
             self.alone[node.owner] = node
@@ -213,7 +147,7 @@ class _Planner:
             self.nodes[node.owner] = [node]
             self.blocks.add(node.name)
             self.demands[roots[0]].append((node.owner, base))
-            if self._place(self.trace.by_name[roots[0]]) is not None:
+            if self.points.place(self.trace.by_name[roots[0]]) is not None:
                 self.required.setdefault(roots[0], base)
         elif node.name in self.ends and node.kind == "linear":
             # Squeeze-and-excitation and classifiers with a gate: the gate would stand between floats.
@@ -257,7 +191,7 @@ class _Planner:
             wanted = self.demands.get(node.name, [])
             if node.name not in self.required and not wanted:
                 continue
-            place = self._place(node)
+            place = self.points.place(node)
             asked = {name for name, _ in wanted}
             others = [user for user in self.trace.users(node.name) if user.owner not in asked]
             in_float = bool(others) or self.trace.leaves(node.name)
@@ -286,7 +220,7 @@ class _Planner:
         shared: dict[str, list[str]] = {}
         for name, args in self.own:
             roots = [self.trace.by_name[self.trace.root(n.inputs[0])] for n in self.nodes[name] if n.inputs]
-            places = [self._place(root) for root in roots]
+            places = [self.points.place(root) for root in roots]
             if len(roots) == len(self.nodes[name]) and all(root.name in self.blocks for root in roots) and all(places):
                 sites = [self._site(root, place, args) for root, place in zip(roots, places, strict=True) if place]
                 alike = {(site.fused_relu, site.ceiling, site.gate, site.fixed) for site in sites}
@@ -318,7 +252,7 @@ class _Planner:
         """
         base = self.settings.scheme.input_activations
         for end in self.ends:
-            if base is None or end not in self.blocks or self._place(self.trace.by_name[end]) is None:
+            if base is None or end not in self.blocks or self.points.place(self.trace.by_name[end]) is None:
                 continue
             readers = self.trace.users(end)
             fused = len(readers) == 1 and readers[0].kind == "relu" and readers[0].name in self.required
@@ -357,19 +291,23 @@ class _Planner:
         for node in self.trace.nodes:
             if node.kind != MATMUL or not node.is_float or node.parameters or len(node.inputs) < 2:
                 continue
-            owner = self._watched_owner(node)
+            owner = self.points.watched_owner(node)
             scheme = self.settings.per_layer(self.modules[""], [owner])[owner]
             args = None if scheme is None else scheme.matmul_activations
             if args is None:
                 continue
             if owner in self.chosen.attentions:
                 names, index = ATTENTION, 0
-            elif node.op not in OPERANDS or isinstance(self.modules[owner], _CONTAINERS) or self._counts(owner) is None:
+            elif (
+                node.op not in OPERANDS
+                or isinstance(self.modules[owner], CONTAINERS)
+                or self.points.counts(owner) is None
+            ):
                 why = f"a product of {node.op} cannot be watched; write it as a matmul in a module's own forward"
                 self.left.append(Unquantized(f"{owner or 'the model'}: {node.op}", why))
                 continue
             else:
-                names, index = OPERANDS[node.op], self._index(node, owner)
+                names, index = OPERANDS[node.op], self.points.index(node, owner)
             # A product in every call of a module, and both of an attention, are one place.
             if (owner, index) not in done:
                 done.add((owner, index))
@@ -377,18 +315,18 @@ class _Planner:
 
     def _why_no_add(self, node: TracedNode, roots: list[str]) -> str | None:
         trace = self.trace
-        if len(roots) == 1 and not node.parameters and roots[0] in self.blocks and self._place(node) is not None:
+        if len(roots) == 1 and not node.parameters and roots[0] in self.blocks and self.points.place(node) is not None:
             # Of a tensor and a number; one more rounding pays where integers go on.
             users = trace.users(node.name)
             return None if users and all(user.kind in _GO_ON for user in users) else "its result goes on in float"
-        if len(roots) != 2 or self._place(node) is None:
+        if len(roots) != 2 or self.points.place(node) is None:
             return "not an add of two tensors that can be watched"
         shapes = {trace.by_name[read].shape for read in node.inputs}
         if len(shapes) != 1:
             return f"its operands have the shapes {' and '.join(map(str, shapes))}"
         for root in roots:
             if root not in self.blocks and (
-                self._place(trace.by_name[root]) is None or trace.by_name[root].kind == "linear"
+                self.points.place(trace.by_name[root]) is None or trace.by_name[root].kind == "linear"
             ):
                 return f"{trace.by_name[root].op} in {trace.by_name[root].owner or 'the model'} stays in float"
         return None
@@ -441,7 +379,7 @@ class _Planner:
         """The modules with quantized operations of their own, and those below them that compute such operations too."""
         own = {"input_quantizer", "output_quantizer"}
         owners = {site.module for site in sites if site.child not in own} - set(self.chosen.attentions)
-        watched = {owner: dict(self._counts(owner) or {}) for owner in owners}
+        watched = {owner: dict(self.points.counts(owner) or {}) for owner in owners}
         for owner, counts in watched.items():
             found = {site.child.rsplit("_", 2)[0] for site in sites if site.module == owner}
             for kind in ("multiply", "gate", MATMUL):
@@ -457,9 +395,13 @@ class _Planner:
                 watched.setdefault(norm, {})[NORM] = 1
         placed = {site.module for site in sites}
         for node in self.trace.nodes:
-            if node.kind in COUNTED and node.is_float and not (self._is_own_module(node) and node.owner in placed):
+            if (
+                node.kind in COUNTED
+                and node.is_float
+                and not (self.points.is_own_module(node) and node.owner in placed)
+            ):
                 # A ReLU or a pool that stays in float is seen by who calls it, and is not the caller's operation.
-                path = node.owner if self._is_own_module(node) else self._watched_owner(node)
+                path = node.owner if self.points.is_own_module(node) else self.points.watched_owner(node)
                 above = {call.path for call in node.stack} - {path}
                 if path not in watched and above & owners:
                     watched[path] = {}
@@ -476,7 +418,6 @@ class _Planner:
 
 _GO_ON = frozenset({"conv", "linear", "relu", "add", "multiply", "concat", "gate", "average_pool"})
 """Kinds of operations that compute with integers."""
-_CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 
 
 def _on_one_grid(sites: Iterable[QuantizerSite], grids: Iterable[list[str]]) -> list[QuantizerSite]:
