@@ -42,7 +42,7 @@ def simulated_norms(model: nn.Module, seed: int = 0) -> Iterator[None]:
     generator = torch.Generator().manual_seed(seed)
 
     def drawn(norm: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor]:
-        # What is computed here is no operation of the user's: it is hidden from whoever counts them.
+        # Not the user's operations: hidden from a `TorchFunctionMode` that counts those.
         with torch._C.DisableTorchFunction():
             assert isinstance(norm, _BatchNorm)
             return (_values(norm, inputs[0], generator),)

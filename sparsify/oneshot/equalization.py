@@ -1,9 +1,9 @@
-"""Channels of equal reach: what one layer gives less, the next takes more.
+"""Equalization of channels between two layers: divided where they are made, multiplied where they are read.
 
 Nagel 2019, https://arxiv.org/abs/1906.04721. Between two layers with nothing but a ReLU, a pool or a dropout between
 them, a channel can be divided by any s > 0 where it is made and multiplied where it is read. With
 s_i = sqrt(a_i / b_i), a_i the largest weight that makes channel i (BatchNorm folded) and b_i the largest that reads it,
-no channel is lost in the grid that a louder one asks for. Different here: s is a power of two. Floats then change in
+no channel is lost in the grid of a larger one. Different here: s is a power of two. Floats then change in
 their exponents alone, and the network's function not by a bit.
 """
 
@@ -41,7 +41,7 @@ _POOLS = frozenset(
 
 @dataclass(frozen=True)
 class Neighbours:
-    """Two layers between which channels can be scaled; `norm`: the BatchNorm between them."""
+    """Two layers between which channels can be scaled, and the BatchNorm between them."""
 
     first: str
     norm: str | None

@@ -183,7 +183,7 @@ def watch_inputs(model: nn.Module, names: Sequence[str], batch: Any, see: Callab
 
     def hook(name: str) -> Callable[..., None]:
         def before(module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
-            # What is computed here is no operation of the user's: it is hidden from whoever counts them.
+            # Not the user's operations: hidden from a `TorchFunctionMode` that counts those.
             with torch._C.DisableTorchFunction():
                 x = inputs[0] if inputs else next(iter(named.values()))
                 if isinstance(module, Converted):

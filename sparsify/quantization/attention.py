@@ -165,7 +165,7 @@ class QuantizedMultiheadAttention(Converted, nn.MultiheadAttention):
         return found
 
     def _heads(self, x: Tensor, alone: bool) -> Tensor:
-        """(batch, heads, length, size of a head) of what a projection gives."""
+        """The output of a projection as (batch, heads, length, size of a head)."""
         x = x.view(*x.shape[:-1], self.num_heads, -1)
         if alone:
             return x.transpose(0, 1).unsqueeze(0)

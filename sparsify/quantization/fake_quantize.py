@@ -60,7 +60,7 @@ class FakeQuantize(nn.Module):
         averaging_constant: the share of a batch in the moving range or histogram.
         relu: the tensor goes through a ReLU first: low is 0, and in training the two are one function.
         ceiling: the ReLU is cut off there (ReLU6).
-        in_place: whether a tensor that nobody else reads may be overwritten.
+        in_place: whether the quantizer may overwrite its input, since it is the only reader.
         gate: the tensor goes through this activation of `GATES` first.
         observer: how the range follows from the values.
         percentile: of the observer of that name.
@@ -151,7 +151,7 @@ class FakeQuantize(nn.Module):
         return self._compute(x)
 
     def _compute(self, x: Tensor) -> Tensor:
-        # What torch computes for us here is not the user's operation: it is hidden from whoever watches functions.
+        # Not the user's operations: hidden from a `TorchFunctionMode` that watches those.
         with torch._C.DisableTorchFunction():
             if self.gate is not None:
                 x = self._gated(x, self.gate)

@@ -2,7 +2,7 @@
 
 The module whose forward they stand in is converted to a class that watches the functions it calls. They are known by
 their kind and their order within one call of that module, which is the order of the trace; where the counts disagree,
-what stands there stays in float.
+they stay in float.
 """
 
 from __future__ import annotations
@@ -244,7 +244,7 @@ class _ForwardMode(overrides.TorchFunctionMode):
         quantizer = cast("FakeQuantize | SameGrid | None", self.module._modules.get(child_name(kind, index)))
         if quantizer is None:
             result = func(*args, **kwargs)
-            # An integer add (BatchNorm's counter) is nobody's.
+            # An add of integers (BatchNorm's counter) is not counted.
             if isinstance(result, Tensor) and result.is_floating_point():
                 self.seen[kind] = index + 1
             return result
@@ -266,7 +266,7 @@ class _ForwardMode(overrides.TorchFunctionMode):
                 return result if target is None else target.copy_(result)
             result = quantizer(result)
         self.seen[kind] = index + 1
-        # x.add_(y) as a statement: whoever ignores what it gives looks at x.
+        # x.add_(y) as a statement: its result is not used, x is.
         return result if target is None or result is target else target.copy_(result)
 
 
@@ -315,7 +315,7 @@ def switch_off(module: Watched) -> None:
     overwrite(module, "_off", True)
     wiring = wiring_of(module)
     if wiring.layer is not None:
-        # Nobody knows what its forward does with a BatchNorm that passes through.
+        # Its forward is unknown, and so is what it does with a BatchNorm that passes through.
         wiring_of(wiring.layer).norm = None
         wiring.layer = None
     if wiring.norm is not None:
@@ -328,7 +328,7 @@ def switch_off(module: Watched) -> None:
 
 
 def switched_off(model: nn.Module) -> list[str]:
-    """The clean names of the modules whose own operations were left in float."""
+    """Clean names of the modules whose own operations compute in float since trace and calls disagreed."""
     modules = {"": model, **named_modules(model)}
     return [name for name, module in modules.items() if isinstance(module, Watched) and module._off]
 

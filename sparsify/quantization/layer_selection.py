@@ -29,11 +29,14 @@ class QuantizedLayers:
     """The layers of `model` that are quantized by `settings`.
 
     Attributes:
+        trace: of the model.
+        settings: as the recipe says.
         modules: clean name -> module; "" is the model.
-        layers: name -> the scheme of a layer that is quantized. nodes: name -> its operations in the trace.
+        layers: name -> the scheme of a layer that is quantized.
+        nodes: name -> its operations in the trace.
         attentions: MultiheadAttentions whose projections are among the layers.
         folds: layer -> the BatchNorm that is folded into it.
-        ends: the node that gives what a layer gives, that of its BatchNorm where one is folded -> the layer.
+        ends: the node that makes the output of a layer, that of its BatchNorm where one is folded -> the layer.
         left: what stays in float, and why.
 
     Raises:
@@ -73,7 +76,7 @@ class QuantizedLayers:
                 self._leave(name, why)
         self._leave_bare_weights()
         self.folds = self._find_folds()
-        # The node that gives what a layer gives: its BatchNorm where that is folded.
+        # The node that makes the output of a layer: its BatchNorm where that is folded.
         self.ends: dict[str, str] = {}
         for name in self.layers:
             for node in self.nodes[name]:

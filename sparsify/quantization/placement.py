@@ -342,7 +342,7 @@ class _Planner:
         if relu:
             made = self.trace.by_name[node.inputs[0]]
             alone = len(self.trace.readers[made.name]) == 1 and made.name not in self.trace.outputs
-            # What these give is not kept for their own backward; of other operations nobody knows.
+            # These do not keep their results for their own backward; of other operations it is not known.
             in_place = alone and made.kind in ("conv", "linear", "batch_norm", "add")
             writes = node.op.endswith("_")
             producer = None if writes or made.kind == "add" else made.owner

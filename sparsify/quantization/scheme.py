@@ -123,7 +123,7 @@ class Scheme(BaseModel):
     weights: WeightScheme | None = Field(default=WeightScheme(), description="The weights of layers.")
     output_activations: ActivationScheme | None = Field(
         default=None,
-        description="What a layer gives, quantized even where no quantized layer reads it. Residual adds, ReLUs and "
+        description="The output of a layer, quantized even where no quantized layer reads it. Residual adds, ReLUs and "
         "pools of convolutional blocks are quantized without it.",
     )
 

@@ -27,7 +27,7 @@ class Net(nn.Module):
 
 
 class QuantizedLinear(nn.Linear):
-    """Stands for a layer that was retyped in place, with a quantizer as a child."""
+    """Stands for a layer that was converted in place, with a quantizer as a child."""
 
 
 def names(model: nn.Module, said: str | list[str], **options: object) -> list[str]:
@@ -132,7 +132,7 @@ def test_conv1d_of_transformers_is_prunable_by_its_class_name() -> None:
     assert targets.input_dim(model[0]) == 0
 
 
-def test_a_retyped_layer_is_found_under_both_types() -> None:
+def test_a_converted_layer_is_found_under_both_types() -> None:
     model = nn.Sequential(nn.Linear(2, 2))
     model[0].__class__ = QuantizedLinear
     model[0].quantizer = nn.Identity()
