@@ -31,6 +31,8 @@ SHARE = 0.02
 weights any share may: where the scales of an add have a simple ratio, every few sums lie half-way between two steps."""
 FEW = 3
 """So many values may differ in a tensor of any size."""
+FLOAT_KERNELS = frozenset({"QuantizeLinear", "Gemm", "MatMul", "FusedMatMul", "FusedGemm"})
+"""Operators in the optimized graph that compute a tensor from floats."""
 
 
 @dataclass(frozen=True)
@@ -140,47 +142,100 @@ def prove(
     from sparsify.onnx.reference import Reference
 
     reference = Reference(proto)
-    quantizers = [node for node in proto.graph.node if node.op_type == "QuantizeLinear"]
-    floats = [fused.node for fused in reference.fusion.fused.values() if fused.quantize is None]
-    named = {node.output[0]: node for node in [*quantizers, *floats]}
-    order = [name for node in proto.graph.node for name in node.output if name in named]
+    tensors = _compared_tensors(reference, proto)
+    quantized = [node.output[0] for node in proto.graph.node if node.op_type == "QuantizeLinear"]
+    moved = {name: _moved(reference.fusion.view, name) for name in quantized if tensors[name].name in recorded}
+    end_to_end = reference.run(feed, keep=[*tensors, *(name for names in moved.values() for name in names)])
+    optimized, kernels = _inside(proto, path, feed, quantized, list(tensors), expected)
+    torch_values, places = _torch_values({name: recorded[tensors[name].name] for name in moved}, moved, end_to_end)
 
-    behind = {
-        node.output[0]: _moved(reference.fusion.view, node.output[0]) for node in quantizers if node.name in recorded
+    def side(values: Mapping[str, np.ndarray], places: Mapping[str, str] | None = None) -> _Side:
+        local = reference.run(feed, given=values, keep=list(values)) if values else {}
+        return _Side(values, local, places or {})
+
+    sides = {
+        "torch": side(torch_values, places),
+        "written": side(_computed_as_written(proto, path, feed, quantized)),
+        "optimized": side(optimized),
     }
-    end_to_end = reference.run(feed, keep=[*order, *(name for names in behind.values() for name in names)])
-    written = _computed_as_written(proto, path, feed, [node.output[0] for node in quantizers])
-    optimized, kernels = _inside(proto, path, feed, [node.output[0] for node in quantizers], order, expected)
-    torch_side: dict[str, np.ndarray] = {}
-    torch_at: dict[str, str] = {}
-    for name, names in behind.items():
-        integers = recorded[named[name].name]
-        forms = {at: aligned for at in names if (aligned := _aligned(integers, end_to_end[at])) is not None}
+    differences = [
+        _tensor_difference(reference, name, node, sides, end_to_end[name], kernels.get(name, "-"))
+        for name, node in tensors.items()
+    ]
+    return Proof(
+        tuple(differences),
+        tuple(_unfused(reference, kernels)),
+        {name: each.local for name, each in sides.items()},
+        {name: end_to_end[name] for name in reference.outputs},
+    )
+
+
+@dataclass(frozen=True)
+class _Side:
+    """One of those that are compared with the reference."""
+
+    values: Mapping[str, np.ndarray]
+    """Its tensors, by their values in the file."""
+    local: Mapping[str, np.ndarray]
+    """The same, as the reference makes them of this side's own inputs of each kernel."""
+    places: Mapping[str, str]
+    """{value: other value in whose form this side has it}, see `_moved`."""
+
+    def gap(self, name: str, step: np.ndarray | None) -> Gap | None:
+        """The gap to the reference; None where this side has no such tensor."""
+        place = self.places.get(name, name)
+        return _gap(self.local[place], self.values[place], step) if place in self.values else None
+
+
+def _compared_tensors(reference: Reference, proto: ModelProto) -> dict[str, NodeProto]:
+    """{value: node that makes it} of quantized tensors and float results of integer kernels, as they are computed."""
+    floats = {name for name, fused in reference.fusion.fused.items() if fused.quantize is None}
+    return {
+        name: node
+        for node in proto.graph.node
+        for name in node.output
+        if node.op_type == "QuantizeLinear" or name in floats
+    }
+
+
+def _torch_values(
+    recorded: Mapping[str, np.ndarray], moved: Mapping[str, list[str]], end_to_end: Mapping[str, np.ndarray]
+) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+    """({value in the file: integers in torch, in its shape}, {quantized value: the one that it is compared at})."""
+    values: dict[str, np.ndarray] = {}
+    places: dict[str, str] = {}
+    for name, names in moved.items():
+        forms = {at: aligned for at in names if (aligned := _aligned(recorded[name], end_to_end[at])) is not None}
         if forms:
             # Several forms may have one shape: of a square transposed, both have.
-            at = min(forms, key=lambda one: int((forms[one] != end_to_end[one]).sum()))
-            torch_side[at], torch_at[name] = forms[at], at
-    sides = {"torch": torch_side, "written": written, "optimized": optimized}
-    local = {side: reference.run(feed, given=given, keep=list(given)) if given else {} for side, given in sides.items()}
-    tensors = []
-    for name in order:
-        step = _step(reference, name)
-        gaps = {
-            side: _gap(local[side][at], given[at], step) if at in given else None
-            for side, given in sides.items()
-            for at in [torch_at.get(name, name) if side == "torch" else name]
-        }
-        total = _gap(end_to_end[name], optimized[name], step) if name in optimized else None
-        node, kernel = named[name], kernels.get(name, "-")
-        exact = name in optimized and (
-            kernel not in ("QuantizeLinear", "Gemm", "MatMul", "FusedMatMul", "FusedGemm", "-")
-            or node.input[0] in reference.inputs
-        )
-        fused = reference.fusion.fused.get(name)
-        weighted = fused is None or fused.node.op_type in ("Conv", "Gemm", "MatMul")
-        tensors.append(TensorDifference(node.name or name, kernel, exact, weighted, **gaps, total=total))
-    outputs = {name: end_to_end[name] for name in reference.outputs}
-    return Proof(tuple(tensors), tuple(_unfused(reference, kernels)), local, outputs)
+            place = min(forms, key=lambda one: int((forms[one] != end_to_end[one]).sum()))
+            values[place], places[name] = forms[place], place
+    return values, places
+
+
+def _tensor_difference(
+    reference: Reference,
+    name: str,
+    node: NodeProto,
+    sides: Mapping[str, _Side],
+    end_to_end: np.ndarray,
+    kernel: str,
+) -> TensorDifference:
+    """Each side of one tensor against the reference."""
+    step = _step(reference, name)
+    optimized = sides["optimized"].values.get(name)
+    fused = reference.fusion.fused.get(name)
+    return TensorDifference(
+        name=node.name or name,
+        kernel=kernel,
+        # A QuantizeLinear of an input of the file has nothing before it that could round otherwise.
+        exact=optimized is not None and (kernel not in {*FLOAT_KERNELS, "-"} or node.input[0] in reference.inputs),
+        weighted=fused is None or fused.node.op_type in ("Conv", "Gemm", "MatMul"),
+        torch=sides["torch"].gap(name, step),
+        written=sides["written"].gap(name, step),
+        optimized=sides["optimized"].gap(name, step),
+        total=None if optimized is None else _gap(end_to_end, optimized, step),
+    )
 
 
 def _unfused(reference: Reference, kernels: Mapping[str, str]) -> list[Unfused]:
@@ -189,7 +244,7 @@ def _unfused(reference: Reference, kernels: Mapping[str, str]) -> list[Unfused]:
 
     found = list(reference.fusion.unfused)
     for output, fused in reference.fusion.fused.items():
-        if kernels.get(output) in ("QuantizeLinear", "Gemm", "MatMul", "FusedMatMul", "FusedGemm"):
+        if kernels.get(output) in FLOAT_KERNELS:
             node = fused.node
             why = "onnxruntime left it in float although all its neighbours are quantized"
             found.append(Unfused(node.name or node.output[0], node.op_type, why))
