@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from sparsify.errors import ArgumentError, DataError, DataFileError, ExportError
 from sparsify.onnx import integer_kernels
 from sparsify.onnx.export import export_onnx
 from sparsify.onnx.runtime import open_session
-from sparsify.onnx.verify import verify_onnx
+from sparsify.onnx.verify import Verification, verify_onnx
 from sparsify.onnx.verify_kernels import Gap, TensorDifference
 from sparsify.quantization.qdq_ops import quantize_dequantize
 from tests.loops import quantized, train
@@ -38,6 +39,39 @@ class Net(nn.Module):
 @pytest.fixture
 def path(tmp_path: Path) -> Path:
     return tmp_path / "model.onnx"
+
+
+Exported = tuple[nn.Module, Path, Tensor]
+"""A model, its file, and inputs."""
+
+
+@pytest.fixture(scope="module")
+def net(tmp_path_factory: pytest.TempPathFactory) -> Exported:
+    """A float network; not to be changed."""
+    model, path = Net(), tmp_path_factory.mktemp("net") / "model.onnx"
+    export_onnx(model, torch.randn(2, 6), path)
+    return model, path, torch.randn(9, 6)
+
+
+@pytest.fixture(scope="module")
+def resnet(tmp_path_factory: pytest.TempPathFactory) -> Exported:
+    """A network of integers; not to be changed."""
+    torch.manual_seed(0)
+    model, path = IntegerResNet(1, 8), tmp_path_factory.mktemp("resnet") / "model.onnx"
+    export_onnx(model, torch.randn(2, 3, 16, 16), path)
+    return model, path, torch.randn(4, 3, 16, 16)
+
+
+@pytest.fixture(scope="module")
+def proven(resnet: Exported) -> Verification:
+    """The network of integers as it is."""
+    return verify_onnx(*resnet)
+
+
+def copied(exported: Exported, folder: Path) -> Exported:
+    """With a file that may be changed."""
+    model, path, x = exported
+    return model, Path(shutil.copy(path, folder)), x
 
 
 def change(path: Path, name: str, edit: Any) -> None:
@@ -66,23 +100,19 @@ def test_a_float_model_agrees_in_every_output_both_ways(path: Path) -> None:
     assert all(torch.equal(state[key], value) for key, value in model.state_dict().items())
 
 
-def test_a_changed_weight_is_found_and_named(path: Path) -> None:
-    model = Net()
-    export_onnx(model, torch.randn(2, 6), path)
+def test_a_changed_weight_is_found_and_named(net: Exported, tmp_path: Path) -> None:
+    model, path, x = copied(net, tmp_path)
     change(path, "head.bias", lambda value: value + 0.01)
-    result = verify_onnx(model, path, torch.randn(9, 6))
+    result = verify_onnx(model, path, x)
     assert not result.ok and not result
     assert {each.output for each in result.outputs if not each.ok} == {"logits"}
     assert all(abs(each.max_abs - 0.01) < 1e-5 for each in result.outputs if each.output == "logits")
     assert "DIFFERS" in str(result) and str(result).count("<--") == 2
-    assert verify_onnx(model, path, torch.randn(9, 6), tolerance=0.5).ok
+    assert verify_onnx(model, path, x, tolerance=0.5).ok
 
 
-def test_a_quantized_network_agrees_tensor_by_tensor(path: Path) -> None:
-    torch.manual_seed(0)
-    model = IntegerResNet(1, 8)
-    export_onnx(model, torch.randn(2, 3, 16, 16), path)
-    result = verify_onnx(model, path, torch.randn(4, 3, 16, 16))
+def test_a_quantized_network_agrees_tensor_by_tensor(proven: Verification) -> None:
+    result = proven
     assert result.quantized and result.ok and result.exit_code == 0, str(result)
     names = [tensor.name for tensor in result.tensors]
     assert names[:3] == ["input/QuantizeLinear", "after_stem/QuantizeLinear", "layers.0.first/QuantizeLinear"]
@@ -90,11 +120,8 @@ def test_a_quantized_network_agrees_tensor_by_tensor(path: Path) -> None:
     assert "none diverges" in str(result)
 
 
-def test_a_network_of_integer_kernels_is_exact_from_end_to_end(path: Path) -> None:
-    torch.manual_seed(0)
-    model = IntegerResNet(1, 8)
-    export_onnx(model, torch.randn(2, 3, 16, 16), path)
-    result = verify_onnx(model, path, torch.randn(4, 3, 16, 16))
+def test_a_network_of_integer_kernels_is_exact_from_end_to_end(proven: Verification) -> None:
+    result = proven
     assert result.exact and result.unfused == ()
     # 14 quantizers, and the last layer's result in float.
     assert len(result.tensors) == 15 and all(tensor.exact for tensor in result.tensors)
@@ -112,12 +139,10 @@ def test_a_network_of_integer_kernels_is_exact_from_end_to_end(path: Path) -> No
     assert "15 of 15 integer kernels of onnxruntime are exact, and so is the whole file" in str(result)
 
 
-def test_the_first_tensor_that_diverges_is_named(path: Path) -> None:
-    torch.manual_seed(0)
-    model = IntegerResNet(1, 8)
-    export_onnx(model, torch.randn(2, 3, 16, 16), path)
+def test_the_first_tensor_that_diverges_is_named(resnet: Exported, tmp_path: Path) -> None:
+    model, path, x = copied(resnet, tmp_path)
     change(path, "layers.1.conv2.bias_int32", lambda value: value + 20_000)
-    result = verify_onnx(model, path, torch.randn(4, 3, 16, 16))
+    result = verify_onnx(model, path, x)
     assert not result.ok and result.exit_code == 1
     assert result.first_divergence == "layers.1.second/QuantizeLinear"
     assert result.why is not None and "biases or ranges in the file are not those of the model" in result.why
@@ -126,40 +151,36 @@ def test_the_first_tensor_that_diverges_is_named(path: Path) -> None:
     assert [tensor.name for tensor in result.tensors if tensor.diverges] == ["layers.1.second/QuantizeLinear"]
 
 
-def test_of_two_tensors_that_diverge_the_first_in_the_order_of_computation_is_named(path: Path) -> None:
-    torch.manual_seed(0)
-    model = IntegerResNet(1, 8)
-    export_onnx(model, torch.randn(2, 3, 16, 16), path)
+def test_of_two_tensors_that_diverge_the_first_in_the_order_of_computation_is_named(
+    resnet: Exported, tmp_path: Path
+) -> None:
+    model, path, x = copied(resnet, tmp_path)
     for layer in ("layers.2.conv2", "layers.1.conv2"):
         change(path, f"{layer}.bias_int32", lambda value: value + 20_000)
-    result = verify_onnx(model, path, torch.randn(4, 3, 16, 16))
+    result = verify_onnx(model, path, x)
     diverging = [tensor.name for tensor in result.tensors if tensor.diverges]
     assert diverging == ["layers.1.second/QuantizeLinear", "layers.2.second/QuantizeLinear"]
     assert result.first_divergence == diverging[0]
 
 
-def test_a_bias_that_is_off_by_less_than_a_step_is_found(path: Path) -> None:
-    torch.manual_seed(0)
-    model = IntegerResNet(1, 8)
-    export_onnx(model, torch.randn(2, 3, 16, 16), path)
+def test_a_bias_that_is_off_by_less_than_a_step_is_found(resnet: Exported, tmp_path: Path) -> None:
+    model, path, x = copied(resnet, tmp_path)
     change(path, "layers.1.conv2.bias_int32", lambda value: value + 40)
-    result = verify_onnx(model, path, torch.randn(4, 3, 16, 16))
+    result = verify_onnx(model, path, x)
     changed = next(tensor for tensor in result.tensors if tensor.name == "layers.1.second/QuantizeLinear")
     assert changed.torch is not None and changed.torch.steps == 1 and changed.torch.share > 0.02
     assert result.first_divergence == changed.name
 
 
-def test_an_integer_kernel_that_rounds_otherwise_is_found(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    torch.manual_seed(0)
-    model = IntegerResNet(1, 8)
-    export_onnx(model, torch.randn(2, 3, 16, 16), path)
+def test_an_integer_kernel_that_rounds_otherwise_is_found(resnet: Exported, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, path, x = resnet
     original = integer_kernels.add
 
     def one_off(*operands: Any) -> Any:
         return original(*operands) ^ 1
 
     monkeypatch.setattr(integer_kernels, "add", one_off)
-    result = verify_onnx(model, path, torch.randn(4, 3, 16, 16))
+    result = verify_onnx(model, path, x)
     assert not result.ok and not result.exact and result.first_divergence == "layers.0.last/QuantizeLinear"
     assert result.why is not None and "onnxruntime's QLinearAdd gives other integers" in result.why
 
@@ -204,22 +225,20 @@ def test_what_runs_in_float_next_to_quantized_values_is_said(path: Path) -> None
 
 
 def test_a_file_that_the_reference_cannot_run_is_held_to_a_tolerance(
-    path: Path, monkeypatch: pytest.MonkeyPatch
+    resnet: Exported, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    torch.manual_seed(0)
-    model = IntegerResNet(1, 8)
-    export_onnx(model, torch.randn(2, 3, 16, 16), path)
+    model, path, x = copied(resnet, tmp_path)
 
     def refuse(*operands: Any) -> Any:
         raise ValueError("of no use")
 
     monkeypatch.setattr(integer_kernels, "add", refuse)
-    result = verify_onnx(model, path, torch.randn(4, 3, 16, 16))
+    result = verify_onnx(model, path, x)
     assert result.ok and not result.exact and result.tolerance == 0.05 and result.tensors == ()
     assert result.unproven is not None and "ValueError: of no use" in result.unproven
     assert "not proven kernel by kernel" in str(result)
     change(path, "head.bias_int32", lambda value: value + 200_000)
-    assert not verify_onnx(model, path, torch.randn(4, 3, 16, 16)).ok
+    assert not verify_onnx(model, path, x).ok
 
 
 class QuantizedOutput(nn.Module):
@@ -263,21 +282,20 @@ def test_nan_and_infinity_differ_from_numbers_and_agree_with_themselves(path: Pa
     assert not result.ok and result.outputs[0].max_abs == np.inf
 
 
-def test_what_does_not_fit_is_said(path: Path) -> None:
-    model = Net()
-    export_onnx(model, torch.randn(2, 6), path)
+def test_what_does_not_fit_is_said(net: Exported, tmp_path: Path) -> None:
+    model, path, x = copied(net, tmp_path)
     with pytest.raises(ArgumentError, match="model is a str"):
         verify_onnx("net", path, torch.randn(2, 6))  # type: ignore[arg-type]
     for tolerance in (0, -1.0, float("nan"), "low"):
         with pytest.raises(ArgumentError, match="give a positive number"):
-            verify_onnx(model, path, torch.randn(2, 6), tolerance=tolerance)  # type: ignore[arg-type]
+            verify_onnx(model, path, x, tolerance=tolerance)  # type: ignore[arg-type]
     with pytest.raises(ExportError, match=r"has the outputs hidden, logits; Linear returns output"):
         verify_onnx(nn.Linear(6, 3), path, torch.randn(2, 6))
     with pytest.raises(DataFileError, match="no such file"):
         verify_onnx(model, path.with_name("other.onnx"), torch.randn(2, 6))
     path.write_bytes(b"not a model")
     with pytest.raises(DataError, match="not a usable ONNX model"):
-        verify_onnx(model, path, torch.randn(2, 6))
+        verify_onnx(model, path, x)
 
 
 def test_half_precision_is_held_to_its_own_precision(path: Path) -> None:
@@ -318,11 +336,9 @@ class Saturating:
 
 @pytest.mark.parametrize("off", [0.0, 0.6])
 def test_a_session_without_the_option_is_told_of_and_the_file_is_right(
-    path: Path, monkeypatch: pytest.MonkeyPatch, off: float
+    resnet: Exported, monkeypatch: pytest.MonkeyPatch, off: float
 ) -> None:
-    torch.manual_seed(0)
-    model = IntegerResNet(1, 8)
-    export_onnx(model, torch.randn(2, 3, 16, 16), path)
+    model, path, x = resnet
     seen: list[bool] = []
 
     def opened(*args: Any, exact: bool = True, **others: Any) -> Any:
@@ -332,7 +348,7 @@ def test_a_session_without_the_option_is_told_of_and_the_file_is_right(
         return session if exact else Saturating(session, off)
 
     monkeypatch.setattr("sparsify.onnx.verify.open_session", opened)
-    result = verify_onnx(model, path, torch.randn(4, 3, 16, 16))
+    result = verify_onnx(model, path, x)
     assert result.ok and result.exact and seen.count(False) == 1
     if off:
         assert result.stock == pytest.approx(off, rel=1e-5)
@@ -341,13 +357,12 @@ def test_a_session_without_the_option_is_told_of_and_the_file_is_right(
         assert result.stock is None and "x64quantprecision" not in str(result)
 
 
-def test_a_float_file_has_no_sums_of_integers(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = Net()
-    export_onnx(model, torch.randn(2, 6), path)
+def test_a_float_file_has_no_sums_of_integers(net: Exported, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, path, x = net
 
     def opened(*args: Any, exact: bool = True, **others: Any) -> Any:
         assert exact
         return open_session(*args, **others)
 
     monkeypatch.setattr("sparsify.onnx.verify.open_session", opened)
-    assert verify_onnx(model, path, torch.randn(9, 6)).stock is None
+    assert verify_onnx(model, path, x).stock is None
