@@ -28,7 +28,8 @@ from sparsify import (
     quantize_model,
     quantize_onnx,
 )
-from sparsify.quantization.conversion import quantizers
+from sparsify.quantization.conversion import quantized_layers, quantizers
+from sparsify.quantization.deployment import deployment_copy
 from sparsify.quantization.plan import is_quantized
 from tests.zoo.quantizable import InvertedResidual, ResidualNet, SqueezeExciteNet
 
@@ -384,3 +385,23 @@ def test_what_comes_back_is_exported_as_it_is(net: nn.Module, tmp_path: Path) ->
     with torch.no_grad():
         wanted = result.model(samples()[0]).numpy()
     assert np.abs(got - wanted).max() < 0.05 * np.abs(wanted).max()
+
+
+class Exported(nn.Linear):
+    """Computes otherwise in a trace than when it runs, as a layer with a fast path of its own does."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if torch.compiler.is_exporting():
+            return nn.functional.linear(x, self.weight, self.bias)
+        return x @ self.weight.t() + self.bias
+
+
+def test_a_layer_that_runs_otherwise_than_traced_stays_in_float_when_ranges_are_known() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(Exported(6, 8), nn.ReLU(), nn.Linear(8, 4))
+    with pytest.warns(SparsifyWarning, match="stay in float from now on"):
+        result = quantize_model(model, [torch.randn(16, 6)], equalize=False, rounding="nearest")
+    x = torch.randn(3, 6)
+    assert [name for name, _ in quantized_layers(result.model)] == ["2"]
+    with torch.no_grad():
+        assert torch.equal(deployment_copy(result.model)(x), result.model(x))
