@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import io
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -153,17 +154,28 @@ def quantized(model: nn.Module, *inputs: Any, settings: QuantizationSettings | N
     return plan
 
 
+_TRAINED: dict[object, tuple[nn.Module, Tensor, Tensor]] = {}
+
+
 def quantized_and_trained(
     name: str, steps: int = 4, settings: QuantizationSettings | None = None, lr: float = 0.05
 ) -> tuple[nn.Module, Tensor]:
-    """A quantized model of the zoo after a few steps, in training mode, and a batch."""
-    build, batch = ZOO[name]
-    torch.manual_seed(0)
-    model = build()
-    inputs = batch()
-    quantized(model, inputs, settings=settings)
-    train(model, inputs, steps, lr)
-    return model, inputs
+    """A quantized model of the zoo after a few steps, in training mode, and a batch; the random state is that after it.
+
+    Trained once for all tests; each has a copy of its own.
+    """
+    key = name, steps, lr, repr(settings)
+    if key not in _TRAINED:
+        build, batch = ZOO[name]
+        torch.manual_seed(0)
+        model = build()
+        inputs = batch()
+        quantized(model, inputs, settings=settings)
+        train(model, inputs, steps, lr)
+        _TRAINED[key] = model, inputs, torch.get_rng_state()
+    model, inputs, state = _TRAINED[key]
+    torch.set_rng_state(state)
+    return copy.deepcopy(model), inputs.clone()
 
 
 def train(model: nn.Module, inputs: Any, steps: int, lr: float = 0.05) -> list[float]:

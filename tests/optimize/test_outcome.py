@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+from functools import cache
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -34,13 +35,19 @@ def network() -> nn.Sequential:
     return model
 
 
-def trained(**fields: Any) -> tuple[Recipe, nn.Module]:
-    """The recipe and a model to which it was applied."""
+@cache
+def _trained(structured: bool | None, sparsity: float) -> tuple[Recipe, nn.Module]:
     model = network()
-    recipe = create_recipe(model, X, **{"sparsity": 0.8, **fields})
+    recipe = create_recipe(model, X, sparsity=sparsity, structured=structured)
     manager = ScheduledModifierManager(recipe)
     manager.apply(model, sample_inputs=X)
     return recipe, model
+
+
+def trained(structured: bool | None = None, sparsity: float = 0.8) -> tuple[Recipe, nn.Module]:
+    """The recipe and a copy of the model to which it was applied."""
+    recipe, model = _trained(structured, sparsity)
+    return recipe, copy.deepcopy(model)
 
 
 def test_predictions_are_met_to_a_weight() -> None:
