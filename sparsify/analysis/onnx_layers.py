@@ -57,7 +57,7 @@ CONTRACTING = {
     "Attention": (0, 1, 2),
     **dict.fromkeys(("LSTM", "GRU", "RNN"), (0, 1, 2)),
 }
-"""Which inputs are multiplied. Einsum multiplies all of its."""
+"""{operator: positions of the inputs that are multiplied}. Einsum multiplies all of its."""
 
 
 def analyze_file(

@@ -19,18 +19,19 @@ from sparsify.output.json_values import EXACT
 if TYPE_CHECKING:
     import numpy as np
     from onnx import ModelProto
+    from onnxruntime import InferenceSession
 
 __all__ = ["benchmark_onnx"]
 
 FILL = {"sequence": 128, "image": 224}
-"""What a dynamic dimension other than the batch is given: image for axes 2 and up of rank 4 and 5."""
+"""Sizes for dynamic dimensions other than the batch: image for axes 2 and up of rank 4 and 5."""
 LARGEST_INPUT = 2**31
 """Bytes of random inputs: a broken file may ask for any number."""
 
 
 @dataclass(frozen=True)
 class Benchmark:
-    """How fast a file runs. Latencies are of one call with the whole batch, in milliseconds."""
+    """Latency, throughput and size of a file. Latencies are of one call with the whole batch, in milliseconds."""
 
     __pydantic_config__ = EXACT
 
@@ -64,7 +65,7 @@ class Benchmark:
 
 @dataclass(frozen=True)
 class Comparison:
-    """How much faster the second file is than the first: ratios first / second of paired rounds, above 1 is faster."""
+    """Speed of the second file beside the first: ratios first / second of paired rounds, above 1 is faster."""
 
     first: Path
     second: Path
@@ -150,7 +151,7 @@ def compare_onnx(
     rounds: int = 20,
     iterations: int = 5,
 ) -> Comparison:
-    """How much faster `second` is, in rounds that run `iterations` calls of each in turn, so that noise hits both.
+    """Compares the speed of two files, in rounds that run `iterations` calls of each in turn, so that noise hits both.
 
     Which one goes first alternates from round to round; a round counts with the median of its calls, which a single
     call that was held up does not move.
@@ -179,7 +180,7 @@ def compare_onnx(
     return Comparison(Path(first), Path(second), statistics.median(ratios), min(ratios), max(ratios), rounds)
 
 
-def random_inputs(model: ModelProto, session: Any, batch_size: int) -> tuple[dict[str, np.ndarray], int]:
+def random_inputs(model: ModelProto, session: InferenceSession, batch_size: int) -> tuple[dict[str, np.ndarray], int]:
     """({name: array}, the batch size that they have) for the inputs of a session on `model`.
 
     Raises:
@@ -267,7 +268,7 @@ def _random(
     return np.ones(shape, dtype)
 
 
-def _timed_runs(session: Any, feed: dict[str, np.ndarray]) -> float:
+def _timed_runs(session: InferenceSession, feed: dict[str, np.ndarray]) -> float:
     """Seconds of one call; nothing but the call lies between the two readings of the clock."""
     try:
         start = time.perf_counter()

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 __all__ = ["export_onnx", "floating_layers"]
 
 DEFAULT_OPSET = 20
-"""What the exporter writes without converting versions, and what most runtimes in use can read."""
+"""Opset that the exporter writes without converting versions, and that most runtimes in use can read."""
 OPSETS = range(18, 24)
 MOST_BYTES = int(1.8 * 2**30)
 """Bytes in one file: protobuf ends at 2 GiB."""
@@ -100,7 +100,7 @@ def export_onnx(
 
 
 def floating_layers(model: nn.Module) -> dict[str, str]:
-    """What stays in float in a quantized `model`, layers and operations by name, each with the reason why.
+    """Layers and operations of a quantized `model` that stay in float, by name, each with the reason why.
 
     Empty where everything is quantized, and for a model that is not quantized at all.
     """
@@ -202,7 +202,7 @@ def deployed_copy(model: nn.Module) -> nn.Module:
 
 @dataclass
 class _Returned:
-    """What the model was seen to return. An object: lists and dicts on a module are put back after tracing."""
+    """Outputs that the model was seen to return. An object: lists and dicts on a module are put back after tracing."""
 
     names: list[str] = field(default_factory=list)
     others: list[str] = field(default_factory=list)
@@ -238,7 +238,8 @@ class _Adapter(nn.Module):
 def _batched(call: SampleInputs) -> tuple[list[str], list[Tensor]]:
     """The inputs that have the batch on axis 0, and all inputs with at least two items in it.
 
-    The length 1 would be taken for a constant by torch.export; the items are repeated then.
+    torch.export takes the length 1 for a constant (https://github.com/pytorch/pytorch/issues/151582, seen in torch
+    2.13.0); the items are repeated then. Needless once it keeps a dynamic axis of one item.
     """
     length = next((tensor.shape[0] for tensor in call.inputs.values() if tensor.dim()), None)
     if length is None:

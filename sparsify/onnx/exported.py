@@ -51,7 +51,7 @@ class ExportedModel(os.PathLike[str]):
 
     @property
     def unaccelerated(self) -> tuple[str, ...]:
-        """Of `quantized`, those for which onnxruntime has no integer kernel on the CPU: transposed convolutions."""
+        """Nodes of `quantized` for which onnxruntime has no integer kernel on the CPU: transposed convolutions."""
         return tuple(name for name in self.quantized if re.search(r"ConvTranspose(_\d+)?$", name))
 
     def __fspath__(self) -> str:

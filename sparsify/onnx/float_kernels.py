@@ -159,7 +159,9 @@ _OWN: dict[str, Callable[[list[FloatArray | None], dict[str, Any]], FloatArray |
     "AveragePool": _average_pool,
     "Resize": _resize,
     "LayerNormalization": _layer_normalization,
-    "GatherElements": _gather_elements,  # onnx's own fails on one row
+    # onnx's own wants as many indices as values along all other axes (seen in onnx 1.23.2); needless from the version
+    # with https://github.com/onnx/onnx/pull/8444 on.
+    "GatherElements": _gather_elements,
 }
 
 

@@ -1,4 +1,4 @@
-"""Which operators of a Q/DQ file run in integers, and for the others why not. Knows numpy and onnx, not torch.
+"""Finds the operators of a Q/DQ file that run in integers, and says of the others why not. Knows no torch.
 
 An operator runs in integers when *all* it reads comes straight from DequantizeLinear and its result goes straight into
 one QuantizeLinear; Gemm and MatMul may also end in float. A Relu between the two vanishes where 0 is the lowest number
@@ -65,7 +65,7 @@ class Unfused:
 
 
 class Fusion:
-    """What of `model` runs in integers: `fused` by the output of the kernel, and `unfused`, in the file's order."""
+    """Operators of `model` that run in integers, `fused` by the kernel's output, and `unfused`, in the file's order."""
 
     def __init__(self, model: ModelProto) -> None:
         graph = model.graph

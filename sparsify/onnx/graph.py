@@ -66,7 +66,7 @@ def only_moves(node: NodeProto) -> bool:
 
 
 class GraphView:
-    """Who makes and who reads each value of a graph, and its constants.
+    """Producers and consumers of the values of a graph, and its constants.
 
     Attributes:
         initializers: {name: stored tensor}.
@@ -192,7 +192,7 @@ class Graph:
         return name in self.view.outputs
 
     def per_tensor(self, node: NodeProto) -> bool:
-        """Whether a Q or DQ node has one scale that is a constant."""
+        """True if a Q or DQ node has one scale that is a constant."""
         scale = self.initializers.get(node.input[1])
         return scale is not None and len(scale.dims) == 0
 
@@ -316,7 +316,7 @@ def _skeleton(model: ModelProto) -> ModelProto:
 
 
 def all_inputs(node: NodeProto) -> list[str]:
-    """What a node reads, what its subgraphs (If, Loop) read of the values around them included."""
+    """Values that a node reads; those that its subgraphs (If, Loop) read from around them, too."""
     names = [name for name in node.input if name]
     for attribute in node.attribute:
         for graph in [attribute.g, *attribute.graphs]:

@@ -33,7 +33,7 @@ class QuantizationGrid:
     scale: Floats
     """float32, > 0: rank 0, or (C,) along `axis`."""
     zero_point: IntegerArray
-    """Of the type that holds the integers; shaped as `scale`."""
+    """The integer that means 0, of the type that holds the integers; shaped as `scale`."""
     axis: int = 1
 
     @property

@@ -11,7 +11,7 @@ __all__: list[str] = []
 
 
 def hard_sigmoid_as_add(model: ModelProto) -> None:
-    """HardSigmoid between integers becomes an Add that saturates: clip(x a + b, 0, 1) = clip(x a + b) to [0, 1].
+    """Replaces HardSigmoid between integers by an Add that saturates: clip(x a + b, 0, 1) = clip(x a + b) to [0, 1].
 
     onnxruntime has an integer kernel for Add only. x a is what is read of the same integers with the scale s a, and the
     clipping is that of QuantizeLinear, where its integers reach from 0 to 1 at most.
@@ -50,7 +50,7 @@ def hard_sigmoid_as_add(model: ModelProto) -> None:
 
 
 def tanh_as_sigmoid(model: ModelProto) -> None:
-    """Tanh between integers becomes a Sigmoid, for which onnxruntime has a table: tanh(x) = 2 sigmoid(2 x) - 1.
+    """Replaces Tanh between integers by a Sigmoid, for which onnxruntime has a table: tanh(x) = 2 sigmoid(2 x) - 1.
 
     2 x is what is read of the same integers with twice the scale. The integers of tanh with the scale 1/128 and the
     zero point 128 are those of the sigmoid with 1/256 and 0; who reads them reads them as before.
@@ -87,9 +87,9 @@ def tanh_as_sigmoid(model: ModelProto) -> None:
 
 
 def numbers_as_integers(model: ModelProto) -> None:
-    """A number that is added to integers, or multiplies them, is read from an integer too: 1 with itself as the scale.
+    """Stores a scalar operand of Add or Mul beside integers as q = 1 or -1 with scale = |value|.
 
-    Below zero it is -1. No digit of it is lost, and the operator has an integer kernel.
+    That is exact, and the operator then has an integer kernel.
     """
     graph = Graph(model)
     for node in list(model.graph.node):

@@ -49,6 +49,8 @@ def drop_guards(model: ModelProto) -> None:
 
     The exporter writes it behind every softmax with a mask, for rows that a mask of -inf leaves empty, but fills masks
     with the least float: no row is NaN. The guard goes twice through batch x heads x length x length values a layer.
+    It came with https://github.com/microsoft/onnxscript/pull/2479 (seen in torch 2.13.0); the rewrite is needless where
+    the exporter leaves it out for masks of finite values.
     """
     graph = Graph(model)
     for node in list(model.graph.node):
@@ -61,7 +63,7 @@ def drop_guards(model: ModelProto) -> None:
 
 
 def rows(model: ModelProto) -> None:
-    """What follows a layer over a sequence computes on its rows; the Reshape to (batch, length, width) comes later.
+    """Computes what follows a layer over a sequence on its rows; the Reshape to (batch, length, width) comes later.
 
     `linear_as_gemm` puts a Reshape behind every layer and before the next. Behind activations, residual adds, LayerNorm
     and QuantizeLinear the two meet, and are nothing. Reshapes in a row become one.
@@ -87,7 +89,7 @@ def rows(model: ModelProto) -> None:
 
 
 def _row_count(model: ModelProto) -> bool:
-    """Moves every Reshape of rows behind one operator; whether there was one to move."""
+    """Moves every Reshape of rows behind one operator; True if there was one to move."""
     graph = Graph(model)
     for node in list(model.graph.node):
         moved = [_split_heads(graph, name) for name in node.input]
@@ -151,13 +153,13 @@ def _target(graph: Graph, node: NodeProto) -> np.ndarray | None:
 
 
 def _one_symbol(model: ModelProto) -> bool:
-    """Whether only the batch is of unknown length: two unknown first dimensions are the same then."""
+    """True if only the batch is of unknown length: two unknown first dimensions are the same then."""
     dims = [dim for value in model.graph.input for dim in value.type.tensor_type.shape.dim[1:]]
     return not any(dim.dim_param for dim in dims)
 
 
 def _is_guard(graph: Graph, node: NodeProto) -> bool:
-    """Whether a Where is the guard of a softmax over values with a mask that is finite."""
+    """True if a Where is the guard of a softmax over values with a mask that is finite."""
     test, softmax = graph.producer.get(node.input[0]), graph.producer.get(node.input[2])
     if test is None or test.op_type != "IsNaN" or test.input[0] != node.input[2] or softmax is None:
         return False
@@ -169,7 +171,7 @@ def _is_guard(graph: Graph, node: NodeProto) -> bool:
 
 
 def _is_finite(graph: Graph, mask: str) -> bool:
-    """Whether it is a constant of finite values, or a choice between such."""
+    """True if it is a constant of finite values, or a choice between such."""
     node = graph.producer.get(mask)
     names = [mask] if node is None or node.op_type != "Where" else list(node.input[1:])
     values = [graph.constant(name) for name in names]

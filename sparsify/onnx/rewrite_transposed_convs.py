@@ -1,5 +1,7 @@
 """Transposed convolutions between integers as convolutions: onnxruntime has an integer kernel for the latter only.
 
+Seen in 1.31.1; needless once it has one for ConvTranspose: https://github.com/microsoft/onnxruntime/issues/8988.
+
 With stride s each pixel of the input makes a block of s pixels of the output along every axis. A convolution with
 s times the channels on every axis gives each pixel of a block as a channel of its own, by the weights that meet there;
 what follows moves integers alone. Every sum is of the same products, so nothing changes but the kernel that runs.
@@ -40,7 +42,7 @@ class Axis:
 
     @property
     def extent(self) -> int:
-        """How many pixels of the output one of the input reaches."""
+        """Number of pixels of the output that one of the input reaches."""
         return (self.kernel - 1) * self.dilation + 1
 
     @property
@@ -71,7 +73,7 @@ class Axis:
         return first, self.stride * (after + 1) - self.extent - self.added + self.behind
 
     def blocks(self, size: int) -> int:
-        """How many the convolution gives for an input of `size` pixels."""
+        """Number of blocks that the convolution gives for an input of `size` pixels."""
         return size + sum(self.pads) - self.reach
 
 
@@ -178,7 +180,7 @@ def _found_convs(graph: Graph, node: NodeProto) -> _Found | None:
 
 
 def _integers(graph: Graph, dequantize: NodeProto | None, kind: int) -> NDArray[np.generic] | None:
-    """What a DequantizeLinear of stored integers of one type reads; None where it is another, or 0 is not their 0."""
+    """Stored integers of one type that a DequantizeLinear reads; None where it is another, or 0 is not their 0."""
     if dequantize is None or dequantize.op_type != "DequantizeLinear" or integer(dequantize, "block_size", 0):
         return None
     stored = graph.initializers.get(dequantize.input[0])
@@ -271,7 +273,7 @@ def _stored_weight(graph: Graph, names: dict[str, str], old: str, value: NDArray
 
 
 def _moves_pixels(graph: Graph, conv: NodeProto, found: _Found, target: str) -> list[NodeProto]:
-    """What puts the pixels of blocks side by side and cuts off the edges; the first node's input is to be named."""
+    """Nodes that put the pixels of blocks side by side and cut off the edges; the first node's input is to be named."""
     axes = found.axes
     blocks = [axis.blocks(size) for axis, size in zip(axes, found.spatial, strict=True)]
     weight = graph.initializers[found.weight.input[0]]

@@ -83,7 +83,7 @@ def _as_matmul(graph: Graph, node: NodeProto) -> None:
 
 
 def _before_relu(graph: Graph, name: str) -> bool:
-    """Whether a ReLU reads the value, moved or not."""
+    """True if a ReLU reads the value, moved or not."""
     readers = graph.readers(name)
     return any(
         node.op_type == "Relu" or (node.op_type in ("Reshape", "Transpose") and _before_relu(graph, node.output[0]))

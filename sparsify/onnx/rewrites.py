@@ -27,7 +27,7 @@ BATCH = "batch"
 
 
 def rewrite(model: ModelProto) -> None:
-    """All of them, and the metadata of tracing (stack traces with the paths of the exporting machine) removed."""
+    """Runs all of them; removes the metadata of tracing (stack traces with the paths of the exporting machine)."""
     clear_traces(model)
     rewrite_attention.transpose_keys(model)
     rewrite_attention.drop_guards(model)
@@ -256,7 +256,7 @@ def quantize_behind_products(model: ModelProto) -> None:
 
 
 def drop_requantization(model: ModelProto) -> None:
-    """DequantizeLinear followed by QuantizeLinear with the same scale and zero point is nothing."""
+    """Drops a QuantizeLinear behind a DequantizeLinear with the same scale and zero point."""
     graph = Graph(model)
     for node in list(model.graph.node):
         above = graph.producer.get(node.input[0]) if node.op_type == "QuantizeLinear" else None

@@ -26,7 +26,7 @@ __all__: list[str] = []
 FILE_WEIGHTS = "sparsify.weights"
 """The key in a file's metadata under which stand, in JSON, {initializer: torch parameter} where the two differ."""
 FILE_ELEMENTS = "sparsify.elements"
-"""Likewise {initializer: how many numbers it is in torch} where the file holds more, copies or zeros in between."""
+"""Likewise {initializer: count of its numbers in torch} where the file holds more, copies or zeros in between."""
 
 EXACT_PRODUCTS = "session.x64quantprecision"
 """The session option with which onnxruntime adds int8 products exactly on CPUs without VNNI."""
@@ -66,7 +66,7 @@ def read_model(path: str | os.PathLike[str]) -> ModelProto:
 
 @dataclass(frozen=True)
 class SessionSettings:
-    """How onnxruntime runs a model on the CPU."""
+    """Settings with which onnxruntime runs a model on the CPU."""
 
     optimized: bool = True
     """False runs the graph as it stands, node by node."""
@@ -74,7 +74,8 @@ class SessionSettings:
     """None leaves the number to onnxruntime."""
     float_inputs: bool = False
     """True computes a MatMul whose weights alone are integers in float; by its own choice onnxruntime rounds its input
-    to int8 at every call, which is faster and 0.7 % off."""
+    to int8 at every call, which is faster and 0.7 % off (https://github.com/microsoft/onnxruntime/issues/29849, seen in
+    1.31.1)."""
     exact: bool = True
     """False leaves out `EXACT_PRODUCTS`, as a session does that nobody sets options for."""
     optimized_path: Path | None = None
@@ -274,13 +275,13 @@ def run_session(
 
 
 def run_failure(error: Exception, inputs: dict[str, np.ndarray]) -> ExportError:
-    """What a failed run is reported as."""
+    """The error that a failed run is reported as."""
     shapes = ", ".join(f"{name} {value.dtype}{list(value.shape)}" for name, value in inputs.items())
     return ExportError(f"onnxruntime failed on inputs {shapes}: {first_line(error)}")
 
 
 def optimized_operators(path: str | os.PathLike[str]) -> Counter[str]:
-    """How often each operator type stands in the graph that onnxruntime makes of the file: what really runs.
+    """Counts the operators of the graph that onnxruntime makes of the file: what really runs.
 
     Fused integer kernels are called QLinearConv, QLinearAdd, QLinearGlobalAveragePool, QGemm, MatMulIntegerToFloat and
     the like; a plain Conv, Gemm or MatMul there runs in float.

@@ -1,4 +1,4 @@
-"""Whether an exported file computes what the model computes: torch against onnxruntime, output by output."""
+"""Checks that an exported file computes what the model computes: torch against onnxruntime, output by output."""
 
 from __future__ import annotations
 
@@ -27,6 +27,7 @@ from sparsify.quantization.qdq_ops import QUANTIZE_DEQUANTIZE
 if TYPE_CHECKING:
     import numpy as np
     from onnx import ModelProto
+    from onnxruntime import InferenceSession
 
     from sparsify.onnx.fusion import Unfused
     from sparsify.onnx.verify_kernels import Proof, TensorDifference
@@ -39,7 +40,7 @@ what the reference makes of the integers that this side has."""
 HALF_TOLERANCE = 0.01
 """Likewise, where weights are stored in float16."""
 UNPROVEN_TOLERANCE = 0.05
-"""Of a quantized model that the reference cannot run: the root mean square of the difference, as a fraction of that of
+"""Where the reference cannot run a quantized model: the root mean square of the difference, as a fraction of that of
 the output."""
 UNPROVEN_STEPS = 4
 """Likewise, of an output that is quantized itself: quantization steps."""
@@ -51,7 +52,7 @@ class Difference:
 
     output: str
     optimized: bool
-    """Whether onnxruntime's graph optimizations were on."""
+    """True if onnxruntime's graph optimizations were on."""
     max_abs: float
     relative: float
     """max_abs / the largest absolute value in torch."""
@@ -73,7 +74,7 @@ class Difference:
 
 @dataclass(frozen=True)
 class Verification:
-    """What `verify_onnx` found. True where `ok`."""
+    """Findings of `verify_onnx`. True where `ok`."""
 
     path: Path
     quantized: bool
@@ -293,7 +294,7 @@ def _array(tensor: Tensor) -> np.ndarray:
     return result
 
 
-def _input_arrays(session: Any, call: SampleInputs, path: Path) -> dict[str, np.ndarray]:
+def _input_arrays(session: InferenceSession, call: SampleInputs, path: Path) -> dict[str, np.ndarray]:
     """By name where the file has the names, by position where it has the same number of others."""
     names = [value.name for value in session.get_inputs()]
     tensors = {name: tensor.detach().cpu().numpy() for name, tensor in call.inputs.items()}

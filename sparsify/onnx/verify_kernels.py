@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 __all__: list[str] = []
 
 SHARE = 0.02
-"""Of float against integers, kernel by kernel: at most this share of a tensor falls one step aside. Of kernels without
+"""Float against integers, kernel by kernel: at most this share of a tensor falls one step aside. Of kernels without
 weights any share may: where the scales of an add have a simple ratio, every few sums lie half-way between two steps."""
 FEW = 3
 """So many values may differ in a tensor of any size."""
@@ -37,14 +37,14 @@ FLOAT_KERNELS = frozenset({"QuantizeLinear", "Gemm", "MatMul", "FusedMatMul", "F
 
 @dataclass(frozen=True)
 class Gap:
-    """How far two tensors of integers are apart."""
+    """The difference between two tensors of integers."""
 
     steps: float
     """The largest difference, in quantization steps."""
     share: float
     """The fraction of values that differ at all."""
     count: int
-    """How many values that is."""
+    """Number of values that differ."""
 
 
 @dataclass(frozen=True)
@@ -54,11 +54,11 @@ class TensorDifference:
     name: str
     """The node that gives it: "<layer>/QuantizeLinear", or "<layer>/Gemm"."""
     kernel: str
-    """What computes it in onnxruntime with optimizations on: "QLinearConv"; "QuantizeLinear" behind float operators."""
+    """The operator that computes it in onnxruntime with optimizations on: "QLinearConv"; "QuantizeLinear" behind floats."""
     exact: bool
-    """Whether onnxruntime computes it from integers, so that nothing may differ."""
+    """True if onnxruntime computes it from integers, so that nothing may differ."""
     weighted: bool
-    """Whether weights of the model go into it: a sum of two tensors, or a pool, holds nothing that could be wrong."""
+    """True if weights of the model go into it: a sum of two tensors, or a pool, holds nothing that could be wrong."""
     torch: Gap | None
     """The deployed copy in torch, which computes in float; None where it has no tensor of this name."""
     written: Gap | None
@@ -75,7 +75,7 @@ class TensorDifference:
 
     @property
     def why(self) -> str | None:
-        """What diverges, and where to look; None where nothing does."""
+        """Says what diverges, and where to look; None where nothing does."""
         if self.optimized is not None and self.exact and self.optimized.count:
             return (
                 f"onnxruntime's {self.kernel} gives other integers than exact arithmetic ({_words(self.optimized)}). "
@@ -104,13 +104,13 @@ class TensorDifference:
         return self.why is not None
 
     def _float_diverges(self, gap: Gap) -> bool:
-        """Whether it is more than rounding in float explains, which moves what lies on the edge between two steps."""
+        """True if it is more than rounding in float explains, which moves what lies on the edge between two steps."""
         return gap.steps > 1 or (self.weighted and gap.count > FEW and gap.share > SHARE)
 
 
 @dataclass(frozen=True)
 class Proof:
-    """What `prove` found."""
+    """Findings of `prove`."""
 
     tensors: tuple[TensorDifference, ...]
     """In the order of computation."""
@@ -239,7 +239,7 @@ def _tensor_difference(
 
 
 def _unfused(reference: Reference, kernels: Mapping[str, str]) -> list[Unfused]:
-    """What cannot run in integers, and what could but does not."""
+    """Operators that cannot run in integers, and those that could but do not."""
     from sparsify.onnx.fusion import Unfused
 
     found = list(reference.fusion.unfused)
@@ -335,7 +335,7 @@ def _moved(view: GraphView, name: str) -> list[str]:
 
 
 def _step(reference: Reference, name: str) -> np.ndarray | None:
-    """Of the float result of an integer kernel: the scale of its sums, per column."""
+    """Scale of the sums, per column, of an integer kernel that gives floats; None for all others."""
     import numpy as np
 
     fused = reference.fusion.fused.get(name)
