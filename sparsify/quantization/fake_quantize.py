@@ -221,7 +221,8 @@ class FakeQuantize(nn.Module):
         values = x.detach()
         if self.relu:
             return 0.0, values.amax().item()
-        # On the CPU amax takes a third of the time of max, and the two less than aminmax.
+        # On the CPU amax takes a third of the time of max, and the two less than aminmax (torch 2.13.0); likewise
+        # https://github.com/facebookresearch/detectron2/pull/5224.
         return values.amin().item(), values.amax().item()
 
     def _require_finite(self, batch_low: float, batch_high: float) -> None:

@@ -21,7 +21,7 @@ from sparsify.quantization.weight_grid import widened
 __all__: list[str] = []
 
 QUANTIZE_DEQUANTIZE = "sparsify::quantize_dequantize"
-"""What torch calls the operator, for those who watch for its calls."""
+"""The name of the operator in torch, to recognize its calls."""
 
 
 def quantize_dequantize(x: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
@@ -31,7 +31,8 @@ def quantize_dequantize(x: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
 
     Args:
         x: float32, any shape.
-        scale: float32 of rank 0, > 0. Rank 0, not shape (1,): onnxruntime refuses fused operators with the latter.
+        scale: float32 of rank 0, > 0. Rank 0, not shape (1,): onnxruntime 1.31.1 refuses fused operators with the
+            latter.
         zero_point: uint8 or int8 of rank 0; its type is the type of the activation and gives the range of the clip.
     """
     result: Tensor = _operators().quantize_dequantize.default(x, scale, zero_point)
