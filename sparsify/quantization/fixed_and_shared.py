@@ -46,7 +46,7 @@ class SameGrid(nn.Module):
     """Stands where a tensor is quantized, and leaves that to the quantizer of another place.
 
     A layer has one scale for what it reads, since its bias lies on the grid of that scale and its weights'. Two scales
-    one behind the other would round twice, and onnxruntime 1.31.1 makes one of them that is neither. No issue was found.
+    one behind the other would round twice, and onnxruntime 1.31.1 makes one of them that is neither.
     """
 
     def __init__(self, quantizer: FakeQuantize) -> None:
