@@ -12,14 +12,14 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from sparsify.errors import ArgumentError, ExportError, SparsifyError, SparsifyWarning, first_line
-from sparsify.model.signature import SampleInputs, check_module, named_outputs
+from sparsify.model.signature import InputsLike, SampleInputs, check_module, named_outputs
 from sparsify.model.wrappers import clean_name, unwrapped
 from sparsify.onnx.exported import ExportedModel, bytes_text, exported_model
 from sparsify.onnx.names import checked_output_names, name_values, with_input_names
@@ -43,7 +43,7 @@ MOST_BYTES = int(1.8 * 2**30)
 
 def export_onnx(
     model: nn.Module,
-    sample_inputs: Any,
+    sample_inputs: InputsLike,
     path: str | os.PathLike[str],
     *,
     opset: int | None = None,

@@ -275,7 +275,11 @@ def drop_requantization(model: ModelProto) -> None:
 
 
 def state_zero_points(model: ModelProto) -> None:
-    """Weights get the zero points, all 0, that their DequantizeLinear left out: onnxruntime makes no QGemm without."""
+    """Gives weights the zero points, all 0, that their DequantizeLinear left out: onnxruntime makes no QGemm without.
+
+    Each weight has one of its own: where the CPU has no VNNI, onnxruntime cannot convert one that several weights share
+    (`start_session`).
+    """
     graph = Graph(model)
     for node in model.graph.node:
         if node.op_type != "DequantizeLinear" or len(node.input) != 2:

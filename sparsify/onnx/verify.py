@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from sparsify.errors import ArgumentError, ExportError, first_line
 from sparsify.model.preserved import preserved_rng
-from sparsify.model.signature import SampleInputs, check_module, named_outputs
+from sparsify.model.signature import InputsLike, SampleInputs, check_module, named_outputs
 from sparsify.model.wrappers import unwrapped
 from sparsify.onnx.export import deployed_copy
 from sparsify.onnx.runtime import open_session, read_model, run_session
@@ -161,7 +161,7 @@ class Verification:
 
 
 def verify_onnx(
-    model: nn.Module, path: str | os.PathLike[str], inputs: Any, *, tolerance: float | None = None
+    model: nn.Module, path: str | os.PathLike[str], inputs: InputsLike, *, tolerance: float | None = None
 ) -> Verification:
     """Runs `model` in torch and its file in onnxruntime, with optimizations off and on, and compares every output.
 

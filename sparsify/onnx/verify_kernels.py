@@ -54,7 +54,7 @@ class TensorDifference:
     name: str
     """The node that gives it: "<layer>/QuantizeLinear", or "<layer>/Gemm"."""
     kernel: str
-    """The operator that computes it in onnxruntime with optimizations on: "QLinearConv"; "QuantizeLinear" behind floats."""
+    """The operator that computes it in onnxruntime, optimized: "QLinearConv"; "QuantizeLinear" behind floats."""
     exact: bool
     """True if onnxruntime computes it from integers, so that nothing may differ."""
     weighted: bool

@@ -142,6 +142,7 @@ class Project:
         try:
             made.chmod(0o755)
             if isinstance(model, nn.Module):
+                assert sample_inputs is not None  # refused above
                 analysis = analyze_model(model, sample_inputs)
                 export_onnx(model, sample_inputs, made / "model.onnx")
             else:
