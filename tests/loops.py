@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from sparsify.model.trace import trace
 from sparsify.modifiers.base import Modifier
 from sparsify.modifiers.magnitude_pruning import GMPruningModifier
+from sparsify.modifiers.quantization import QuantizationModifier
 from sparsify.modifiers.structured import StructuredPruningModifier
 from sparsify.modifiers.top_kast import TopKASTPruningModifier
 from sparsify.quantization.placement import make_plan
@@ -188,3 +189,25 @@ def holds_state(model: nn.Module, before: dict[str, Tensor]) -> bool:
     """True if the model's state is this one, to the bit."""
     after = model.state_dict()
     return before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
+
+
+def same_bits(one: Any, two: Any) -> bool:
+    """True if two states hold the same bits."""
+    if isinstance(one, Tensor):
+        return isinstance(two, Tensor) and one.dtype == two.dtype and torch.equal(one, two)
+    if isinstance(one, dict):
+        return set(one) == set(two) and all(same_bits(one[key], two[key]) for key in one)
+    if isinstance(one, list | tuple):
+        return len(one) == len(two) and all(map(same_bits, one, two))
+    return bool(one == two)
+
+
+def quantizing(**fields: Any) -> ScheduledModifierManager:
+    """A manager whose recipe quantizes, and nothing else."""
+    return ScheduledModifierManager([QuantizationModifier(**fields)])
+
+
+def image_batches(count: int) -> list[Tensor]:
+    """Batches for models that read images, the same each time."""
+    generator = torch.Generator().manual_seed(3)
+    return [torch.randn(8, 3, 12, 12, generator=generator) for _ in range(count)]

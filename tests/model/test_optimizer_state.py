@@ -15,6 +15,7 @@ from sparsify.model.optimizer_state import reset_where
 from sparsify.modifiers.magnitude_pruning import GMPruningModifier
 from sparsify.training.manager import ScheduledModifierManager
 from tests.optimizer_forms import FORMS, Form
+from tests.zoo.small import perceptron
 
 ALL: dict[str, Form] = {
     **FORMS,
@@ -24,11 +25,6 @@ ALL: dict[str, Form] = {
     "asgd, averaging soon": lambda m: ASGD(m.parameters(), lr=0.05, t0=2),
 }
 BY_WEIGHT = [name for name in ALL if name not in ("adafactor", "muon", "lbfgs")]
-
-
-def network() -> nn.Sequential:
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(6, 9), nn.Tanh(), nn.Linear(9, 4))
 
 
 def train(model: nn.Module, optimizer: Optimizer, steps: range) -> None:
@@ -55,7 +51,7 @@ def some(parameter: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("name", ALL)
 def test_reset_everywhere_an_optimizer_goes_on_like_a_new_one(name: str) -> None:
-    model = network()
+    model = perceptron(6, 9, 4)
     optimizer = ALL[name](model)
     train(model, optimizer, range(4))
     other = copy.deepcopy(model)
@@ -80,7 +76,7 @@ def expected_of(name: str, key: str, parameter: Tensor) -> Tensor | float:
 
 @pytest.mark.parametrize("name", ALL)
 def test_reset_where_masked_the_others_keep_every_bit(name: str) -> None:
-    model = network()
+    model = perceptron(6, 9, 4)
     optimizer = ALL[name](model)
     train(model, optimizer, range(4))
     if name == "lbfgs":
@@ -105,7 +101,7 @@ def test_the_weights_that_are_kept_train_on_as_if_nothing_was_reset(name: str) -
     """Gradients that do not depend on the weights, so that each weight is an optimization of its own."""
     results = []
     for reset in (False, True):
-        model = network()
+        model = perceptron(6, 9, 4)
         optimizer = ALL[name](model)
         for index in range(8):
             for number, parameter in enumerate(model.parameters()):
@@ -121,7 +117,7 @@ def test_the_weights_that_are_kept_train_on_as_if_nothing_was_reset(name: str) -
 
 @pytest.mark.parametrize("mask", [None, "some"])
 def test_lbfgs_forgets_all_curvature(mask: str | None) -> None:
-    model = network()
+    model = perceptron(6, 9, 4)
     optimizer = FORMS["lbfgs"](model)
     train(model, optimizer, range(3))
     parameter = model[2].weight
@@ -134,7 +130,7 @@ def test_lbfgs_forgets_all_curvature(mask: str | None) -> None:
 
 
 def test_state_that_is_not_there_is_not_made() -> None:
-    model = network()
+    model = perceptron(6, 9, 4)
     optimizer = FORMS["adam"](model)
     reset_where(optimizer, model[0].weight)  # type: ignore[arg-type]
     reset_where(optimizer, model[0].weight, some(model[0].weight))  # type: ignore[arg-type]
@@ -248,7 +244,7 @@ def snapshot(value: Any) -> Any:
 
 @pytest.mark.parametrize("cls", PACKED)
 def test_packed_moments_of_masked_weights_are_not_written_to(cls: type[Packed]) -> None:
-    model = network()
+    model = perceptron(6, 9, 4)
     optimizer = cls(model.parameters())
     train(model, optimizer, range(3))
     for parameter in model.parameters():
@@ -260,7 +256,7 @@ def test_packed_moments_of_masked_weights_are_not_written_to(cls: type[Packed]) 
 
 @pytest.mark.parametrize("cls", PACKED)
 def test_packed_moments_are_set_up_again_by_the_optimizer(cls: type[Packed]) -> None:
-    model = network()
+    model = perceptron(6, 9, 4)
     optimizer = cls(model.parameters())
     train(model, optimizer, range(3))
     other = copy.deepcopy(model)
@@ -273,7 +269,7 @@ def test_packed_moments_are_set_up_again_by_the_optimizer(cls: type[Packed]) -> 
 
 def test_plain_moments_beside_packed_ones_are_reset() -> None:
     """bitsandbytes keeps the moments of small parameters, and one moment of some optimizers, in float."""
-    model = network()
+    model = perceptron(6, 9, 4)
     optimizer = Packed(model.parameters())
     train(model, optimizer, range(3))
     parameter = model[0].weight
@@ -287,7 +283,7 @@ def test_plain_moments_beside_packed_ones_are_reset() -> None:
 
 @pytest.mark.parametrize("cls", PACKED)
 def test_an_8_bit_optimizer_is_pruned_under(cls: type[Packed]) -> None:
-    model = network()
+    model = perceptron(6, 9, 4)
     optimizer = cls(model.parameters())
     modifier = GMPruningModifier(
         params="__ALL_PRUNABLE__",
@@ -312,7 +308,7 @@ def test_an_8_bit_optimizer_is_pruned_under(cls: type[Packed]) -> None:
     ("name", "key", "first"), [("rprop", "step_size", 0.01), ("adagrad, initial value", "sum", 0.3)]
 )
 def test_a_mask_sets_state_to_its_initial_value_and_not_to_zero(name: str, key: str, first: float) -> None:
-    model = network()
+    model = perceptron(6, 9, 4)
     optimizer = ALL[name](model)
     modifier = GMPruningModifier(
         params="0.weight",
@@ -363,7 +359,7 @@ def test_zero_masked_is_the_same_in_every_memory_format(form: str, dtype: torch.
 
 
 def test_sgd_without_momentum_has_nothing_to_reset() -> None:
-    model = network()
+    model = perceptron(6, 9, 4)
     optimizer = SGD(model.parameters(), lr=0.1)
     train(model, optimizer, range(2))
     reset_where(optimizer, model[0].weight, some(model[0].weight))  # type: ignore[arg-type]

@@ -15,7 +15,7 @@ from torch.nn import functional
 from sparsify.errors import ArgumentError, StateError, TargetError
 from sparsify.modifiers.layer_distillation import PerLayerDistillationModifier
 from sparsify.training.manager import ScheduledModifierManager
-from tests.loops import train_step
+from tests.loops import same_bits, train_step
 from tests.zoo.small import perceptron
 
 X = torch.randn(6, 4, generator=torch.Generator().manual_seed(1))
@@ -38,10 +38,6 @@ def optimizer_of(model: nn.Module, kind: str = "adam") -> torch.optim.Optimizer:
 
 def train(manager: Any, model: nn.Module, optimizer: torch.optim.Optimizer, x: torch.Tensor = X) -> float:
     return train_step(model, optimizer, x, update=manager.update_loss)
-
-
-def same(a: dict[str, Any], b: dict[str, Any]) -> bool:
-    return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
 
 
 def projection(wide: int, narrow: int, number: int) -> torch.Tensor:
@@ -93,7 +89,7 @@ def test_without_a_share_the_run_is_a_plain_one(fields: dict[str, Any]) -> None:
         loss.backward()
         plain.step()
         assert train(manager, model, optimizer) == float(loss.detach())
-    assert same(model.state_dict(), reference.state_dict()) and len(optimizer.param_groups) == 1
+    assert same_bits(model.state_dict(), reference.state_dict()) and len(optimizer.param_groups) == 1
 
 
 @pytest.mark.parametrize("kind", ["sgd", "adam"])
@@ -123,7 +119,7 @@ def test_a_run_resumed_at_every_step_is_the_one_that_never_stopped(kind: str, te
         other.load_state_dict(memory)
         for _ in range(8 - step):
             train(second, again, other)
-        assert same(again.state_dict(), model.state_dict()), step
+        assert same_bits(again.state_dict(), model.state_dict()), step
 
 
 def test_projections_leave_no_trace_in_the_optimizer() -> None:
@@ -271,4 +267,4 @@ def test_a_loop_that_clears_the_gradients_of_the_model_is_as_good() -> None:
             manager.update_loss(model(X).square().mean()).backward()
             optimizer.step()
         ends.append(model.state_dict())
-    assert same(*ends)
+    assert same_bits(*ends)

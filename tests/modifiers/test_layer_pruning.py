@@ -20,7 +20,7 @@ from sparsify.modifiers.quantization import QuantizationModifier
 from sparsify.onnx.export import export_onnx
 from sparsify.pruning.skipped_layers import Skipped
 from sparsify.training.manager import ScheduledModifierManager
-from tests.loops import train_step
+from tests.loops import same_bits, train_step
 
 X = torch.randn(6, 3, 8, 8, generator=torch.Generator().manual_seed(1))
 
@@ -61,10 +61,6 @@ def optimizer_of(model: nn.Module, kind: str = "sgd") -> torch.optim.Optimizer:
     return torch.optim.AdamW(model.parameters(), lr=0.01)
 
 
-def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
-    return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
-
-
 @pytest.mark.parametrize("kind", ["sgd", "adamw"])
 @pytest.mark.parametrize("inputs", [None, X])
 def test_training_is_that_of_a_network_written_without_the_layers(kind: str, inputs: Any) -> None:
@@ -77,7 +73,7 @@ def test_training_is_that_of_a_network_written_without_the_layers(kind: str, inp
         reference.pruned = ("one", "two.a") if inside else ()
         assert isinstance(model.one, Skipped) == isinstance(model.two.a, Skipped) == inside
         assert train_step(model, optimizer, X) == train_step(reference, plain, X)
-        assert same(model.state_dict(), reference.state_dict())
+        assert same_bits(model.state_dict(), reference.state_dict())
     assert type(model.one) is Block and type(model.two.a) is nn.Conv2d
 
 
@@ -113,7 +109,7 @@ def test_a_recipe_whose_time_never_comes_changes_nothing() -> None:
     optimizer, plain = optimizer_of(model), optimizer_of(reference)
     manager_of(start_epoch=7.0).modify(model, optimizer, steps_per_epoch=3, sample_inputs=X)
     assert [train_step(model, optimizer, X) for _ in range(5)] == [train_step(reference, plain, X) for _ in range(5)]
-    assert same(model.state_dict(), reference.state_dict()), "the check left no trace in the statistics either"
+    assert same_bits(model.state_dict(), reference.state_dict()), "the check left no trace in the statistics either"
 
 
 def test_the_check_of_the_first_call_leaves_no_trace() -> None:
@@ -135,7 +131,7 @@ def test_the_check_of_the_first_call_leaves_no_trace() -> None:
     found = torch.rand(1)
     torch.manual_seed(5)
     assert torch.equal(found, torch.rand(1))
-    assert same(model.state_dict(), before) and model[1].training and model[1].n.training
+    assert same_bits(model.state_dict(), before) and model[1].training and model[1].n.training
     calls: list[int] = []
     model[1].a.register_forward_hook(lambda *_: calls.append(1))
     model(X)
@@ -191,7 +187,7 @@ def test_a_run_resumed_at_every_step_is_the_one_that_never_stopped(to_none: bool
         assert isinstance(again.one, Skipped) == (3 <= step < 6)
         for _ in range(8 - step):
             train_step(again, other, X, set_to_none=to_none)
-        assert same(again.state_dict(), model.state_dict()), step
+        assert same_bits(again.state_dict(), model.state_dict()), step
 
 
 def test_the_structure_comes_from_an_epoch_or_a_state() -> None:

@@ -20,7 +20,7 @@ from sparsify.modifiers.magnitude_pruning import GMPruningModifier
 from sparsify.modifiers.training import TrainableParamsModifier
 from sparsify.pruning.group_scores import Bounds
 from sparsify.training.channel_removal import ChannelRemoval
-from tests.loops import channel_pruning
+from tests.loops import channel_pruning, same_bits
 from tests.ranks import on_two_ranks
 from tests.zoo import prunable as small
 from tests.zoo.prunable import Encoder, Residual
@@ -179,7 +179,7 @@ def test_without_inputs_the_first_forward_shows_the_channel_groups(kind: Any) ->
     assert not any(pruned(waits, channel_group, size) for channel_group, size in small.FAMILIES[kind].items())
     for number in range(14):
         assert small.step(given, optimizer, number) == small.step(waits, other, number)
-    assert same(given.state_dict(), waits.state_dict())
+    assert same_bits(given.state_dict(), waits.state_dict())
 
 
 def test_a_compiled_model_needs_inputs() -> None:
@@ -187,17 +187,6 @@ def test_a_compiled_model_needs_inputs() -> None:
     manager = ScheduledModifierManager([channel_pruning()])
     with pytest.raises(StateError, match="pass sample_inputs"):
         manager.modify(torch.compile(model, backend="eager"), small.optimizer_of("sgd", model), steps_per_epoch=3)
-
-
-def same(one: Any, two: Any) -> bool:
-    """Whether two states hold the same bits."""
-    if isinstance(one, Tensor):
-        return isinstance(two, Tensor) and one.dtype == two.dtype and torch.equal(one, two)
-    if isinstance(one, dict):
-        return set(one) == set(two) and all(same(one[key], two[key]) for key in one)
-    if isinstance(one, list | tuple):
-        return len(one) == len(two) and all(map(same, one, two))
-    return bool(one == two)
 
 
 # ------------------------------------------------------------------------------------- how many
@@ -463,9 +452,9 @@ def test_resumed_at_every_step_it_is_the_run_that_never_stopped(
         torch.set_rng_state(saved["rng"])
         for later in range(number, steps):
             small.step(again, other, later)
-        assert same(again.state_dict(), model.state_dict()), number
-        assert same(other.state_dict(), optimizer.state_dict()), number
-        assert same(second.state_dict(), manager.state_dict()), number
+        assert same_bits(again.state_dict(), model.state_dict()), number
+        assert same_bits(other.state_dict(), optimizer.state_dict()), number
+        assert same_bits(second.state_dict(), manager.state_dict()), number
         second.finalize(again)
 
 
@@ -491,7 +480,7 @@ def test_the_state_of_another_width_is_refused_before_anything_changes() -> None
     before = copy.deepcopy(other.state_dict())
     with pytest.raises(StateError, match=r"after channels of 'conv1.weight' were removed, of shape \(12, 2, 3, 3\)"):
         second.load_state_dict(state)
-    assert same(other.state_dict(), before) and second.step == 0
+    assert same_bits(other.state_dict(), before) and second.step == 0
 
 
 @pytest.mark.parametrize("where", ["remove", "resize", "rerouted", "resized", "plan_removal", "deletion_masks"])
@@ -577,7 +566,7 @@ def test_what_does_not_fit_the_model_is_refused_before_anything_changes(changed:
         manager.modify(
             model, small.optimizer_of("sgd", model), steps_per_epoch=3, sample_inputs=small.batch(Residual, 0)[0]
         )
-    assert same(model.state_dict(), before) and not manager.attached
+    assert same_bits(model.state_dict(), before) and not manager.attached
 
 
 def test_groups_that_are_channel_groups_are_taken() -> None:

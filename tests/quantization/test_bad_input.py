@@ -11,19 +11,15 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from sparsify import QuantizationModifier, ScheduledModifierManager, export_onnx, floating_layers
+from sparsify import ScheduledModifierManager, export_onnx, floating_layers
 from sparsify.errors import ArgumentError, DataError, ExportError, RecipeError, SparsifyWarning, StateError, TargetError
 from sparsify.quantization.conversion import quantizers
 from sparsify.quantization.plan import is_quantized, undo_plan
-from tests.loops import train_step
+from tests.loops import quantizing, train_step
 from tests.zoo.quantizable import ResidualBlock, ResidualNet, images
 
 STEPS = 2
 """Optimizer steps in an epoch."""
-
-
-def recipe(**fields: Any) -> ScheduledModifierManager:
-    return ScheduledModifierManager([QuantizationModifier(**fields)])
 
 
 def with_nan(value: float = math.nan) -> Tensor:
@@ -53,7 +49,7 @@ def test_affine_weights_are_refused_where_they_would_be_slow_or_cannot_be(
     before = {name: value.clone() for name, value in model.state_dict().items()}
     with pytest.raises(RecipeError, match=message):
         scheme: Any = {"input_activations": activations, "weights": weights}
-        modify(recipe(start_epoch=5.0, scheme=scheme), model)
+        modify(quantizing(start_epoch=5.0, scheme=scheme), model)
     after = model.state_dict()
     assert list(after) == list(before) and all(torch.equal(after[name], value) for name, value in before.items())
     assert type(model) is ResidualNet and not model._forward_pre_hooks
@@ -81,7 +77,7 @@ def test_calibration_data_is_refused_at_modify_however_late_it_is_needed(case: s
     model = ResidualNet()
     before = {name: value.clone() for name, value in model.state_dict().items()}
     with pytest.raises(kind, match=message):
-        modify(recipe(start_epoch=start), model, calibration_data=data)
+        modify(quantizing(start_epoch=start), model, calibration_data=data)
     after = model.state_dict()
     assert list(after) == list(before) and all(torch.equal(after[name], value) for name, value in before.items())
     assert type(model) is ResidualNet and not model._forward_pre_hooks
@@ -90,7 +86,7 @@ def test_calibration_data_is_refused_at_modify_however_late_it_is_needed(case: s
 def test_batches_that_the_model_cannot_take_are_named() -> None:
     model = ResidualNet()
     with pytest.raises(DataError, match=r"batch 1 does not run through .*Net: RuntimeError.*a tensor, a tuple, or a"):
-        modify(recipe(), model, calibration_data=[images(16), torch.randn(2, 5)])
+        modify(quantizing(), model, calibration_data=[images(16), torch.randn(2, 5)])
     assert not is_quantized(model) and type(model) is ResidualNet
 
 
@@ -98,7 +94,7 @@ def test_a_batch_of_a_loader_that_is_not_finite_is_named() -> None:
     loader = torch.utils.data.DataLoader([*images(8), *with_nan()], batch_size=8)
     model = ResidualNet()
     with pytest.raises(DataError, match="batch 1 holds NaN"):
-        modify(recipe(), model, calibration_data=loader)
+        modify(quantizing(), model, calibration_data=loader)
     assert not is_quantized(model)
 
 
@@ -107,14 +103,14 @@ def test_values_that_become_infinite_in_the_model_are_said_with_their_batch() ->
     with torch.no_grad():
         model.first.conv2.weight.fill_(3e38)
     with pytest.raises(DataError, match=r"calibration_data: batch 0: .*quantizer: its values reach from"):
-        modify(recipe(), model, calibration_data=[images(16)])
+        modify(quantizing(), model, calibration_data=[images(16)])
     assert not is_quantized(model)
 
 
 def test_a_generator_that_somebody_else_goes_through_still_calibrates() -> None:
     data = (images(16) for _ in range(3))
     model = ResidualNet()
-    optimizer = modify(recipe(start_epoch=1.0), model, calibration_data=data)
+    optimizer = modify(quantizing(start_epoch=1.0), model, calibration_data=data)
     assert not list(data)
     train_step(model, optimizer, images(8))
     assert not is_quantized(model)
@@ -124,27 +120,27 @@ def test_a_generator_that_somebody_else_goes_through_still_calibrates() -> None:
 
 def test_a_generator_is_read_no_further_than_asked() -> None:
     data = (images(16) for _ in range(5))
-    modify(recipe(num_calibration_steps=2), ResidualNet(), calibration_data=data)
+    modify(quantizing(num_calibration_steps=2), ResidualNet(), calibration_data=data)
     assert len(list(data)) == 3
 
 
 def test_a_generator_that_was_gone_through_is_refused_at_the_second_run() -> None:
     data = (images(16) for _ in range(3))
-    modify(recipe(), ResidualNet(), calibration_data=data)
+    modify(quantizing(), ResidualNet(), calibration_data=data)
     with pytest.raises(DataError, match=r"holds no batch.*gone through once more"):
-        modify(recipe(), ResidualNet(), calibration_data=data)
+        modify(quantizing(), ResidualNet(), calibration_data=data)
 
 
 def test_ranges_from_few_samples_are_warned_about() -> None:
     with pytest.warns(SparsifyWarning, match="held 15 samples, and ranges from fewer than 16 are chance") as said:
-        modify(recipe(), ResidualNet(), calibration_data=[images(8), images(7)])
+        modify(quantizing(), ResidualNet(), calibration_data=[images(8), images(7)])
     assert len(said) == 1
-    modify(recipe(), ResidualNet(), calibration_data=[images(8), images(8)])
+    modify(quantizing(), ResidualNet(), calibration_data=[images(8), images(8)])
 
 
 def test_fewer_batches_than_asked_are_warned_about() -> None:
     with pytest.warns(SparsifyWarning, match="held 2 batches, of the 9 that num_calibration_steps asks for"):
-        modify(recipe(num_calibration_steps=9), ResidualNet(), calibration_data=[images(8), images(8)])
+        modify(quantizing(num_calibration_steps=9), ResidualNet(), calibration_data=[images(8), images(8)])
 
 
 class Tagger(nn.Module):
@@ -185,7 +181,7 @@ IN_FLOAT = {
 def test_layers_that_stay_in_float_unasked_are_said_once_with_reasons(tmp_path: Path) -> None:
     model = Tagger()
     with pytest.warns(SparsifyWarning, match="layers with weights stay in float") as said:
-        optimizer = modify(recipe(), model, sample_inputs=IDS)
+        optimizer = modify(quantizing(), model, sample_inputs=IDS)
         for _ in range(3):
             train_step(model, optimizer, IDS)
     assert len(said) == 1
@@ -208,7 +204,7 @@ def test_layers_that_stay_in_float_unasked_are_said_once_with_reasons(tmp_path: 
 @pytest.mark.parametrize("how", [{"ignore": ["lstm", "unused"]}, {"scheme_overrides": {"lstm": None, "unused": None}}])
 def test_what_the_recipe_leaves_out_is_listed_and_not_warned_about(how: dict[str, Any], tmp_path: Path) -> None:
     model = Tagger(bare=False)
-    train_step(model, modify(recipe(**how), model, sample_inputs=IDS), IDS)
+    train_step(model, modify(quantizing(**how), model, sample_inputs=IDS), IDS)
     assert floating_layers(model) == dict.fromkeys(["lstm", "unused"], "left out by the recipe")
     file = export_onnx(model, IDS, tmp_path / "model.onnx")
     assert str(file).endswith("\n  in float: lstm/LSTM: left out by the recipe")
@@ -217,16 +213,16 @@ def test_what_the_recipe_leaves_out_is_listed_and_not_warned_about(how: dict[str
 def test_a_plain_model_and_a_fully_quantized_one_have_nothing_to_list() -> None:
     model = ResidualNet()
     assert floating_layers(model) == {}
-    manager = recipe()
+    manager = quantizing()
     modify(manager, model)
     assert floating_layers(model) == {}
 
 
 def test_a_resumed_model_has_the_same_list_and_a_restored_one_none() -> None:
-    manager, model = recipe(ignore=["fc"]), ResidualNet()
+    manager, model = quantizing(ignore=["fc"]), ResidualNet()
     modify(manager, model)
     fresh = ResidualNet()
-    again = recipe(ignore=["fc"]).apply_structure(fresh, state=manager.state_dict())
+    again = quantizing(ignore=["fc"]).apply_structure(fresh, state=manager.state_dict())
     assert again is fresh and floating_layers(fresh) == floating_layers(model) == {"fc": "left out by the recipe"}
     undo_plan(fresh)
     assert floating_layers(fresh) == {} and vars(fresh).keys() == vars(ResidualNet()).keys()
@@ -246,7 +242,7 @@ def test_a_long_list_is_cut_in_the_warning_and_whole_in_the_function() -> None:
 
     model = Many()
     with pytest.warns(SparsifyWarning, match=r"spare\.9: [^\n]*\n  and 3 more: see sparsify.floating_layers\(model\)"):
-        modify(recipe(), model, sample_inputs=torch.randn(8, 4))
+        modify(quantizing(), model, sample_inputs=torch.randn(8, 4))
     assert len(floating_layers(model)) == 13
 
 
@@ -265,18 +261,18 @@ NOTHING: dict[str, tuple[nn.Module, dict[str, Any], str]] = {
 @pytest.mark.parametrize("case", NOTHING)
 def test_a_recipe_that_quantizes_nothing_is_refused_at_check_and_modify(case: str) -> None:
     model, fields, message = NOTHING[case]
-    manager = recipe(start_epoch=5.0, **fields)
+    manager = quantizing(start_epoch=5.0, **fields)
     with pytest.raises(TargetError, match=rf"nothing in {type(model).__name__} can be quantized: {message}"):
         manager.recipe.check(model)
     with pytest.raises(TargetError, match=message):
         modify(manager, model, sample_inputs=None)
-    recipe().recipe.check(nn.TransformerEncoderLayer(8, 2))
-    recipe().recipe.check(nn.Sequential(nn.MultiheadAttention(8, 2)))
+    quantizing().recipe.check(nn.TransformerEncoderLayer(8, 2))
+    quantizing().recipe.check(nn.Sequential(nn.MultiheadAttention(8, 2)))
 
 
 def test_blocks_beside_quantized_activations_are_refused_at_check() -> None:
     with pytest.raises(RecipeError, match="conv1 would have weights with a scale for each block of 32"):
-        recipe(start_epoch=5.0, scheme={"weights": {"strategy": "block", "block_size": 32}}).recipe.check(
+        quantizing(start_epoch=5.0, scheme={"weights": {"strategy": "block", "block_size": 32}}).recipe.check(
             ResidualBlock()
         )
 
@@ -286,7 +282,7 @@ def test_weights_that_are_not_finite_are_refused_at_the_start() -> None:
     with torch.no_grad():
         model.first.conv1.weight[0, 0, 0, 0] = math.nan
     with pytest.raises(DataError, match=r"first\.conv1\.weight holds NaN or infinity"):
-        modify(recipe(), model)
+        modify(quantizing(), model)
     assert not is_quantized(model) and type(model) is ResidualNet
 
 
@@ -297,7 +293,7 @@ def test_a_batch_with_nan_is_refused_and_training_goes_on_as_if_it_never_came(ob
         torch.manual_seed(0)
         model = ResidualNet()
         scheme = {"input_activations": {"observer": observer}}
-        optimizer = modify(recipe(scheme=scheme), model, sample_inputs=good)
+        optimizer = modify(quantizing(scheme=scheme), model, sample_inputs=good)
         train_step(model, optimizer, good)
         if bad is not None:
             with pytest.raises(DataError, match=r"stem.*NaN or infinity"):
@@ -311,7 +307,7 @@ def test_a_batch_with_nan_is_refused_and_training_goes_on_as_if_it_never_came(ob
 @pytest.mark.parametrize("scheme", ["default", "weight_only"])
 def test_what_is_not_finite_is_refused_before_export(what: str, scheme: str, tmp_path: Path) -> None:
     model = ResidualNet()
-    train_step(model, modify(recipe(scheme=scheme), model), images(8))
+    train_step(model, modify(quantizing(scheme=scheme), model), images(8))
     with torch.no_grad():
         model.state_dict()[what][0] = math.nan
     with pytest.raises(DataError, match=rf"{what} holds NaN or infinity"):
@@ -323,7 +319,7 @@ def test_what_is_not_finite_is_refused_before_export(what: str, scheme: str, tmp
 def test_integers_beside_other_floats_are_refused_before_export(dtype: torch.dtype, tmp_path: Path) -> None:
     model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2)).to(dtype)
     x = torch.randn(8, 4, dtype=dtype)
-    train_step(model, modify(recipe(), model, sample_inputs=x), x)
+    train_step(model, modify(quantizing(), model, sample_inputs=x), x)
     with pytest.raises(ExportError, match=rf"has weights in {str(dtype)[6:]}; .*deepcopy\(model\)\.float\(\)"):
         export_onnx(model, x, tmp_path / "model.onnx")
     assert not list(tmp_path.iterdir())
@@ -345,7 +341,7 @@ class Turning(nn.Module):
 def test_a_layer_that_never_ran_in_training_is_refused_before_export(tmp_path: Path) -> None:
     model = Turning()
     x = torch.randn(8, 4)
-    train_step(model, modify(recipe(), model, sample_inputs=x), x)
+    train_step(model, modify(quantizing(), model, sample_inputs=x), x)
     with pytest.raises(StateError, match=r"second\..*no values were ever observed.*name the layer in `ignore`"):
         export_onnx(model, x, tmp_path / "model.onnx")
     assert not list(tmp_path.iterdir())
@@ -355,7 +351,7 @@ def test_an_opset_that_cannot_say_the_scheme_is_refused_before_export(tmp_path: 
     model = nn.Sequential(nn.Linear(32, 8))
     weights = {"strategy": "block", "block_size": 16}
     x = torch.randn(4, 32)
-    modify(recipe(scheme={"input_activations": None, "weights": weights}), model, sample_inputs=x)
+    modify(quantizing(scheme={"input_activations": None, "weights": weights}), model, sample_inputs=x)
     with pytest.raises(ExportError, match="pass opset=21 instead of 20, or train with strategy: channel"):
         export_onnx(model, x, tmp_path / "model.onnx", opset=20)
     assert not list(tmp_path.iterdir())

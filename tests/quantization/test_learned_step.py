@@ -14,7 +14,7 @@ from sparsify.errors import DataError, StateError
 from sparsify.quantization.deployment import deployment_copy
 from sparsify.quantization.learned_step import LearnedQuantize, LearnedStep, learned_parameters
 from sparsify.quantization.scheme import ActivationScheme, QuantizationSettings, Scheme, WeightScheme
-from tests.loops import quantized, train, train_step
+from tests.loops import image_batches, quantized, train, train_step
 from tests.zoo.quantizable import ResidualNet, images, mlp
 
 STEPS = 4
@@ -25,11 +25,6 @@ def scheme(bits: int = 4, **weights: Any) -> Scheme:
         input_activations=ActivationScheme(observer="lsq", num_bits=bits),
         weights=WeightScheme(num_bits=bits, observer="lsq", **weights),
     )
-
-
-def batches(count: int) -> list[Tensor]:
-    generator = torch.Generator().manual_seed(3)
-    return [torch.randn(8, 3, 12, 12, generator=generator) for _ in range(count)]
 
 
 def reference(
@@ -115,7 +110,7 @@ def test_the_users_optimizer_trains_the_steps_without_decay_until_they_are_froze
         [QuantizationModifier(start_epoch=0.0, scheme=scheme(), disable_quantization_observer_epoch=1.0)]
     )
     model, optimizer = start(manager)
-    data = batches(2 * STEPS)
+    data = image_batches(2 * STEPS)
     train_step(model, optimizer, data[0], 1.0, set_to_none=False)
     steps = learned_parameters(model)
     assert len(steps) > 6
@@ -141,7 +136,7 @@ def test_the_users_optimizer_trains_the_steps_without_decay_until_they_are_froze
 @pytest.mark.parametrize("stop", range(1, 3 * STEPS, 2))
 def test_a_resumed_run_is_the_uninterrupted_one_to_the_bit(stop: int) -> None:
     fields: dict[str, Any] = dict(start_epoch=0.5, scheme=scheme(), disable_quantization_observer_epoch=2.0)
-    data = batches(3 * STEPS)
+    data = image_batches(3 * STEPS)
     manager = ScheduledModifierManager([QuantizationModifier(**fields)])
     model, optimizer = start(manager)
     losses = []
@@ -187,7 +182,7 @@ def test_copies_pickles_and_casts_keep_the_steps() -> None:
 
 
 def test_calibration_sets_the_first_steps() -> None:
-    data = batches(3)
+    data = image_batches(3)
     manager = ScheduledModifierManager([QuantizationModifier(start_epoch=0.0, scheme=scheme())])
     torch.manual_seed(0)
     model = ResidualNet()

@@ -15,20 +15,11 @@ from sparsify.errors import DataError, RecipeError, StateError, TargetError
 from sparsify.quantization.conversion import quantizers
 from sparsify.quantization.deployment import deployment_copy
 from sparsify.quantization.plan import is_quantized
-from tests.loops import train, train_step
+from tests.loops import image_batches, quantizing, train, train_step
 from tests.zoo.quantizable import ResidualNet, images, mlp
 
 STEPS = 4
 """Optimizer steps in an epoch."""
-
-
-def recipe(**fields: Any) -> ScheduledModifierManager:
-    return ScheduledModifierManager([QuantizationModifier(**fields)])
-
-
-def batches(count: int) -> list[Tensor]:
-    generator = torch.Generator().manual_seed(3)
-    return [torch.randn(8, 3, 12, 12, generator=generator) for _ in range(count)]
 
 
 def start(manager: ScheduledModifierManager, **more: Any) -> tuple[nn.Module, torch.optim.Optimizer]:
@@ -41,8 +32,8 @@ def start(manager: ScheduledModifierManager, **more: Any) -> tuple[nn.Module, to
 
 
 def test_a_model_is_quantized_from_its_start_epoch_on() -> None:
-    manager = recipe(start_epoch=1.0)
-    data = batches(6)
+    manager = quantizing(start_epoch=1.0)
+    data = image_batches(6)
     model, optimizer = start(manager)
     for index, x in enumerate(data):
         assert is_quantized(model) == (index > STEPS), index
@@ -54,14 +45,14 @@ def test_a_model_is_quantized_from_its_start_epoch_on() -> None:
 
 
 def test_with_sample_inputs_it_is_in_force_at_once() -> None:
-    manager = recipe(start_epoch=0.0)
+    manager = quantizing(start_epoch=0.0)
     model, _ = start(manager, sample_inputs=images())
     assert is_quantized(model)
 
 
 def test_before_the_start_the_losses_are_those_without_a_recipe() -> None:
-    data = batches(STEPS)
-    model, optimizer = start(recipe(start_epoch=5.0))
+    data = image_batches(STEPS)
+    model, optimizer = start(quantizing(start_epoch=5.0))
     with_recipe = [train_step(model, optimizer, x, 1.0) for x in data]
     torch.manual_seed(0)
     model = ResidualNet()
@@ -70,10 +61,10 @@ def test_before_the_start_the_losses_are_those_without_a_recipe() -> None:
 
 
 def test_ranges_stand_still_after_their_epoch() -> None:
-    manager = recipe(start_epoch=0.0, disable_quantization_observer_epoch=1.0)
+    manager = quantizing(start_epoch=0.0, disable_quantization_observer_epoch=1.0)
     model, optimizer = start(manager, sample_inputs=images())
     ranges: list[Tensor] = []
-    for x in batches(3 * STEPS):
+    for x in image_batches(3 * STEPS):
         train_step(model, optimizer, x, 1.0)
         ranges.append(torch.stack([torch.stack([q.low, q.high]) for q in quantizers(model)]).clone())
     assert not torch.equal(ranges[STEPS - 2], ranges[STEPS - 1])
@@ -81,20 +72,20 @@ def test_ranges_stand_still_after_their_epoch() -> None:
 
 
 def test_a_freeze_at_the_start_waits_for_the_first_batch() -> None:
-    manager = recipe(start_epoch=0.0, disable_quantization_observer_epoch=0.0)
+    manager = quantizing(start_epoch=0.0, disable_quantization_observer_epoch=0.0)
     model, optimizer = start(manager, sample_inputs=images())
     counts = []
-    for x in batches(3):
+    for x in image_batches(3):
         train_step(model, optimizer, x, 1.0)
         counts.append({int(q.batches) for q in quantizers(model)})
     assert counts == [{1}, {1}, {1}]
 
 
 def test_statistics_of_batches_stand_still_after_their_epoch_and_are_used() -> None:
-    manager = recipe(start_epoch=0.0, freeze_bn_stats_epoch=1.0)
+    manager = quantizing(start_epoch=0.0, freeze_bn_stats_epoch=1.0)
     model, optimizer = start(manager, sample_inputs=images())
     means = []
-    for x in batches(2 * STEPS):
+    for x in image_batches(2 * STEPS):
         train_step(model, optimizer, x, 1.0)
         means.append(model.bn.running_mean.clone())
     assert not torch.equal(means[STEPS - 2], means[STEPS - 1])
@@ -110,15 +101,15 @@ def test_statistics_of_batches_stand_still_after_their_epoch_and_are_used() -> N
 @pytest.mark.parametrize("stop", range(1, 3 * STEPS))
 def test_a_resumed_run_is_the_uninterrupted_one_to_the_bit(stop: int) -> None:
     fields = dict(start_epoch=0.5, disable_quantization_observer_epoch=1.5, freeze_bn_stats_epoch=2.0)
-    data = batches(3 * STEPS)
-    manager = recipe(**fields)
+    data = image_batches(3 * STEPS)
+    manager = quantizing(**fields)
     model, optimizer = start(manager)
     losses = []
     for index, x in enumerate(data):
         if index == stop:
             saved = copy.deepcopy((manager.state_dict(), model.state_dict(), optimizer.state_dict()))
         losses.append(train_step(model, optimizer, x, 1.0))
-    again = recipe(**fields)
+    again = quantizing(**fields)
     fresh, other = start(again)
     again.load_state_dict(saved[0])
     fresh.load_state_dict(saved[1])
@@ -129,28 +120,28 @@ def test_a_resumed_run_is_the_uninterrupted_one_to_the_bit(stop: int) -> None:
 
 
 def test_the_managers_state_is_plain_and_rebuilds_the_structure() -> None:
-    manager = recipe(start_epoch=0.0)
+    manager = quantizing(start_epoch=0.0)
     model, optimizer = start(manager)
-    for x in batches(2):
+    for x in image_batches(2):
         train_step(model, optimizer, x, 1.0)
     fresh = ResidualNet()
-    recipe(start_epoch=0.0).apply_structure(fresh, state=manager.state_dict())
+    quantizing(start_epoch=0.0).apply_structure(fresh, state=manager.state_dict())
     fresh.load_state_dict(model.state_dict())
     x = images()
     assert torch.equal(fresh.eval()(x), model.eval()(x))
     traced = ResidualNet()
-    recipe(start_epoch=0.0).apply_structure(traced, sample_inputs=x)
+    quantizing(start_epoch=0.0).apply_structure(traced, sample_inputs=x)
     assert traced.state_dict().keys() == model.state_dict().keys()
     with pytest.raises(StateError):
-        recipe(start_epoch=0.0).apply_structure(ResidualNet())
+        quantizing(start_epoch=0.0).apply_structure(ResidualNet())
 
 
 def test_loading_a_state_from_before_the_start_gives_float_layers_back() -> None:
-    manager = recipe(start_epoch=1.0)
+    manager = quantizing(start_epoch=1.0)
     model, optimizer = start(manager)
     train_step(model, optimizer, images(), 1.0)
     early = copy.deepcopy((manager.state_dict(), model.state_dict()))
-    for x in batches(STEPS + 1):
+    for x in image_batches(STEPS + 1):
         train_step(model, optimizer, x, 1.0)
     assert is_quantized(model)
     manager.load_state_dict(early[0])
@@ -159,8 +150,8 @@ def test_loading_a_state_from_before_the_start_gives_float_layers_back() -> None
 
 
 def test_calibration_data_set_the_ranges_before_the_first_step() -> None:
-    data = batches(6)
-    seen = recipe(start_epoch=0.0, num_calibration_steps=3)
+    data = image_batches(6)
+    seen = quantizing(start_epoch=0.0, num_calibration_steps=3)
     torch.manual_seed(0)
     model = ResidualNet()
     before = {name: value.clone() for name, value in model.state_dict().items()}
@@ -176,7 +167,7 @@ def test_calibration_data_set_the_ranges_before_the_first_step() -> None:
 def test_calibration_without_a_batch_is_refused_and_the_model_is_as_before() -> None:
     model = ResidualNet()
     with pytest.raises(DataError, match="no batch"):
-        recipe(start_epoch=0.0).modify(
+        quantizing(start_epoch=0.0).modify(
             model,
             torch.optim.SGD(model.parameters(), lr=0.1),
             steps_per_epoch=2,
@@ -190,7 +181,7 @@ def test_apply_quantizes_without_training() -> None:
     model = mlp().eval()
     x = torch.randn(16, 6)
     expected = model(x)
-    recipe().apply(model, sample_inputs=x, calibration_data=[x])
+    quantizing().apply(model, sample_inputs=x, calibration_data=[x])
     got = deployment_copy(model)(x)
     assert not torch.equal(got, expected)
     assert (got - expected).abs().max() < 0.05
@@ -213,7 +204,7 @@ modifiers:
     zeros = {n: p == 0 for n, p in model.named_parameters() if n.endswith("weight") and p.dim() == 4}
     optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
     manager.modify(model, optimizer, steps_per_epoch=STEPS)
-    for x in batches(2 * STEPS):
+    for x in image_batches(2 * STEPS):
         train_step(model, optimizer, x, 1.0)
     manager.finalize(model)
     deployed = deployment_copy(model)
@@ -223,26 +214,26 @@ modifiers:
 
 
 def test_the_phase_and_the_second_modify() -> None:
-    manager = recipe(start_epoch=0.0)
+    manager = quantizing(start_epoch=0.0)
     model, _ = start(manager, sample_inputs=images())
     manager.finalize(model)
     with pytest.raises(StateError, match="quantized layers already"):
-        start_on = recipe(start_epoch=0.0)
+        start_on = quantizing(start_epoch=0.0)
         start_on.modify(model, torch.optim.SGD(model.parameters(), lr=0.1), steps_per_epoch=2)
 
 
 def test_names_are_checked_at_modify_before_anything_changes() -> None:
     with pytest.raises(TargetError, match=r"QuantizationModifier\.ignore: 'nope'"):
-        start(recipe(start_epoch=3.0, ignore=["nope"]))
+        start(quantizing(start_epoch=3.0, ignore=["nope"]))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        start(recipe(start_epoch=3.0, ignore=["nope"], strict=False))
+        start(quantizing(start_epoch=3.0, ignore=["nope"], strict=False))
 
 
 def test_a_model_in_which_nothing_can_be_quantized_is_refused() -> None:
     model = nn.Sequential(nn.LayerNorm(3))
     with pytest.raises(TargetError, match="nothing in Sequential can be quantized"):
-        recipe().modify(
+        quantizing().modify(
             model, torch.optim.SGD(model.parameters(), lr=0.1), steps_per_epoch=1, sample_inputs=torch.randn(2, 3)
         )
     assert not is_quantized(model)
@@ -292,7 +283,7 @@ def test_it_learns() -> None:
     torch.manual_seed(0)
     model = mlp()
     x = torch.randn(64, 6)
-    manager = recipe(start_epoch=0.0)
+    manager = quantizing(start_epoch=0.0)
     optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
     manager.modify(model, optimizer, steps_per_epoch=10)
     target = torch.stack([x[:, 0] * x[:, 1], x.sum(1), x[:, 2].abs()], 1)
@@ -307,14 +298,14 @@ def test_it_learns() -> None:
 
 
 def test_a_nan_in_training_is_an_error_that_names_the_tensor() -> None:
-    manager = recipe(start_epoch=0.0)
+    manager = quantizing(start_epoch=0.0)
     model, optimizer = start(manager, sample_inputs=images())
     with pytest.raises(DataError, match=r"stem\.input_quantizer"):
         train_step(model, optimizer, torch.full((2, 3, 12, 12), float("nan")), 1.0)
 
 
 def test_an_optimizer_made_before_goes_on_with_the_same_parameters() -> None:
-    manager = recipe(start_epoch=0.0)
+    manager = quantizing(start_epoch=0.0)
     model, optimizer = start(manager)
     ids = [id(p) for group in optimizer.param_groups for p in group["params"]]
     train_step(model, optimizer, images(), 1.0)
