@@ -18,24 +18,6 @@ import pytest
 
 ROOT = Path(__file__).parents[1] / "sparsify"
 ROOMS = sorted({path.relative_to(ROOT).parts[0].removesuffix(".py") for path in ROOT.rglob("*.py")})
-UNFINISHED = pytest.mark.xfail(strict=False, reason="the docstrings of this room are being mended")
-MENDED = {
-    "__init__",
-    "__main__",
-    "analysis",
-    "cli",
-    "errors",
-    "model",
-    "modifiers",
-    "oneshot",
-    "optimize",
-    "output",
-    "pruning",
-    "quantization",
-    "recipe",
-    "training",
-}
-BEING_MENDED = set(ROOMS) - MENDED
 
 Function = ast.FunctionDef | ast.AsyncFunctionDef
 
@@ -163,7 +145,7 @@ def source() -> Source:
     return Source({str(path.relative_to(ROOT)): path.read_text(encoding="utf-8") for path in ROOT.rglob("*.py")})
 
 
-@pytest.mark.parametrize("room", [pytest.param(r, marks=UNFINISHED) if r in BEING_MENDED else r for r in ROOMS])
+@pytest.mark.parametrize("room", ROOMS)
 def test_every_parameter_is_described_once_in_order_and_none_swallowed(source: Source, room: str) -> None:
     assert not [fault for fault in source.faults() if re.match(rf"{room}(/|\.py)", fault)]
 
@@ -242,7 +224,6 @@ def docstrings(source: Source) -> dict[str, str]:
     }
 
 
-@pytest.mark.xfail(strict=False, reason="the first sentences are being mended, room by room")
 def test_first_sentences_begin_with_a_verb_or_a_noun_of_the_field(source: Source) -> None:
     assert not {
         place: text.splitlines()[0]

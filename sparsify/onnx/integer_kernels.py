@@ -105,7 +105,11 @@ def conv(
         x: (N, C, *spatial), per tensor.
         weight: (O, C / group, *kernel), per tensor or per output channel.
         bias: int32 (O,), on the grid s_x s_w.
+        grid: the grid of the result.
+        strides: one for each spatial axis.
         pads: before each axis, then after each; padded with the zero point, which counts nothing.
+        dilations: one for each spatial axis.
+        group: number of groups of channels.
     """
     sums = wrapped(convolution(x.centered(), weight.centered(), strides, pads, dilations, group))
     trailing = (-1, *[1] * (x.values.ndim - 2))

@@ -56,6 +56,7 @@ class Reference:
             feed: the inputs by name.
             given: values that whatever reads them finds in the place of the computed ones, which come back all the
                 same: what every kernel makes of another run's inputs.
+            keep: names of inner values to return as well.
 
         Raises:
             ArgumentError: an input is missing.

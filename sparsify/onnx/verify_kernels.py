@@ -132,6 +132,7 @@ def prove(
 
     Args:
         proto: the file at `path`.
+        path: where it lies, with its external data beside it.
         feed: the inputs by name.
         recorded: {node that quantizes: integers} in torch.
         expected: the outputs of onnxruntime with optimizations; looking inside must not have changed them.
