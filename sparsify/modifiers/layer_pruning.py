@@ -91,8 +91,9 @@ class _LayerPruning(Active):
                 self._skipped.discard(name)
 
     def _remember(self, name: str, layer: nn.Module) -> None:
-        if isinstance(layer, skipped_layers.Skipped) and layer._skip.entries is not None:
-            self._entries[name] = layer._skip.entries
+        entries = skipped_layers.known_entries(layer)
+        if entries is not None:
+            self._entries[name] = entries
 
     def structure(self, epoch: float, state: Mapping[str, Any] | None) -> None:
         window = self._modifier.window

@@ -107,6 +107,11 @@ def skip(module: nn.Module, name: str, entries: int | None = None) -> None:
         parameter.grad = None
 
 
+def known_entries(module: nn.Module) -> int | None:
+    """The form of the output of a layer that is skipped, as `entries` of `Skip`; None where it is not known yet."""
+    return module._skip.entries if isinstance(module, Skipped) else None
+
+
 def restore_forward(module: nn.Module) -> None:
     """Undoes `skip`."""
     if isinstance(module, Skipped):

@@ -90,6 +90,11 @@ class Watched(Converted):
     _off: bool = False
     """Whether the trace and the calls disagreed: everything in float since."""
 
+    @property
+    def counts_operations(self) -> bool:
+        """True if the trace has operations of its own that are quantized."""
+        return bool(self._counts)
+
     def _watch(self, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The result of the user's `forward`, its operations watched."""
         watch = _ForwardMode(self)

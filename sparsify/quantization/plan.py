@@ -374,16 +374,13 @@ def check_traced_ops(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, 
     Scripted functions and direct calls of operators are seen by the trace and not in training. Gives the paths of
     modules whose operations now stay in float. Training modes, random states and buffers are as before.
     """
-    watched = {
-        name: module for name, module in {"": model, **named_modules(model)}.items() if isinstance(module, Watched)
-    }
-    if not any(module._counts for module in watched.values()):
+    if not any(isinstance(module, Watched) and module.counts_operations for module in model.modules()):
         return []
     with preserved(model), torch.no_grad():
         eval_mode_(model)
         # Not through __call__: this may run inside a hook of that very call.
         model.forward(*args, **kwargs)
-    return [name for name, module in watched.items() if module._off]
+    return switched_off(model)
 
 
 def _device(module: nn.Module, model: nn.Module) -> torch.device:
