@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import os
 import subprocess
 import sys
 from importlib import import_module
@@ -112,3 +113,18 @@ def test_star_import_brings_no_modules() -> None:
     space: dict[str, object] = {}
     exec("from sparsify import *", space)
     assert not [name for name, value in space.items() if isinstance(value, type(sys))]
+
+
+@pytest.mark.slow
+def test_a_type_checker_sees_every_public_name(tmp_path: Path) -> None:
+    names = sorted(set(sparsify.__all__) - {"__version__"})
+    (tmp_path / "user.py").write_text(f"from sparsify import __version__, {', '.join(names)}\n")
+    (tmp_path / "typo.py").write_text("from sparsify import analyse_model\n")
+    command = [sys.executable, "-m", "mypy", "--strict", "--follow-imports=silent", "--ignore-missing-imports"]
+    there = {**os.environ, "MYPYPATH": str(ROOT.parent), "MYPY_CACHE_DIR": str(tmp_path / "cache")}
+
+    def checked(file: str) -> str:
+        return subprocess.run([*command, file], cwd=tmp_path, env=there, capture_output=True, text=True).stdout
+
+    assert "Success" in checked("user.py")
+    assert 'has no attribute "analyse_model"' in checked("typo.py")

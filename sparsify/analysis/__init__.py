@@ -3,7 +3,8 @@
 Imports `oneshot`, `onnx`, the mechanisms, `output`, `model`, `errors`.
 """
 
-from sparsify.analysis import analyze, bits, layers, loss, performance, profiling, weights
+from typing import TYPE_CHECKING
+
 from sparsify.analysis.analyze import *
 from sparsify.analysis.bits import *
 from sparsify.analysis.layers import *
@@ -12,11 +13,19 @@ from sparsify.analysis.performance import *
 from sparsify.analysis.profiling import *
 from sparsify.analysis.weights import *
 
-__all__: list[str] = []
-__all__ += analyze.__all__
-__all__ += bits.__all__
-__all__ += layers.__all__
-__all__ += loss.__all__
-__all__ += performance.__all__
-__all__ += profiling.__all__
-__all__ += weights.__all__
+if not TYPE_CHECKING:  # mypy 2.4.1 does not follow `module.__all__`, and takes all that is imported by star
+    from sparsify.analysis import analyze, bits, layers, loss, performance, profiling, weights
+
+    __all__ = [
+        name
+        for file in (
+            analyze,
+            bits,
+            layers,
+            loss,
+            performance,
+            profiling,
+            weights,
+        )
+        for name in file.__all__
+    ]

@@ -3,25 +3,8 @@
 Imports `pruning`, `quantization`, `output`, `model`, `errors`.
 """
 
-from sparsify.modifiers import (
-    base,
-    distillation,
-    epochs,
-    gradual,
-    layer_distillation,
-    layer_pruning,
-    learning_rate,
-    magnitude_pruning,
-    quantization,
-    regularization,
-    second_order,
-    sparse_training,
-    sparsification_logging,
-    structured,
-    thinning,
-    top_kast,
-    training,
-)
+from typing import TYPE_CHECKING
+
 from sparsify.modifiers.base import *
 from sparsify.modifiers.distillation import *
 from sparsify.modifiers.epochs import *
@@ -40,21 +23,47 @@ from sparsify.modifiers.thinning import *
 from sparsify.modifiers.top_kast import *
 from sparsify.modifiers.training import *
 
-__all__: list[str] = []
-__all__ += base.__all__
-__all__ += distillation.__all__
-__all__ += epochs.__all__
-__all__ += gradual.__all__
-__all__ += layer_distillation.__all__
-__all__ += layer_pruning.__all__
-__all__ += learning_rate.__all__
-__all__ += sparsification_logging.__all__
-__all__ += magnitude_pruning.__all__
-__all__ += quantization.__all__
-__all__ += regularization.__all__
-__all__ += second_order.__all__
-__all__ += sparse_training.__all__
-__all__ += structured.__all__
-__all__ += thinning.__all__
-__all__ += top_kast.__all__
-__all__ += training.__all__
+if not TYPE_CHECKING:  # mypy 2.4.1 does not follow `module.__all__`, and takes all that is imported by star
+    from sparsify.modifiers import (
+        base,
+        distillation,
+        epochs,
+        gradual,
+        layer_distillation,
+        layer_pruning,
+        learning_rate,
+        magnitude_pruning,
+        quantization,
+        regularization,
+        second_order,
+        sparse_training,
+        sparsification_logging,
+        structured,
+        thinning,
+        top_kast,
+        training,
+    )
+
+    __all__ = [
+        name
+        for file in (
+            base,
+            distillation,
+            epochs,
+            gradual,
+            layer_distillation,
+            layer_pruning,
+            learning_rate,
+            sparsification_logging,
+            magnitude_pruning,
+            quantization,
+            regularization,
+            second_order,
+            sparse_training,
+            structured,
+            thinning,
+            top_kast,
+            training,
+        )
+        for name in file.__all__
+    ]

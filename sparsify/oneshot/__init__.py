@@ -3,8 +3,11 @@
 Imports `modifiers`, `onnx`, the mechanisms, `output`, `model`, `errors`.
 """
 
-from sparsify.oneshot import quantize
+from typing import TYPE_CHECKING
+
 from sparsify.oneshot.quantize import *
 
-__all__: list[str] = []
-__all__ += quantize.__all__
+if not TYPE_CHECKING:  # mypy 2.4.1 does not follow `module.__all__`, and takes all that is imported by star
+    from sparsify.oneshot import quantize
+
+    __all__ = [name for file in (quantize,) for name in file.__all__]

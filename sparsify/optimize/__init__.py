@@ -3,21 +3,8 @@
 Imports `analysis`, `training`, `recipe` and below.
 """
 
-from sparsify.optimize import (
-    allocation,
-    code_generation,
-    latency,
-    layer_curves,
-    levels,
-    outcome,
-    planned,
-    planning,
-    project,
-    pruning_profiles,
-    recipe_creation,
-    screen,
-    stages,
-)
+from typing import TYPE_CHECKING
+
 from sparsify.optimize.allocation import *
 from sparsify.optimize.code_generation import *
 from sparsify.optimize.latency import *
@@ -32,17 +19,39 @@ from sparsify.optimize.recipe_creation import *
 from sparsify.optimize.screen import *
 from sparsify.optimize.stages import *
 
-__all__: list[str] = []
-__all__ += allocation.__all__
-__all__ += code_generation.__all__
-__all__ += latency.__all__
-__all__ += layer_curves.__all__
-__all__ += levels.__all__
-__all__ += outcome.__all__
-__all__ += planned.__all__
-__all__ += planning.__all__
-__all__ += project.__all__
-__all__ += pruning_profiles.__all__
-__all__ += recipe_creation.__all__
-__all__ += screen.__all__
-__all__ += stages.__all__
+if not TYPE_CHECKING:  # mypy 2.4.1 does not follow `module.__all__`, and takes all that is imported by star
+    from sparsify.optimize import (
+        allocation,
+        code_generation,
+        latency,
+        layer_curves,
+        levels,
+        outcome,
+        planned,
+        planning,
+        project,
+        pruning_profiles,
+        recipe_creation,
+        screen,
+        stages,
+    )
+
+    __all__ = [
+        name
+        for file in (
+            allocation,
+            code_generation,
+            latency,
+            layer_curves,
+            levels,
+            outcome,
+            planned,
+            planning,
+            project,
+            pruning_profiles,
+            recipe_creation,
+            screen,
+            stages,
+        )
+        for name in file.__all__
+    ]
