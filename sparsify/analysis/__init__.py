@@ -3,6 +3,7 @@
 Imports `oneshot`, `onnx`, the mechanisms, `output`, `model`, `errors`.
 """
 
+from sys import modules
 from typing import TYPE_CHECKING
 
 from sparsify.analysis.analyze import *
@@ -13,19 +14,5 @@ from sparsify.analysis.performance import *
 from sparsify.analysis.profiling import *
 from sparsify.analysis.weights import *
 
-if not TYPE_CHECKING:  # mypy 2.4.1 does not follow `module.__all__`, and takes all that is imported by star
-    from sparsify.analysis import analyze, bits, layers, loss, performance, profiling, weights
-
-    __all__ = [
-        name
-        for file in (
-            analyze,
-            bits,
-            layers,
-            loss,
-            performance,
-            profiling,
-            weights,
-        )
-        for name in file.__all__
-    ]
+if not TYPE_CHECKING:  # mypy 2.4.1 takes all that is imported by star, and follows no computed list
+    __all__ = [name for path, file in list(modules.items()) if path.startswith(f"{__name__}.") for name in file.__all__]

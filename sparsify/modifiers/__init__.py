@@ -3,6 +3,7 @@
 Imports `pruning`, `quantization`, `output`, `model`, `errors`.
 """
 
+from sys import modules
 from typing import TYPE_CHECKING
 
 from sparsify.modifiers.base import *
@@ -23,47 +24,5 @@ from sparsify.modifiers.thinning import *
 from sparsify.modifiers.top_kast import *
 from sparsify.modifiers.training import *
 
-if not TYPE_CHECKING:  # mypy 2.4.1 does not follow `module.__all__`, and takes all that is imported by star
-    from sparsify.modifiers import (
-        base,
-        distillation,
-        epochs,
-        gradual,
-        layer_distillation,
-        layer_pruning,
-        learning_rate,
-        magnitude_pruning,
-        quantization,
-        regularization,
-        second_order,
-        sparse_training,
-        sparsification_logging,
-        structured,
-        thinning,
-        top_kast,
-        training,
-    )
-
-    __all__ = [
-        name
-        for file in (
-            base,
-            distillation,
-            epochs,
-            gradual,
-            layer_distillation,
-            layer_pruning,
-            learning_rate,
-            sparsification_logging,
-            magnitude_pruning,
-            quantization,
-            regularization,
-            second_order,
-            sparse_training,
-            structured,
-            thinning,
-            top_kast,
-            training,
-        )
-        for name in file.__all__
-    ]
+if not TYPE_CHECKING:  # mypy 2.4.1 takes all that is imported by star, and follows no computed list
+    __all__ = [name for path, file in list(modules.items()) if path.startswith(f"{__name__}.") for name in file.__all__]

@@ -3,11 +3,10 @@
 Imports `modifiers`, `onnx`, the mechanisms, `output`, `model`, `errors`.
 """
 
+from sys import modules
 from typing import TYPE_CHECKING
 
 from sparsify.oneshot.quantize import *
 
-if not TYPE_CHECKING:  # mypy 2.4.1 does not follow `module.__all__`, and takes all that is imported by star
-    from sparsify.oneshot import quantize
-
-    __all__ = [name for file in (quantize,) for name in file.__all__]
+if not TYPE_CHECKING:  # mypy 2.4.1 takes all that is imported by star, and follows no computed list
+    __all__ = [name for path, file in list(modules.items()) if path.startswith(f"{__name__}.") for name in file.__all__]

@@ -3,6 +3,7 @@
 Imports `analysis`, `training`, `recipe` and below.
 """
 
+from sys import modules
 from typing import TYPE_CHECKING
 
 from sparsify.optimize.allocation import *
@@ -19,39 +20,5 @@ from sparsify.optimize.recipe_creation import *
 from sparsify.optimize.screen import *
 from sparsify.optimize.stages import *
 
-if not TYPE_CHECKING:  # mypy 2.4.1 does not follow `module.__all__`, and takes all that is imported by star
-    from sparsify.optimize import (
-        allocation,
-        code_generation,
-        latency,
-        layer_curves,
-        levels,
-        outcome,
-        planned,
-        planning,
-        project,
-        pruning_profiles,
-        recipe_creation,
-        screen,
-        stages,
-    )
-
-    __all__ = [
-        name
-        for file in (
-            allocation,
-            code_generation,
-            latency,
-            layer_curves,
-            levels,
-            outcome,
-            planned,
-            planning,
-            project,
-            pruning_profiles,
-            recipe_creation,
-            screen,
-            stages,
-        )
-        for name in file.__all__
-    ]
+if not TYPE_CHECKING:  # mypy 2.4.1 takes all that is imported by star, and follows no computed list
+    __all__ = [name for path, file in list(modules.items()) if path.startswith(f"{__name__}.") for name in file.__all__]
