@@ -9,8 +9,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1] / "sparsify"
 
-# What every file has, and means the same in each.
-EVERYWHERE = {"__all__", "log"}
+# What every file has, and means the same in each; the callback is one thing, once for each framework.
+EVERYWHERE = {"__all__", "log", "SparsifyCallback"}
 
 
 def defined(path: Path) -> Iterator[str]:
