@@ -45,3 +45,20 @@ def is_quantizing(modifiers: Sequence[Modifier], epoch: float, steps_per_epoch: 
     """True if quantization has started by the end of the first step of `epoch`."""
     clock = Clock(0, epoch if steps_per_epoch is None else epoch + 1 / steps_per_epoch, steps_per_epoch)
     return any(m.kind == "quantization" and clock.reached(m.window.start) for m in modifiers)
+
+
+def settled_epoch(modifiers: Sequence[Modifier]) -> float:
+    """The epoch from which the recipe has done its work: final sparsity reached, channels and layers gone, quantized.
+
+    What only holds or trains on (masks that stay, learning rates, distillation) asks for nothing after it; 0 where
+    nothing changes the model.
+    """
+    last = 0.0
+    for modifier in modifiers:
+        window = modifier.window
+        if modifier.kind == "pruning" and not modifier.holds:
+            last = max(last, window.end if window.end < float("inf") else window.start)
+        elif modifier.kind in ("pruning", "quantization", "structure"):
+            last = max(last, window.start)
+        last = max(last, *modifier.cuts(), 0.0)
+    return last

@@ -9,7 +9,8 @@ from sparsify.modifiers.epochs import EpochRangeModifier
 from sparsify.modifiers.magnitude_pruning import ConstantPruningModifier
 from sparsify.modifiers.quantization import QuantizationModifier
 from sparsify.training.manager import ScheduledModifierManager
-from tests.loops import gradual_pruning
+from sparsify.training.phases import settled_epoch
+from tests.loops import channel_pruning, gradual_pruning
 
 
 @pytest.mark.parametrize(
@@ -42,3 +43,18 @@ def test_qat_is_active_by_the_end_of_an_epochs_first_step() -> None:
     manager = ScheduledModifierManager([QuantizationModifier(start_epoch=2.0)])
     assert [manager.qat_active(epoch) for epoch in (0.0, 1.0, 1.99, 2.0, 3.0)] == [False, False, False, True, True]
     assert not ScheduledModifierManager([gradual_pruning()]).qat_active(5.0)
+
+
+@pytest.mark.parametrize(
+    ("modifiers", "expected"),
+    [
+        ([gradual_pruning(1.0, 4.0), EpochRangeModifier(end_epoch=9.0)], 4.0),
+        ([gradual_pruning(1.0, 4.0), QuantizationModifier(start_epoch=6.0)], 6.0),
+        ([QuantizationModifier(start_epoch=1.0), gradual_pruning(1.0, 4.0)], 4.0),
+        ([ConstantPruningModifier(params="__ALL__")], 0.0),
+        ([channel_pruning(end_epoch=3.0, shrink=True)], 3.0),
+        ([EpochRangeModifier(end_epoch=9.0)], 0.0),
+    ],
+)
+def test_the_work_is_done_when_nothing_changes_the_model_any_more(modifiers: list[Modifier], expected: float) -> None:
+    assert settled_epoch(modifiers) == expected
