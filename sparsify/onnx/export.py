@@ -24,6 +24,7 @@ from sparsify.model.wrappers import clean_name, unwrapped
 from sparsify.onnx.exported import ExportedModel, bytes_text, exported_model
 from sparsify.onnx.names import checked_output_names, name_values, with_input_names
 from sparsify.onnx.runtime import FILE_WEIGHTS
+from sparsify.onnx.translation_registry import kept_registry
 from sparsify.output.files import replacing
 from sparsify.quantization import qdq_ops
 from sparsify.quantization.deployment import opsets
@@ -140,13 +141,14 @@ def _model_proto(
         except Exception as error:
             raise ExportError(_why_not_traced(name, error, bool(batched))) from error
         try:
-            exported = torch.onnx.export(
-                program,
-                dynamo=True,
-                opset_version=opset,
-                custom_translation_table=qdq_ops.translations(opset),
-                verbose=False,
-            )
+            with kept_registry():
+                exported = torch.onnx.export(
+                    program,
+                    dynamo=True,
+                    opset_version=opset,
+                    custom_translation_table=qdq_ops.translations(opset),
+                    verbose=False,
+                )
         except Exception as error:
             raise ExportError(_why_not_translated(name, error)) from error
     if exported is None:
