@@ -340,6 +340,54 @@ class ScheduledModifierManager:
                 )
             session.update()
 
+    def begin_epoch(self, epoch: int, *, steps_per_epoch: SupportsIndex | Sized | None = None) -> None:
+        """Marks for the clock that an epoch begins, where the loop is not `epochs()`; in the middle of it (a resumed
+        run) the clock goes on from where it is.
+
+        Args:
+            epoch: its number, 0 or more.
+            steps_per_epoch: optimizer steps in it, where that changes or was not known; None: as before.
+
+        Raises:
+            StateError: `modify` was not called.
+            ArgumentError: `steps_per_epoch` is no positive int.
+        """
+        session = self._at_work()
+        steps = steps_in_epoch(steps_per_epoch)
+        session.timer.begin(epoch)
+        if steps is not None:
+            session.timer.pace(steps)
+        session.update()
+
+    def end_epoch(self, epoch: int) -> int:
+        """Marks for the clock that an epoch is over.
+
+        Args:
+            epoch: its number.
+
+        Returns:
+            The number of optimizer steps since the last mark.
+
+        Raises:
+            StateError: `modify` was not called.
+        """
+        session = self._at_work()
+        done = session.timer.end(epoch)
+        session.update()
+        return done
+
+    def pause(self, paused: bool = True) -> None:
+        """Leaves out the steps that come, a search for a learning rate before training goes on: they are not counted,
+        and masked weights stay zero.
+
+        Args:
+            paused: False: from now on steps count again.
+
+        Raises:
+            StateError: `modify` was not called.
+        """
+        self._at_work().paused = paused
+
     def update_loss(self, loss: Tensor, *, outputs: Any = None, inputs: Any = None, labels: Any = None) -> Tensor:
         """`loss` with distillation and regularizers added; `loss` itself where none is due.
 

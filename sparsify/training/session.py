@@ -83,6 +83,7 @@ class Session:
         self._skipped = False
         self._seen: tuple[CallArguments, Any] | None = None
         self._said_detached = False
+        self.paused = False
 
         log = RunLog(writer)
         self.ledger = LearningRateLedger(self._optimizer, log)
@@ -168,6 +169,8 @@ class Session:
 
     def _before(self, closure: bool) -> None:
         """Before the optimizer steps; may be called twice. With a closure forward and backward are still to come."""
+        if self.paused:
+            return
         if not self.timer.runs:
             raise StateError(
                 "a step was taken, but how many make an epoch is not known. Pass steps_per_epoch to modify() "
@@ -185,6 +188,9 @@ class Session:
 
     def _after(self) -> None:
         """After the optimizer stepped; may be called twice, or not at all where the step raised."""
+        if self.paused:
+            self.masker.apply()
+            return
         if self._skipped:
             self._due = False
             return

@@ -81,6 +81,12 @@ class Timer:
         self._mark_epoch, self._mark_step, self._limit = float(epoch + 1), self.step, math.inf
         return done
 
+    def pace(self, steps_per_epoch: int) -> None:
+        """From now on an epoch has so many steps; the epoch that it is now stays what it is."""
+        if steps_per_epoch != self.steps_per_epoch:
+            self._mark_epoch, self._mark_step = self.clock().epoch, self.step
+        self.given = steps_per_epoch
+
     def jump(self, epoch: float) -> None:
         """It is `epoch` now, without a step."""
         self._mark_epoch, self._mark_step = epoch, self.step

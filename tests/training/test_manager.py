@@ -184,6 +184,42 @@ def _without_steps(manager: ScheduledModifierManager) -> Iterator[int]:
         yield from manager.epochs()
 
 
+def test_a_loop_of_another_marks_its_epochs_and_how_long_they_are() -> None:
+    model, optimizer, manager = at_work(steps_per_epoch=4)
+    manager.begin_epoch(0, steps_per_epoch=2)
+    step(model, optimizer, 1)
+    assert manager.epoch == 0.5
+    step(model, optimizer, 3)
+    assert manager.epoch == 1.0, "an epoch that is longer than was said does not run into the next"
+    assert manager.end_epoch(0) == 4
+    manager.begin_epoch(1, steps_per_epoch=3)
+    step(model, optimizer, 1)
+    assert manager.epoch == pytest.approx(4 / 3)
+    manager.begin_epoch(1, steps_per_epoch=6)
+    assert manager.epoch == pytest.approx(4 / 3), "in the middle of an epoch the clock stays where it is"
+    step(model, optimizer, 1)
+    assert manager.epoch == pytest.approx(1.5) and manager.step == 6
+    for wrong in (0, 2.5, "3"):
+        with pytest.raises(ArgumentError, match="steps_per_epoch"):
+            manager.begin_epoch(2, steps_per_epoch=wrong)  # type: ignore[arg-type]
+
+
+def test_steps_in_a_pause_are_not_counted_and_bring_nothing_back() -> None:
+    model, optimizer, manager = at_work(gradual_pruning(), SetLearningRateModifier(learning_rate=0.1, start_epoch=0.0))
+    step(model, optimizer, 8)
+    before, gone = manager.state_dict(), zeros(model)
+    manager.pause()
+    optimizer.param_groups[0]["lr"] = 0.5
+    step(model, optimizer, 5)
+    assert optimizer.param_groups[0]["lr"] == 0.5
+    manager.pause(False)
+    assert manager.step == 8 and zeros(model) == gone > 0
+    assert manager.state_dict()["checksum"] == before["checksum"]
+    manager.load_state_dict(before)
+    step(model, optimizer)
+    assert manager.step == 9 and optimizer.param_groups[0]["lr"] == 0.1
+
+
 def test_the_timer_never_goes_back() -> None:
     generator = torch.Generator().manual_seed(0)
     for given in (None, 5):
