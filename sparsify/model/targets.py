@@ -17,6 +17,9 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from sparsify.errors import DataError, SparsifyWarning, TargetError
+from sparsify.model.adapters import names_without_adapters
+from sparsify.model.experts import expert_stacks
+from sparsify.model.recomputed import Recomputed, recomputed_weights
 from sparsify.model.wrappers import WRAPPER_PARTS, by_clean_name, clean_name
 
 __all__: list[str] = []
@@ -48,12 +51,19 @@ def named_modules(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def resolve_parameters(
-    model: nn.Module, names: str | Iterable[str], *, where: str, strict: bool = True, ignore: Iterable[str] = ()
+    model: nn.Module,
+    names: str | Iterable[str],
+    *,
+    where: str,
+    strict: bool = True,
+    ignore: Iterable[str] = (),
+    to_mask: bool = False,
 ) -> dict[str, nn.Parameter]:
     """The parameters that `names` mean, under their clean names, in the model's order.
 
-    A layer's name or type means its weight; a pattern is matched against the names of parameters and, where it matches
-    none, of layers.
+    A layer's name or type means its weight, and `__ALL_PRUNABLE__` stacked experts too; a pattern is matched against
+    the names of parameters and, where it matches none, of layers. A weight that is recomputed before every forward
+    (weight_norm) means the parameter that holds its direction. Names from before peft put adapters in are known too.
 
     Args:
         model: the model whose parameters they are.
@@ -61,6 +71,8 @@ def resolve_parameters(
         where: the field that the names were written in, "GMPruningModifier.params"; errors begin with it.
         strict: False warns of a name that matches nothing instead of raising.
         ignore: names, in the same forms, that are taken out again; they may match nothing.
+        to_mask: True where zeros are to last in what is found: a pattern leaves out the norms of recomputed weights,
+            and what zeros do not last in is refused.
 
     Raises:
         TargetError: a name matches nothing, or a layer whose weight is not a parameter of its own.
@@ -74,20 +86,32 @@ def resolve_parameters(
     modules = _aliased_modules(model)
     # The model itself has no name, but may be a layer of a type.
     layers = {name: module for name, module in modules.items() if name}
+    recomputed = recomputed_weights(model)
+    aliases |= {name: made.direction for name, made in recomputed.items() if made.direction is not None}
+    norms = {norm for made in recomputed.values() if made.direction is not None for norm in made.others}
+    lost = {own: made for made in recomputed.values() if made.direction is None for own in made.others}
 
     def weight_of(name: str) -> str | None:
+        made = recomputed.get(f"{name}.weight" if name else "weight")
+        if made is not None:
+            return made.direction
         own = getattr(modules[name], "weight", None)
         return first.get(id(own)) if isinstance(own, nn.Parameter) else None
 
+    def refuse_lost(name: str) -> None:
+        made = recomputed.get(f"{name}.weight" if name else "weight")
+        if made is not None and made.direction is None:
+            _refuse_recomputed(model, made, where)
+
     def find(name: str) -> list[str]:
         if name == ALL:
-            return list(parameters)
+            return [found for found in parameters if not (to_mask and found in norms)]
         exact = name if name in aliases or name in layers else clean_name(name)
         if exact in aliases:
             return [aliases[exact]]
         if exact in layers:
             weight = weight_of(exact)
-            _refuse_recomputed(model, exact, layers[exact], where)
+            refuse_lost(exact)
             if weight is None:
                 raise TargetError(
                     f"{where}: {name!r} is a {type(layers[exact]).__name__} without a weight of its own. Name one "
@@ -96,17 +120,26 @@ def resolve_parameters(
             return [weight]
         if name.startswith("re:"):
             found = [aliases[alias] for alias in _matching(name, aliases, where)]
+            if to_mask and not norms.issuperset(found):
+                found = [one for one in found if one not in norms]
             return found or [w for layer in _matching(name, layers, where) if (w := weight_of(layer)) is not None]
         of_type = [layer for layer, module in modules.items() if _is(module, name)]
         for layer in of_type:
-            _refuse_recomputed(model, layer or type(modules[layer]).__name__, modules[layer], where)
+            refuse_lost(layer)
         if not of_type and "." in exact:
-            owner = exact.rpartition(".")[0]
-            if owner in layers:
-                _refuse_recomputed(model, owner, layers[owner], where)
-        return [w for layer in of_type if (w := weight_of(layer)) is not None]
+            refuse_lost(exact.rpartition(".")[0])
+        stacks = [aliases[stack] for stack in expert_stacks(model)] if name == ALL_PRUNABLE else []
+        return [w for layer in of_type if (w := weight_of(layer)) is not None] + stacks
 
+    for other, name in names_without_adapters(model, list(aliases)):
+        aliases.setdefault(other, aliases[name])
+    for other, name in names_without_adapters(model, list(layers)):
+        modules.setdefault(other, modules[name])
+        layers.setdefault(other, layers[name])
     chosen = _choose(model, names, find, (*aliases, *layers), where=where, strict=strict, ignore=ignore)
+    for name in chosen if to_mask else ():
+        if name in lost:
+            _refuse_recomputed(model, lost[name], where)
     return {name: parameter for name, parameter in parameters.items() if name in chosen}
 
 
@@ -122,6 +155,8 @@ def resolve_layers(
     first = {id(module): name for name, module in modules.items()}
     layers = {name: module for name, module in _aliased_modules(model).items() if name}
     parameters = set(by_clean_name(model.named_parameters(remove_duplicate=False)))
+    for other, name in names_without_adapters(model, list(layers)):
+        layers.setdefault(other, layers[name])
 
     def find(name: str) -> list[str]:
         if name == ALL:
@@ -254,18 +289,9 @@ def _matching(name: str, known: Iterable[str], where: str) -> list[str]:
     return found
 
 
-def _refuse_recomputed(model: nn.Module, name: str, module: nn.Module, where: str) -> None:
-    by_parametrization = "weight" in getattr(module, "parametrizations", {})
-    by_hook = isinstance(getattr(module, "weight", None), Tensor) and (
-        "weight_g" in module._parameters or "weight_orig" in module._parameters
-    )
-    if by_parametrization or by_hook:
-        kind = "a parametrization" if by_parametrization else "a hook (weight_norm, torch's own pruning)"
-        raise TargetError(
-            f"{where}: the weight of {name!r} is recomputed before every forward by {kind}, so zeros in it would "
-            "not last. Remove it first (torch.nn.utils.parametrize.remove_parametrizations, remove_weight_norm), or "
-            "leave the layer out."
-        )
+def _refuse_recomputed(model: nn.Module, made: Recomputed, where: str) -> None:
+    name = made.layer or type(model).__name__
+    raise TargetError(f"{where}: the weight of {name!r} {made.why_not}.")
 
 
 def _choose(

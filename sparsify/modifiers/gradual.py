@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import warnings
 from abc import ABC, abstractmethod
@@ -13,10 +14,12 @@ from torch import nn
 
 from sparsify.errors import SparsifyWarning, TargetError
 from sparsify.model import distributed, targets
+from sparsify.model.layouts import input_dims
+from sparsify.model.recomputed import recomputed_weights
 from sparsify.modifiers.base import Active, Epoch, Modifier, ModifierKind, ParamNames, Run, check_frequency
 from sparsify.modifiers.schedule import Clock, Curve, UpdateGrid, between
 from sparsify.output.field_errors import FieldProblem
-from sparsify.pruning.masks import MaskType, compute_masks
+from sparsify.pruning.masks import MaskType, compute_masks, sparing_one
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -72,6 +75,12 @@ class GradualPruning(Modifier, ABC):
         "a output by b input channels, -1 for all of them; N:M, of every M along the input channels N stay; tensorrt, "
         "which is 2:4; filter, whole output channels of each weight by itself, and channel, whole input channels "
         "(StructuredPruningModifier masks what hangs together with them too, so that they can be removed).",
+    )
+    input_dims: dict[str, int] = Field(
+        default={},
+        description="Dimension of the input channels, by name or pattern, of parameters whose module does not say it: "
+        "{'re:.*experts.*': 2} for stacks (experts, outputs, inputs), 1 for (experts, inputs, outputs). Needed for "
+        "blocks, N:M and channels of raw parameters alone.",
     )
     global_sparsity: bool = Field(
         default=False, description="Whether all parameters are ranked together, or each by itself."
@@ -180,7 +189,7 @@ class GradualPruning(Modifier, ABC):
     def targets(self, model: nn.Module) -> Mapping[str, nn.Parameter | nn.Module]:
         field = "final_sparsity" if isinstance(self.final_sparsity, dict) else "params"
         return targets.resolve_parameters(
-            model, self.names(), where=f"{type(self).__name__}.{field}", strict=self.strict
+            model, self.names(), where=f"{type(self).__name__}.{field}", strict=self.strict, to_mask=True
         )
 
     def foreseen_zeros(self, clock: Clock, model: nn.Module) -> dict[str, float | None]:
@@ -200,7 +209,7 @@ class GradualPruning(Modifier, ABC):
         for final, names in self.final_by_names().items():
             where = f"{type(self).__name__}.params"
             last = final if exact is None else exact
-            for name in targets.resolve_parameters(model, names, where=where, strict=self.strict):
+            for name in targets.resolve_parameters(model, names, where=where, strict=self.strict, to_mask=True):
                 there = min(overall if self.global_sparsity else zeros[name], last)
                 initial = there if isinstance(self.init_sparsity, str) else self.init_sparsity
                 found[name] = between(self.inter_func, initial, last, self.window.progress(point))
@@ -246,7 +255,7 @@ class Gradual(Active):
         where = f"{type(modifier).__name__}.{'params' if modifier.params else 'final_sparsity'}"
         finals: dict[str, float] = {}
         for final, names in modifier.final_by_names().items():
-            parameters = targets.resolve_parameters(model, names, where=where, strict=modifier.strict)
+            parameters = targets.resolve_parameters(model, names, where=where, strict=modifier.strict, to_mask=True)
             for name in parameters:
                 if name in finals:
                     raise TargetError(
@@ -254,7 +263,10 @@ class Gradual(Active):
                     )
                 finals[name] = final
             targets.refuse_unusable(parameters, where=where)
-        return fitting(model, finals, self.mask_type, where=where, strict=modifier.strict)
+        self.divided = divided_by_norms(model, finals, self.mask_type, where=where)
+        return fitting(
+            model, finals, self.mask_type, where=where, strict=modifier.strict, said_input_dims=modifier.input_dims
+        )
 
     def update(self, clock: Clock) -> None:
         point = self.grid.latest(clock)
@@ -291,7 +303,10 @@ class Gradual(Active):
         """Fixes what is pruned and from which sparsity on: read when the modifier starts, not when it is attached."""
         # Asked again: channels may have been removed since.
         who, strict = type(self.modifier).__name__, self.modifier.strict
-        self.finals, self.input_dims = fitting(self.run.model, self.finals, self.mask_type, where=who, strict=strict)
+        said = self.modifier.input_dims
+        self.finals, self.input_dims = fitting(
+            self.run.model, self.finals, self.mask_type, where=who, strict=strict, said_input_dims=said
+        )
         given = {name: parameter for name, parameter in parameters.items() if name in self.finals}
         parameters = trainable(given, who)
         self.frozen += [name for name in given if name not in parameters]
@@ -317,11 +332,25 @@ class Gradual(Active):
         """Importance scores of the weights by parameter, and True if their absolute values count."""
         return parameters, True
 
+    def sparing_norms(
+        self, scores: Mapping[str, Tensor], before: Mapping[str, Tensor], absolute: bool
+    ) -> Mapping[str, Tensor]:
+        """`scores` in which a weight of each slice that is divided by its norm (weight_norm) is masked last."""
+        if not self.divided:
+            return scores
+        spared = {
+            name: sparing_one(scores[name], dims, before.get(name), absolute)
+            for name, dims in self.divided.items()
+            if name in scores
+        }
+        return {**scores, **spared}
+
     def _prune(self, parameters: Mapping[str, nn.Parameter], progress: float, clock: Clock) -> None:
         masker = self.run.masker
         together = self.modifier.global_sparsity
         before = masker.masks
         scores, absolute = self.scores(parameters)
+        scores = self.sparing_norms(scores, before, absolute)
         masks: dict[str, Tensor] = {}
         for group in [list(parameters)] if together and parameters else [[name] for name in parameters]:
             sparsity = between(self.modifier.inter_func, self.initials[group[0]], self.finals[group[0]], progress)
@@ -358,7 +387,13 @@ class Gradual(Active):
 
 
 def fitting(
-    model: nn.Module, finals: Mapping[str, float], mask_type: MaskType, *, where: str, strict: bool
+    model: nn.Module,
+    finals: Mapping[str, float],
+    mask_type: MaskType,
+    *,
+    where: str,
+    strict: bool,
+    said_input_dims: Mapping[str, int] | None = None,
 ) -> tuple[dict[str, float], dict[str, int]]:
     """The final sparsity and the dimension of the input channels of what the mask type fits, in the model's order.
 
@@ -367,11 +402,12 @@ def fitting(
     """
     found: dict[str, float] = {}
     dims: dict[str, int] = {}
+    known = input_dims(model, said_input_dims, where=where.partition(".")[0])
     for name, module, attribute in targets.owners(model):
         parameter = module._parameters[attribute]
         if name not in finals or parameter is None or not parameter.numel():
             continue
-        dim = targets.input_dim(module)
+        dim = known[name]
         problem = mask_type.why_unfit(parameter.shape, dim)
         if problem is None:
             exact = 1.0 - mask_type.keep / mask_type.of
@@ -382,13 +418,44 @@ def fitting(
                 )
             # A final 2/3 may be written .667: the ramp ends at the exact share.
             found[name] = exact if mask_type.kind == "n_of_m" else finals[name]
-            dims[name] = dim
+            dims[name] = 1 if dim is None else dim
             continue
         message = f"{where}: mask_type {mask_type.text} does not fit: {name!r} {problem}."
         if strict:
             raise TargetError(f"{message} Leave it out of params, or give strict: False to have it left out.")
         warnings.warn(f"{message} Left out.", SparsifyWarning, stacklevel=2)
     return found, dims
+
+
+def divided_by_norms(
+    model: nn.Module, finals: Mapping[str, float], mask_type: MaskType, *, where: str
+) -> dict[str, tuple[int, ...]]:
+    """The dimensions over which weights in `finals` are divided by their norm before every forward, by name.
+
+    Raises:
+        TargetError: the mask type or the sparsity would leave a norm of zero, and NaN behind it.
+    """
+    found: dict[str, tuple[int, ...]] = {}
+    parameters = targets.named_parameters(model)
+    for made in recomputed_weights(model).values():
+        name = made.direction
+        if name is None or name not in finals or not made.divided_over:
+            continue
+        shape = parameters[name].shape
+        # At least one unit of every slice stays.
+        slices = math.prod(size for dim, size in enumerate(shape) if dim not in made.divided_over)
+        size = math.prod(shape[i] if b == -1 else b for i, b in enumerate(mask_type.block[: len(shape)]))
+        units = shape.numel() // size if mask_type.kind == "block" else shape.numel()
+        if mask_type.kind in ("filter", "channel") or (
+            mask_type.kind != "n_of_m" and round(units * finals[name]) > units - slices
+        ):
+            raise TargetError(
+                f"{where}: {name!r} is divided by the norm of each of its {slices} slices before every forward, by "
+                f"{made.kind}; mask_type {mask_type.text} at sparsity {finals[name]:g} leaves slices of zeros alone, "
+                "and 0 / 0 is NaN. Give a lower final_sparsity, scattered or N:M masks, or remove the norm first."
+            )
+        found[name] = made.divided_over
+    return found
 
 
 def trainable(parameters: Mapping[str, nn.Parameter], who: str) -> dict[str, nn.Parameter]:

@@ -60,7 +60,7 @@ class ConstantPruningModifier(Modifier):
 
     def targets(self, model: nn.Module) -> Mapping[str, nn.Parameter | nn.Module]:
         return targets.resolve_parameters(
-            model, self.names(), where=f"{type(self).__name__}.params", strict=self.strict
+            model, self.names(), where=f"{type(self).__name__}.params", strict=self.strict, to_mask=True
         )
 
     def foreseen_zeros(self, clock: Clock, model: nn.Module) -> dict[str, float | None]:
@@ -88,7 +88,9 @@ class _Constant(Active):
         self.held: list[str] = []
         self.started = self.released = False
         where = f"{type(modifier).__name__}.params"
-        parameters = targets.resolve_parameters(run.model, modifier.names(), where=where, strict=modifier.strict)
+        parameters = targets.resolve_parameters(
+            run.model, modifier.names(), where=where, strict=modifier.strict, to_mask=True
+        )
         targets.refuse_unusable(parameters, where=where)
         self.names = [name for name, parameter in parameters.items() if parameter.numel()]
 

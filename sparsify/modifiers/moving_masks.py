@@ -9,7 +9,9 @@ from typing import Annotated, Any, ClassVar
 from pydantic import AfterValidator, Field, field_validator, model_validator
 from torch import Tensor, nn
 
+from sparsify.errors import TargetError
 from sparsify.model import distributed, targets
+from sparsify.model.recomputed import recomputed_weights
 from sparsify.modifiers.base import Active, Epoch, Modifier, ModifierKind, ParamNames, Run, check_frequency
 from sparsify.modifiers.gradual import fitting, trainable
 from sparsify.modifiers.schedule import Clock, UpdateGrid
@@ -72,7 +74,7 @@ class SparseTraining(Modifier, ABC):
 
     def targets(self, model: nn.Module) -> Mapping[str, nn.Parameter | nn.Module]:
         """The parameters that `params` means in `model`."""
-        return targets.resolve_parameters(model, self.names(), where=f"{type(self).__name__}.params")
+        return targets.resolve_parameters(model, self.names(), where=f"{type(self).__name__}.params", to_mask=True)
 
     @abstractmethod
     def sparsities(self, point: float, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, float]:
@@ -114,10 +116,22 @@ class Moving(Active, ABC):
         self.mask_type = MaskType.parse(mask_type)
         who = type(modifier).__name__
         where = f"{who}.params"
-        parameters = targets.resolve_parameters(run.model, modifier.names(), where=where)
+        parameters = targets.resolve_parameters(run.model, modifier.names(), where=where, to_mask=True)
         targets.refuse_unusable(parameters, where=where)
+        for name, made in {made.direction: made for made in recomputed_weights(run.model).values()}.items():
+            if name in parameters and made.divided_over:
+                raise TargetError(
+                    f"{where}: {name!r} is divided by its norm before every forward, by {made.kind}, and masks that "
+                    "move may leave a norm of zero. Use GMPruningModifier, or remove the norm first."
+                )
+        self.said = getattr(modifier, "input_dims", {})
         self.finals, self.input_dims = fitting(
-            run.model, dict.fromkeys(parameters, final), self.mask_type, where=where, strict=True
+            run.model,
+            dict.fromkeys(parameters, final),
+            self.mask_type,
+            where=where,
+            strict=True,
+            said_input_dims=self.said,
         )
         self.names = list(self.finals)
         self.held = targets.Held(run.model, self.names)
@@ -135,7 +149,7 @@ class Moving(Active, ABC):
         if self.point is None:
             # Asked again: channels may have been removed since.
             who = type(self.modifier).__name__
-            fitting(self.run.model, self.finals, self.mask_type, where=who, strict=True)
+            fitting(self.run.model, self.finals, self.mask_type, where=who, strict=True, said_input_dims=self.said)
             self.names = list(trainable(self._parameters(), who))
         if not self.move(self._parameters(), point, clock):
             return

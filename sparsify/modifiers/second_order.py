@@ -287,6 +287,7 @@ class _SecondOrder(Gradual, ABC):
                 self._sample(parameters)
             before = masker.masks
             scores = {name: self._finite_importance(name, p, before.get(name)) for name, p in parameters.items()}
+            scores = dict(self.sparing_norms(scores, before, False))
             masks: dict[str, Tensor] = {}
             for group, goal, start in zip(groups, goals, now, strict=True):
                 masks |= compute_masks(

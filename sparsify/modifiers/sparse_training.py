@@ -74,6 +74,9 @@ class ACDCPruningModifier(SparseTraining):
     mask_type: MaskName = Field(
         default="unstructured", description="What becomes zero together, as in GMPruningModifier."
     )
+    input_dims: dict[str, int] = Field(
+        default={}, description="Dimension of the input channels of raw parameters, as in GMPruningModifier."
+    )
 
     @model_validator(mode="after")
     def _phases_have_a_length(self) -> ACDCPruningModifier:

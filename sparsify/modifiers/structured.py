@@ -134,7 +134,7 @@ class _Structured(Active):
         where = f"{self.who}.{'params' if modifier.params else 'final_sparsity'}"
         named: dict[str, float] = {}
         for final, names in modifier.final_by_names().items():
-            parameters = targets.resolve_parameters(model, names, where=where, strict=modifier.strict)
+            parameters = targets.resolve_parameters(model, names, where=where, strict=modifier.strict, to_mask=True)
             targets.refuse_unusable(parameters, where=where)
             for name in parameters:
                 if name in named:

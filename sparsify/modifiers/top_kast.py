@@ -46,6 +46,9 @@ class TopKASTPruningModifier(SparseTraining):
     mask_type: MaskName = Field(
         default="unstructured", description="What becomes zero together, as in GMPruningModifier."
     )
+    input_dims: dict[str, int] = Field(
+        default={}, description="Dimension of the input channels of raw parameters, as in GMPruningModifier."
+    )
     active_weight_decay: Annotated[float, Field(ge=0.0)] = Field(
         default=1e-4,
         description="Weight decay of the forward set; that of the rest of the backward set is divided by the forward "

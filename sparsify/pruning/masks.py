@@ -60,10 +60,16 @@ class MaskType:
             return str(list(self.block))
         return f"{self.keep}:{self.of}" if self.kind == "n_of_m" else self.kind
 
-    def why_unfit(self, shape: torch.Size, input_dim: int) -> str | None:
-        """The reason why a weight of this shape cannot be masked so, or None."""
+    def why_unfit(self, shape: torch.Size, input_dim: int | None) -> str | None:
+        """The reason why a weight of this shape cannot be masked so, or None. Of a stack `input_dim` is negative."""
         if self.kind == "unstructured":
             return None
+        if input_dim is None:
+            return (
+                f"is a raw parameter of shape {tuple(shape)}, and its module does not say along which dimension its "
+                "input channels lie. Give input_dims: {name: 2} for (experts, outputs, inputs) or {name: 1} for "
+                "(experts, inputs, outputs), or set is_transposed on the module, False or True"
+            )
         if len(shape) < 2:
             return f"has {len(shape)} dimension{'' if len(shape) == 1 else 's'}, but {self.text} needs 2 or more"
         if self.kind in ("filter", "channel"):
@@ -73,7 +79,7 @@ class MaskType:
                 return f"has {shape[input_dim]} input channels, which {self.of} does not divide"
             return None
         for kind, size, channels in zip(
-            ("output", "input"), self.block, (shape[1 - input_dim], shape[input_dim]), strict=True
+            ("output", "input"), self.block, (shape[_output_dim(input_dim)], shape[input_dim]), strict=True
         ):
             if size != -1 and channels % size:
                 return f"has {channels} {kind} channels, which {size} does not divide"
@@ -101,7 +107,8 @@ def compute_masks(
         sparsity: the fraction of zeros, 0 to 1.
         mask_type: the units.
         previous: the masks so far, for some or all names.
-        input_dims: the dimension of the input channels, 1 where nothing is given.
+        input_dims: the dimension of the input channels, 1 where nothing is given; negative for a stack of matrices,
+            whose first dimension tells them apart: units then lie within one of them.
         together: one ranking over all of them, and the count over all; otherwise each by itself.
         absolute: rank by absolute value. The score of a block is the mean of its weights' scores either way; that of a
             channel is their root mean square, and where `absolute` is off their mean.
@@ -132,7 +139,8 @@ def compute_masks(
             if mask is not None:
                 kept[name] = mask
         else:
-            dim = dims.get(name, 1) if mask_type.kind == "channel" else 1 - dims.get(name, 1)
+            inputs = dims.get(name, 1)
+            dim = inputs if mask_type.kind == "channel" else _output_dim(inputs)
             units[name], back[name] = _channel_units(score.detach(), dim, absolute)
             if mask is not None:
                 kept[name] = _channel_units(mask, dim, False)[0] > 0
@@ -148,11 +156,33 @@ def compute_masks(
     return {name: back[name](mask) if name in back else mask for name, mask in masks.items()}
 
 
+def sparing_one(score: Tensor, dims: tuple[int, ...], previous: Tensor | None, absolute: bool) -> Tensor:
+    """`score` with infinity at the highest that `previous` keeps in each slice over `dims`: no slice is masked whole.
+
+    For weights that are divided by the norm of each slice, which is not to be zero.
+    """
+    values = (score.detach().abs() if absolute else score.detach()).clone()
+    rank_by = values if previous is None else torch.where(previous, values, -math.inf)
+    rest = [dim for dim in range(score.dim()) if dim not in dims]
+    slices = rank_by.permute(*rest, *dims).flatten(len(rest))
+    highest = torch.zeros_like(slices, dtype=torch.bool).scatter_(-1, slices.argmax(-1, keepdim=True), True)
+    ordered = [score.shape[dim] for dim in (*rest, *dims)]
+    back = sorted(range(score.dim()), key=lambda i: (*rest, *dims)[i])
+    return values.masked_fill_(highest.view(ordered).permute(back), math.inf)
+
+
+def _output_dim(input_dim: int) -> int:
+    """The dimension of the output channels beside it; of a stack the other one from the end."""
+    return 1 - input_dim if input_dim >= 0 else -3 - input_dim
+
+
 def _block_units(
     score: Tensor, input_dim: int, block: tuple[int, int], absolute: bool
 ) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
     """The mean of each block, and the function that makes a mask of weights from a mask of blocks."""
-    ordered = score.transpose(0, 1) if input_dim == 0 else score  # output channels first
+    # Output channels first, then input channels; the matrices of a stack come last, as positions of a kernel do.
+    front = (_output_dim(input_dim), input_dim)
+    ordered = score.movedim(front, (0, 1))
     outputs, inputs = ordered.shape[:2]
     a, b = (outputs if block[0] == -1 else block[0]), (inputs if block[1] == -1 else block[1])
     values = (ordered.abs() if absolute else ordered).contiguous()
@@ -161,21 +191,25 @@ def _block_units(
 
     def back(mask: Tensor) -> Tensor:
         wide = mask[:, None, :, None, :].expand(outputs // a, a, inputs // b, b, mask.shape[-1]).reshape(ordered.shape)
-        return (wide.transpose(0, 1) if input_dim == 0 else wide).contiguous()
+        return wide.movedim((0, 1), front).contiguous()
 
+    if input_dim < 0:
+        # In logical order, of which the first of equal ones is masked first: matrix by matrix.
+        return means.movedim(-1, 0), lambda mask: back(mask.movedim(0, -1))
     return means, back
 
 
 def _channel_units(score: Tensor, dim: int, absolute: bool) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
-    """The score of each slice along `dim`, and the function that makes a mask of weights from a mask of slices."""
-    values = score.movedim(dim, 0).flatten(1)
+    """The score of each slice along `dim`, of a stack within each matrix, and the function that makes a mask of weights
+    from a mask of slices."""
+    kept = (dim,) if dim >= 0 else (0, score.dim() + dim)
+    values = score.movedim(kept, tuple(range(len(kept)))).flatten(len(kept))
     values = values if values.dtype == torch.float64 else values.float()
     # Not the norm: in one ranking over layers of many sizes it would spare whatever is wide.
-    importance = values.square().mean(1).sqrt() if absolute else values.mean(1)
+    importance = values.square().mean(-1).sqrt() if absolute else values.mean(-1)
 
     def back(mask: Tensor) -> Tensor:
-        view = [1] * score.dim()
-        view[dim] = -1
+        view = [size if i in kept else 1 for i, size in enumerate(score.shape)]
         return mask.view(view).expand(score.shape).contiguous()
 
     return importance, back

@@ -75,11 +75,6 @@ def test_a_model_that_is_one_layer_is_found_too(said: str) -> None:
         names(model, "")
 
 
-def test_a_recomputed_weight_of_a_model_that_is_one_layer_is_refused() -> None:
-    with pytest.raises(TargetError, match="the weight of 'ParametrizedLinear' is recomputed"):
-        names(torch.nn.utils.parametrizations.weight_norm(nn.Linear(2, 2)), "__ALL_PRUNABLE__")
-
-
 @pytest.mark.parametrize("said", ["re:m", "re:mod.*weight", "re:my_module.conv1"])
 def test_a_pattern_means_a_wrapper_only_by_its_whole_name(said: str) -> None:
     with pytest.raises(TargetError, match="matches nothing"):
@@ -180,19 +175,6 @@ def test_a_broken_pattern_is_a_target_error() -> None:
 def test_a_layer_without_a_weight_says_so() -> None:
     with pytest.raises(TargetError, match=r"'layers' is a ModuleList without a weight.*'layers.0.weight'"):
         names(Net(), "layers")
-
-
-@pytest.mark.parametrize("said", ["0", "0.weight", "Linear", "__ALL_PRUNABLE__"])
-@pytest.mark.parametrize("how", ["hook", "parametrization"])
-def test_recomputed_weights_are_refused_by_name(said: str, how: str) -> None:
-    layer = nn.Linear(3, 3)
-    if how == "hook":
-        with pytest.warns(FutureWarning):
-            torch.nn.utils.weight_norm(layer)
-    else:
-        torch.nn.utils.parametrizations.weight_norm(layer)
-    with pytest.raises(TargetError, match="weight of '0' is recomputed"):
-        names(nn.Sequential(layer), said)
 
 
 def test_weights_that_cannot_be_ranked_are_refused_by_name() -> None:

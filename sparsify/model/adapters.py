@@ -1,0 +1,103 @@
+"""Adapters that peft puts around layers of a model: the names that the layers had before, and models with adapters
+merged into them. peft itself is not imported: its classes are known by their names.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from torch import nn
+
+__all__: list[str] = []
+
+_BASE = "base_layer"
+_SAVED = "modules_to_save"
+# What layers have that are not merged as others are: MultiheadAttention, copies in modules_to_save, trained tokens.
+_UNLOAD = "unload_and_optionally_merge_module"
+
+
+def is_peft_model(model: nn.Module) -> bool:
+    """True for the model that `get_peft_model` gives, which holds the user's as `base_model.model`."""
+    return _of_class(model, "PeftModel") or _of_class(model, "PeftMixedModel")
+
+
+def is_adapted(layer: nn.Module) -> bool:
+    """True for what peft puts in the place of a layer: the layer, as `base_layer`, and adapters beside it."""
+    return _of_class(layer, "BaseTunerLayer") and _BASE in layer._modules
+
+
+def has_adapters(model: nn.Module) -> bool:
+    """True if a layer of `model` has adapters beside it."""
+    return any(is_adapted(module) for module in model.modules())
+
+
+def names_without_adapters(model: nn.Module, names: Iterable[str]) -> Iterator[tuple[str, str]]:
+    """Other names of `names`, each with the name that it stands for: those from before peft came.
+
+    In a model of `get_peft_model` "model.fc" is "base_model.model.model.fc"; "fc.weight" of a layer with adapters is
+    "fc.base_layer.weight", and that of a layer in `modules_to_save` its trained copy.
+    """
+    prefix = ""
+    if is_peft_model(model):
+        inner = model._modules.get("base_model")
+        prefix = "base_model.model." if inner is not None and "model" in inner._modules else "base_model."
+    elif not has_adapters(model):
+        return
+    active = {name: _active(module) for name, module in model.named_modules() if _SAVED in module._modules}
+    for name in names:
+        found = name.replace(f".{_BASE}.", ".").removesuffix(f".{_BASE}")
+        owner, saved, rest = found.partition(f".{_SAVED}.")
+        if saved:
+            adapter, _, own = rest.partition(".")
+            if adapter not in active.get(owner, ()):
+                continue
+            found = f"{owner}.{own}" if own else owner
+        if found != name:
+            yield found, name
+        if prefix and found.startswith(prefix):
+            yield found.removeprefix(prefix), name
+
+
+def merge_adapters_(model: nn.Module) -> nn.Module:
+    """`model` with its adapters merged into their layers and without them: changed in place, the layers are put back
+    where they were. Gives the model inside the wrapper of `get_peft_model`, where that only holds it.
+
+    Adapters that are switched off are left out. Prompts and prefixes, which no layer can take in, stay.
+
+    Raises:
+        whatever peft raises where it cannot merge.
+    """
+    for parent in [module for module in model.modules() if not is_adapted(module)]:
+        for own, layer in list(parent._modules.items()):
+            if layer is not None and (is_adapted(layer) or hasattr(layer, _UNLOAD)):
+                parent._modules[own] = _merged(layer)
+    if is_peft_model(model) and _of_class(model.base_model, "BaseTuner"):
+        inner = model.base_model.model  # type: ignore[union-attr]
+        assert isinstance(inner, nn.Module)
+        return inner
+    return model
+
+
+def _merged(layer: Any) -> nn.Module:
+    """The layer that was there before peft, its adapters in it; as `BaseTuner.merge_and_unload` does (peft 0.21.2)."""
+    on = not getattr(layer, "disable_adapters", False)
+    if hasattr(layer, _UNLOAD):
+        whole: nn.Module = layer.unload_and_optionally_merge_module(merge=on, safe_merge=False, adapter_names=None)
+        return whole
+    if on:
+        layer.merge(safe_merge=False, adapter_names=None)
+    elif layer.merged:
+        layer.unmerge()
+    base: nn.Module = layer.get_base_layer()
+    return base
+
+
+def _active(module: nn.Module) -> list[str]:
+    """The adapters of a module of peft that are in use."""
+    active = getattr(module, "active_adapters", None) or getattr(module, "active_adapter", None) or []
+    return [active] if isinstance(active, str) else list(active)
+
+
+def _of_class(module: object, name: str) -> bool:
+    return any(cls.__name__ == name for cls in type(module).__mro__)
