@@ -30,41 +30,101 @@ GradSampler = Callable[..., Iterable[Any]] | Sequence[Any]
 class StepGradients:
     """The gradients of the optimizer's step at hand, in their true scale.
 
-    They are read before the weights move. LBFGS, and any optimizer that is given a closure, computes them inside of its
-    step; then they are read after it, and belong to the weights before it.
+    They are read before the weights move, and before those of masked weights are set to zero. LBFGS, and any optimizer
+    that is given a closure, computes them inside of its step; then they belong to the weights before it, and are kept
+    when the closure is done, or read after the step.
 
-    Attributes:
-        inside: True if the optimizer is known to compute them in its step.
+    Args:
+        optimizer: the one that steps; several, in a list or tuple, of which each call tells the one at hand.
     """
 
     def __init__(self, optimizer: object) -> None:
-        self.optimizer = optimizer
-        self.inside = isinstance(optimizer, LBFGS)
+        self._several: tuple[object, ...] = tuple(optimizer) if isinstance(optimizer, list | tuple) else (optimizer,)
         self._seen: dict[str, Tensor | None] = {}
+        self._kept: dict[str, Tensor] = {}
+        self._inside = False
+        # Those that were seen to compute gradients in their step without a closure.
+        self._known: set[int] = set()
+        self._stepping: object = None
 
-    def before(self, parameters: Parameters, *, closure: bool = False) -> dict[str, Tensor]:
+    def before(self, parameters: Parameters, *, closure: bool = False, optimizer: object = None) -> dict[str, Tensor]:
         """Those of this step, not to be written to; none where the step computes them. May be called twice.
 
         Args:
             parameters: those whose gradients are wanted, by name.
             closure: True if the step was given a closure. It may write into the tensors that are there already.
+            optimizer: the one that steps; None: the only one.
         """
-        self.inside = self.inside or closure
+        stepping = self._several[0] if optimizer is None and self._several else optimizer
+        self._stepping = stepping
+        self._inside = closure or isinstance(stepping, LBFGS) or id(stepping) in self._known
         self._seen = {name: parameter.grad for name, parameter in parameters.items()}
-        if self.inside:
+        self._kept = {}
+        if self._inside:
             return {}
-        scale = grad_scale(self.optimizer)
+        scale = grad_scale(stepping)
         return {name: _true(grad, scale) for name, grad in self._seen.items() if grad is not None}
+
+    def keep(self, parameters: Parameters) -> None:
+        """Copies those that a closure has just computed inside of the step."""
+        grads = {name: parameter.grad for name, parameter in parameters.items()}
+        self._kept = {name: _true(grad, None).clone() for name, grad in grads.items() if grad is not None}
 
     def after(self, parameters: Parameters) -> dict[str, Tensor] | None:
         """Those that the step computed itself; None where it did not, and `before` gave them."""
         seen, self._seen = self._seen, {}
+        kept, self._kept = self._kept, {}
         now = {name: parameter.grad for name, parameter in parameters.items()}
-        if not self.inside:
+        if not self._inside:
             if all(grad is None or grad is seen.get(name) for name, grad in now.items()):
                 return None
-            self.inside = True
-        return {name: _true(grad, None) for name, grad in now.items() if grad is not None}
+            self._known.add(id(self._stepping))
+        return {
+            name: kept[name] if name in kept else _true(grad, None) for name, grad in now.items() if grad is not None
+        }
+
+
+class RoundGradients:
+    """Copies of the gradients of one round of several optimizers, each taken at the step that it belongs to.
+
+    A round ends when the optimizer whose steps count has stepped. What other optimizers do after it belongs to the next
+    one; of several steps of one optimizer in a round the last is meant.
+
+    Args:
+        optimizer: the one that steps, or several.
+    """
+
+    def __init__(self, optimizer: object) -> None:
+        self._steps = StepGradients(optimizer)
+        self._found: dict[str, Tensor] = {}
+
+    def before(self, parameters: Parameters, *, closure: bool, optimizer: object) -> None:
+        """To be called before a step, also twice, with the parameters that it moves."""
+        for name in parameters:
+            self._found.pop(name, None)
+        self._found |= _copied(self._steps.before(parameters, closure=closure, optimizer=optimizer))
+
+    def keep(self, parameters: Parameters) -> None:
+        """To be called when a closure has computed gradients inside of the step."""
+        self._steps.keep(parameters)
+
+    def after(self, parameters: Parameters) -> None:
+        """To be called after the step, with the same parameters."""
+        self._found |= _copied(self._steps.after(parameters) or {})
+
+    def take(self) -> dict[str, Tensor]:
+        """Those of the round, in float32 or better, and the caller's own; the next round begins."""
+        found, self._found = self._found, {}
+        return found
+
+
+def _copied(found: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    # Before the step: some optimizers write into the gradients (foreach SGD with Nesterov's momentum), and those of
+    # masked weights are set to zero.
+    return {
+        name: gradient.to(torch.promote_types(gradient.dtype, torch.float32), copy=True)
+        for name, gradient in found.items()
+    }
 
 
 def grad_scale(optimizer: object) -> Tensor | None:
@@ -86,8 +146,9 @@ def refuse_closures(optimizer: object, who: str) -> None:
     Raises:
         StateError: the optimizer computes its gradients in its step.
     """
-    if isinstance(optimizer, LBFGS):
-        raise closures(who, "LBFGS")
+    for one in optimizer if isinstance(optimizer, list | tuple) else (optimizer,):
+        if isinstance(one, LBFGS):
+            raise closures(who, "LBFGS")
 
 
 def closures(who: str, what: str) -> StateError:

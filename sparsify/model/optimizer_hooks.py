@@ -180,13 +180,17 @@ class SteppedOptimizer:
         return (SteppedOptimizer, (self.__dict__["_optimizer"],))
 
 
-def innermost_optimizer(optimizer: object) -> Any:
+def innermost_optimizer(optimizer: object, where: str = "optimizer") -> Any:
     """The object inside `optimizer` that really steps: the torch Optimizer that a wrapper holds, or `optimizer` itself.
 
     Some wrappers subclass Optimizer without initializing it (AcceleratedOptimizer of accelerate 1.15), and registering
     a hook on them fails for want of `_optimizer_step_pre_hooks`, as in
     https://github.com/kozistr/pytorch_optimizer/issues/122; they hold the real one as `.optimizer`. Others are no
     Optimizer, but share the `param_groups` of one.
+
+    Args:
+        optimizer: the user's optimizer.
+        where: what the user calls it, for messages.
 
     Raises:
         ArgumentError: it has no `step` and `param_groups`.
@@ -206,7 +210,7 @@ def innermost_optimizer(optimizer: object) -> Any:
         callable(getattr(optimizer, "step", None)) and isinstance(getattr(optimizer, "param_groups", None), list)
     ):
         raise ArgumentError(
-            f"optimizer: {_kind_of(optimizer)} is no optimizer; it needs a step() and a list of param_groups. Give a "
+            f"{where}: {_kind_of(optimizer)} is no optimizer; it needs a step() and a list of param_groups. Give a "
             "torch.optim.Optimizer, or use initialize(model) where there is none."
         )
     return optimizer

@@ -18,7 +18,7 @@ _STATE_TYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _OF_ALL_WEIGHTS = frozenset({"step", "mu_product", "mu", "eta"})
 
 
-def reset_where(optimizer: object | None, parameter: Tensor, mask: Tensor | None = None) -> None:
+def reset_where(optimizer: object, parameter: Tensor, mask: Tensor | None = None) -> None:
     """Sets what `optimizer` remembers of the weights that `mask` does not keep to what it would begin with.
 
     Zero for nearly everything, both moments of Adam among it; the step size of Rprop begins with the learning rate, the
@@ -29,20 +29,26 @@ def reset_where(optimizer: object | None, parameter: Tensor, mask: Tensor | None
     whole state is dropped, to be set up by the optimizer's next step.
 
     Args:
-        optimizer: one that keeps state by parameter as torch's do; None, or one without any, has nothing to be reset.
+        optimizer: one that keeps state by parameter as torch's do, or several in a list or tuple; None, or one without
+            any, has nothing to be reset.
         parameter: the one whose state it is.
         mask: bools of the parameter's shape, False where state is reset: there only, and only in what has that shape.
             None: everywhere, the count of steps included. It belongs to all weights of the parameter: with moments of
             zero and a late count, Adam would take steps of several times the learning rate. LBFGS keeps curvature in
             the space of all weights of all parameters: it is forgotten whatever the mask.
     """
+    if isinstance(optimizer, list | tuple):
+        for one in optimizer:
+            reset_where(one, parameter, mask)
+        return
     states = getattr(optimizer, "state", None)
     if not isinstance(states, Mapping):
         return
     if isinstance(optimizer, LBFGS):
         # Kept under the first parameter: it holds for all or for none.
-        for state in states.values():
-            state.clear()
+        if any(one is parameter for group in optimizer.param_groups for one in group["params"]):
+            for state in states.values():
+                state.clear()
         return
     # Not `states[parameter]`: it is a defaultdict, and an optimizer takes an empty entry for one that was set up.
     state = states.get(parameter)

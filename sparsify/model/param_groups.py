@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -32,7 +32,8 @@ class AddedParameters:
     they were: values are loaded first, which makes the group, then the optimizer's state.
 
     Args:
-        optimizer: the one that steps; None: nothing can be added.
+        optimizer: the one that steps, or several: then the first that already trains a parameter of fewer than two
+            dimensions, since some (Muon) take matrices alone. None, or an empty tuple: nothing can be added.
         who: the modifier, for messages.
         why: what needs parameters that learn, for messages.
         way_out: what to do without them, for messages.
@@ -46,7 +47,7 @@ class AddedParameters:
         why: str = "features of another width need a projection that learns",
         way_out: str = "choose layers of equal width",
     ) -> None:
-        self._optimizer: Any = optimizer
+        self._optimizer: Any = _taker(optimizer) if isinstance(optimizer, list | tuple) else optimizer
         self._who, self._why, self._way_out = who, why, way_out
         self._handles: list[RemovableHandle] = []
         self.parameters: dict[str, nn.Parameter] = {}
@@ -109,8 +110,14 @@ class AddedParameters:
             handle.remove()
         self.parameters, self._handles = {}, []
 
-    def forget_gradients(self) -> None:
-        """After a step: not every loop clears the gradients of the optimizer, some those of the model."""
+    def forget_gradients(self, stepped: object = None) -> None:
+        """After a step: not every loop clears the gradients of the optimizer, some those of the model.
+
+        Args:
+            stepped: the optimizer that stepped; another one's step changes nothing. None: the only one.
+        """
+        if stepped is not None and stepped is not self._optimizer:
+            return
         for parameter in self.parameters.values():
             parameter.grad = None
 
@@ -158,6 +165,15 @@ class AddedParameters:
         self._optimizer.add_param_group(group)
         for scheduler in _schedulers(self._optimizer):
             _for_each_list(scheduler, before, lambda values: values.append(_copied_group(values[0])))
+
+
+def _taker(optimizers: Sequence[Any]) -> Any:
+    """The optimizer that takes parameters of any shape; None where there is none."""
+    able = [one for one in optimizers if hasattr(one, "add_param_group") and not isinstance(one, LBFGS)]
+    for one in able:
+        if any(parameter.dim() < 2 for group in one.param_groups for parameter in group["params"]):
+            return one
+    return next(iter([*able, *optimizers]), None)
 
 
 def _copied_group(value: object) -> object:

@@ -181,6 +181,9 @@ class Active:
     innermost: ClassVar[bool] = False
     """True where `before_step` changes the variables in which the optimizer steps: it is the last one before the
     step, and its `after_step` the first one after."""
+    each_optimizer: ClassVar[bool] = False
+    """True where `before_step` and `after_step` are called around the steps of every optimizer, where there are
+    several; otherwise around those of the counting one alone. `Run.stepped` tells whose parameters they are."""
     needs_outputs: ClassVar[bool] = False
     """True where `loss` reads the model's inputs or outputs, which are then captured."""
 
@@ -188,7 +191,12 @@ class Active:
         """Puts in force what is due at `clock`. Called on attach, after every tick and after loading; idempotent."""
 
     def before_step(self) -> None:
-        """Just before the optimizer steps, also twice. Gradients are those of this step, unless `Run.closure`."""
+        """Just before the optimizer steps, also twice. Gradients are those of this step, unless `Run.closure`; after
+        this those of masked weights are set to zero."""
+
+    def after_closure(self) -> None:
+        """Just after a closure has computed gradients inside of the optimizer's step, before those of masked weights
+        are set to zero; several times a step under LBFGS."""
 
     def after_step(self) -> None:
         """Just after a real optimizer step, before masks are applied. Called once a step."""
@@ -271,6 +279,7 @@ class Run:
 
     model: nn.Module
     optimizer: Optimizer | None
+    """The one whose steps count; None: nothing is trained."""
     masker: Masker
     learning_rates: LearningRateLedger
     log: RunLog
@@ -281,6 +290,22 @@ class Run:
     closure: bool = False
     """True while a step computes its gradients itself: before it they are old, after it they are there."""
     steps_per_epoch: int | None = None
+    optimizers: tuple[Any, ...] = ()
+    """All optimizers, `optimizer` among them, in the user's order."""
+    stepping: Any = None
+    """The optimizer whose step is at hand, during `before_step` and `after_step`."""
+
+    @property
+    def counts(self) -> bool:
+        """True if the step at hand is one of the optimizer whose steps count."""
+        return self.stepping is self.optimizer
+
+    def stepped(self, parameters: Mapping[str, nn.Parameter]) -> Mapping[str, nn.Parameter]:
+        """Those of `parameters` that the optimizer at hand moves; all of them where there is one optimizer."""
+        if len(self.optimizers) < 2:
+            return parameters
+        mine = {id(parameter) for group in self.stepping.param_groups for parameter in group["params"]}
+        return {name: parameter for name, parameter in parameters.items() if id(parameter) in mine}
 
 
 def check_frequency(value: float) -> None:

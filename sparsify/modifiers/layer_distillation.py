@@ -84,12 +84,13 @@ class _Features(Active):
     """
 
     needs_outputs: ClassVar[bool] = True
+    each_optimizer: ClassVar[bool] = True
 
     def __init__(self, modifier: PerLayerDistillationModifier, run: Run) -> None:
         self._modifier, self._run, self._who = modifier, run, type(modifier).__name__
         self._teacher = DistillationTeacher(run, self._who)
         self._pairs = self._paired()
-        self._added = AddedParameters(run.optimizer, self._who)
+        self._added = AddedParameters(run.optimizers, self._who)
         self._handles: list[RemovableHandle] = []
         self._watches: dict[str, _LayerOutputs] = {}
         self._on = False
@@ -239,8 +240,9 @@ class _Features(Active):
             return error / (theirs.square().mean() + self._modifier.epsilon) if self._modifier.normalize else error
 
     def after_step(self) -> None:
-        self.after_forward()
-        self._added.forget_gradients()
+        if self._run.counts:
+            self.after_forward()
+        self._added.forget_gradients(self._run.stepping)
 
     def _unhook(self) -> None:
         for handle in self._handles:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -46,13 +46,19 @@ class LearningRateLedger:
 
     Per group the entry with the latest start <= epoch governs; at one start a schedule beats a set value, then the
     later entry wins. Values are functions of the epoch alone, so that a resumed run has those of an uninterrupted one.
-    A group that no entry governs is never touched.
+    A group that no entry governs is never touched. Groups of several optimizers are counted through.
 
     Checkpoint: nothing is saved; everything is recomputed from the epoch.
+
+    Args:
+        optimizers: one, several, or None.
+        log: where the rates are logged.
     """
 
-    def __init__(self, optimizer: Optimizer | None, log: RunLog | None = None) -> None:
-        self._optimizer = optimizer
+    def __init__(self, optimizers: Optimizer | Sequence[Optimizer] | None, log: RunLog | None = None) -> None:
+        self._optimizers = _listed(optimizers)
+        # The numbers of the groups that are there now stay theirs, also where a modifier adds one to the first of them.
+        self._counts = [len(optimizer.param_groups) for optimizer in self._optimizers]
         self._log = log or RunLog()
         self._entries: list[Entry] = []
         self._in_force: dict[int, InForce] = {}
@@ -68,8 +74,8 @@ class LearningRateLedger:
         Raises:
             ArgumentError: it names a parameter group that the optimizer does not have.
         """
-        if self._optimizer is not None:
-            check_groups(self._optimizer, entry.groups, f"{entry.name}.param_groups")
+        if self._optimizers:
+            check_groups(self._optimizers, entry.groups, f"{entry.name}.param_groups")
         self._entries.append(entry)
         # Sorting is stable: among equals the later entry stays last, and the last that has started governs.
         self._entries.sort(key=lambda e: (e.start, e.scheduled))
@@ -83,9 +89,9 @@ class LearningRateLedger:
 
     def update(self, clock: Clock) -> None:
         """Puts in force what the next step needs."""
-        if self._optimizer is None or not self._entries:
+        if not self._entries:
             return
-        for index, group in enumerate(self._optimizer.param_groups):
+        for index, group in self._groups():
             entry = self.governing(index, clock)
             known = self._in_force.get(index)
             if entry is None:
@@ -98,12 +104,11 @@ class LearningRateLedger:
 
     def hold(self) -> None:
         """Sets the recipe's learning rates just before a step; warns once where another value was set."""
-        if self._optimizer is None:
-            return
-        for index, known in self._in_force.items():
-            if index >= len(self._optimizer.param_groups):
+        groups = self._groups() if self._in_force else ()
+        for index, group in groups:
+            known = self._in_force.get(index)
+            if known is None:
                 continue
-            group = self._optimizer.param_groups[index]
             rate = group["lr"]
             if known.tensor is not None and rate is known.tensor:
                 # A tensor is compared by its version counter: reading its value would wait for the device.
@@ -125,6 +130,18 @@ class LearningRateLedger:
         """
         self._expected = True
 
+    def _groups(self) -> Iterator[tuple[int, dict[str, Any]]]:
+        """Every parameter group by its number: those that are no longer there leave a gap, new ones come last."""
+        if len(self._optimizers) == 1:
+            yield from enumerate(self._optimizers[0].param_groups)
+            return
+        first, new = 0, sum(self._counts)
+        for optimizer, count in zip(self._optimizers, self._counts, strict=True):
+            for index, group in enumerate(optimizer.param_groups):
+                yield (first + index, group) if index < count else (new, group)
+                new += index >= count
+            first += count
+
     def _put(self, index: int, group: dict[str, Any], wanted: InForce) -> None:
         known, rate = self._in_force.get(index), group["lr"]
         if isinstance(rate, Tensor):
@@ -144,7 +161,10 @@ class LearningRateLedger:
         if self._warned:
             return
         self._warned = True
-        who = " and ".join(schedulers_of(self._optimizer)) or "something other than the recipe"
+        who = (
+            " and ".join(name for one in self._optimizers for name in schedulers_of(one))
+            or "something other than the recipe"
+        )
         warnings.warn(
             f"{who} set the learning rate of parameter group {index} to {found:g}, where {known.entry.name} of the "
             f"recipe says {known.value:g}. The recipe's value is in force in every step that it governs: remove one of "
@@ -154,17 +174,25 @@ class LearningRateLedger:
         )
 
 
-def check_groups(optimizer: Optimizer, groups: Iterable[int] | None, where: str) -> None:
-    """Refuses indices of parameter groups that `optimizer` does not have.
+def check_groups(optimizers: Optimizer | Sequence[Optimizer], groups: Iterable[int] | None, where: str) -> None:
+    """Refuses indices of parameter groups that the optimizer does not have, or several together.
 
     Raises:
         ArgumentError: names the first wrong one.
     """
-    count = len(optimizer.param_groups)
+    several = _listed(optimizers)
+    count = sum(len(optimizer.param_groups) for optimizer in several)
     for group in groups or ():
         if group >= count:
             has = "one parameter group, 0" if count == 1 else f"{count} parameter groups, 0 to {count - 1}"
-            raise ArgumentError(f"{where}: there is no parameter group {group}; the optimizer has {has}.")
+            who = "the optimizer has" if len(several) == 1 else f"the {len(several)} optimizers have"
+            raise ArgumentError(f"{where}: there is no parameter group {group}; {who} {has}.")
+
+
+def _listed(optimizers: Optimizer | Sequence[Optimizer] | None) -> tuple[Optimizer, ...]:
+    if isinstance(optimizers, list | tuple):
+        return tuple(optimizers)
+    return () if optimizers is None else (optimizers,)  # type: ignore[return-value]
 
 
 def schedulers_of(optimizer: Optimizer | None) -> list[str]:

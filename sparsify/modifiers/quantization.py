@@ -289,7 +289,10 @@ class Quantization(Active):
         self._clock: Clock | None = None
         self._in_force: tuple[bool, bool] | None = None
         self._added = AddedParameters(
-            run.optimizer, type(modifier).__name__, why="observer: lsq trains scales", way_out="choose another observer"
+            run.optimizers,
+            type(modifier).__name__,
+            why="observer: lsq trains scales",
+            way_out="choose another observer",
         )
 
     def update(self, clock: Clock) -> None:

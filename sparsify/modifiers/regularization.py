@@ -104,6 +104,7 @@ class _Powerpropagation(Active):
     """
 
     innermost: ClassVar[bool] = True
+    each_optimizer: ClassVar[bool] = True
 
     def __init__(self, modifier: PowerpropagationModifier, run: Run) -> None:
         self.modifier = modifier
@@ -112,9 +113,9 @@ class _Powerpropagation(Active):
         where = f"{who}.params"
         parameters = targets.resolve_parameters(run.model, modifier.names(), where=where, strict=modifier.strict)
         targets.refuse_unusable(parameters, where=where)
-        gradients.refuse_closures(run.optimizer, who)
+        gradients.refuse_closures(run.optimizers, who)
         self.held = targets.Held(run.model, parameters)
-        self.gradients = gradients.StepGradients(run.optimizer)
+        self.gradients = gradients.StepGradients(run.optimizers)
         self.started = self.ended = False
         self.roots: dict[str, Tensor] = {}
         # By name, while the optimizer has v: the gradient of w, and that of v.
@@ -144,14 +145,14 @@ class _Powerpropagation(Active):
         self.held.refresh()
         if self.modifier.alpha != 1.0:
             for parameter in self.held.now().values():
-                reset_where(self.run.optimizer, parameter)
+                reset_where(self.run.optimizers, parameter)
 
     def before_step(self) -> None:
         if not self.at_work or self.within:
             return
-        parameters = self.held.now()
+        parameters = self.run.stepped(self.held.now())
         # None at all: a closure is about to compute them, and it must see w.
-        if not self.gradients.before(parameters):
+        if not self.gradients.before(parameters, optimizer=self.run.stepping):
             return
         alpha = self.modifier.alpha
         with torch.no_grad():
@@ -179,10 +180,9 @@ class _Powerpropagation(Active):
     def after_step(self) -> None:
         if not self.at_work:
             return
-        parameters = self.held.now()
         if self.within:
             self._leave()
-        elif self.gradients.after(parameters) is not None:
+        elif self.gradients.after(self.run.stepped(self.held.now())) is not None:
             raise gradients.closures(type(self.modifier).__name__, "step(closure)")
 
     def _leave(self) -> None:

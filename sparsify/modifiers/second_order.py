@@ -149,6 +149,7 @@ class _SecondOrder(Gradual, ABC):
     nothing is.
     """
 
+    each_optimizer: ClassVar[bool] = True
     modifier: OBSPruningModifier | MFACPruningModifier
     at_once: ClassVar[int] = 1
     """Number of sampled gradients that are added together."""
@@ -160,10 +161,9 @@ class _SecondOrder(Gradual, ABC):
             raise StateError(f"{self.who}: without training there are no gradients. Pass a grad_sampler.")
         gradients.check_sampler(run.grad_sampler)
         self.held = targets.Held(run.model, self.finals)
-        self.gradients = gradients.StepGradients(run.optimizer)
-        self.step: dict[str, Tensor] = {}
+        self.gradients = gradients.RoundGradients(run.optimizers)
         self.count = 0
-        self.collecting = False
+        self.collecting = self.nearly = False
         self.check_memory(list(self.held.now().values()))
 
     # ------------------------------------------------------------------ by the form of the Fisher matrix
@@ -207,11 +207,11 @@ class _SecondOrder(Gradual, ABC):
         window, frequency = self.modifier.window, self.modifier.update_frequency
         done = self.point is not None and self.point >= window.end
         if self.run.grad_sampler is not None or self.released or done:
-            self.collecting = False
+            self.collecting = self.nearly = False
             self.forget()
             return
         # Where the next update's step is not known ahead, there is a running mean.
-        self.collecting = True
+        self.collecting = self.nearly = True
         if clock.steps_per_epoch is None or (self.point is not None and frequency == -1):
             return
         upcoming = window.start
@@ -220,27 +220,33 @@ class _SecondOrder(Gradual, ABC):
             upcoming = min(window.start + k * frequency, window.end)
         left = (upcoming - clock.epoch) * clock.steps_per_epoch
         self.collecting = left <= self.wanted + EPOCH_TOLERANCE
+        # Optimizers that step after the counting one have their last step before the update in the round before.
+        self.nearly = left <= self.wanted + 1 + EPOCH_TOLERANCE
         if not self.collecting or (updated and left >= self.wanted - EPOCH_TOLERANCE):
             self.forget()
 
+    @property
+    def reads(self) -> bool:
+        """True if the gradients of the step at hand are read."""
+        return self.collecting if self.run.counts else self.nearly
+
     def before_step(self) -> None:
-        if not self.collecting:
-            return
-        self.step = self._copied(self.gradients.before(self.held.now(), closure=self.run.closure))
+        if self.reads:
+            parameters = self.run.stepped(self.held.now())
+            self.gradients.before(parameters, closure=self.run.closure, optimizer=self.run.stepping)
+
+    def after_closure(self) -> None:
+        if self.reads:
+            self.gradients.keep(self.run.stepped(self.held.now()))
 
     def after_step(self) -> None:
-        if not self.collecting:
+        if not self.reads:
             return
         parameters = self.held.now()
-        late = self.gradients.after(parameters)
-        found, self.step = (self.step if late is None else self._copied(late)), {}
+        self.gradients.after(self.run.stepped(parameters))
+        found = self.gradients.take() if self.run.counts else {}
         if found:
             self.add_gradients([found], parameters)
-
-    @staticmethod
-    def _copied(found: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        # Before the step: some optimizers write into the gradients (foreach SGD with Nesterov's momentum).
-        return {name: gradient.to(second_order.wide(gradient.dtype), copy=True) for name, gradient in found.items()}
 
     def _sample(self, parameters: Mapping[str, nn.Parameter]) -> None:
         self.forget()
@@ -325,7 +331,8 @@ class _SecondOrder(Gradual, ABC):
 
     def detach(self) -> None:
         self.forget()
-        self.step, self.collecting = {}, False
+        self.gradients.take()
+        self.collecting = self.nearly = False
 
     def state_dict(self) -> dict[str, Any]:
         return {**super().state_dict(), "count": self.count}

@@ -146,10 +146,12 @@ class _Movement(Gradual):
     Checkpoint: that of Gradual, and the scores until the end is reached.
     """
 
+    each_optimizer: ClassVar[bool] = True
+
     def __init__(self, modifier: MovementPruningModifier, run: Run) -> None:
         super().__init__(modifier, run)
         self.held = targets.Held(run.model, self.finals)
-        self.gradients = gradients.StepGradients(run.optimizer)
+        self.gradients = gradients.StepGradients(run.optimizers)
         self.sums: dict[str, Tensor] = {}
         self.step: dict[str, Tensor] = {}
         self.weights: dict[str, Tensor] = {}
@@ -170,16 +172,20 @@ class _Movement(Gradual):
     def before_step(self) -> None:
         if self.done:
             return
-        parameters = self.held.now()
-        found = self.gradients.before(parameters, closure=self.run.closure)
+        parameters = self.run.stepped(self.held.now())
+        found = self.gradients.before(parameters, closure=self.run.closure, optimizer=self.run.stepping)
         self.step = {name: _product(gradient, parameters[name]) for name, gradient in found.items()}
         # The step will compute gradients of the weights as they are now.
         self.weights = {} if found else {name: p.detach().clone() for name, p in parameters.items()}
 
+    def after_closure(self) -> None:
+        if not self.done:
+            self.gradients.keep(self.run.stepped(self.held.now()))
+
     def after_step(self) -> None:
         if self.done:
             return
-        parameters = self.held.now()
+        parameters = self.run.stepped(self.held.now())
         late = self.gradients.after(parameters)
         if late is not None:
             weights = self.weights or parameters
@@ -231,7 +237,7 @@ class _ACDC(Moving):
                 if name in masker:
                     masker.remove(name)
                     if modifier.momentum_buffer_reset:
-                        reset_where(self.run.optimizer, parameter)
+                        reset_where(self.run.optimizers, parameter)
             return True
         if any(name not in masker for name in parameters):
             sparsity = next(iter(self.finals.values()), modifier.compression_sparsity)
@@ -246,15 +252,15 @@ class _RigL(Moving):
     Checkpoint: that of Moving, each layer's sparsity, and the gradients that were collected.
     """
 
+    each_optimizer: ClassVar[bool] = True
     modifier: RigLPruningModifier
 
     def __init__(self, modifier: RigLPruningModifier, run: Run) -> None:
         super().__init__(modifier, run, modifier.final_sparsity, "unstructured")
         gradients.check_sampler(run.grad_sampler)
-        self.gradients = gradients.StepGradients(run.optimizer)
+        self.gradients = gradients.RoundGradients(run.optimizers)
         self.sparsities: dict[str, float] = {}
-        self.collecting = self.last_alone = False
-        self.step: dict[str, Tensor] = {}
+        self.collecting = self.nearly = self.last_alone = False
         self.sums: dict[str, Tensor] = {}
         self.count = 0
 
@@ -265,29 +271,41 @@ class _RigL(Moving):
     def _plan(self, clock: Clock) -> None:
         """Decides if the next step's gradients are copied: only those of the last steps before a move are."""
         window, frequency = self.modifier.window, self.modifier.update_frequency
-        self.collecting = False
+        self.collecting = self.nearly = False
         if self.run.grad_sampler is not None or self.point is None or self.released or self.point >= window.end:
             return
         # Where the next move's step is not known ahead, the last gradients are kept alone.
         self.last_alone = frequency == -1 or clock.steps_per_epoch is None
         if self.last_alone:
-            self.collecting = True
+            self.collecting = self.nearly = True
             return
         k = math.floor((self.point - window.start) / frequency + EPOCH_TOLERANCE) + 1
         upcoming = window.start + k * frequency
         left = (upcoming - clock.epoch) * (clock.steps_per_epoch or 1)
         # The last point is the end, and there nothing moves.
         self.collecting = upcoming < window.end and left <= self.modifier.num_grads + EPOCH_TOLERANCE
+        # Optimizers that step after the counting one have their last step before the move in the round before.
+        self.nearly = upcoming < window.end and left <= self.modifier.num_grads + 1 + EPOCH_TOLERANCE
+
+    @property
+    def reads(self) -> bool:
+        """True if the gradients of the step at hand are read."""
+        return self.collecting if self.run.counts else self.nearly
 
     def before_step(self) -> None:
-        if self.collecting:
-            self.step = self.gradients.before(self._parameters(), closure=self.run.closure)
+        if self.reads:
+            parameters = self.run.stepped(self._parameters())
+            self.gradients.before(parameters, closure=self.run.closure, optimizer=self.run.stepping)
+
+    def after_closure(self) -> None:
+        if self.reads:
+            self.gradients.keep(self.run.stepped(self._parameters()))
 
     def after_step(self) -> None:
-        if not self.collecting:
+        if not self.reads:
             return
-        late = self.gradients.after(self._parameters())
-        found, self.step = (self.step if late is None else late), {}
+        self.gradients.after(self.run.stepped(self._parameters()))
+        found = self.gradients.take() if self.run.counts else {}
         if not found:
             return
         if self.last_alone:
@@ -330,11 +348,12 @@ class _RigL(Moving):
             grown = mask & ~masker.masks[name]
             masker.set(name, mask)
             if modifier.momentum_buffer_reset:
-                reset_where(self.run.optimizer, parameters[name], ~grown)
+                reset_where(self.run.optimizers, parameters[name], ~grown)
         return True
 
     def detach(self) -> None:
-        self.step, self.sums, self.count = {}, {}, 0
+        self.gradients.take()
+        self.sums, self.count = {}, 0
 
     def state_dict(self) -> dict[str, Any]:
         collected = {"sums": dict(self.sums), "count": self.count}

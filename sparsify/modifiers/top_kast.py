@@ -80,18 +80,20 @@ class _TopKAST(Moving):
     set. The masks of the forward set are the Masker's.
     """
 
+    each_optimizer: ClassVar[bool] = True
     modifier: TopKASTPruningModifier
 
     def __init__(self, modifier: TopKASTPruningModifier, run: Run) -> None:
         super().__init__(modifier, run, modifier.forward_sparsity, modifier.mask_type)
-        gradients.refuse_closures(run.optimizer, type(modifier).__name__)
-        self.gradients = gradients.StepGradients(run.optimizer)
+        gradients.refuse_closures(run.optimizers, type(modifier).__name__)
+        self.gradients = gradients.StepGradients(run.optimizers)
         self.rest: dict[str, Tensor] = {}
         self.extra: dict[str, Tensor] = {}
         # The rest of the backward set and zeros, where it is, and where the backward set is: floats, because products
         # of floats are several times faster than torch.where.
         self.places: dict[str, tuple[Tensor, Tensor, Tensor]] = {}
-        self.within = False
+        # The parameters that hold the backward set, while an optimizer steps.
+        self.within: list[str] = []
         self.watch: RemovableHandle | None = None
 
     def move(self, parameters: Mapping[str, nn.Parameter], point: float, clock: Clock) -> bool:
@@ -147,14 +149,14 @@ class _TopKAST(Moving):
         # Called twice in a step of some optimizers: the penalty is added once.
         if not self.rest or self.within:
             return
-        parameters = self._parameters()
+        parameters = self.run.stepped(self._parameters())
         # None at all: a closure is about to compute them, and it must see the forward set.
-        if not self.gradients.before(parameters):
+        if not self.gradients.before(parameters, optimizer=self.run.stepping):
             return
         # Weights that were loaded since the last step may be anything.
         self.run.masker.apply()
-        self.within = True
-        scale = gradients.grad_scale(self.run.optimizer)
+        self.within = list(parameters)
+        scale = gradients.grad_scale(self.run.stepping)
         with torch.no_grad():
             for name, parameter in parameters.items():
                 held, _, backward = self._place(name, parameter)
@@ -178,14 +180,14 @@ class _TopKAST(Moving):
         """Takes the rest of the backward set out again."""
         if not self.rest:
             return
-        parameters = self._parameters()
         if self.within:
-            self._take_out(parameters)
-        elif self.gradients.after(parameters) is not None:
+            self._take_out()
+        elif self.gradients.after(self.run.stepped(self._parameters())) is not None:
             raise gradients.closures(type(self.modifier).__name__, "step(closure)")
 
-    def _take_out(self, parameters: Mapping[str, nn.Parameter]) -> None:
-        self.within = False
+    def _take_out(self) -> None:
+        parameters = {name: parameter for name, parameter in self._parameters().items() if name in self.within}
+        self.within = []
         with torch.no_grad():
             for name, parameter in parameters.items():
                 held, extra, _ = self._place(name, parameter)
@@ -193,12 +195,12 @@ class _TopKAST(Moving):
 
     def _forward(self, *_: object) -> None:
         if self.within:
-            self._take_out(self._parameters())
+            self._take_out()
             self.run.masker.apply()
 
     def detach(self) -> None:
         self.rest, self.extra, self.places = {}, {}, {}
-        self.within = False
+        self.within = []
         if self.watch is not None:
             self.watch.remove()
             self.watch = None

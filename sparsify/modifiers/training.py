@@ -32,8 +32,8 @@ class SetWeightDecayModifier(Modifier):
 
     def attach(self, run: Run) -> Active:
         """Sets `weight_decay` at the start."""
-        if run.optimizer is not None:
-            check_groups(run.optimizer, self.param_groups, f"{type(self).__name__}.param_groups")
+        if run.optimizers:
+            check_groups(run.optimizers, self.param_groups, f"{type(self).__name__}.param_groups")
         return _WeightDecay(self, run)
 
 
@@ -130,14 +130,15 @@ class _WeightDecay(Active):
     """
 
     def __init__(self, modifier: SetWeightDecayModifier, run: Run) -> None:
-        self._modifier, self._optimizer, self._log = modifier, run.optimizer, run.log
+        self._modifier, self._optimizers, self._log = modifier, run.optimizers, run.log
         self._set = False
 
     def update(self, clock: Clock) -> None:
-        if self._set or self._optimizer is None or not clock.reached(self._modifier.window.start):
+        if self._set or not self._optimizers or not clock.reached(self._modifier.window.start):
             return
         chosen = self._modifier.param_groups
-        for index, group in enumerate(self._optimizer.param_groups):
+        groups = [group for optimizer in self._optimizers for group in optimizer.param_groups]
+        for index, group in enumerate(groups):
             if chosen is None or index in chosen:
                 group["weight_decay"] = self._modifier.weight_decay
         self._log.scalar("weight_decay", self._modifier.weight_decay, clock.step)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -55,10 +55,11 @@ class Masker:
 
     Args:
         model: the module whose parameters are masked.
-        optimizer: its state is set back where a mask is set or removed, so that nothing revives a weight.
+        optimizer: one or several; their state is set back where a mask is set or removed, so that nothing revives a
+            weight.
     """
 
-    def __init__(self, model: nn.Module, optimizer: Optimizer | None = None) -> None:
+    def __init__(self, model: nn.Module, optimizer: Optimizer | Sequence[Optimizer] | None = None) -> None:
         self.model = model
         self.optimizer = optimizer
         self._masks: dict[str, Tensor] = {}
@@ -80,8 +81,8 @@ class Masker:
         """True where a weight is kept; not to be written to."""
         return dict(self._masks)
 
-    def bind(self, optimizer: Optimizer | None) -> None:
-        """Takes `optimizer` as the one whose state is set back where a mask is set or removed."""
+    def bind(self, optimizer: Optimizer | Sequence[Optimizer] | None) -> None:
+        """Takes `optimizer`, one or several, as those whose state is set back where a mask is set or removed."""
         self.optimizer = optimizer
 
     def set(self, name: str, mask: Tensor) -> None:
@@ -307,9 +308,11 @@ class Masker:
     def _reset_optimizer(self, name: str) -> None:
         """Sets back what the optimizer remembers of the masked weights."""
         # LBFGS remembers directions in the space of all weights: a resumed run, whose masks are set again, needs them.
-        if self.optimizer is not None and not isinstance(self.optimizer, LBFGS):
-            place = self._place(name)
-            reset_where(self.optimizer, place.parameter, place.mask)
+        several = self.optimizer if isinstance(self.optimizer, list | tuple) else (self.optimizer,)
+        place = self._place(name)
+        for one in several:
+            if not isinstance(one, LBFGS):
+                reset_where(one, place.parameter, place.mask)
 
 
 def _unpacked(name: str, saved: Mapping[str, Any]) -> Tensor:

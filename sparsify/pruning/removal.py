@@ -256,9 +256,9 @@ def remove(model: nn.Module, removal: Removal, optimizer: Any = None) -> None:
     """Removes channels in place, all or nothing. Parameters stay the objects that they are; tied ones stay tied.
 
     Call it between steps: after `optimizer.step()` and before the next forward. A loss that is still held can no
-    longer be back-propagated. The optimizer's state is cut along: every tensor of it that has the parameter's
-    dimensions; the history of LBFGS, in the space of all weights, is cleared. Adafactor divides by the number of
-    weights, and goes on along another path than masked training would.
+    longer be back-propagated. The state of the optimizer, or of several in a list, is cut along: every tensor of it
+    that has the parameter's dimensions; the history of LBFGS, in the space of all weights, is cleared. Adafactor
+    divides by the number of weights, and goes on along another path than masked training would.
 
     Raises:
         StateError: the model has other shapes, or is wrapped by DistributedDataParallel or FSDP.
@@ -266,7 +266,8 @@ def remove(model: nn.Module, removal: Removal, optimizer: Any = None) -> None:
     _check_removable(model, removal)
     here = tensors(model)
     modules = {"": model, **named_modules(model)}
-    inner = None if optimizer is None else innermost_optimizer(optimizer)
+    several = optimizer if isinstance(optimizer, list | tuple) else () if optimizer is None else (optimizer,)
+    optimizers = [innermost_optimizer(one) for one in several]
     with torch.no_grad():
         # All that can fail comes first: from here on objects are only put in their places.
         parameters: list[tuple[Tensor, Tensor, Tensor | None]] = []
@@ -277,7 +278,7 @@ def remove(model: nn.Module, removal: Removal, optimizer: Any = None) -> None:
                 parameters.append((old, new, None if old.grad is None else _cut(old.grad, dims)))
             else:
                 buffers[id(old)] = new
-        states = _cut_states(inner, here, removal)
+        states = [cut for one in optimizers for cut in _cut_states(one, here, removal)]
     undo: list[Callable[[], None]] = []
     try:
         for old, new, grad in parameters:
@@ -296,12 +297,13 @@ def remove(model: nn.Module, removal: Removal, optimizer: Any = None) -> None:
         for back in reversed(undo):
             back()
         raise
-    if isinstance(inner, LBFGS):
-        # After the rest: it cannot fail, and is not undone.
-        for state in inner.state.values():
-            state.clear()
-        # The number of all weights, which LBFGS counts once (torch 2.13.0); needless once it counts at every step.
-        inner._numel_cache = None
+    for inner in optimizers:
+        if isinstance(inner, LBFGS):
+            # After the rest: it cannot fail, and is not undone.
+            for state in inner.state.values():
+                state.clear()
+            # The number of all weights, which LBFGS counts once (torch 2.13.0); needless once it counts at every step.
+            inner._numel_cache = None
 
 
 def _check_removable(model: nn.Module, removal: Removal) -> None:

@@ -31,7 +31,7 @@ class ChannelRemoval:
         model: the user's module, without wrappers.
         modifiers: all of the recipe, to see who prunes weights of masked channels.
         masker: its masks are cut along.
-        optimizer: its state is cut along; None where it keeps none.
+        optimizers: their state is cut along; those that keep none are left out.
         inputs: the inputs, and the trace, which is forgotten after a removal.
         resized: called with a removal after model, optimizer and masks have the new shapes.
 
@@ -44,7 +44,7 @@ class ChannelRemoval:
         model: nn.Module,
         modifiers: Sequence[Modifier],
         masker: Masker,
-        optimizer: Optimizer | None,
+        optimizers: Sequence[Optimizer],
         inputs: TracingInputs,
         resized: Callable[[Removal], None],
     ) -> None:
@@ -52,7 +52,7 @@ class ChannelRemoval:
         self._model = model
         self._modifiers = modifiers
         self._masker = masker
-        self._optimizer = optimizer
+        self._optimizers = optimizers
         self._inputs = inputs
         self._resized = resized
         self._groups: ChannelGroups | None = None
@@ -111,7 +111,7 @@ class ChannelRemoval:
 
         # Remembered first: where Ctrl-C comes in between, `settle` brings the masks up to it.
         self._removing = removal
-        remove(self._model, removal, self._optimizer)
+        remove(self._model, removal, self._optimizers)
         self.settle()
 
     def settle(self) -> None:

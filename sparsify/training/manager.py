@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from sparsify.errors import ArgumentError, SparsifyWarning, StateError
 from sparsify.model.gradients import GradSampler
-from sparsify.model.optimizer_hooks import SteppableOptimizer, innermost_optimizer
 from sparsify.model.signature import InputsLike, check_module
 from sparsify.model.wrappers import unwrapped
 from sparsify.modifiers.base import Modifier
@@ -21,6 +20,7 @@ from sparsify.modifiers.schedule import Clock
 from sparsify.recipe import Recipe, read_recipe
 from sparsify.recipe.recipe import Modifiers, Source, Variables
 from sparsify.training.checkpoint import sealed, verify
+from sparsify.training.given_optimizers import GivenOptimizers, OneOrMoreOptimizers, given_optimizers
 from sparsify.training.phases import Phase, is_quantizing, phase_at
 from sparsify.training.session import Session
 from sparsify.training.timer import Timer, starting_epoch, steps_in_epoch
@@ -153,10 +153,11 @@ class ScheduledModifierManager:
     def modify(
         self,
         model: nn.Module,
-        optimizer: SteppableOptimizer,
+        optimizer: OneOrMoreOptimizers,
         steps_per_epoch: SupportsIndex | Sized | None = None,
         epoch: float = 0.0,
         *,
+        counting_optimizer: int | str | None = None,
         distillation_teacher: Teacher = None,
         grad_sampler: GradSampler | None = None,
         calibration_data: Iterable[Any] | None = None,
@@ -167,10 +168,15 @@ class ScheduledModifierManager:
 
         Args:
             model: the model that is trained; wrappers of DDP and torch.compile are looked through.
-            optimizer: its optimizer.
+            optimizer: its optimizer, or several in a list or a dict (Muon for matrices and AdamW for the rest, those of
+                a GAN): masks hold after the steps of each, and modifiers act on all of them. Parameter groups in a
+                recipe are counted through: those of the first optimizer, then those of the next.
             steps_per_epoch: optimizer steps in an epoch, a positive int or a sized container such as a loader; None:
                 train with `for epoch in manager.epochs():`.
             epoch: where training starts, 0 or more.
+            counting_optimizer: of several optimizers the index or the key of the one whose steps are counted; None: the
+                first. Choose one that steps once in every round, best the last to step: what is due is put in force
+                after its step.
             distillation_teacher: a module, or "self" for a frozen copy of the model as it is now.
             grad_sampler: a callable yielding losses to back-propagate, or (data loader, loss function).
             calibration_data: an iterable of inputs, at least 16 samples. A generator is read at once, and held.
@@ -179,17 +185,18 @@ class ScheduledModifierManager:
             writer: a TensorBoard-like writer, with `add_scalar(tag, value, step)`.
 
         Returns:
-            The same optimizer; one that is no torch Optimizer in a thin wrapper.
+            The same optimizer; one that is no torch Optimizer in a thin wrapper. Several in a list or a dict, as they
+            were given.
 
         Raises:
             ArgumentError, TargetError, DataError, StateError: something does not fit; nothing was changed.
         """
         # A wrong argument is found before names are looked up, and names before anything is changed.
         timer = Timer(steps_in_epoch(steps_per_epoch), starting_epoch(epoch, finite=True))
-        innermost_optimizer(optimizer)
+        given = given_optimizers(optimizer, counting_optimizer)
         return self._attach(
             model,
-            optimizer,
+            given,
             timer,
             teacher=distillation_teacher,
             grad_sampler=grad_sampler,
@@ -318,7 +325,7 @@ class ScheduledModifierManager:
         """
         session = self._at_work()
         for epoch in range(int(session.timer.clock().epoch), self.max_epochs):
-            if session.hooks is not None and session.timer.steps_per_epoch is None:
+            if session.trains and session.timer.steps_per_epoch is None:
                 warnings.warn(
                     "steps_per_epoch was not given: the first epoch has the resolution of a whole epoch, later ones "
                     "use its number of steps. Pass steps_per_epoch to modify() for more.",
@@ -331,7 +338,7 @@ class ScheduledModifierManager:
             if self._session is not session:
                 return
             session.warn_if_detached()
-            if not session.timer.end(epoch) and session.hooks is not None:
+            if not session.timer.end(epoch) and session.trains:
                 warnings.warn(
                     f"no step of the optimizer was seen in epoch {epoch}. A copy of the optimizer (deepcopy, pickle) "
                     "has no hooks: use the one that modify() returned.",
@@ -502,9 +509,9 @@ class ScheduledModifierManager:
     # ------------------------------------------------------------------ checks
 
     def _attach(
-        self, model: nn.Module, optimizer: SteppableOptimizer | None, timer: Timer, *, teacher: Teacher, **given: Any
+        self, model: nn.Module, optimizers: GivenOptimizers | None, timer: Timer, *, teacher: Teacher, **given: Any
     ) -> Any:
-        self._refuse_second("modify" if optimizer is not None else "initialize")
+        self._refuse_second("modify" if optimizers is not None else "initialize")
         check_module(model)
         if teacher is not None and teacher != "self" and not isinstance(teacher, nn.Module):
             raise ArgumentError(f'distillation_teacher: {teacher!r} is neither a module nor "self".')
@@ -512,7 +519,7 @@ class ScheduledModifierManager:
             # What is no error is said once, by the modifier that is attached below.
             warnings.simplefilter("ignore", SparsifyWarning)
             self._recipe.check(unwrapped(model))
-        session = Session(self._recipe.written, self.modifiers, model, optimizer, timer, teacher=teacher, **given)
+        session = Session(self._recipe.written, self.modifiers, model, optimizers, timer, teacher=teacher, **given)
         # From here on finalize() can undo it, also where Ctrl-C comes while it starts or while that is undone.
         self._session, self._ended = session, None
         try:

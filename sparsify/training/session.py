@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -12,7 +13,7 @@ from torch.utils.hooks import RemovableHandle
 
 from sparsify.errors import SparsifyWarning, StateError
 from sparsify.model.gradients import GradSampler
-from sparsify.model.optimizer_hooks import ModelCallback, StepHooks, SteppableOptimizer, innermost_optimizer, skips_step
+from sparsify.model.optimizer_hooks import ModelCallback, StepHooks, innermost_optimizer, skips_step
 from sparsify.model.signature import CallArguments, InputsLike, call_arguments
 from sparsify.model.targets import named_parameters
 from sparsify.model.wrappers import is_compiled, is_distributed, unwrapped
@@ -22,6 +23,7 @@ from sparsify.modifiers.run_log import RunLog, ScalarWriter
 from sparsify.pruning.masker import Masker
 from sparsify.training.channel_removal import ChannelRemoval
 from sparsify.training.checkpoint import keyed
+from sparsify.training.given_optimizers import GivenOptimizers
 from sparsify.training.model_inputs import TracingInputs
 from sparsify.training.timer import Timer
 
@@ -32,7 +34,7 @@ __all__: list[str] = []
 
 
 class Session:
-    """One model, one optimizer or none, and the modifiers at work on them.
+    """One model, its optimizers, if there are any, and the modifiers at work on them.
 
     On construction everything is checked and nothing changed; `start` puts in force what is due and hooks in; `finish`
     ends it all and may be called at any moment, and again where it was interrupted.
@@ -44,7 +46,7 @@ class Session:
         written: the modifiers as they stand in the recipe.
         modifiers: the same, in the order in which they are updated.
         model: the model that is trained, wrappers included.
-        optimizer: its optimizer, wrappers included; None: nothing is trained.
+        given: its optimizers, wrappers included; None: nothing is trained.
         timer: the clock, at the epoch where training starts.
         teacher: of distillation: a module, or "self".
         grad_sampler: losses to back-propagate for scores.
@@ -62,7 +64,7 @@ class Session:
         written: Sequence[Modifier],
         modifiers: Sequence[Modifier],
         model: nn.Module,
-        optimizer: SteppableOptimizer | None,
+        given: GivenOptimizers | None,
         timer: Timer,
         *,
         teacher: nn.Module | Literal["self"] | None = None,
@@ -74,21 +76,23 @@ class Session:
     ) -> None:
         self.model = unwrapped(model)
         self.timer = timer
-        self.hooks: StepHooks | None = None
-        self._optimizer = None if optimizer is None else innermost_optimizer(optimizer)
-        self._given = optimizer
+        self.hooks: list[StepHooks] = []
+        self._given = given
+        self._optimizers = () if given is None else tuple(innermost_optimizer(one) for one in given.optimizers)
+        self._optimizer = None if given is None else self._optimizers[given.counting]
         self._handles: list[RemovableHandle] = []
         self._modifiers = list(written)
-        self._due = False
-        self._skipped = False
+        # The optimizers, by position, whose step has begun and whose modifiers wait for its end; those that skip it.
+        self._due: set[int] = set()
+        self._skipped: set[int] = set()
         self._seen: tuple[CallArguments, Any] | None = None
         self._said_detached = False
         self.paused = False
 
         log = RunLog(writer)
-        self.ledger = LearningRateLedger(self._optimizer, log)
+        self.ledger = LearningRateLedger(self._optimizers, log)
         # An optimizer that is no torch Optimizer may keep no state, or keep it in another place.
-        self._stateful = self._optimizer if isinstance(getattr(self._optimizer, "state", None), Mapping) else None
+        self._stateful = tuple(one for one in self._optimizers if isinstance(getattr(one, "state", None), Mapping))
         self.masker = Masker(self.model, self._stateful)
         self.inputs = TracingInputs(
             self.model,
@@ -103,6 +107,8 @@ class Session:
         self._run = run = Run(
             model=self.model,
             optimizer=self._optimizer,
+            optimizers=self._optimizers,
+            stepping=self._optimizer,
             masker=self.masker,
             learning_rates=self.ledger,
             log=log,
@@ -136,30 +142,30 @@ class Session:
         self._updates = [a.update for a in working if _overrides(a, "update")]
         outside_in = sorted(working, key=lambda active: active.innermost)
         inside_out = sorted(working, key=lambda active: not active.innermost)
-        self._befores = [a.before_step for a in outside_in if _overrides(a, "before_step")]
-        self._afters = [a.after_step for a in inside_out if _overrides(a, "after_step")]
+        self._befores = [a for a in outside_in if _overrides(a, "before_step")]
+        self._afters = [a for a in inside_out if _overrides(a, "after_step")]
         self._losses = [a for a in working if _overrides(a, "loss")]
 
     def start(self) -> Any:
-        """Puts in force what is due and registers the hooks; gives the optimizer to train with. Where it raises, call
+        """Puts in force what is due and registers the hooks; gives the optimizers to train with. Where it raises, call
         `finish`."""
-        if self._given is not None:
-            self.hooks = StepHooks(self._given, self._before, self._after, self._loaded)
-            self.hooks.attach()
+        for index, optimizer in enumerate(self._given.optimizers if self._given is not None else ()):
+            before, after = partial(self._before, index), partial(self._after, index)
+            self.hooks.append(StepHooks(optimizer, before, after, self._loaded))
+            self.hooks[-1].attach()
         watch = ModelCallback(self._model_loaded)
         self._handles.append(self.model.register_load_state_dict_post_hook(watch))  # type: ignore[no-untyped-call]
         if any(active.needs_outputs for active in self._losses):
             watch = ModelCallback(self._forward_done)
             self._handles.append(self.model.register_forward_hook(watch, with_kwargs=True))
         self.update()
-        return None if self.hooks is None else self.hooks.given
+        return None if self._given is None else self._given.returned([hooks.given for hooks in self.hooks])
 
     def finish(self) -> None:
         """Removes hooks, detaches modifiers and applies masks for good; each of them, also where another one raises."""
         undo: list[Callable[[], object]] = [self.channels.settle, self.inputs.close]
         undo += (handle.remove for handle in self._handles)
-        if self.hooks is not None:
-            undo.append(self.hooks.remove)
+        undo += [hooks.remove for hooks in self.hooks]
         undo += [active.detach for active in reversed(self.actives.values())]
         undo.append(self.masker.finalize)
         self._seen = None
@@ -167,8 +173,8 @@ class Session:
 
     # ------------------------------------------------------------------ around a step
 
-    def _before(self, closure: bool) -> None:
-        """Before the optimizer steps; may be called twice. With a closure forward and backward are still to come."""
+    def _before(self, index: int, closure: bool) -> None:
+        """Before an optimizer steps; may be called twice. With a closure forward and backward are still to come."""
         if self.paused:
             return
         if not self.timer.runs:
@@ -178,35 +184,43 @@ class Session:
             )
         if not closure:
             self._refuse_waiting()
-        self._run.closure = closure
-        self._skipped = skips_step(self._optimizer)
+        run, optimizer = self._run, self._optimizers[index]
+        run.closure, run.stepping = closure, optimizer
         self.ledger.hold()
-        if not self._skipped:
-            for before in self._befores:
-                before()
-        self._due = True
+        self._due.add(index)
+        if skips_step(optimizer):
+            self._skipped.add(index)
+            return
+        self._skipped.discard(index)
+        for active in self._befores:
+            if active.each_optimizer or run.counts:
+                active.before_step()
 
-    def _after(self) -> None:
-        """After the optimizer stepped; may be called twice, or not at all where the step raised."""
+    def _after(self, index: int) -> None:
+        """After an optimizer stepped; may be called twice, or not at all where the step raised."""
         if self.paused:
             self.masker.apply()
             return
-        if self._skipped:
-            self._due = False
+        run = self._run
+        run.stepping = self._optimizers[index]
+        due = index in self._due
+        self._due.discard(index)
+        if index in self._skipped:
             return
-        if not self._due:
+        if not due:
             # The outer one of two calls: the subclass may have moved weights after super().step().
             self.masker.apply()
             return
-        self._due = False
         # With a closure the forward was inside the step.
         self._refuse_waiting()
-        for after in self._afters:
-            after()
+        for active in self._afters:
+            if active.each_optimizer or run.counts:
+                active.after_step()
         self.masker.apply()
-        self.timer.tick()
-        self._seen = None
-        self.update()
+        if run.counts:
+            self.timer.tick()
+            self._seen = None
+            self.update()
 
     def _refuse_waiting(self) -> None:
         if self.inputs.awaited:
@@ -324,8 +338,13 @@ class Session:
 
     @property
     def attached(self) -> bool:
-        """True if the optimizer's steps are seen, and where there is no optimizer."""
-        return self.hooks is None or self.hooks.attached
+        """True if the steps of all optimizers are seen, and where there is no optimizer."""
+        return all(hooks.attached for hooks in self.hooks)
+
+    @property
+    def trains(self) -> bool:
+        """True if there is an optimizer whose steps are seen."""
+        return bool(self.hooks)
 
     def warn_if_detached(self) -> None:
         """Warns once where the optimizer has lost the hooks."""
@@ -339,10 +358,8 @@ class Session:
             )
 
     def _check_optimizer(self) -> None:
-        if self._optimizer is None:
-            return
         mine = {id(parameter) for parameter in named_parameters(self.model).values()}
-        theirs = [p for group in self._optimizer.param_groups for p in group["params"]]
+        theirs = [p for one in self._optimizers for group in one.param_groups for p in group["params"]]
         if mine and theirs and not any(id(parameter) in mine for parameter in theirs):
             warnings.warn(
                 "none of the optimizer's parameters is a parameter of this model: was the model copied or moved after "
