@@ -7,7 +7,8 @@ A copy of the user's object (deepcopy, pickle) works without us: hooks that were
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, ParamSpec, Protocol
 
 import torch
@@ -19,6 +20,9 @@ from sparsify.errors import ArgumentError
 __all__: list[str] = []
 
 P = ParamSpec("P")
+
+CARRIED = "sparsify"
+"""The key in an optimizer's state_dict under which the state of a run travels along."""
 
 
 class SteppableOptimizer(Protocol):
@@ -66,6 +70,16 @@ class ModelCallback(Callback):
         return None if method is None else method(*args, **kwargs)
 
 
+class Passenger(Protocol):
+    """State that travels inside the state_dict of an optimizer."""
+
+    def leaves(self) -> dict[str, Any]:
+        """The state to be put in, when the optimizer gives its own."""
+
+    def arrives(self, state: Mapping[str, Any] | None) -> None:
+        """Called before the optimizer loads a state_dict, with what was put in; None: there was nothing in it."""
+
+
 class StepHooks:
     """`before(closure)` and `after()` around every step of `optimizer`, and `loaded()` when its state was loaded.
 
@@ -81,6 +95,7 @@ class StepHooks:
         before: called before each step.
         after: called after each step.
         loaded: called when the optimizer has loaded a state_dict.
+        passenger: what travels inside the optimizer's state_dict, under `CARRIED`; None: nothing.
 
     Attributes:
         optimizer: the object whose `param_groups` are real: the torch Optimizer inside a wrapper, or what was given.
@@ -97,17 +112,18 @@ class StepHooks:
         before: Callable[[bool], None],
         after: Callable[[], None],
         loaded: Callable[[], None],
+        passenger: Passenger | None = None,
     ) -> None:
         self.optimizer = innermost_optimizer(optimizer)
         self.given: Any = optimizer
         self._handles: list[RemovableHandle] = []
         self._hook: Callback | None = None
         if not _hookable(self.optimizer):
-            self.given = SteppedOptimizer(optimizer, before, after)
+            self.given = SteppedOptimizer(optimizer, before, after, loaded, passenger)
             return
         # A compiled step would trace our Python: disabled, it is called between the compiled parts (0.2 microseconds).
         self._before, self._after = _uncompiled(before), _uncompiled(after)
-        self._loaded = loaded
+        self._loaded, self._passenger = loaded, passenger
         self._hook = Callback(lambda _, args, kwargs: self._before(_has_closure(args, kwargs)))
 
     def attach(self) -> None:
@@ -119,6 +135,13 @@ class StepHooks:
         self._handles.append(real.register_step_pre_hook(self._hook))
         self._handles.append(real.register_step_post_hook(Callback(lambda *_: self._after())))
         self._handles.append(real.register_load_state_dict_post_hook(Callback(lambda _: self._loaded())))
+        passenger = self._passenger
+        if passenger is not None:
+            key = _free_key(real)
+            put_in = PassengerCallback(lambda _, state: boarded(state, passenger, key))
+            self._handles.append(real.register_state_dict_post_hook(put_in))
+            take_out = Callback(lambda _, state: unboarded(state, passenger, key))
+            self._handles.append(real.register_load_state_dict_pre_hook(take_out))
 
     @property
     def attached(self) -> bool:
@@ -140,13 +163,47 @@ class StepHooks:
             self.given.release()
 
 
+class PassengerCallback(Callback):
+    """A hook that puts a passenger into an optimizer's state_dict."""
+
+    __slots__ = ()
+
+
+def _free_key(optimizer: Optimizer) -> str:
+    """The key of one more passenger; two managers may share an optimizer, each with a model of its own."""
+    there = sum(isinstance(hook, PassengerCallback) for hook in optimizer._optimizer_state_dict_post_hooks.values())
+    return f"{CARRIED}#{there + 1}" if there else CARRIED
+
+
+def boarded(state: Any, passenger: Passenger, key: str = CARRIED) -> Any:
+    """A state_dict with the passenger's state under `key`; `state` itself where it is no dict."""
+    return {**state, key: passenger.leaves()} if isinstance(state, dict) else state
+
+
+def unboarded(state: Any, passenger: Passenger, key: str = CARRIED) -> Any:
+    """A state_dict without what `boarded` put in, which the passenger has then: the optimizer's own."""
+    if not isinstance(state, Mapping) or key not in state:
+        passenger.arrives(None)
+        return state
+    passenger.arrives(state[key])
+    return {name: value for name, value in state.items() if name != key}
+
+
 class SteppedOptimizer:
-    """Stands before an optimizer that is no torch Optimizer and tells of its steps; all else is the optimizer's."""
+    """Stands before an optimizer that is no torch Optimizer and tells of its steps; all else is the optimizer's.
+
+    Where the optimizer has a state_dict, a dict, and load_state_dict, a passenger's state travels inside.
+    """
 
     def __init__(
-        self, optimizer: object, before: Callable[[bool], None] | None = None, after: Callable[[], None] | None = None
+        self,
+        optimizer: object,
+        before: Callable[[bool], None] | None = None,
+        after: Callable[[], None] | None = None,
+        loaded: Callable[[], None] | None = None,
+        passenger: Passenger | None = None,
     ) -> None:
-        self.__dict__.update(_optimizer=optimizer, _before=before, _after=after)
+        self.__dict__.update(_optimizer=optimizer, _before=before, _after=after, _loaded=loaded, _passenger=passenger)
 
     def step(self, *args: object, **kwargs: object) -> Any:
         """The optimizer's step with `args` and `kwargs`; what it returns."""
@@ -165,13 +222,25 @@ class SteppedOptimizer:
 
     def release(self) -> None:
         """From now on it only passes on."""
-        self.__dict__.update(_before=None, _after=None)
+        self.__dict__.update(_before=None, _after=None, _loaded=None, _passenger=None)
 
     def __getattr__(self, name: str) -> Any:
         # Unpickling asks for attributes before there are any.
         if "_optimizer" not in self.__dict__:
             raise AttributeError(name)
-        return getattr(self.__dict__["_optimizer"], name)
+        found = getattr(self.__dict__["_optimizer"], name)
+        # Here and not as methods: not every optimizer has them, and callers ask.
+        if self.__dict__["_passenger"] is not None and name in ("state_dict", "load_state_dict"):
+            return partial(self._saved if name == "state_dict" else self._load, found)
+        return found
+
+    def _saved(self, state_dict: Callable[..., Any], *args: object, **kwargs: object) -> Any:
+        return boarded(state_dict(*args, **kwargs), self.__dict__["_passenger"])
+
+    def _load(self, load_state_dict: Callable[..., Any], state_dict: Any, *args: object, **kwargs: object) -> Any:
+        result = load_state_dict(unboarded(state_dict, self.__dict__["_passenger"]), *args, **kwargs)
+        self.__dict__["_loaded"]()
+        return result
 
     def __setattr__(self, name: str, value: object) -> None:
         setattr(self.__dict__["_optimizer"], name, value)

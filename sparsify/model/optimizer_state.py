@@ -67,6 +67,22 @@ def reset_where(optimizer: object, parameter: Tensor, mask: Tensor | None = None
         _reset_all(state, optimizer, parameter)
 
 
+def steps_taken(optimizer: object | None) -> int | None:
+    """The number of steps that `optimizer` says it has taken, the highest of its parameters and groups; None: it keeps
+    no count, as SGD, or has taken none. Waits for the device where counts lie there."""
+    states = getattr(optimizer, "state", None)
+    groups = getattr(optimizer, "param_groups", ())
+    kept = [state for state in states.values() if isinstance(state, Mapping)] if isinstance(states, Mapping) else []
+    # schedulefree calls it k, in each group.
+    counts = [one.get("step") for one in kept] + [group.get(key) for group in groups for key in ("step", "k")]
+    found = [int(n) for n in counts if isinstance(n, int | float) and not isinstance(n, bool)]
+    tensors = [n for n in counts if isinstance(n, Tensor) and n.numel() == 1 and not n.is_meta]
+    if tensors:
+        # One message for all: there may be thousands, on a device.
+        found.append(int(torch.stack([n.detach().reshape(()).to(tensors[0].device).float() for n in tensors]).max()))
+    return max(found, default=0) or None
+
+
 def _reset_masked(value: Tensor, mask: Tensor, first: Tensor | float) -> None:
     if isinstance(first, Tensor):
         with torch.no_grad():

@@ -186,6 +186,8 @@ class Active:
     several; otherwise around those of the counting one alone. `Run.stepped` tells whose parameters they are."""
     needs_outputs: ClassVar[bool] = False
     """True where `loss` reads the model's inputs or outputs, which are then captured."""
+    structural: ClassVar[bool] = False
+    """True where its state is the structure of the model, and nothing of what training has made of it."""
 
     def update(self, clock: Clock) -> None:
         """Puts in force what is due at `clock`. Called on attach, after every tick and after loading; idempotent."""

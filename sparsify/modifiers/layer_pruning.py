@@ -56,6 +56,8 @@ class _LayerPruning(Active):
     Checkpoint: the names of the skipped layers, and for each if it returns a tensor or a tuple.
     """
 
+    structural = True
+
     def __init__(self, modifier: LayerPruningModifier, run: Run) -> None:
         self._modifier, self._run = modifier, run
         where = f"{type(modifier).__name__}.layers"

@@ -281,10 +281,13 @@ class Quantization(Active):
     the optimizer; what is frozen follows from the epoch.
     """
 
+    structural = True
+
     def __init__(self, modifier: QuantizationModifier, run: Run) -> None:
         self._modifier = modifier
         self._run = run
         self._plan: QuantizationPlan | None = None
+        self._written: tuple[QuantizationPlan, dict[str, Any]] | None = None
         self._asked = False
         self._clock: Clock | None = None
         self._in_force: tuple[bool, bool] | None = None
@@ -400,7 +403,10 @@ class Quantization(Active):
         """The plan, once the model is quantized."""
         if self._plan is None:
             return {}
-        return {"plan": self._plan.to_state(), "off": switched_off(self._run.model)}
+        if self._written is None or self._written[0] is not self._plan:
+            # Kept: the model's state_dict tells it too, and some loops ask for that at every step.
+            self._written = (self._plan, self._plan.to_state())
+        return {"plan": self._written[1], "off": switched_off(self._run.model)}
 
     def check_state(self, state: Mapping[str, Any]) -> None:
         """Refuses the plan of another model."""

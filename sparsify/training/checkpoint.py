@@ -6,17 +6,43 @@ import difflib
 import hashlib
 import warnings
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from typing import Any
 
 import torch
 
 from sparsify.errors import SparsifyWarning, StateError
 from sparsify.modifiers.base import Modifier
+from sparsify.recipe import Recipe
 
 __all__: list[str] = []
 
 
 VERSION = 1
+
+
+class Seal:
+    """The mark of one recipe on the states of its runs.
+
+    Args:
+        recipe: the recipe that is at work.
+    """
+
+    def __init__(self, recipe: Recipe) -> None:
+        self._recipe = recipe
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """The recipe's fingerprint."""
+        return self._recipe.fingerprint
+
+    def put_on(self, content: Mapping[str, Any]) -> dict[str, Any]:
+        """The `sealed` state of `content`."""
+        return sealed(content, recipe=self._recipe.to_yaml(), fingerprint=self.fingerprint)
+
+    def check(self, state: object, strict: bool = True) -> None:
+        """Calls `verify` on `state`, with its arguments and errors."""
+        verify(state, recipe=self._recipe.to_yaml(), fingerprint=self.fingerprint, strict=strict)
 
 
 def sealed(content: Mapping[str, Any], *, recipe: str, fingerprint: str) -> dict[str, Any]:
@@ -68,7 +94,7 @@ def verify(state: object, *, recipe: str, fingerprint: str, strict: bool = True)
         )
         if strict:
             raise StateError(text)
-        warnings.warn(text, SparsifyWarning, stacklevel=4)
+        warnings.warn(text, SparsifyWarning, stacklevel=5)
 
 
 def checksum(value: object) -> str:

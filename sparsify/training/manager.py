@@ -19,7 +19,7 @@ from sparsify.modifiers.run_log import ScalarWriter
 from sparsify.modifiers.schedule import Clock
 from sparsify.recipe import Recipe, read_recipe
 from sparsify.recipe.recipe import Modifiers, Source, Variables
-from sparsify.training.checkpoint import sealed, verify
+from sparsify.training.checkpoint import Seal
 from sparsify.training.given_optimizers import GivenOptimizers, OneOrMoreOptimizers, given_optimizers
 from sparsify.training.phases import Phase, is_quantizing, phase_at
 from sparsify.training.session import Session
@@ -45,8 +45,9 @@ class ScheduledModifierManager:
         manager.finalize(model)
 
     Checkpoint: `state_dict` holds the number of real optimizer steps, the masks, and what modifiers cannot recompute.
-    To resume: `modify` a fresh model and optimizer, load the manager's state, then the model's and the optimizer's. A
-    copy of a manager (deepcopy, pickle) is a new one with the same recipe, at work on nothing.
+    It is inside the optimizer's state_dict too, so a checkpoint of model and optimizer is whole. To resume: `modify` a
+    fresh model and optimizer, then load both states, in any order. A copy of a manager (deepcopy, pickle) is a new one
+    with the same recipe, at work on nothing.
 
     Args:
         recipe: a Recipe, or modifiers built in Python.
@@ -58,7 +59,9 @@ class ScheduledModifierManager:
     def __init__(self, recipe: Recipe | Sequence[Modifier]) -> None:
         self._recipe: Recipe = read_recipe(recipe)
         self._session: Session | None = None
+        self._seal = Seal(self._recipe)
         self._ended: tuple[Clock, dict[str, float]] | None = None
+        self._last_state: dict[str, Any] | None = None
 
     @classmethod
     def from_yaml(
@@ -300,7 +303,7 @@ class ScheduledModifierManager:
         check_module(model)
         epoch = starting_epoch(epoch)
         if state is not None:
-            self._verify(state)
+            self._seal.check(state)
             epoch = float(state["epoch"])
         session = Session(
             self._recipe.written,
@@ -308,6 +311,7 @@ class ScheduledModifierManager:
             model,
             None,
             Timer(None),
+            seal=self._seal,
             sample_inputs=sample_inputs,
             forward_comes=False,
         )
@@ -437,7 +441,10 @@ class ScheduledModifierManager:
         session = self._session
         try:
             session.warn_if_detached()
+            session.carried.warn_of_weights()
             self._ended = (session.timer.clock(), session.masker.sparsity())
+            # Not sealed: that would copy it.
+            self._last_state = session.state_dict()
         finally:
             session.finish()
         self._session = None
@@ -484,16 +491,23 @@ class ScheduledModifierManager:
         """Everything that a resumed run needs besides the model's and the optimizer's state.
 
         Plain types and tensors, so that `torch.load(weights_only=True)` reads it; with a version, the recipe and a
-        checksum.
+        checksum. After `finalize`, the state at its end.
+
+        While the manager is at work, the optimizer's state_dict holds the same under "sparsify", and its
+        load_state_dict loads it: a checkpoint that has the optimizer's state needs no more.
         """
+        if self._session is None and self._last_state is not None:
+            return self._seal.put_on(self._last_state)
         session = self._at_work()
         session.warn_if_detached()
-        return sealed(session.state_dict(), recipe=self._recipe.to_yaml(), fingerprint=self._recipe.fingerprint)
+        return session.carried.save()
 
     def load_state_dict(self, state: Mapping[str, Any], strict: bool = True) -> None:
         """Goes on from `state`: puts the structure in place first, then masks, counts, and what was due.
 
-        Call it after `modify`, before the model and the optimizer load theirs.
+        Call it after `modify`, before or after the model and the optimizer load theirs; before the model's where that
+        is read from safetensors, which does not tell a structure. The optimizer's load_state_dict calls it with the
+        state that travels inside.
 
         Args:
             state: what `state_dict` returned.
@@ -502,9 +516,7 @@ class ScheduledModifierManager:
         Raises:
             StateError: `modify` was not called, or the state does not fit; nothing was changed.
         """
-        session = self._at_work()
-        self._verify(state, strict)
-        session.load_state_dict(state, strict)
+        self._at_work().carried.load(state, strict)
 
     # ------------------------------------------------------------------ checks
 
@@ -519,9 +531,11 @@ class ScheduledModifierManager:
             # What is no error is said once, by the modifier that is attached below.
             warnings.simplefilter("ignore", SparsifyWarning)
             self._recipe.check(unwrapped(model))
-        session = Session(self._recipe.written, self.modifiers, model, optimizers, timer, teacher=teacher, **given)
+        session = Session(
+            self._recipe.written, self.modifiers, model, optimizers, timer, seal=self._seal, teacher=teacher, **given
+        )
         # From here on finalize() can undo it, also where Ctrl-C comes while it starts or while that is undone.
-        self._session, self._ended = session, None
+        self._session, self._ended, self._last_state = session, None, None
         try:
             return session.start()
         except BaseException:
@@ -549,6 +563,3 @@ class ScheduledModifierManager:
     def _not_at_work(self) -> StateError:
         fresh = "call modify() first; a copy of a manager starts anew."
         return StateError(f"the manager is not at work: {fresh if self._ended is None else 'finalize() ended it.'}")
-
-    def _verify(self, state: object, strict: bool = True) -> None:
-        verify(state, recipe=self._recipe.to_yaml(), fingerprint=self._recipe.fingerprint, strict=strict)

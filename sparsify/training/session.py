@@ -21,8 +21,9 @@ from sparsify.modifiers.base import Active, Modifier, Run
 from sparsify.modifiers.learning_rate_ledger import LearningRateLedger
 from sparsify.modifiers.run_log import RunLog, ScalarWriter
 from sparsify.pruning.masker import Masker
+from sparsify.training.carried_state import CarriedState
 from sparsify.training.channel_removal import ChannelRemoval
-from sparsify.training.checkpoint import keyed
+from sparsify.training.checkpoint import Seal, keyed
 from sparsify.training.given_optimizers import GivenOptimizers
 from sparsify.training.model_inputs import TracingInputs
 from sparsify.training.timer import Timer
@@ -40,7 +41,8 @@ class Session:
     ends it all and may be called at any moment, and again where it was interrupted.
 
     Checkpoint: the clock, the masks, the removals of channels, and the state of each modifier by its key. Learning
-    rates are recomputed from the epoch; what is in force is what the clock says.
+    rates are recomputed from the epoch; what is in force is what the clock says. It travels inside the optimizer's
+    state_dict, and the structure with the model's (`CarriedState`).
 
     Args:
         written: the modifiers as they stand in the recipe.
@@ -48,6 +50,7 @@ class Session:
         model: the model that is trained, wrappers included.
         given: its optimizers, wrappers included; None: nothing is trained.
         timer: the clock, at the epoch where training starts.
+        seal: the mark of the recipe on saved states.
         teacher: of distillation: a module, or "self".
         grad_sampler: losses to back-propagate for scores.
         calibration_data: batches of inputs.
@@ -67,6 +70,7 @@ class Session:
         given: GivenOptimizers | None,
         timer: Timer,
         *,
+        seal: Seal,
         teacher: nn.Module | Literal["self"] | None = None,
         grad_sampler: GradSampler | None = None,
         calibration_data: Iterable[Any] | None = None,
@@ -104,6 +108,7 @@ class Session:
         self.channels = ChannelRemoval(
             self.model, self._modifiers, self.masker, self._stateful, self.inputs, self._resized
         )
+        self.carried = CarriedState(self, self.model, self._optimizer, seal)
         self._run = run = Run(
             model=self.model,
             optimizer=self._optimizer,
@@ -151,10 +156,13 @@ class Session:
         `finish`."""
         for index, optimizer in enumerate(self._given.optimizers if self._given is not None else ()):
             before, after = partial(self._before, index), partial(self._after, index)
-            self.hooks.append(StepHooks(optimizer, before, after, self._loaded))
+            # The one whose steps are counted, and which takes parameters that a modifier adds.
+            carried = self.carried if self._optimizers[index] is self._optimizer else None
+            self.hooks.append(StepHooks(optimizer, before, after, self._loaded, carried))
             self.hooks[-1].attach()
         watch = ModelCallback(self._model_loaded)
         self._handles.append(self.model.register_load_state_dict_post_hook(watch))  # type: ignore[no-untyped-call]
+        self._handles += self.carried.watch()
         if any(active.needs_outputs for active in self._losses):
             watch = ModelCallback(self._forward_done)
             self._handles.append(self.model.register_forward_hook(watch, with_kwargs=True))
@@ -182,6 +190,8 @@ class Session:
                 "a step was taken, but how many make an epoch is not known. Pass steps_per_epoch to modify() "
                 "(optimizer steps in an epoch, or the loader), or train with `for epoch in manager.epochs():`."
             )
+        if self.carried.unsettled:
+            self.carried.settle()
         if not closure:
             self._refuse_waiting()
         run, optimizer = self._run, self._optimizers[index]
@@ -238,7 +248,9 @@ class Session:
         self.update()
 
     def update(self) -> None:
-        """Puts in force what is due at the timer's clock."""
+        """Puts in force what is due at the timer's clock; nothing while the model's structure is of another time."""
+        if self.carried.waits_for is not None:
+            return
         clock = self.timer.clock()
         for update in self._updates:
             update(clock)
@@ -264,6 +276,48 @@ class Session:
                     )
         for key, active in self.actives.items():
             active.structure(epoch, None if state is None else state["modifiers"].get(key))
+
+    def structure_state(self) -> dict[str, Any]:
+        """The part of the state that tells the model's structure."""
+        structural = {key: active for key, active in self.actives.items() if active.structural}
+        return {
+            "removals": list(self.channels.done),
+            "modifiers": {key: active.state_dict() for key, active in structural.items()},
+        }
+
+    def load_structure(self, state: Mapping[str, Any]) -> None:
+        """Gives the model the structure of `state`, also one that it had before; the clock and the masks wait for the
+        whole state.
+
+        Raises:
+            StateError: it does not fit; nothing was changed.
+        """
+        removals = self.channels.outstanding(state["removals"], self.channels.shapes())
+        for key, saved in state["modifiers"].items():
+            self.actives[key].check_state(saved)
+        for removal in removals:
+            self.channels.remove(removal)
+        for key, saved in state["modifiers"].items():
+            self.actives[key].load_state_dict(saved)
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shape of every parameter and buffer, by clean name."""
+        return self.channels.shapes()
+
+    @property
+    def step(self) -> int:
+        """The number of real optimizer steps."""
+        return self.timer.step
+
+    @property
+    def quantizes(self) -> bool:
+        """True if the recipe quantizes."""
+        return any(modifier.kind == "quantization" for modifier in self._modifiers)
+
+    @property
+    def removes_channels(self) -> bool:
+        """True if the recipe removes channels."""
+        return any(modifier.cuts() for modifier in self._modifiers)
 
     # ------------------------------------------------------------------ outputs
 

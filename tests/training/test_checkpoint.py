@@ -432,7 +432,19 @@ def test_a_state_needs_a_manager_at_work() -> None:
             call()
     manager.finalize()
     with pytest.raises(StateError, match=r"finalize\(\) ended it"):
-        manager.state_dict()
+        manager.load_state_dict(state)
+
+
+def test_after_finalize_the_state_is_that_of_the_end() -> None:
+    model, _, manager = at_work()
+    state = manager.state_dict()
+    manager.finalize()
+    assert_same_state(manager.state_dict(), state, "finalized")
+    manager.finalize()
+    fresh = ScheduledModifierManager(recipe())
+    fresh.modify(model, FORMS["adam"](model), steps_per_epoch=STEPS_PER_EPOCH)
+    fresh.load_state_dict(manager.state_dict())
+    assert (fresh.step, fresh.sparsity()) == (manager.step, manager.sparsity())
 
 
 def test_with_another_number_of_steps_in_an_epoch_the_epoch_goes_on() -> None:
