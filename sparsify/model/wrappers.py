@@ -1,8 +1,10 @@
 """The user's model inside the wrappers of torch and of training frameworks, and its names without theirs.
 
 A wrapper is a module that holds the model as its child and calls it: DistributedDataParallel and DataParallel, the
-OptimizedModule of torch.compile, FullyShardedDataParallel, the module that Lightning's Fabric gives, and the wrappers
-of activation checkpointing. `model.compile()` and FSDP2's `fully_shard` wrap nothing: they change the model in place.
+OptimizedModule of torch.compile, FullyShardedDataParallel, the module that Lightning's Fabric gives, the wrappers of
+activation checkpointing, the GradSampleModule of opacus, DeepSpeed's engine, and others that are called as these are.
+`model.compile()` and FSDP2's `fully_shard` wrap nothing: they change the model in place. An AveragedModel is a copy,
+and a model of peft holds more than the user's: neither is a wrapper.
 """
 
 from __future__ import annotations
@@ -23,10 +25,23 @@ FABRIC = "_forward_module"
 FABRIC_ORIGINAL = "_original_module"
 FSDP = "_fsdp_wrapped_module"
 CHECKPOINTED = "_checkpoint_wrapped_module"
+FLATTENED = "_fpw_module"
 PARALLEL = "module"
+SAMPLED = "_module"
 
-WRAPPER_PARTS = frozenset({PARALLEL, COMPILED, FSDP, CHECKPOINTED, FABRIC, FABRIC_ORIGINAL})
+WRAPPER_PARTS = frozenset({PARALLEL, COMPILED, FSDP, CHECKPOINTED, FLATTENED, FABRIC, FABRIC_ORIGINAL, SAMPLED})
 """What wrappers put into the path of a parameter."""
+
+# Wrappers whose child has a name that a user may give too: known by their class, or by one above it, of any library.
+_BY_CLASS = {
+    "DistributedDataParallel": PARALLEL,  # torch, apex
+    "DataParallel": PARALLEL,
+    "ShardedDataParallel": PARALLEL,  # fairscale
+    "DifferentiallyPrivateDistributedDataParallel": PARALLEL,  # opacus
+    "DeepSpeedEngine": PARALLEL,
+    "AbstractGradSampleModule": SAMPLED,  # opacus
+    "GradSampleModule": SAMPLED,
+}
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
@@ -38,9 +53,10 @@ def unwrapping(model: nn.Module) -> Iterator[nn.Module]:
     """`model`, what it wraps, and so on inward; the user's module comes last."""
     yield model
     inside = model._modules
+    part = next((part for name, part in _BY_CLASS.items() if _is_a(model, name)), None)
     inner: nn.Module | None = None
-    if _is_parallel(model):
-        inner = inside.get(PARALLEL)
+    if part is not None:
+        inner = inside.get(part)
     elif FABRIC in inside and FABRIC_ORIGINAL in inside:
         # The module that the strategy calls (DistributedDataParallel) comes first, to be seen; not every strategy's
         # wrapper is one that we know (DeepSpeed), and what it wraps is then known by the other name.
@@ -51,7 +67,7 @@ def unwrapping(model: nn.Module) -> Iterator[nn.Module]:
         return
     else:
         # No `or`: an empty Sequential is false.
-        inner = next((inside[part] for part in (COMPILED, FSDP, CHECKPOINTED) if part in inside), None)
+        inner = next((inside[part] for part in (COMPILED, FSDP, CHECKPOINTED, FLATTENED) if part in inside), None)
     if inner is not None:
         yield from unwrapping(inner)
 
@@ -88,10 +104,6 @@ def by_clean_name(pairs: Iterable[tuple[str, T]]) -> dict[str, T]:
         else:
             named[clean if clean not in named else raw] = value
     return named
-
-
-def _is_parallel(model: nn.Module) -> bool:
-    return _is_a(model, "DistributedDataParallel") or _is_a(model, "DataParallel")
 
 
 def _is_a(model: nn.Module, name: str) -> bool:

@@ -13,7 +13,7 @@ from torch import nn
 from sparsify.errors import DataError, SparsifyWarning, StateError, TargetError
 from sparsify.model import distributed
 from sparsify.model.param_groups import AddedParameters
-from sparsify.model.targets import is_finite, named_modules
+from sparsify.model.targets import is_finite, named_modules, named_parameters
 from sparsify.modifiers.base import Active, Epoch, Modifier, ModifierKind, ParamNames, Run
 from sparsify.modifiers.schedule import Clock
 from sparsify.output.field_errors import FieldProblem
@@ -265,6 +265,7 @@ class QuantizationModifier(Modifier):
         """
         self.targets(run.model)
         _refuse_quantized(run.model)
+        _refuse_sample_gradients(run.model)
         for note in self.notes():
             run.log.text("quantization", f"{type(self).__name__}: {note}")
         if run.inputs.calibration_data is not None:
@@ -457,6 +458,17 @@ def _refuse_infinite(model: nn.Module, plan: QuantizationPlan) -> None:
                     f"QuantizationModifier: {name}.{key} holds NaN or infinity, of which no integers can be made. Load "
                     "weights that are finite, or find the step at which training diverged."
                 )
+
+
+def _refuse_sample_gradients(model: nn.Module) -> None:
+    # opacus counts calls on each parameter, and knows layers by their type (grad_sample_module.py, opacus 1.6).
+    sampled = next((name for name, p in named_parameters(model).items() if hasattr(p, "_forward_counter")), None)
+    if sampled is not None:
+        raise StateError(
+            f"{sampled!r} has gradients of each sample (opacus), which knows no quantized layers. Train privately "
+            "without quantization, prune there, and quantize what comes out with quantize_model(), or in a second run "
+            "without opacus."
+        )
 
 
 def _refuse_quantized(model: nn.Module) -> None:

@@ -8,7 +8,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from sparsify.errors import ArgumentError, StateError
 from sparsify.modifiers.base import Run
@@ -45,11 +46,13 @@ class DistillationTeacher:
         self.module: nn.Module | None = None
         if isinstance(run.teacher, nn.Module):
             self.module = run.teacher
+            _refuse_meta(run.teacher)
         elif self._own:
             self.module = copy.deepcopy(run.model).requires_grad_(False).eval()
 
     def __call__(self, inputs: tuple[tuple[Any, ...], dict[str, Any]], device: torch.device) -> Any:
-        """Its outputs on the student's inputs. A copy moves to `device` with the student, a user's module does not."""
+        """Its outputs on the student's inputs, on `device`. A copy moves there with the student; a user's module stays
+        on its own device and in its own precision: inputs are taken there."""
         teacher = self.module
         if teacher is None:
             raise StateError("there is no teacher: pass distillation_teacher= to modify() or initialize().")
@@ -59,9 +62,11 @@ class DistillationTeacher:
             teacher.eval()
         if self._own and any(parameter.device != device for parameter in teacher.parameters()):
             teacher.to(device)
-        args, kwargs = chosen(self._student, *inputs, self._keys)
+        place, dtype = _place_of(teacher)
+        args, kwargs = _taken_to(chosen(self._student, *inputs, self._keys), place, dtype)
         with torch.no_grad():
-            return teacher(*args, **kwargs)
+            outputs = teacher(*args, **kwargs)
+        return outputs if place in (None, device) else _taken_to(outputs, device, None)
 
     def release(self) -> None:
         """Gives the teacher's modules their modes back; may be called twice."""
@@ -75,6 +80,38 @@ class DistillationTeacher:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         if self._own and self.module is not None and "teacher" in state:
             self.module.load_state_dict(state["teacher"])
+
+
+def _refuse_meta(teacher: nn.Module) -> None:
+    empty = next((name for name, p in teacher.named_parameters() if p.is_meta), None)
+    if empty is not None:
+        raise ArgumentError(
+            f"distillation_teacher: {empty!r} is on the meta device and holds no values. Load the teacher's weights "
+            "before modify()."
+        )
+
+
+def _place_of(module: nn.Module) -> tuple[torch.device | None, torch.dtype | None]:
+    """The device of a module, and the precision in which most of its weights are; None where it has no weights."""
+    sizes: dict[torch.dtype, int] = {}
+    device = None
+    for parameter in module.parameters():
+        device = device or parameter.device
+        if parameter.is_floating_point():
+            sizes[parameter.dtype] = sizes.get(parameter.dtype, 0) + parameter.numel()
+    return device, max(sizes, key=lambda dtype: sizes[dtype], default=None)
+
+
+def _taken_to(values: Any, device: torch.device | None, dtype: torch.dtype | None) -> Any:
+    """Tensors in `values` on `device`, those of floating point in `dtype`; None: as they are."""
+
+    def take(value: Any) -> Any:
+        if not isinstance(value, Tensor):
+            return value
+        wanted = dtype if value.is_floating_point() else None
+        return value.to(device=device or value.device, dtype=wanted or value.dtype)
+
+    return pytree.tree_map(take, values)
 
 
 def chosen(

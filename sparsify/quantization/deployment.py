@@ -269,7 +269,8 @@ def _fix_grid(quantizer: FakeQuantize) -> None:
     quantizer._buffers.pop("least", None)
     quantizer.__class__ = DeployedQuantize
     if quantizer.gate is not None:
-        quantizer.register_buffer("gate_scale", torch.tensor(GATES[quantizer.gate], device=quantizer.scale.device))
+        gate_scale = torch.tensor(GATES[quantizer.gate], dtype=torch.float32, device=quantizer.scale.device)
+        quantizer.register_buffer("gate_scale", gate_scale)
         quantizer.register_buffer("gate_zero_point", torch.zeros_like(quantizer.zero_point))
 
 

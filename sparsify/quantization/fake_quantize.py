@@ -117,14 +117,14 @@ class FakeQuantize(nn.Module):
         self.first: int
         self.last: int
         self.first, self.last = (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) if symmetric else (0, 2**bits - 1)
-        self.register_buffer("low", torch.zeros(()))
-        self.register_buffer("high", torch.zeros(()))
-        self.register_buffer("scale", torch.ones(()))
+        self.register_buffer("low", torch.zeros((), dtype=torch.float32))
+        self.register_buffer("high", torch.zeros((), dtype=torch.float32))
+        self.register_buffer("scale", torch.ones((), dtype=torch.float32))
         self.register_buffer("zero_point", torch.zeros((), dtype=torch.int8 if symmetric else torch.uint8))
         self.register_buffer("batches", torch.zeros((), dtype=torch.int64))
         if observer in observers.HISTOGRAMS:
             self.register_buffer("histogram", torch.zeros(observers.BINS, dtype=torch.float64))
-            self.register_buffer("extent", torch.zeros(()))
+            self.register_buffer("extent", torch.zeros((), dtype=torch.float32))
 
     def __getstate__(self) -> dict[str, Any]:
         # A tensor that layers share for a moment is nothing to copy or to save.
@@ -242,7 +242,7 @@ class FakeQuantize(nn.Module):
                 return
             low, high = found[0].item(), found[1].item()
         elif distributed.world_size() > 1:
-            seen_low, seen_high = torch.tensor(low), torch.tensor(high)
+            seen_low, seen_high = (torch.tensor(edge, dtype=torch.float32) for edge in (low, high))
             distributed.reduce_range(seen_low, seen_high)
             low, high = seen_low.item(), seen_high.item()
         # By way of the dictionary: an attribute of a module takes as long as reading the value.

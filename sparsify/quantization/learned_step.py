@@ -154,11 +154,10 @@ class LearnedQuantize(FakeQuantize):
 
     def __init__(self, name: str, **options: Any) -> None:
         super().__init__(name, **{**options, "observer": "lsq", "in_place": False})
-        self.step = nn.Parameter(torch.ones(()))
-        self.register_parameter(
-            "offset", None if self.symmetric or self.relu or self.gate is not None else nn.Parameter(torch.zeros(()))
-        )
-        self.register_buffer("least", torch.zeros(()))
+        self.step = nn.Parameter(torch.ones((), dtype=torch.float32))
+        fixed = self.symmetric or self.relu or self.gate is not None
+        self.register_parameter("offset", None if fixed else nn.Parameter(torch.zeros((), dtype=torch.float32)))
+        self.register_buffer("least", torch.zeros((), dtype=torch.float32))
         self._started = False
 
     def _compute(self, x: Tensor) -> Tensor:

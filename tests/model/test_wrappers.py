@@ -72,6 +72,32 @@ class Engine(nn.Module):
         return self.engine(x)  # type: ignore[no-any-return]
 
 
+class GradSampleModule(nn.Module):
+    """That of opacus, by its structure."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self._module = inner
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self._module(x)  # type: ignore[no-any-return]
+
+
+class DeepSpeedEngine(nn.Module):
+    """That of DeepSpeed, by its structure."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.module = inner
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.module(x)  # type: ignore[no-any-return]
+
+
+def by_opacus(model: nn.Module) -> nn.Module:
+    return pytest.importorskip("opacus").GradSampleModule(model)  # type: ignore[no-any-return]
+
+
 def by_lightning(model: nn.Module) -> nn.Module:
     fabric = pytest.importorskip("lightning.fabric")
     with warnings.catch_warnings():
@@ -93,6 +119,10 @@ WRAPS: dict[str, tuple[Wrap, bool, bool]] = {
     "Fabric, compiled": (lambda m: Fabric(compiled(m), m), False, True),
     "Fabric, unknown": (lambda m: Fabric(Engine(m), m), False, False),
     "Lightning's own": (by_lightning, False, False),
+    "GradSampleModule": (GradSampleModule, False, False),
+    "opacus' own": (by_opacus, False, False),
+    "DeepSpeed's engine": (DeepSpeedEngine, False, False),
+    "DeepSpeed of compiled": (lambda m: DeepSpeedEngine(compiled(m)), False, True),
     "compiled DDP": (lambda m: compiled(DistributedDataParallel(m)), True, True),
     "DDP of compiled": (lambda m: DistributedDataParallel(compiled(m)), True, True),
     "four deep": (lambda m: compiled(nn.DataParallel(compiled(nn.DataParallel(m)))), False, True),
@@ -145,6 +175,9 @@ def test_what_only_looks_like_a_wrapper_is_none() -> None:
     holder = nn.Module()
     holder.module = model
     assert unwrapped(holder) is holder, "a layer that a user calls module"
+    inner = nn.Module()
+    inner._module = model
+    assert unwrapped(inner) is inner
     half = nn.Module()
     half._forward_module = model
     assert unwrapped(half) is half

@@ -273,6 +273,30 @@ def test_a_missing_teacher_is_refused_and_so_is_the_model() -> None:
         manager.update_loss(torch.ones(()), outputs=STUDENT, inputs=torch.ones(2, 4))
 
 
+@pytest.mark.parametrize("of_teacher", [torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("of_student", [torch.float32, torch.bfloat16])
+def test_a_teacher_in_another_precision_gets_inputs_in_its_own(
+    of_teacher: torch.dtype, of_student: torch.dtype
+) -> None:
+    model, teacher = network().to(of_student), network().to(of_teacher)
+    manager = ScheduledModifierManager([DistillationModifier(hardness=1.0)])
+    manager.modify(model, torch.optim.SGD(model.parameters(), lr=0.5), 4, distillation_teacher=teacher)
+    inputs = torch.randn(5, 4).to(of_student)
+    outputs = model(inputs)
+    loss = manager.update_loss(outputs.sum())
+    expected = entropy_by_hand(outputs.detach(), teacher.eval()(inputs.to(of_teacher)).detach(), 2.0)
+    assert float(loss.detach()) == pytest.approx(expected, rel=1e-3, abs=1e-4)
+    loss.backward()
+    assert {p.dtype for p in teacher.parameters()} == {of_teacher}, "the teacher is the user's"
+
+
+def test_a_teacher_without_values_is_refused_before_training() -> None:
+    model = network()
+    manager = ScheduledModifierManager([DistillationModifier()])
+    with pytest.raises(ArgumentError, match=r"'0\.weight' is on the meta device and holds no values"):
+        manager.modify(model, torch.optim.SGD(model.parameters(), lr=0.5), 4, distillation_teacher=network().to("meta"))
+
+
 # ------------------------------------------------------------------------------------- what was captured
 
 
