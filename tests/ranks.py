@@ -1,4 +1,4 @@
-"""Two processes over gloo, in which a test does its work on two ranks.
+"""Processes over gloo, in which a test does its work on two ranks, or on four.
 
 They are started once and live as long as the tests do: most of their time is the import of torch.
 """
@@ -19,13 +19,13 @@ import torch.multiprocessing as mp
 
 Work = Callable[[int, str], None]
 SECONDS = 300
-_ranks: list[tuple[BaseProcess, Connection]] = []
+_started: dict[int, list[tuple[BaseProcess, Connection]]] = {}
 
 
-def _serve(rank: int, pipe: Connection, store: str) -> None:
+def _serve(rank: int, ranks: int, pipe: Connection, store: str) -> None:
     torch.set_num_threads(1)
     # A file, not a port: nothing else on the machine can take it.
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=ranks)
     while True:
         try:
             work, folder = pipe.recv()
@@ -43,21 +43,27 @@ def _serve(rank: int, pipe: Connection, store: str) -> None:
             pipe.send(traceback.format_exc())
 
 
-def _start(store: Path) -> None:
+def _start(ranks: int, store: Path) -> None:
     context = mp.get_context("spawn")
-    for rank in range(2):
+    _started[ranks] = []
+    for rank in range(ranks):
         mine, theirs = context.Pipe()
-        process = context.Process(target=_serve, args=(rank, theirs, str(store)), daemon=True)
+        process = context.Process(target=_serve, args=(rank, ranks, theirs, str(store)), daemon=True)
         process.start()
         theirs.close()
-        _ranks.append((process, mine))
+        _started[ranks].append((process, mine))
 
 
 def on_two_ranks(work: Work, folder: Path) -> None:
     """Calls `work(rank, folder)` in both processes; what fails in one of them fails here, and ends both."""
-    if not _ranks:
-        _start(folder / "store")
-    pipes = [pipe for _, pipe in _ranks]
+    on_ranks(2, work, folder)
+
+
+def on_ranks(ranks: int, work: Work, folder: Path) -> None:
+    """Calls `work(rank, folder)` in so many processes; what fails in one of them fails here, and ends all."""
+    if ranks not in _started:
+        _start(ranks, folder / f"store{ranks}")
+    pipes = [pipe for _, pipe in _started[ranks]]
     try:
         for pipe in pipes:
             pipe.send((work, str(folder)))
@@ -70,7 +76,6 @@ def on_two_ranks(work: Work, folder: Path) -> None:
                 assert error is None, error
                 left.remove(pipe)  # type: ignore[arg-type]
     except BaseException:
-        for process, _ in _ranks:
+        for process, _ in _started.pop(ranks):
             process.kill()
-        _ranks.clear()
         raise

@@ -1,9 +1,10 @@
-"""Several processes that train one model (DDP): the same masks and ranges on each. No-ops in a single process."""
+"""Several processes that train one model (DDP, FSDP2): the same masks and ranges on each. Nothing in a single one."""
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -11,8 +12,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 from sparsify.errors import StateError
+from sparsify.model.sharding import is_sharded, local, region, totals
 
 __all__: list[str] = []
+
+Sent = TypeVar("Sent")
 
 
 def world_size() -> int:
@@ -20,10 +24,34 @@ def world_size() -> int:
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
-def fingerprint(mask: Tensor) -> str:
-    """A hash of a bool tensor's shape and values, the same for every device and memory format."""
+def fingerprint(mask: Tensor, salt: object = None) -> str:
+    """A hash of a bool tensor's values and shape, or of its values and `salt`: the same on every device and in every
+    memory format."""
     packed = np.packbits(mask.detach().cpu().contiguous().numpy())
-    return hashlib.blake2b(packed.tobytes(), digest_size=16, person=b"mask", salt=_salt(tuple(mask.shape))).hexdigest()
+    salted = _salt(tuple(mask.shape) if salt is None else salt)
+    return hashlib.blake2b(packed.tobytes(), digest_size=16, person=b"mask", salt=salted).hexdigest()
+
+
+def gathered_objects(own: Sent) -> list[Sent]:
+    """What each rank gave, in the order of the ranks; every process must call it."""
+    all_of_them: list[Any] = [None] * world_size()
+    dist.all_gather_object(all_of_them, own)
+    return all_of_them
+
+
+def fingerprints(masks: Mapping[str, Tensor]) -> dict[str, str]:
+    """A hash of each mask. Of a sharded one it is the sum of the hashes of its parts, so that all ranks have the same.
+
+    Replicas of a part (as in a mesh of two dimensions, HSDP) are in sums of their own, which differ where they do.
+    """
+    found = {name: fingerprint(mask) for name, mask in masks.items() if not is_sharded(mask)}
+    sharded = {name: mask for name, mask in masks.items() if is_sharded(mask)}
+    # A part is hashed with its place: parts that change places change the sum. It wraps around.
+    halves: dict[str, int | Tensor] = {
+        name: int.from_bytes(bytes.fromhex(fingerprint(local(mask), salt=region(mask)))[:8], "big", signed=True)
+        for name, mask in sharded.items()
+    }
+    return {**found, **{name: f"{total:x}" for name, total in totals(sharded, halves).items()}}
 
 
 def check_same(masks: Mapping[str, Tensor]) -> None:
@@ -34,12 +62,15 @@ def check_same(masks: Mapping[str, Tensor]) -> None:
     """
     if world_size() == 1:
         return
-    own = {name: fingerprint(mask) for name, mask in masks.items()}
-    all_of_them: list[dict[str, str] | None] = [None] * world_size()
-    dist.all_gather_object(all_of_them, own)
+    own = fingerprints(masks)
+    # One short digest a rank; what differs is sent only where something does.
+    whole = hashlib.blake2b(repr(sorted(own.items())).encode(), digest_size=16).hexdigest()
+    if len(set(gathered_objects(whole))) == 1:
+        return
+    all_of_them = gathered_objects(own)
     for rank, other in enumerate(all_of_them):
-        for name in sorted({*own, *(other or {})} if other != all_of_them[0] else ()):
-            if (other or {}).get(name) != (all_of_them[0] or {}).get(name):
+        for name in sorted({*own, *other} if other != all_of_them[0] else ()):
+            if other.get(name) != all_of_them[0].get(name):
                 raise StateError(
                     f"the mask of {name!r} on rank {rank} differs from rank 0's: the weights differ between "
                     "processes. Make the model in DistributedDataParallel (which sends rank 0's weights to all) before "
@@ -67,5 +98,5 @@ def average(tensors: Mapping[str, Tensor]) -> None:
         tensors[name].div_(world_size())
 
 
-def _salt(shape: tuple[int, ...]) -> bytes:
-    return hashlib.blake2b(repr(shape).encode(), digest_size=16).digest()
+def _salt(of: object) -> bytes:
+    return hashlib.blake2b(repr(of).encode(), digest_size=16).digest()

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.optim import LBFGS
 
 from sparsify.model.masked_memory import zero_masked_
+from sparsify.model.sharding import local
 
 __all__: list[str] = []
 
@@ -24,15 +25,17 @@ def reset_where(optimizer: object, parameter: Tensor, mask: Tensor | None = None
     Zero for nearly everything, both moments of Adam among it; the step size of Rprop begins with the learning rate, the
     sum of Adagrad with its initial value, the average of ASGD with the weights.
 
-    Moments that are packed (integers with scales, as bitsandbytes has them; tensor subclasses, as torchao's and DTensor
-    are; float8) are never written to as numbers: of single weights nothing is reset in them, and of all weights the
-    whole state is dropped, to be set up by the optimizer's next step.
+    Of a sharded parameter (DTensor) the part on this rank is reset. Moments that are packed (integers with scales, as
+    bitsandbytes has them; tensor subclasses, as torchao's are; float8) are never written to as numbers: of single
+    weights nothing is reset in them, and of all weights the whole state is dropped, to be set up by the optimizer's
+    next step.
 
     Args:
         optimizer: one that keeps state by parameter as torch's do, or several in a list or tuple; None, or one without
             any, has nothing to be reset.
         parameter: the one whose state it is.
-        mask: bools of the parameter's shape, False where state is reset: there only, and only in what has that shape.
+        mask: bools of the parameter's shape, or of its part on this rank, False where state is reset: there only, and
+            only in what has that shape.
             None: everywhere, the count of steps included. It belongs to all weights of the parameter: with moments of
             zero and a late count, Adam would take steps of several times the learning rate. LBFGS keeps curvature in
             the space of all weights of all parameters: it is forgotten whatever the mask.
@@ -55,8 +58,10 @@ def reset_where(optimizer: object, parameter: Tensor, mask: Tensor | None = None
     if not state:
         return
     if mask is not None:
-        for key, value in _tensors(state):
-            if value.shape == parameter.shape and key not in _OF_ALL_WEIGHTS and _is_plain(value):
+        here, mask = local(parameter), local(mask)
+        for key, whole in _tensors(state):
+            value = local(whole)
+            if value.shape == here.shape and key not in _OF_ALL_WEIGHTS and _is_plain(value):
                 _reset_masked(value, mask, _initial(key, value, optimizer, parameter))
     elif any(_is_packed(value) for _, value in _tensors(state)):
         # Both libraries set up the state of a parameter that has none, in `step`:
@@ -96,7 +101,8 @@ def _reset_masked(value: Tensor, mask: Tensor, first: Tensor | float) -> None:
 
 def _reset_all(state: MutableMapping[str, Any], optimizer: object, parameter: Tensor) -> None:
     with torch.no_grad():
-        for key, value in _tensors(state):
+        for key, whole in _tensors(state):
+            value = local(whole)
             if not value.is_meta:
                 value.copy_(torch.as_tensor(_initial(key, value, optimizer, parameter), device=value.device))
     for key, number in state.items():
@@ -108,9 +114,9 @@ def _initial(key: str, value: Tensor | None, optimizer: object, parameter: Tenso
     """The first value of the state `key`: those of torch's optimizers by their names, zero for any other."""
     if key in ("mu_product", "mu"):
         return 1.0
-    if key == "ax" and value is not None and value.shape == parameter.shape:
+    if key == "ax" and value is not None and value.shape == local(parameter).shape:
         # torch begins with zeros and copies the weights at the first step, while mu is 1; later on it is not.
-        return parameter.detach()
+        return local(parameter)
     if key not in ("step_size", "eta", "sum"):
         return 0.0
     groups = getattr(optimizer, "param_groups", [])
@@ -126,7 +132,8 @@ def _tensors(state: Mapping[str, Any]) -> Iterator[tuple[str, Tensor]]:
 
 
 def _is_plain(value: Tensor) -> bool:
-    """True if `value` is numbers in memory of its own."""
+    """True if `value`, or the part of it on this rank, is numbers in memory of its own."""
+    value = local(value)
     return (
         type(value) in (Tensor, nn.Parameter)
         and value.dtype in _STATE_TYPES

@@ -20,6 +20,7 @@ from sparsify.errors import DataError, SparsifyWarning, TargetError
 from sparsify.model.adapters import names_without_adapters
 from sparsify.model.experts import expert_stacks
 from sparsify.model.recomputed import Recomputed, recomputed_weights
+from sparsify.model.sharding import is_sharded, local, totals
 from sparsify.model.wrappers import WRAPPER_PARTS, by_clean_name, clean_name
 
 __all__: list[str] = []
@@ -241,11 +242,20 @@ def refuse_unusable(parameters: Mapping[str, Tensor], *, where: str, values: boo
                 f"{where}: {name!r} is {str(parameter.dtype).removeprefix('torch.')}; only float16, bfloat16, "
                 "float32 and float64 weights can be pruned. Leave it out."
             )
-        if values and not parameter.is_meta and not is_finite(parameter):
-            raise DataError(
-                f"{where}: {name!r} holds NaN or infinity, which cannot be ranked. Load weights that are finite, or "
-                "find the step at which training diverged."
-            )
+    strange = _not_finite({n: p for n, p in parameters.items() if not p.is_meta}) if values else []
+    for name in strange:
+        raise DataError(
+            f"{where}: {name!r} holds NaN or infinity, which cannot be ranked. Load weights that are finite, or "
+            "find the step at which training diverged."
+        )
+
+
+def _not_finite(parameters: Mapping[str, Tensor]) -> list[str]:
+    """Those that hold NaN or infinity, in a part on any rank; asked of all sharded ones together."""
+    plain = {name: not is_finite(p) for name, p in parameters.items() if not is_sharded(p)}
+    sharded = {name: p for name, p in parameters.items() if is_sharded(p)}
+    strange = {**plain, **totals(sharded, {name: int(not is_finite(local(p))) for name, p in sharded.items()})}
+    return [name for name in parameters if strange[name]]
 
 
 def is_finite(tensor: Tensor) -> bool:

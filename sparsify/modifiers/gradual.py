@@ -13,7 +13,7 @@ from pydantic import Field, field_validator, model_validator
 from torch import nn
 
 from sparsify.errors import SparsifyWarning, TargetError
-from sparsify.model import distributed, targets
+from sparsify.model import distributed, sharding, targets
 from sparsify.model.layouts import input_dims
 from sparsify.model.recomputed import recomputed_weights
 from sparsify.modifiers.base import Active, Epoch, Modifier, ModifierKind, ParamNames, Run, check_frequency
@@ -202,7 +202,7 @@ class GradualPruning(Modifier, ABC):
             return dict.fromkeys(parameters)
         shape = MaskType.parse(self.mask_type)
         exact = 1.0 - shape.keep / shape.of if shape.kind == "n_of_m" else None
-        zeros = {name: 1.0 - float(p.detach().count_nonzero()) / max(p.numel(), 1) for name, p in parameters.items()}
+        zeros = {name: count / max(parameters[name].numel(), 1) for name, count in sharding.zeros(parameters).items()}
         weights = sum(p.numel() for p in parameters.values())
         overall = sum(zeros[name] * p.numel() for name, p in parameters.items()) / max(weights, 1)
         found: dict[str, float | None] = {}
@@ -310,7 +310,7 @@ class Gradual(Active):
         given = {name: parameter for name, parameter in parameters.items() if name in self.finals}
         parameters = trainable(given, who)
         self.frozen += [name for name in given if name not in parameters]
-        zeros = {name: int(p.numel() - p.detach().count_nonzero()) for name, p in parameters.items()}
+        zeros = sharding.zeros(parameters)
         overall = sum(zeros.values()) / max(sum(p.numel() for p in parameters.values()), 1)
         for name, parameter in parameters.items():
             initial = self.modifier.init_sparsity
@@ -351,18 +351,16 @@ class Gradual(Active):
         before = masker.masks
         scores, absolute = self.scores(parameters)
         scores = self.sparing_norms(scores, before, absolute)
-        masks: dict[str, Tensor] = {}
-        for group in [list(parameters)] if together and parameters else [[name] for name in parameters]:
-            sparsity = between(self.modifier.inter_func, self.initials[group[0]], self.finals[group[0]], progress)
-            masks |= compute_masks(
-                {name: scores[name] for name in group},
-                sparsity,
-                self.mask_type,
-                previous={name: before[name] for name in group if name in before},
-                input_dims=self.input_dims,
-                together=together,
-                absolute=absolute,
-            )
+        curve = self.modifier.inter_func
+        masks = compute_masks(
+            {name: scores[name] for name in parameters},
+            {name: between(curve, self.initials[name], self.finals[name], progress) for name in parameters},
+            self.mask_type,
+            previous={name: before[name] for name in parameters if name in before},
+            input_dims=self.input_dims,
+            together=together,
+            absolute=absolute,
+        )
         distributed.check_same(masks)
         for name, mask in masks.items():
             masker.set(name, mask)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.optim import LBFGS, Optimizer
 
 from sparsify.errors import StateError, TargetError, did_you_mean
-from sparsify.model import distributed, targets
+from sparsify.model import distributed, sharding, targets
 from sparsify.model.masked_memory import BitsAndMask, bits_and_mask, zero_masked_
 from sparsify.model.optimizer_state import reset_where
 from sparsify.model.wrappers import by_clean_name
@@ -35,23 +35,32 @@ class _MaskedParameter:
     """A masked parameter, and views of it and its mask for fast masking, valid while its memory does not move.
 
     Attributes:
-        pointer: the address of the parameter's memory when the views were taken.
+        here: the part of it on this rank; all of it where it is not sharded.
+        pointer: the address of its memory when the views were taken.
+        mask: the mask of that part.
         views: values as integers and mask, flat, in memory order; None where there are no such views.
     """
 
     parameter: Tensor
+    here: Tensor
     pointer: int
     mask: Tensor
     views: BitsAndMask | None
+    sharded: bool
+
+    def address(self) -> int:
+        """Where the memory of the part here is now."""
+        return (sharding.local(self.parameter) if self.sharded else self.parameter).data_ptr()
 
 
 class Masker:
     """Masks by parameter name; masked weights are zero after every `apply`.
 
     Parameters are looked up by name where their objects may have been replaced (`load_state_dict(assign=True)`,
-    `.to("meta")`), so a mask stays with its name. A sharded parameter (DTensor, FSDP2) is refused.
+    `.to("meta")`), so a mask stays with its name. The mask of a sharded parameter (a DTensor, as `fully_shard` makes
+    them) is sharded like it, and only the part on this rank is applied.
 
-    Checkpoint: `state_dict` holds every mask, packed, with a checksum; the views of parameters are made again.
+    Checkpoint: `state_dict` holds every mask, whole and packed, with a checksum; views of parameters are made again.
 
     Args:
         model: the module whose parameters are masked.
@@ -97,10 +106,11 @@ class Masker:
             raise StateError(
                 f"the mask of {name!r} has shape {tuple(mask.shape)}, the parameter {tuple(parameter.shape)}."
             )
-        if hasattr(parameter, "placements"):
-            raise TargetError(f"{name!r} is sharded (DTensor); pruning a model under FSDP2 is not supported.")
+        mask = sharding.laid_out(mask, parameter)
         self._masks[name] = mask
-        self._zeros[name] = mask.numel() - int(mask.count_nonzero())
+        self._zeros.pop(name, None)
+        if not sharding.is_sharded(mask):
+            self._zeros[name] = mask.numel() - int(mask.count_nonzero())
         self._places.pop(name, None)
         self._apply([name])
         self._reset_optimizer(name)
@@ -121,15 +131,15 @@ class Masker:
         for name in self._masks:
             gradient = self._place(name).parameter.grad
             if gradient is not None:
-                zero_masked_(gradient, self._place(name).mask)
+                zero_masked_(sharding.local(gradient), self._place(name).mask)
 
     def finalize(self) -> None:
         """Bakes the masks in as +0.0 and forgets them. May be called twice."""
         for name in self.names:
             place = self._place(name)
-            if not place.parameter.is_meta:
+            if not place.here.is_meta:
                 with torch.no_grad():
-                    place.parameter.masked_fill_(~place.mask, 0.0)
+                    place.here.masked_fill_(~place.mask, 0.0)
             self._forget(name)
 
     def apply_to(self, model: nn.Module) -> None:
@@ -152,7 +162,8 @@ class Masker:
                 )
         with torch.no_grad():
             for name, mask in self._masks.items():
-                parameters[name].masked_fill_(~mask.to(parameters[name].device), 0.0)
+                mask = sharding.local(sharding.laid_out(mask, parameters[name]))
+                sharding.local(parameters[name]).masked_fill_(~mask, 0.0)
 
     def resize(self, removal: Removal) -> None:
         """Removes from every mask the slices that were removed from its parameter; a second time changes nothing.
@@ -173,7 +184,11 @@ class Masker:
                 self._forget(name)
 
     def refresh(self) -> None:
-        """Looks every parameter up again; for a model in which modules were replaced."""
+        """Looks every parameter up again; for a model in which modules were replaced.
+
+        Modules of `fully_shard` that still hold whole parameters after a forward hold the sharded ones again.
+        """
+        sharding.reshard(self.model)
         self._owners = {name: (module, attribute) for name, module, attribute in targets.owners(self.model)}
         self._places.clear()
 
@@ -194,21 +209,14 @@ class Masker:
             targets.refuse_unusable({name: parameter}, where="masks")
 
     def sparsity(self) -> dict[str, float]:
-        """The fraction of masked weights, 0 to 1, by name."""
+        """The fraction of masked weights, 0 to 1, by name. Collective where masks are sharded and one has changed."""
+        uncounted = {name: mask for name, mask in self._masks.items() if name not in self._zeros}
+        self._zeros.update(sharding.zeros(uncounted))
         return {name: self._zeros[name] / max(mask.numel(), 1) for name, mask in self._masks.items()}
 
     def state_dict(self) -> dict[str, Any]:
-        """The masks, one bit per weight, with a checksum each."""
-        return {
-            "masks": {
-                name: {
-                    "shape": list(mask.shape),
-                    "bits": torch.from_numpy(np.packbits(mask.cpu().contiguous().numpy())),
-                    "checksum": distributed.fingerprint(mask),
-                }
-                for name, mask in self._masks.items()
-            }
-        }
+        """The masks, one bit per weight, with a checksum each; whole where they are sharded: collective then."""
+        return {"masks": {name: _packed(sharding.gathered(mask)) for name, mask in self._masks.items()}}
 
     def load_state_dict(self, state: Mapping[str, Any], strict: bool = True) -> None:
         """Puts the masks of `state` in force in place of those there.
@@ -245,7 +253,8 @@ class Masker:
             self.set(name, mask.to(parameters[name].device) if not parameters[name].is_meta else mask)
 
     def _forget(self, name: str) -> None:
-        del self._masks[name], self._zeros[name]
+        del self._masks[name]
+        self._zeros.pop(name, None)
         self._places.pop(name, None)
         self._floats.pop(name, None)
 
@@ -267,20 +276,28 @@ class Masker:
         """The masked parameter and its views, made again when its memory has moved."""
         parameter = self._find(name)
         place = self._places.get(name)
-        if place is not None and place.parameter is parameter and place.pointer == parameter.data_ptr():
+        if place is not None and place.parameter is parameter and place.pointer == place.address():
             return place
         mask = self._masks[name]
+        if sharding.is_sharded(mask) and not sharding.is_sharded(parameter):
+            # As after an evaluation: the outermost module of fully_shard holds whole parameters until its backward.
+            sharding.reshard(self.model)
+            parameter = self._find(name)
+        here = sharding.local(parameter)
         if mask.shape != parameter.shape:
             raise StateError(
                 f"{name!r} now has shape {tuple(parameter.shape)}, its mask {tuple(mask.shape)}: the parameter was "
                 "replaced. Remove the mask, or load a model of the shape that was pruned."
             )
-        if not parameter.is_meta and (mask.device != parameter.device or mask.stride() != parameter.stride()):
+        mask = sharding.laid_out(mask, parameter)
+        part = sharding.local(mask)
+        if not here.is_meta and (part.device != here.device or part.stride() != here.stride()):
             # In the weight's own memory format: a pass over both in memory order is several times faster.
-            mask = torch.empty_like(parameter.detach(), dtype=torch.bool).copy_(mask)
-            self._masks[name] = mask
+            part = torch.empty_like(here, dtype=torch.bool).copy_(part)
+        self._masks[name] = sharding.with_part(part, parameter)
         self._floats.pop(name, None)
-        place = _MaskedParameter(parameter, parameter.data_ptr(), mask, bits_and_mask(parameter, mask))
+        sharded = sharding.is_sharded(parameter)
+        place = _MaskedParameter(parameter, here, here.data_ptr(), part, bits_and_mask(here, part), sharded)
         self._places[name] = place
         return place
 
@@ -291,18 +308,18 @@ class Masker:
             if place.views is not None:
                 bits, keep = place.views
                 np.multiply(bits, keep, out=bits)
-            elif not place.parameter.is_meta:
+            elif not place.here.is_meta:
                 others.append(name)
         if others:
             with torch.no_grad():
                 torch._foreach_mul_(
-                    [self._places[name].parameter for name in others], [self._float(name) for name in others]
+                    [self._places[name].here for name in others], [self._float(name) for name in others]
                 )
 
     def _float(self, name: str) -> Tensor:
         place = self._places[name]
         if name not in self._floats:
-            self._floats[name] = place.mask.to(place.parameter.dtype)
+            self._floats[name] = place.mask.to(place.here.dtype)
         return self._floats[name]
 
     def _reset_optimizer(self, name: str) -> None:
@@ -313,6 +330,14 @@ class Masker:
         for one in several:
             if not isinstance(one, LBFGS):
                 reset_where(one, place.parameter, place.mask)
+
+
+def _packed(mask: Tensor) -> dict[str, Any]:
+    return {
+        "shape": list(mask.shape),
+        "bits": torch.from_numpy(np.packbits(mask.cpu().contiguous().numpy())),
+        "checksum": distributed.fingerprint(mask),
+    }
 
 
 def _unpacked(name: str, saved: Mapping[str, Any]) -> Tensor:

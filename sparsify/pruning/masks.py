@@ -11,7 +11,19 @@ import torch
 from torch import Tensor
 
 from sparsify.errors import DataError
+from sparsify.model.sharding import (
+    Region,
+    gathered,
+    is_sharded,
+    laid_out,
+    local,
+    part_sizes,
+    region,
+    split_of,
+    with_part,
+)
 from sparsify.pruning.selection import mask_lowest
+from sparsify.pruning.sharded_selection import Part, Ranking, mask_lowest_of_all
 
 __all__: list[str] = []
 
@@ -88,7 +100,7 @@ class MaskType:
 
 def compute_masks(
     scores: Mapping[str, Tensor],
-    sparsity: float,
+    sparsity: float | Mapping[str, float],
     mask_type: MaskType = MaskType("unstructured"),
     *,
     previous: Mapping[str, Tensor] | None = None,
@@ -102,9 +114,12 @@ def compute_masks(
     equal ones the first in logical order. N:M: exactly round(n * sparsity) weights are masked and at most M - N in any
     group, also below 1 - N/M; the groups lie along the input channels.
 
+    Scores that are sharded over ranks (DTensors) give masks that are sharded like them, the same as without sharding.
+    Only counts are sent, unless units lie across parts: then the scores of that parameter are gathered.
+
     Args:
         scores: the importance of each weight, by name; the weights themselves for magnitude.
-        sparsity: the fraction of zeros, 0 to 1.
+        sparsity: the fraction of zeros, 0 to 1; by name, where not all are ranked `together`.
         mask_type: the units.
         previous: the masks so far, for some or all names.
         input_dims: the dimension of the input channels, 1 where nothing is given; negative for a stack of matrices,
@@ -121,38 +136,28 @@ def compute_masks(
     """
     previous = previous or {}
     dims = input_dims or {}
+    if any(is_sharded(score) for score in scores.values()):
+        return _compute_sharded(scores, sparsity, mask_type, previous, dims, together, absolute)
     units: dict[str, Tensor] = {}
     kept: dict[str, Tensor] = {}
     back: dict[str, Callable[[Tensor], Tensor]] = {}
     for name, score in scores.items():
-        mask = previous.get(name)
-        if mask_type.kind == "unstructured":
-            units[name] = score
-            if mask is not None:
-                kept[name] = mask
-        elif mask_type.kind == "block":
-            units[name], back[name] = _block_units(score.detach(), dims.get(name, 1), mask_type.block, absolute)
-            if mask is not None:
-                kept[name] = _block_units(mask, dims.get(name, 1), mask_type.block, False)[0] > 0
-        elif mask_type.kind == "n_of_m":
-            units[name] = _only_lowest_of_each_group(name, score.detach(), mask, mask_type, dims.get(name, 1), absolute)
-            if mask is not None:
-                kept[name] = mask
-        else:
-            inputs = dims.get(name, 1)
-            dim = inputs if mask_type.kind == "channel" else _output_dim(inputs)
-            units[name], back[name] = _channel_units(score.detach(), dim, absolute)
-            if mask is not None:
-                kept[name] = _channel_units(mask, dim, False)[0] > 0
+        if mask_type.kind == "n_of_m" and score.isnan().any():
+            raise DataError(f"{name!r} holds NaN, which cannot be ranked. Load weights that are finite.")
+        dim, mask = dims.get(name, 1), previous.get(name)
+        units[name], back[name] = _units(score.detach(), mask, mask_type, dim, absolute)
+        if mask is not None:
+            kept[name] = _units_kept(mask, mask_type, dim)
     absolute = absolute and mask_type.kind == "unstructured"
     if together:
         total = sum(unit.numel() for unit in units.values())
-        masks = mask_lowest(units, round(total * sparsity), kept=kept, absolute=absolute) if units else {}
+        masks = mask_lowest(units, round(total * _one(sparsity)), kept=kept, absolute=absolute) if units else {}
     else:
         masks = {}
         for name, unit in units.items():
             own = {name: kept[name]} if name in kept else {}
-            masks |= mask_lowest({name: unit}, round(unit.numel() * sparsity), kept=own, absolute=absolute)
+            count = round(unit.numel() * _one(sparsity, name))
+            masks |= mask_lowest({name: unit}, count, kept=own, absolute=absolute)
     return {name: back[name](mask) if name in back else mask for name, mask in masks.items()}
 
 
@@ -161,6 +166,9 @@ def sparing_one(score: Tensor, dims: tuple[int, ...], previous: Tensor | None, a
 
     For weights that are divided by the norm of each slice, which is not to be zero.
     """
+    if is_sharded(score):
+        spared = sparing_one(gathered(score), dims, None if previous is None else gathered(previous), absolute)
+        return laid_out(spared, score)
     values = (score.detach().abs() if absolute else score.detach()).clone()
     rank_by = values if previous is None else torch.where(previous, values, -math.inf)
     rest = [dim for dim in range(score.dim()) if dim not in dims]
@@ -176,6 +184,102 @@ def _output_dim(input_dim: int) -> int:
     return 1 - input_dim if input_dim >= 0 else -3 - input_dim
 
 
+def _one(sparsity: float | Mapping[str, float], name: str | None = None) -> float:
+    """The sparsity of the parameter `name`; without a name that of all of them."""
+    if not isinstance(sparsity, Mapping):
+        return sparsity
+    return next(iter(sparsity.values())) if name is None else sparsity[name]
+
+
+def _compute_sharded(
+    scores: Mapping[str, Tensor],
+    sparsity: float | Mapping[str, float],
+    mask_type: MaskType,
+    previous: Mapping[str, Tensor],
+    dims: Mapping[str, int],
+    together: bool,
+    absolute: bool,
+) -> dict[str, Tensor]:
+    """As `compute_masks`, of units that lie on this rank and on others."""
+    parts: dict[str, Part] = {}
+    back: dict[str, Callable[[Tensor], Tensor]] = {}
+    for name, score in scores.items():
+        dim, mask = dims.get(name, 1), previous.get(name)
+        where = _region_of_units(score, mask_type, dim)
+        if where is None:
+            # Gathered one parameter at a time: what stays of it here is the units' scores.
+            score, mask = gathered(score), None if mask is None else gathered(mask)
+            where = _region_of_units(score, mask_type, dim)
+            assert where is not None, "units of a whole tensor are whole"
+        here = None if mask is None else local(laid_out(mask, score))
+        values, back[name] = _units(local(score), here, mask_type, dim, absolute)
+        kept = None if here is None else _units_kept(here, mask_type, dim)
+        parts[name] = Part(values, kept, where, split_of(score))
+    absolute = absolute and mask_type.kind == "unstructured"
+    sizes = {name: math.prod(part.region.shape) for name, part in parts.items()}
+    if together:
+        rankings = [Ranking(parts, round(sum(sizes.values()) * _one(sparsity)), absolute)]
+    else:
+        rankings = [Ranking({n: p}, round(sizes[n] * _one(sparsity, n)), absolute) for n, p in parts.items()]
+    masks = {name: back[name](mask) for name, mask in mask_lowest_of_all(rankings).items()}
+    return {
+        name: with_part(masks[name], score) if parts[name].split == split_of(score) else laid_out(masks[name], score)
+        for name, score in scores.items()
+    }
+
+
+def _region_of_units(score: Tensor, mask_type: MaskType, input_dim: int) -> Region | None:
+    """Where the units lie whose weights are on this rank; None where a unit has some here and some on another rank."""
+    of_weights = region(score)
+    shape = of_weights.shape
+    inputs, outputs = (dim % max(len(shape), 1) for dim in (input_dim, _output_dim(input_dim)))
+    stack = [0] if input_dim < 0 else []
+    extents = [1] * len(shape)
+    order = list(range(len(shape)))
+    if mask_type.kind == "n_of_m":
+        extents[inputs] = mask_type.of
+    elif mask_type.kind == "block":
+        extents[outputs], extents[inputs] = mask_type.block
+        order = [0, outputs, inputs] if stack else [outputs, inputs, *range(2, len(shape))]
+    elif mask_type.kind in ("filter", "channel"):
+        order = [*stack, outputs if mask_type.kind == "filter" else inputs]
+        extents = [1 if dim in order else -1 for dim in range(len(shape))]
+    for dim, sizes in part_sizes(score).items():
+        if extents[dim] == -1 or any(size % extents[dim] for size in sizes):
+            return None
+    extents = [max(length, 1) if extent == -1 else extent for extent, length in zip(extents, shape, strict=True)]
+    if mask_type.kind in ("unstructured", "n_of_m"):
+        return of_weights
+    start = [first // extents[dim] for dim, first in enumerate(of_weights.start)]
+    here = [length // extents[dim] for dim, length in enumerate(of_weights.size)]
+    units = [length // extents[dim] for dim, length in enumerate(shape)]
+    return Region(*(tuple(values[dim] for dim in order) for values in (units, start, here)))
+
+
+def _units(
+    score: Tensor, mask: Tensor | None, mask_type: MaskType, input_dim: int, absolute: bool
+) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+    """The scores of units, and the function that makes a mask of weights from a mask of units."""
+    if mask_type.kind == "unstructured":
+        return score, _same
+    if mask_type.kind == "block":
+        return _block_units(score, input_dim, mask_type.block, absolute)
+    if mask_type.kind == "n_of_m":
+        return _only_lowest_of_each_group(score, mask, mask_type, input_dim, absolute), _same
+    return _channel_units(score, input_dim if mask_type.kind == "channel" else _output_dim(input_dim), absolute)
+
+
+def _units_kept(mask: Tensor, mask_type: MaskType, input_dim: int) -> Tensor:
+    """Which units hold a weight that `mask` keeps."""
+    if mask_type.kind in ("unstructured", "n_of_m"):
+        return mask
+    return _units(mask, None, mask_type, input_dim, False)[0] > 0
+
+
+def _same(mask: Tensor) -> Tensor:
+    return mask
+
+
 def _block_units(
     score: Tensor, input_dim: int, block: tuple[int, int], absolute: bool
 ) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
@@ -187,7 +291,7 @@ def _block_units(
     a, b = (outputs if block[0] == -1 else block[0]), (inputs if block[1] == -1 else block[1])
     values = (ordered.abs() if absolute else ordered).contiguous()
     values = values if values.dtype == torch.float64 else values.float()
-    means = values.reshape(outputs // a, a, inputs // b, b, -1).mean(dim=(1, 3))
+    means = values.reshape(outputs // a, a, inputs // b, b, math.prod(ordered.shape[2:])).mean(dim=(1, 3))
 
     def back(mask: Tensor) -> Tensor:
         wide = mask[:, None, :, None, :].expand(outputs // a, a, inputs // b, b, mask.shape[-1]).reshape(ordered.shape)
@@ -216,12 +320,10 @@ def _channel_units(score: Tensor, dim: int, absolute: bool) -> tuple[Tensor, Cal
 
 
 def _only_lowest_of_each_group(
-    name: str, score: Tensor, previous: Tensor | None, mask_type: MaskType, input_dim: int, absolute: bool
+    score: Tensor, previous: Tensor | None, mask_type: MaskType, input_dim: int, absolute: bool
 ) -> Tensor:
-    """The scores, with infinity at the N highest of every M along the input channels: those stay."""
+    """The scores, with infinity at the N highest of every M along the input channels: those stay. NaN is left."""
     values = score.abs() if absolute else score + 0.0
-    if values.isnan().any():
-        raise DataError(f"{name!r} holds NaN, which cannot be ranked. Load weights that are finite.")
     rank_by = values if previous is None else torch.where(previous, values, -math.inf)
     last = rank_by.movedim(input_dim, -1)
     of = mask_type.of
@@ -239,4 +341,4 @@ def _only_lowest_of_each_group(
         places = torch.arange(of, device=order.device)[:, None].expand_as(order)
         rank = torch.empty_like(order).scatter_(0, order, places)
     stays = (rank >= of - mask_type.keep).T.reshape(last.shape).movedim(-1, input_dim)
-    return torch.where(stays, math.inf, values)
+    return torch.where(stays & ~values.isnan(), math.inf, values)
