@@ -33,7 +33,7 @@ def fingerprint(mask: Tensor, salt: object = None) -> str:
 
 
 def gathered_objects(own: Sent) -> list[Sent]:
-    """What each rank gave, in the order of the ranks; every process must call it."""
+    """The objects that the ranks gave, in the order of the ranks; every process must call it."""
     all_of_them: list[Any] = [None] * world_size()
     dist.all_gather_object(all_of_them, own)
     return all_of_them

@@ -32,7 +32,7 @@ def first_sharded(model: nn.Module) -> str | None:
 
 
 def local(tensor: Tensor) -> Tensor:
-    """What of `tensor` is here, in the same memory and without its graph; it may hold no element."""
+    """The part of `tensor` on this rank, in the same memory and without its graph; it may hold no element."""
     if not is_sharded(tensor):
         return tensor.detach()
     with torch.no_grad():
@@ -42,7 +42,7 @@ def local(tensor: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Region:
-    """Where in a tensor of `shape` the part that is here begins, and its size, for each dimension."""
+    """The place of the part on this rank in a tensor of `shape`: its start and size in each dimension."""
 
     shape: tuple[int, ...]
     start: tuple[int, ...]
@@ -64,7 +64,7 @@ class Region:
 
 
 def region(tensor: Tensor) -> Region:
-    """Where in `tensor` the part that is here lies.
+    """The place in `tensor` of the part on this rank.
 
     Raises:
         StateError: it is sharded in a way that is not known, or this rank is not among those that have it.
@@ -132,7 +132,7 @@ Split = tuple[Any, tuple[int, ...]]
 
 
 def split_of(tensor: Tensor) -> Split | None:
-    """How `tensor` is split over ranks; None: every rank has all of it."""
+    """The mesh dimensions that split `tensor`; None: every rank has all of it."""
     mesh_dims = tuple(sorted(d for dims in sharded_dims(tensor).values() for d in dims))
     return (tensor.device_mesh, mesh_dims) if mesh_dims else None  # type: ignore[attr-defined]
 
@@ -175,7 +175,7 @@ def gathered(tensor: Tensor) -> Tensor:
         # gloo sends no bools (torch 2.13.0).
         part = part.to(torch.uint8)
     with torch.no_grad():
-        return torch.as_tensor(_as_dtensor(part, tensor).full_tensor().detach().to(tensor.dtype))
+        return _as_dtensor(part, tensor).full_tensor().detach().to(tensor.dtype)  # type: ignore[no-any-return,attr-defined]
 
 
 def laid_out(tensor: Tensor, like: Tensor) -> Tensor:
@@ -197,7 +197,7 @@ def with_part(part: Tensor, like: Tensor) -> Tensor:
     return _as_dtensor(part, like) if is_sharded(like) else part
 
 
-def _as_dtensor(part: Tensor, like: Any) -> Any:
+def _as_dtensor(part: Tensor, like: Any) -> Tensor:
     from torch.distributed.tensor import DTensor
 
     return DTensor.from_local(

@@ -49,7 +49,7 @@ class _MaskedParameter:
     sharded: bool
 
     def address(self) -> int:
-        """Where the memory of the part here is now."""
+        """The address of the memory of the part here, as it is now."""
         return (sharding.local(self.parameter) if self.sharded else self.parameter).data_ptr()
 
 

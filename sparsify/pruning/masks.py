@@ -229,7 +229,7 @@ def _compute_sharded(
 
 
 def _region_of_units(score: Tensor, mask_type: MaskType, input_dim: int) -> Region | None:
-    """Where the units lie whose weights are on this rank; None where a unit has some here and some on another rank."""
+    """The place of the units whose weights are on this rank; None where a unit has some here and some on another."""
     of_weights = region(score)
     shape = of_weights.shape
     inputs, outputs = (dim % max(len(shape), 1) for dim in (input_dim, _output_dim(input_dim)))

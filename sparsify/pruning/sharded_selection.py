@@ -29,7 +29,7 @@ _SIGNED = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 @dataclass
 class Part:
-    """What of a tensor of scores is on this rank.
+    """The part of a tensor of scores on this rank.
 
     Attributes:
         values: the scores, finite floats of any shape.
@@ -123,7 +123,7 @@ class _Search:
         return self.threshold is None and self.unknown == self.bits
 
     def counts(self, pool: Tensor) -> Tensor:
-        """How many keys have which next digit, from the lowest on: int64, (2 ** width,)."""
+        """Number of keys with each next digit, from the lowest on: int64, (2 ** width,)."""
         digits = (pool >> (self.unknown - self.width)) & ((1 << self.width) - 1)
         if self._digits_are_signed():
             # Two's complement: those with the first bit set are the lowest.
@@ -131,7 +131,7 @@ class _Search:
         return torch.bincount(digits, minlength=1 << self.width)
 
     def not_numbers(self, pool: Tensor) -> Tensor:
-        """How many keys are those of NaN."""
+        """Number of keys that are those of NaN."""
         infinity = int(torch.tensor(math.inf, dtype=self.dtype).view(pool.dtype).item())
         strange = pool > infinity
         return (strange if self.absolute else strange | (pool < ~infinity)).sum()
@@ -158,7 +158,7 @@ class _Search:
             self.cut = self.prefix
 
     def go_on_with_positions(self) -> None:
-        """Where not all of those equal to the threshold are masked: goes on with their positions as keys."""
+        """Goes on with positions as keys, where not all of those equal to the threshold are masked."""
         if self.threshold is None or self.left == self.equal:
             return
         for name, first in self._firsts():
@@ -175,7 +175,7 @@ class _Search:
             first += math.prod(part.region.shape)
 
     def _tied(self, name: str, keys: Tensor) -> Tensor:
-        """Where in the part those stand that are equal to the threshold and still kept."""
+        """Indices in the part of those that are equal to the threshold and still kept."""
         assert self.threshold is not None
         tied, kept = keys.eq(self.threshold), self.parts[name].kept
         return (tied if kept is None else tied & kept.reshape(-1)).nonzero().flatten()
