@@ -91,8 +91,8 @@ def prepare(
     if steps_per_epoch is None:
         steps_per_epoch = _steps_in_epoch(accelerator, prepared)
     ready = next(one for one in prepared if isinstance(one, nn.Module))
-    optimizers = [prepared[index] for index in steps]
-    found = manager.modify(ready, optimizers if len(optimizers) > 1 else optimizers[0], steps_per_epoch, **options)
+    optimizers: Any = [prepared[index] for index in steps]
+    found = manager.modify(ready, optimizers if len(steps) > 1 else optimizers[0], steps_per_epoch, **options)
     for index, one in zip(steps, found if isinstance(found, list) else [found], strict=True):
         prepared[index] = one
     _Checkpoints(accelerator, manager)
@@ -138,7 +138,7 @@ def _steps_in_epoch(accelerator: Accelerator, prepared: Sequence[Any]) -> int | 
         batches = len(loader)  # type: ignore[arg-type]
     except TypeError:
         return None
-    groups = accelerator.gradient_accumulation_steps
+    groups = int(accelerator.gradient_accumulation_steps)
     if accelerator.gradient_state.sync_with_dataloader:
         return math.ceil(batches / groups)
     steps = max(1, round(batches / groups))

@@ -13,6 +13,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
+from types import FrameType
 from typing import Any, Literal, SupportsIndex
 
 import torch
@@ -699,12 +700,12 @@ def _trainer_with(callback: SparsifyCallback) -> Any:
 
     # Callbacks are told everything but the Trainer; transformers' own are given it by hand (`set_trainer`), seen in
     # transformers 5.23.0.
-    frame = sys._getframe(1)
+    frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         candidate = frame.f_locals.get("self")
         if has(candidate):
             return candidate
-        frame = frame.f_back  # type: ignore[assignment]
+        frame = frame.f_back
     return next((one for one in gc.get_objects() if issubclass(type(one), Trainer) and has(one)), None)
 
 
