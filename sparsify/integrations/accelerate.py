@@ -10,7 +10,8 @@ from typing import Any, SupportsIndex
 from torch import nn
 from torch.utils.data import DataLoader
 
-from sparsify.errors import ArgumentError, SparsifyWarning, StateError
+from sparsify.errors import ArgumentError, SparsifyWarning
+from sparsify.integrations.refused import refuse_cuts, refuse_foreign_weights
 from sparsify.integrations.state_file import read_state, write_state
 from sparsify.model.optimizer_hooks import innermost_optimizer
 from sparsify.model.wrappers import unwrapped
@@ -75,16 +76,8 @@ def prepare(
             "together, the optimizer made from model.parameters()."
         )
     if accelerator.distributed_type in (DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
-        raise StateError(
-            f"{accelerator.distributed_type.value} steps on weights of its own and overwrites the model's, so masks "
-            "cannot hold. Train with DDP or FSDP2."
-        )
-    if accelerator.num_processes > 1 and any(modifier.cuts() for modifier in manager.modifiers):
-        raise StateError(
-            f"channels cannot be removed while {accelerator.num_processes} processes hold gradients of the model "
-            "(DistributedDataParallel). Mask them in training (shrink: false, no LayerThinningModifier), and call "
-            "sparsify.shrink(model, sample_inputs) afterwards."
-        )
+        refuse_foreign_weights(str(accelerator.distributed_type.value))
+    refuse_cuts(manager.modifiers, accelerator.num_processes)
     # Names are looked up before anything is moved or wrapped.
     manager.recipe.check(unwrapped(models[0]))
     prepared = list(accelerator.prepare(*given))

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import os
+import re
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from sparsify.errors import DataFileError, StateError
+from sparsify.errors import DataFileError, SparsifyWarning, StateError
 from sparsify.output.files import replacing
 
 __all__: list[str] = []
@@ -50,3 +53,28 @@ def read_state(folder: str | os.PathLike[str], writer: str) -> dict[str, Any]:
     except Exception as error:
         raise DataFileError(f"cannot read {path}: {error}. Resume from another checkpoint.") from error
     return state
+
+
+def whole_checkpoint(folder: Path) -> str | None:
+    """The last checkpoint in `folder` that was written to its end; None where there is none at all.
+
+    The Trainer writes trainer_state.json last (transformers 4.50.0 and 5.23.0), and takes the folder with the highest
+    number whatever is in it.
+    """
+    pattern = re.compile(r"checkpoint-(\d+)")
+    found = [(int(match[1]), path) for path in folder.glob("checkpoint-*") if (match := pattern.fullmatch(path.name))]
+    broken = []
+    for _, path in sorted(found, reverse=True):
+        try:
+            json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            broken.append(path.name)
+            continue
+        if broken:
+            warnings.warn(
+                f"{', '.join(broken)} in {folder} was not written to its end; training resumes from {path.name}.",
+                SparsifyWarning,
+                stacklevel=4,
+            )
+        return str(path)
+    return None

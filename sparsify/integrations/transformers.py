@@ -3,26 +3,23 @@
 from __future__ import annotations
 
 import functools
-import gc
-import inspect
-import json
 import logging
 import os
-import re
-import sys
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from types import FrameType
 from typing import Any, Literal, SupportsIndex
 
 import torch
 from torch import Tensor, nn
 
 from sparsify.errors import ArgumentError, SparsifyWarning, StateError
-from sparsify.integrations.state_file import read_state, write_state
+from sparsify.integrations.data_inputs import inputs_of_data
+from sparsify.integrations.method_around import MethodAround
+from sparsify.integrations.refused import refuse_cuts, refuse_foreign_weights
+from sparsify.integrations.state_file import read_state, whole_checkpoint, write_state
+from sparsify.integrations.trainer_log import TrainerLog, overall_sparsity
 from sparsify.model.gradients import GradSampler
-from sparsify.model.preserved import preserved_rng
 from sparsify.model.signature import InputsLike
 from sparsify.model.targets import named_parameters
 from sparsify.modifiers.base import Modifier
@@ -32,11 +29,12 @@ from sparsify.onnx.exported import ExportedModel
 from sparsify.quantization.plan import is_quantized, undo_plan
 from sparsify.recipe import Recipe
 from sparsify.training.manager import ScheduledModifierManager
-from sparsify.training.phases import settled_epoch
+from sparsify.training.phases import is_settled, settled_epoch
 
 try:
-    from transformers import Trainer, TrainerCallback
-    from transformers.trainer_callback import CallbackHandler
+    from transformers import TrainerCallback
+
+    from sparsify.integrations.trainer_search import tell_of_additions, trainer_with
 except ImportError as error:  # pragma: no cover
     raise ImportError(
         f'sparsify.integrations.transformers needs transformers 4.50 or newer: pip install "sparsify[transformers]" '
@@ -111,7 +109,7 @@ class SparsifyCallback(TrainerCallback):  # type: ignore[misc]
         elif isinstance(recipe, list | tuple):
             self.manager = ScheduledModifierManager(recipe)
         else:
-            self.manager = ScheduledModifierManager.from_yaml(recipe, recipe_variables)  # type: ignore[arg-type]
+            self.manager = ScheduledModifierManager.from_yaml(recipe, recipe_variables)
         self.trainer: Any = None
         self.exported: ExportedModel | None = None
         self.verified: Any = None
@@ -123,7 +121,7 @@ class SparsifyCallback(TrainerCallback):  # type: ignore[misc]
         self._steps_wanted = steps_per_epoch
         self._best_model = best_model
         self._export_path, self._sample_inputs = export_path, sample_inputs
-        self._scalars = _Scalars(writer, log_layers)
+        self._scalars = TrainerLog(writer, log_layers)
         self._run: ScheduledModifierManager | None = None
         """The manager at work: `manager`, or one that holds what a finished recipe left."""
         self._training = self._loop_begins = False
@@ -135,7 +133,7 @@ class SparsifyCallback(TrainerCallback):  # type: ignore[misc]
         """Where the last run ended: its model, its state, and the names of what has a mask."""
         self._kept_out = 0
         self._told = False
-        _tell_of_additions()
+        tell_of_additions(SparsifyCallback)
 
     # ------------------------------------------------------------------ its Trainer
 
@@ -147,13 +145,14 @@ class SparsifyCallback(TrainerCallback):  # type: ignore[misc]
         for name in AROUND:
             original = getattr(trainer, name, None)
             if original is not None:
-                setattr(trainer, name, _Around(getattr(self, f"_around_{name.strip('_')}"), original))
+                setattr(trainer, name, MethodAround(getattr(self, f"_around_{name.strip('_')}"), original))
 
     def on_init_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Finds the Trainer; `args`, `state`, `control` and `kwargs` are those of every callback."""
         self._find(kwargs)
 
     def _find(self, kwargs: Mapping[str, Any]) -> None:
-        trainer = kwargs.get("trainer") or _trainer_with(self)
+        trainer = kwargs.get("trainer") or trainer_with(self)
         if trainer is not None:
             self.attach(trainer)
 
@@ -163,7 +162,7 @@ class SparsifyCallback(TrainerCallback):  # type: ignore[misc]
         resume = args[0] if args else kwargs.get("resume_from_checkpoint")
         if resume is True:
             # Killed while it wrote a checkpoint, the Trainer would resume from half of one.
-            resume = _whole_checkpoint(Path(self.trainer.args.output_dir))
+            resume = whole_checkpoint(Path(self.trainer.args.output_dir))
             if resume is not None:
                 args, kwargs = (resume, *args[1:]), {k: v for k, v in kwargs.items() if k != "resume_from_checkpoint"}
         self._check()
@@ -182,10 +181,7 @@ class SparsifyCallback(TrainerCallback):  # type: ignore[misc]
         """Refuses what cannot work, before anything is changed."""
         trainer = self.trainer
         if getattr(trainer, "is_deepspeed_enabled", False):
-            raise StateError(
-                "DeepSpeed steps on weights of its own and overwrites the model's, so masks cannot hold. Train with "
-                "torchrun (DDP) or FSDP2."
-            )
+            refuse_foreign_weights("DeepSpeed")
         modifiers = self.manager.modifiers
         changing = [m for m in modifiers if m.kind in ("quantization", "structure", "distillation")]
         if trainer.args.n_gpu > 1 and not getattr(trainer, "is_model_parallel", False) and changing:
@@ -193,12 +189,7 @@ class SparsifyCallback(TrainerCallback):  # type: ignore[misc]
                 f"the Trainer runs the model on {trainer.args.n_gpu} GPUs through nn.DataParallel, whose copies "
                 f"{type(changing[0]).__name__} does not see. Start it with torchrun, or set CUDA_VISIBLE_DEVICES=0."
             )
-        if trainer.args.world_size > 1 and any(m.cuts() for m in modifiers):
-            raise StateError(
-                f"channels cannot be removed while {trainer.args.world_size} processes hold gradients of the model "
-                "(DistributedDataParallel). Mask them in training (shrink: false, no LayerThinningModifier), and call "
-                "sparsify.shrink(model, sample_inputs) afterwards."
-            )
+        refuse_cuts(modifiers, trainer.args.world_size)
 
     def _around_set_initial_training_values(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         found = original(*args, **kwargs)
@@ -304,7 +295,10 @@ class SparsifyCallback(TrainerCallback):  # type: ignore[misc]
         return optimizer
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Checks that the recipe is at work, and that training is as long as the recipe."""
+        """Checks that the recipe is at work, and that training (`args`, `state`) is as long as the recipe.
+
+        Of `control` and `kwargs` it reads nothing but the Trainer.
+        """
         if self.trainer is None:
             self._find(kwargs)
         if self.trainer is None or not self._training:
@@ -315,7 +309,7 @@ class SparsifyCallback(TrainerCallback):  # type: ignore[misc]
         if self._loop_begins:
             self._begin(self.trainer.optimizer)
         # The Trainer's scheduler has just been made, and set its first learning rate.
-        self._hold_learning_rates()
+        self._scalars.hold_rates(self.trainer.optimizer.param_groups)
         steps, epochs = self._steps_per_epoch, self.manager.max_epochs
         if self._run is not self.manager or not steps or not epochs:
             return
@@ -338,30 +332,27 @@ class SparsifyCallback(TrainerCallback):  # type: ignore[misc]
             )
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Puts the recipe's learning rates back: every Trainer has a scheduler, which has just set others."""
-        if self._scalars.rates:
-            self._hold_learning_rates()
+        """Puts the recipe's learning rates back: every Trainer has a scheduler, which has just set others.
 
-    def _hold_learning_rates(self) -> None:
-        groups = self.trainer.optimizer.param_groups
-        for index, rates in self._scalars.rates.items():
-            if index < len(groups):
-                rate, wanted = groups[index]["lr"], rates[-1][1]
-                if isinstance(rate, Tensor):
-                    rate.fill_(wanted)
-                else:
-                    groups[index]["lr"] = wanted
+        Reads none of `args`, `state`, `control`, `kwargs`.
+        """
+        if self._scalars.rates:
+            self._scalars.hold_rates(self.trainer.optimizer.param_groups)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Ends the recipe, tells where it was not through, and exports on request."""
+        """Ends the recipe, tells by `args` and `state` where it was not through, and exports on request.
+
+        Reads neither `control` nor `kwargs`.
+        """
         if self._run is None:
             return
         run, trainer = self._run, self.trainer
         needed = settled_epoch(self.manager.modifiers)
         if run is self.manager and not self._told and not self._done(run.epoch):
+            sparsity = overall_sparsity(run, trainer.model)
             warnings.warn(
                 f"training ended at step {state.global_step} of {state.max_steps}, epoch {run.epoch:.4g} of the "
-                f"recipe, which is through at epoch {needed:g}: the sparsity is {_overall(run, trainer.model):.4g}. "
+                f"recipe, which is through at epoch {needed:g}: the sparsity is {sparsity:.4g}. "
                 "Train on with train(resume_from_checkpoint=True), or make the recipe shorter.",
                 SparsifyWarning,
                 stacklevel=4,
@@ -392,7 +383,7 @@ class SparsifyCallback(TrainerCallback):  # type: ignore[misc]
         from sparsify.onnx.export import export_onnx
         from sparsify.onnx.verify import verify_onnx
 
-        inputs = self._sample_inputs if self._sample_inputs is not None else self._inputs_of_data(labels=False)
+        inputs = self._sample_inputs if self._sample_inputs is not None else self._inputs_of_data()
         assert self._export_path is not None
         training = model.training
         model.eval()
@@ -420,7 +411,7 @@ class SparsifyCallback(TrainerCallback):  # type: ignore[misc]
             kwargs["return_outputs"], seen = True, dict(inputs)
         result = original(model, inputs, *args, **kwargs)
         loss, outputs = (result[0], result[1]) if wanted or compiled else (result, None)
-        share = self._groups(kwargs.get("num_items_in_batch"))
+        share = _groups_divided(self.trainer, kwargs.get("num_items_in_batch"))
         given = {"outputs": outputs, "inputs": ((), seen)} if compiled else {}
         scaled = loss * share if share != 1 else loss
         updated: Tensor = run.update_loss(scaled, labels=labels, **given)
@@ -428,25 +419,10 @@ class SparsifyCallback(TrainerCallback):  # type: ignore[misc]
             loss = updated / share if share != 1 else updated
         return (loss, *result[1:]) if wanted else loss
 
-    def _groups(self, num_items_in_batch: object) -> int:
-        """The number of batches by which the Trainer takes the loss to be divided already: 1 where it divides later.
-
-        What a recipe adds is a mean over one batch, and has to be divided as the task's loss is. The rule is that of
-        `training_step` in transformers 4.50 and 5.23.
-        """
-        trainer = self.trainer
-        scaled = getattr(trainer, "loss_is_scaled_for_ga", None)
-        if scaled is None:
-            takes = getattr(trainer, "model_accepts_loss_kwargs", False) and num_items_in_batch is not None
-            scaled = takes or getattr(trainer, "compute_loss_func", None) is not None
-        if not scaled:
-            return 1
-        return int(getattr(trainer, "current_gradient_accumulation_steps", trainer.args.gradient_accumulation_steps))
-
     def _around_log(self, original: Callable[..., Any], logs: dict[str, float], *args: Any, **kwargs: Any) -> Any:
         # Entries of training; those of evaluation and of the end of a run are left as they are.
         if self._run is not None and "loss" in logs:
-            logs["sparsity"] = _overall(self._run, self.trainer.model)
+            logs["sparsity"] = overall_sparsity(self._run, self.trainer.model)
             rate = self._scalars.rate_of_step(self._run.step)
             if rate is not None and "learning_rate" in logs:
                 # The Trainer asks its scheduler, whose value was not in force.
@@ -499,11 +475,7 @@ class SparsifyCallback(TrainerCallback):  # type: ignore[misc]
         return False
 
     def _done(self, epoch: float) -> bool:
-        """True if at `epoch` the recipe has done its work; quantized layers have seen a step."""
-        tolerance = 1e-6 / max(1, self._steps_per_epoch)
-        starts = [m.window.start for m in self.manager.modifiers if m.kind == "quantization"]
-        done = epoch + tolerance >= settled_epoch(self.manager.modifiers)
-        return done and all(epoch > start + tolerance for start in starts)
+        return is_settled(self.manager.modifiers, epoch, self._steps_per_epoch)
 
     def _around_load_best_model(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         if self._run is not self.manager:
@@ -525,11 +497,11 @@ class SparsifyCallback(TrainerCallback):  # type: ignore[misc]
         found = original(*args, **kwargs)
         if not self._done(self.manager.epoch):
             self._told = True
+            sparsity = overall_sparsity(self.manager, self.trainer.model)
             warnings.warn(
                 f"load_best_model_at_end: the best checkpoint is of epoch {self.manager.epoch:.4g}, before the recipe "
-                f"was through at epoch {settled_epoch(self.manager.modifiers):g}: its sparsity is "
-                f'{_overall(self.manager, self.trainer.model):.4g}. Leave best_model at "finished" to choose among '
-                "later ones.",
+                f"was through at epoch {settled_epoch(self.manager.modifiers):g}: its sparsity is {sparsity:.4g}. "
+                'Leave best_model at "finished" to choose among later ones.',
                 SparsifyWarning,
                 stacklevel=4,
             )
@@ -541,40 +513,19 @@ class SparsifyCallback(TrainerCallback):  # type: ignore[misc]
         if self._sample_inputs is not None:
             return self._sample_inputs
         if self.trainer.args.torch_compile and any(m.traces for m in self.manager.modifiers):
-            return self._inputs_of_data(labels=False)
+            return self._inputs_of_data()
         return None
 
-    def _inputs_of_data(self, *, labels: bool) -> dict[str, Any]:
-        """A batch of two rows of the training set, as the model takes it.
-
-        Raises:
-            StateError: it has no rows that can be asked for by number.
-        """
+    def _inputs_of_data(self) -> dict[str, Any]:
         trainer = self.trainer
-        known = _parameters_of(trainer.model)
-        drop = set() if labels else {"label", "label_ids", "labels", *trainer.label_names}
-        try:
-            with preserved_rng(trainer.model):
-                rows = [trainer.train_dataset[index] for index in range(min(2, len(trainer.train_dataset)))]
-                rows = [{k: v for k, v in row.items() if k in known} if isinstance(row, dict) else row for row in rows]
-                batch = trainer.data_collator(rows)
-        except (TypeError, AttributeError, NotImplementedError) as error:
-            raise StateError(
-                f"inputs to trace or export the model cannot be made of the training set ({error}). Pass sample_inputs "
-                "to SparsifyCallback."
-            ) from error
-        device = next(trainer.model.parameters()).device
-        return {
-            name: value.to(device) if isinstance(value, Tensor) else value
-            for name, value in dict(batch).items()
-            if name in known and name not in drop
-        }
+        return inputs_of_data(trainer.model, trainer.train_dataset, trainer.data_collator, trainer.label_names or ())
 
 
 class SparsifyTrainerMixin:
     """For trainers in which the callback does not find its object: `class MyTrainer(SparsifyTrainerMixin, Trainer)`.
 
-    Not needed with the Trainer and Seq2SeqTrainer of transformers, nor with what derives from them.
+    Not needed with the Trainer and Seq2SeqTrainer of transformers, nor with what derives from them. `args` and `kwargs`
+    are those of the trainer.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -607,120 +558,24 @@ AROUND = (
 """Methods of a Trainer that the callback stands around: all are in transformers 4.50.0 and 5.23.0."""
 
 
-class _Around:
-    """A method of one object with something around it; it looks like the method (`inspect.signature`)."""
+def _groups_divided(trainer: Any, num_items_in_batch: object) -> int:
+    """The number of batches by which a Trainer takes the loss to be divided already: 1 where it divides later.
 
-    def __init__(self, around: Callable[..., Any], original: Callable[..., Any]) -> None:
-        functools.update_wrapper(self, original)
-        self._around, self._original = around, original
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self._around(self._original, *args, **kwargs)
-
-
-class _Scalars:
-    """Takes the run's numbers and keeps those that wait for the Trainer's next entry."""
-
-    def __init__(self, writer: ScalarWriter | None, layers: bool) -> None:
-        self.waiting: dict[str, float] = {}
-        self.rates: dict[int, list[tuple[int, float]]] = {}
-        self._writer, self._layers = writer, layers
-
-    def begin(self) -> None:
-        """Forgets an earlier run."""
-        self.waiting, self.rates = {}, {}
-
-    def rate_of_step(self, step: int) -> float | None:
-        """The recipe's learning rate of the first group in step number `step`; None: the recipe said none."""
-        return next((rate for at, rate in reversed(self.rates.get(0, [])) if at < step), None)
-
-    def add_scalar(self, tag: str, value: float, step: int) -> None:
-        """Keeps `value` under `tag`, and passes it with `step` to the user's writer."""
-        if tag.startswith("learning_rate/group_"):
-            index = int(tag.rpartition("_")[2])
-            # Two: the rate of the step that was taken is logged after that of the next one is known.
-            self.rates[index] = [*self.rates.get(index, [])[-1:], (step, float(value))]
-        # The Trainer logs learning rates itself, and the sparsity of the whole is computed for each entry.
-        if self._layers or not tag.startswith(("sparsity/", "learning_rate/")):
-            self.waiting[tag] = float(value)
-        if self._writer is not None:
-            self._writer.add_scalar(tag, value, step)
-
-
-def _overall(manager: ScheduledModifierManager, model: nn.Module) -> float:
-    """The fraction of zeros among all weights of the parameters that have a mask; 0 where none has."""
-    found, parameters = manager.sparsity(), named_parameters(model)
-    sizes = {name: parameters[name].numel() for name in found if name in parameters}
-    return sum(found[name] * size for name, size in sizes.items()) / max(1, sum(sizes.values()))
-
-
-def _parameters_of(model: nn.Module) -> set[str]:
-    return set(inspect.signature(model.forward).parameters)
+    What a recipe adds is a mean over one batch, and has to be divided as the task's loss is. The rule is that of
+    `training_step` in transformers 4.50.0 and 5.23.0.
+    """
+    scaled = getattr(trainer, "loss_is_scaled_for_ga", None)
+    if scaled is None:
+        takes = getattr(trainer, "model_accepts_loss_kwargs", False) and num_items_in_batch is not None
+        scaled = takes or getattr(trainer, "compute_loss_func", None) is not None
+    if not scaled:
+        return 1
+    return int(getattr(trainer, "current_gradient_accumulation_steps", trainer.args.gradient_accumulation_steps))
 
 
 def _length(args: Sequence[Any], kwargs: Mapping[str, Any]) -> int | None:
     loader = kwargs.get("dataloader", args[1] if len(args) > 1 else None)
     try:
-        return len(loader)  # type: ignore[arg-type]
+        return len(loader)
     except TypeError:
         return None
-
-
-def _whole_checkpoint(folder: Path) -> str | None:
-    """The last checkpoint in `folder` that was written to its end; None where there is none at all.
-
-    The Trainer writes trainer_state.json last (transformers 4.50.0 and 5.23.0), and takes the folder with the highest
-    number whatever is in it.
-    """
-    pattern = re.compile(r"checkpoint-(\d+)")
-    found = [(int(match[1]), path) for path in folder.glob("checkpoint-*") if (match := pattern.fullmatch(path.name))]
-    broken = []
-    for _, path in sorted(found, reverse=True):
-        try:
-            json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            broken.append(path.name)
-            continue
-        if broken:
-            warnings.warn(
-                f"{', '.join(broken)} in {folder} was not written to its end; training resumes from {path.name}.",
-                SparsifyWarning,
-                stacklevel=4,
-            )
-        return str(path)
-    return None
-
-
-def _trainer_with(callback: SparsifyCallback) -> Any:
-    """The Trainer that `callback` was given to: one that is calling us just now, or else any that there is."""
-
-    def has(candidate: object) -> bool:
-        handler = getattr(candidate, "callback_handler", None) if isinstance(candidate, Trainer) else None
-        return any(one is callback for one in getattr(handler, "callbacks", ()))
-
-    # Callbacks are told everything but the Trainer; transformers' own are given it by hand (`set_trainer`), seen in
-    # transformers 5.23.0.
-    frame: FrameType | None = sys._getframe(1)
-    while frame is not None:
-        candidate = frame.f_locals.get("self")
-        if has(candidate):
-            return candidate
-        frame = frame.f_back
-    return next((one for one in gc.get_objects() if issubclass(type(one), Trainer) and has(one)), None)
-
-
-def _tell_of_additions() -> None:
-    """Lets `trainer.add_callback(SparsifyCallback(...))` tell the callback: it is told nothing before training."""
-    original = CallbackHandler.add_callback
-    if getattr(original, "tells_sparsify", False):
-        return
-
-    @functools.wraps(original)
-    def add_callback(self: Any, callback: Any) -> Any:
-        found = original(self, callback)
-        if isinstance(callback, SparsifyCallback):
-            callback.on_init_end(None, None, None)
-        return found
-
-    add_callback.tells_sparsify = True  # type: ignore[attr-defined]
-    CallbackHandler.add_callback = add_callback

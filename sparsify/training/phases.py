@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Literal
 
 from sparsify.modifiers.base import Modifier
-from sparsify.modifiers.schedule import Clock
+from sparsify.modifiers.schedule import EPOCH_TOLERANCE, Clock
 
 __all__ = ["Phase"]
 
@@ -62,3 +62,10 @@ def settled_epoch(modifiers: Sequence[Modifier]) -> float:
             last = max(last, window.start)
         last = max(last, *modifier.cuts(), 0.0)
     return last
+
+
+def is_settled(modifiers: Sequence[Modifier], epoch: float, steps_per_epoch: int) -> bool:
+    """True if the recipe has done its work at `epoch`, and quantized layers, if there are any, have seen a step."""
+    tolerance = EPOCH_TOLERANCE / max(1, steps_per_epoch)
+    starts = [m.window.start for m in modifiers if m.kind == "quantization"]
+    return epoch + tolerance >= settled_epoch(modifiers) and all(epoch > start + tolerance for start in starts)

@@ -513,7 +513,7 @@ def test_a_callback_that_is_added_later_does_the_same(tmp_path: Path) -> None:
 def test_the_mixin_hands_over_the_trainer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from sparsify.integrations import transformers as module
 
-    monkeypatch.setattr(module, "_trainer_with", lambda callback: None)
+    monkeypatch.setattr(module, "trainer_with", lambda callback: None)
 
     class Own(SparsifyTrainerMixin, transformers.Trainer):  # type: ignore[name-defined, misc]
         pass

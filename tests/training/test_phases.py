@@ -9,7 +9,7 @@ from sparsify.modifiers.epochs import EpochRangeModifier
 from sparsify.modifiers.magnitude_pruning import ConstantPruningModifier
 from sparsify.modifiers.quantization import QuantizationModifier
 from sparsify.training.manager import ScheduledModifierManager
-from sparsify.training.phases import settled_epoch
+from sparsify.training.phases import is_settled, settled_epoch
 from tests.loops import channel_pruning, gradual_pruning
 
 
@@ -58,3 +58,7 @@ def test_qat_is_active_by_the_end_of_an_epochs_first_step() -> None:
 )
 def test_the_work_is_done_when_nothing_changes_the_model_any_more(modifiers: list[Modifier], expected: float) -> None:
     assert settled_epoch(modifiers) == expected
+    if expected:
+        assert not is_settled(modifiers, expected - 0.25, 4) and is_settled(modifiers, expected + 0.25, 4)
+    quantized = any(modifier.kind == "quantization" and expected == modifier.start_epoch for modifier in modifiers)
+    assert is_settled(modifiers, expected, 4) is not quantized, "quantized layers have to see a step"
