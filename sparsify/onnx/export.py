@@ -22,9 +22,10 @@ from sparsify.errors import ArgumentError, ExportError, SparsifyError, SparsifyW
 from sparsify.model.signature import InputsLike, SampleInputs, check_module, named_outputs
 from sparsify.model.wrappers import clean_name, unwrapped
 from sparsify.onnx.exported import ExportedModel, bytes_text, exported_model
+from sparsify.onnx.exporter import exact_constants, kept_registry
 from sparsify.onnx.names import checked_output_names, name_values, with_input_names
 from sparsify.onnx.runtime import FILE_WEIGHTS
-from sparsify.onnx.translation_registry import kept_registry
+from sparsify.onnx.written_values import compare_written
 from sparsify.output.files import replacing
 from sparsify.quantization import qdq_ops
 from sparsify.quantization.deployment import opsets
@@ -70,7 +71,8 @@ def export_onnx(
             ("output" for a tensor, "output_0", "output_1", ... for a tuple).
 
     Raises:
-        ExportError: the model cannot be exported (the message says where), or is larger than 1.8 GiB.
+        ExportError: the model cannot be exported (the message says where), is larger than 1.8 GiB, or the file would
+            not compute what the model computes: both run on the sample, on zeros, on small and on large values.
         ArgumentError: inputs or names that do not fit, an opset that is not supported.
         DataFileError: `path` cannot be written; raised before the work starts.
     """
@@ -141,7 +143,7 @@ def _model_proto(
         except Exception as error:
             raise ExportError(_why_not_traced(name, error, bool(batched))) from error
         try:
-            with kept_registry():
+            with kept_registry(), exact_constants():
                 exported = torch.onnx.export(
                     program,
                     dynamo=True,
@@ -176,6 +178,7 @@ def _model_proto(
         raise ExportError(
             f"{name} was exported, but the file does not pass onnx's checker: {first_line(error)}"
         ) from error
+    compare_written(adapter, proto, tensors, [key in batched for key in call.inputs])
     return proto
 
 

@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch.onnx._internal.exporter._registration import ONNXRegistry
 
-from sparsify.onnx import translation_registry
+from sparsify.onnx import exporter
 from sparsify.onnx.export import export_onnx
-from sparsify.onnx.translation_registry import kept_registry
+from sparsify.onnx.exporter import kept_registry
 from tests.zoo.small import perceptron
 
 
@@ -26,10 +26,10 @@ def built(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Any]]:
         return original.__func__(cls, *args, **kwargs)
 
     monkeypatch.setattr(ONNXRegistry, "from_torchlib", classmethod(counted))
-    monkeypatch.setattr(translation_registry, "_kept", {})
-    translation_registry._original.cache_clear()
+    monkeypatch.setattr(exporter, "_kept", {})
+    exporter._original.cache_clear()
     yield calls
-    translation_registry._original.cache_clear()
+    exporter._original.cache_clear()
 
 
 def test_exports_share_one_and_write_what_they_wrote(built: list[Any], tmp_path: Path) -> None:
@@ -64,8 +64,8 @@ def test_it_is_given_back_where_the_export_raises_and_where_exports_nest() -> No
 def test_operators_that_were_registered_since_are_seen() -> None:
     with kept_registry():
         ONNXRegistry.from_torchlib(opset_version=20)
-        kept = len(translation_registry._kept)
+        kept = len(exporter._kept)
         library = torch.library.Library("sparsify_registry_test", "DEF")
         library.define("twice(Tensor x) -> Tensor")
         ONNXRegistry.from_torchlib(opset_version=20)
-        assert len(translation_registry._kept) == kept + 1
+        assert len(exporter._kept) == kept + 1
