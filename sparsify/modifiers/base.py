@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Protocol
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from sparsify.errors import StateError
 from sparsify.modifiers.schedule import Clock, Window
 from sparsify.output.field_errors import FieldProblem, recipe_error
 
@@ -233,6 +234,19 @@ class Active:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continues from `state`, first putting the model into the structure that it had."""
+
+    def take_over(self, state: Mapping[str, Any]) -> str | None:
+        """Continues from what fits of the state of another recipe or model; gives the reason why something was left
+        out, None where nothing was known not to fit.
+
+        Tensors and names that do not fit are left out by `load_state_dict` already, where that is overridden so.
+        """
+        try:
+            self.check_state(state)
+        except StateError as error:
+            return str(error)
+        self.load_state_dict(state)
+        return None
 
 
 class RunInputs(Protocol):

@@ -95,6 +95,9 @@ class _Distilling(Active):
     def state_dict(self) -> dict[str, Any]:
         return self._teacher.state_dict()
 
+    def check_state(self, state: Mapping[str, Any]) -> None:
+        self._teacher.check_state(state)
+
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self._teacher.load_state_dict(state)
 

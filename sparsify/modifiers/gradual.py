@@ -247,6 +247,7 @@ class Gradual(Active):
         self.frozen: list[str] = []
         self.loaded = False
         self.loaded_at: Clock | None = None
+        self.come_late = False
 
     def _targets(self) -> tuple[dict[str, float], dict[str, int]]:
         """The final sparsity and the dimension of the input channels by parameter, in the model's order; all is
@@ -273,6 +274,7 @@ class Gradual(Active):
         if point is None or self.released:
             return
         late = self._late(clock)
+        self.come_late = bool(late)
         if point == self.point and not late:
             return
         self.run.masker.refresh()

@@ -93,7 +93,7 @@ class _Features(Active):
         self._added = AddedParameters(run.optimizers, self._who)
         self._handles: list[RemovableHandle] = []
         self._watches: dict[str, _LayerOutputs] = {}
-        self._on = False
+        self._on = self._partly = False
 
     def _paired(self) -> list[tuple[str, str]]:
         modifier, student = self._modifier, self._run.model
@@ -197,6 +197,8 @@ class _Features(Active):
         return found
 
     def _make_projections(self, found: list[list[tuple[Tensor, Tensor]]]) -> None:
+        if self._partly:
+            self._keep_what_fits(found)
         new: dict[str, Tensor] = {}
         for number, (pair, calls) in enumerate(zip(self._pairs, found, strict=True)):
             mine, theirs = calls[0]
@@ -210,6 +212,20 @@ class _Features(Active):
             weight = torch.rand(theirs.shape[dim], mine.shape[dim], generator=generator, dtype=mine.dtype)
             new[key] = (weight * (2.0 * bound) - bound).to(mine.device)
         self._added.add(new)
+
+    def _keep_what_fits(self, found: list[list[tuple[Tensor, Tensor]]]) -> None:
+        """Of the projections of another recipe or model keeps those for the width of features here."""
+        self._partly = False
+        there = self._added.state_dict()
+        kept = {}
+        for pair, calls in zip(self._pairs, found, strict=True):
+            (mine, theirs), key = calls[0], _projection_key(pair)
+            if key in there and mine.shape != theirs.shape:
+                dim = self._dim(pair, mine, theirs)
+                if there[key].shape == (theirs.shape[dim], mine.shape[dim]):
+                    kept[key] = there[key]
+        if kept.keys() != there.keys():
+            self._added.load_state_dict(kept, found[0][0][0].device)
 
     def _dim(self, pair: tuple[str, str], mine: Tensor, theirs: Tensor) -> int:
         """The one dimension in which the features of a pair differ in size."""
@@ -259,6 +275,7 @@ class _Features(Active):
         return {**self._teacher.state_dict(), "projections": self._added.state_dict()}
 
     def check_state(self, state: Mapping[str, Any]) -> None:
+        self._teacher.check_state(state)
         pairs = [_projection_key(pair) for pair in self._pairs]
         other = [key for key in state["projections"] if key not in pairs]
         if other:
@@ -266,6 +283,14 @@ class _Features(Active):
                 f"{self._who}: the state holds a projection for {other[0]!r}, which is no pair of layers here "
                 f"({', '.join(pairs[:4])}, ...). Load it with the models that it was saved with."
             )
+
+    def take_over(self, state: Mapping[str, Any]) -> str | None:
+        pairs = {_projection_key(pair) for pair in self._pairs}
+        known = {key: value for key, value in state["projections"].items() if key in pairs}
+        left = [repr(key) for key in state["projections"] if key not in known]
+        self._partly = True
+        reason = super().take_over({**state, "projections": known})
+        return reason or (f"projections of other layers, {', '.join(left)}" if left else None)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self._teacher.load_state_dict(state)

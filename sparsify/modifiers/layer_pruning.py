@@ -123,6 +123,12 @@ class _LayerPruning(Active):
                 "not name in this model. Load the state with the recipe and model it was saved with."
             )
 
+    def take_over(self, state: Mapping[str, Any]) -> str | None:
+        known = [name for name in state["skipped"] if name in self._layers]
+        self.load_state_dict({**state, "skipped": known})
+        left = [name for name in state["skipped"] if name not in known]
+        return f"layers that the recipe does not prune here: {', '.join(left)}" if left else None
+
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self._entries |= {name: int(entries) for name, entries in state["entries"].items()}
         self._put(list(state["skipped"]))

@@ -138,10 +138,16 @@ class Moving(Active, ABC):
         self.grid = UpdateGrid(modifier.window, modifier.update_frequency)
         self.point: float | None = None
         self.released = False
+        self.frozen: list[str] = []
+        self.loaded = False
+        self.loaded_at: Clock | None = None
 
     def update(self, clock: Clock) -> None:
         point = self.grid.latest(clock)
-        if point is None or self.released or point == self.point:
+        if point is None or self.released:
+            return
+        late = self._late(clock)
+        if point == self.point and not late:
             return
         masker = self.run.masker
         masker.refresh()
@@ -151,7 +157,10 @@ class Moving(Active, ABC):
             who = type(self.modifier).__name__
             fitting(self.run.model, self.finals, self.mask_type, where=who, strict=True, said_input_dims=self.said)
             self.names = list(trainable(self._parameters(), who))
-        if not self.move(self._parameters(), point, clock):
+            self.frozen = [name for name in self.finals if name not in self.names]
+        if late:
+            self.begin({name: p for name, p in self._parameters().items() if name in late}, point, clock)
+        if point != self.point and not self.move(self._parameters(), point, clock):
             return
         self.point = point
         done = masker.sparsity()
@@ -162,12 +171,28 @@ class Moving(Active, ABC):
                 masker.remove(name)
             self.released = True
 
+    def _late(self, clock: Clock) -> list[str]:
+        """Parameters without a mask though they should have one: the saved recipe did not name them, or their masks did
+        not fit. Asked once, a step after loading: the weights of the checkpoint are loaded after this state."""
+        if not self.loaded or self.point is None:
+            return []
+        if self.loaded_at is None:
+            self.loaded_at = clock
+        if clock == self.loaded_at:
+            return []
+        self.loaded, self.loaded_at = False, None
+        return [name for name in self.names if name not in self.run.masker]
+
     def _parameters(self) -> dict[str, nn.Parameter]:
         return {name: parameter for name, parameter in self.held.now().items() if name in self.names}
 
     @abstractmethod
     def move(self, parameters: Mapping[str, nn.Parameter], point: float, clock: Clock) -> bool:
         """Puts in force what belongs to a point of the grid; False to be asked again at the next step."""
+
+    @abstractmethod
+    def begin(self, parameters: Mapping[str, nn.Parameter], point: float, clock: Clock) -> None:
+        """Sets the first masks of parameters that come late, at a point of the grid that is in force already."""
 
     def largest(self, weights: Mapping[str, Tensor], sparsity: float, together: bool) -> dict[str, Tensor]:
         """Masks that keep the largest weights, whatever the masks so far."""
@@ -180,12 +205,17 @@ class Moving(Active, ABC):
             "point": -1.0 if self.point is None else self.point,
             "released": self.released,
             "names": list(self.names),
+            "frozen": list(self.frozen),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.point = None if state["point"] < 0 else float(state["point"])
         self.released = bool(state["released"])
-        self.names = [name for name in state["names"] if name in self.finals]
+        self.frozen = [name for name in state.get("frozen", ()) if name in self.finals]
+        # States of older versions do not tell what was frozen.
+        known = [name for name in self.finals if name not in self.frozen] if "frozen" in state else state["names"]
+        self.names = [name for name in known if name in self.finals]
+        self.loaded, self.loaded_at = True, None
 
 
 def taken_over(saved: Mapping[str, Tensor], parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:

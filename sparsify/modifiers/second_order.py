@@ -280,7 +280,7 @@ class _SecondOrder(Gradual, ABC):
             super()._prune(parameters, progress, clock)
             return
         if not self.count and self.run.grad_sampler is None:
-            if progress >= 1.0:
+            if progress >= 1.0 and not self.come_late:
                 raise StateError(
                     f"{self.who}: final_sparsity is due before any gradient was seen. Pass a grad_sampler to modify(), "
                     "or give a later end_epoch."
@@ -335,12 +335,19 @@ class _SecondOrder(Gradual, ABC):
         self.collecting = self.nearly = False
 
     def state_dict(self) -> dict[str, Any]:
-        return {**super().state_dict(), "count": self.count}
+        shapes = {name: list(parameter.shape) for name, parameter in self.held.now().items()}
+        return {**super().state_dict(), "count": self.count, "shapes": shapes}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         super().load_state_dict(state)
         self.forget()
         self.count = int(state["count"])
+
+    @staticmethod
+    def fits(name: str, parameter: Tensor, state: Mapping[str, Any]) -> bool:
+        """True if the parameter has the shape that it had when `state` was saved, or that is not known."""
+        saved: list[int] | None = state.get("shapes", {}).get(name)
+        return saved is None or saved == list(parameter.shape)
 
 
 class _OBS(_SecondOrder):
@@ -402,8 +409,14 @@ class _OBS(_SecondOrder):
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         super().load_state_dict(state)
-        parameters = self.held.now()
-        self.sums = {n: v.to(parameters[n].device, copy=True) for n, v in state["sums"].items() if n in parameters}
+        known = self.held.now()
+        self.sums = {
+            name: sums.to(known[name].device, copy=True)
+            for name, sums in state["sums"].items()
+            if name in known
+            and self.fits(name, known[name], state)
+            and sums.shape == second_order.fisher_shape(known[name], self.modifier.fisher_block_size)
+        }
 
 
 class _MFAC(_SecondOrder):
@@ -487,4 +500,7 @@ class _MFAC(_SecondOrder):
             name: [row.to(self.device, copy=True) for row in rows]
             for name, rows in state["gradients"].items()
             if name in known
+            and self.fits(name, known[name], state)
+            and all(row.numel() == known[name].numel() for row in rows)
         }
+        self.count = min(self.count, self.wanted)

@@ -245,6 +245,9 @@ class _ACDC(Moving):
                 masker.set(name, mask)
         return True
 
+    def begin(self, parameters: Mapping[str, nn.Parameter], point: float, clock: Clock) -> None:
+        self.move(self._parameters(), point, clock)
+
 
 class _RigL(Moving):
     """RigL at work.
@@ -321,10 +324,7 @@ class _RigL(Moving):
     def move(self, parameters: Mapping[str, nn.Parameter], point: float, clock: Clock) -> bool:
         modifier, masker = self.modifier, self.run.masker
         if self.point is None:
-            shapes = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
-            self.sparsities = modifier.sparsities(point, shapes)
-            for name, parameter in parameters.items():
-                masker.set(name, self.largest({name: parameter}, self.sparsities[name], False)[name])
+            self.begin(parameters, point, clock)
             return True
         fraction = modifier.init_update_fraction * (1.0 + math.cos(math.pi * modifier.window.progress(point))) / 2.0
         if point >= modifier.window.end or fraction == 0.0:
@@ -340,7 +340,7 @@ class _RigL(Moving):
         masks = {
             name: moved(name, parameters[name], masker.masks[name], self.sums[name] / self.count, fraction)
             for name in parameters
-            if name in self.sums
+            if name in self.sums and name in masker
         }
         self.sums, self.count = {}, 0
         distributed.check_same(masks)
@@ -350,6 +350,12 @@ class _RigL(Moving):
             if modifier.momentum_buffer_reset:
                 reset_where(self.run.optimizers, parameters[name], ~grown)
         return True
+
+    def begin(self, parameters: Mapping[str, nn.Parameter], point: float, clock: Clock) -> None:
+        shapes = {name: tuple(parameter.shape) for name, parameter in self._parameters().items()}
+        self.sparsities = self.modifier.sparsities(point, shapes)
+        for name, parameter in parameters.items():
+            self.run.masker.set(name, self.largest({name: parameter}, self.sparsities[name], False)[name])
 
     def detach(self) -> None:
         self.gradients.take()

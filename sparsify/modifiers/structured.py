@@ -122,6 +122,7 @@ class _Structured(Active):
         self.channel_groups: dict[str, ChannelGroup] = {}
         self.finals: dict[str, float] = {}
         self.frozen: dict[str, str] = {}
+        self.partly = False
         if run.inputs.given is not None:
             # What cannot be is found before anything is changed; the channel groups are asked for again when they are
             # needed.
@@ -191,6 +192,8 @@ class _Structured(Active):
         meant = {name: group for name, group in meant.items() if name not in self.frozen}
         for name, size in self.sizes.items():
             now = meant[name].size + self.removed.get(name, 0) if name in meant else None
+            if now != size and self.partly:
+                continue
             if now != size and self.pruned.get(name):
                 raise StateError(
                     f"{self.who}: the state has {size} channels for {name!r}, and this model {now or 'none to cut'}. "
@@ -198,6 +201,20 @@ class _Structured(Active):
                 )
         self.run.channels.claim(self.modifier, {name: group.tensors for name, group in meant.items()})
         self.traced, self.channel_groups = traced, meant
+        if self.partly:
+            self._keep_what_fits(traced)
+
+    def _keep_what_fits(self, traced: ChannelGroups) -> None:
+        """Of the state of another recipe keeps the channel groups that are here, and begins with the others."""
+        here = {name: group.size + self.removed.get(name, 0) for name, group in self.channel_groups.items()}
+        fits = {name for name, size in here.items() if self.sizes.get(name) == size}
+        self.partly = False
+        if self.point is None:
+            return
+        before = (self.sizes, self.removed, self.pruned, self.initials)
+        self._start(traced)
+        for mine, saved in zip((self.sizes, self.removed, self.pruned, self.initials), before, strict=True):
+            mine.update({name: value for name, value in saved.items() if name in fits})  # type: ignore[attr-defined]
 
     def _side(self, group: ChannelGroup) -> tuple[str, ...]:
         """The weights of a channel group by which it is named."""
@@ -361,7 +378,23 @@ class _Structured(Active):
             "sizes": dict(self.sizes),
             "taken": dict(self.removed),
             "initials": dict(self.initials),
+            "shapes": self._shapes(),
         }
+
+    def _shapes(self) -> dict[str, list[int]]:
+        """The shapes of the weights that are named, as they are now."""
+        parameters = targets.named_parameters(self.run.model)
+        return {name: list(parameters[name].shape) for name in self.named if name in parameters}
+
+    def take_over(self, state: Mapping[str, Any]) -> str | None:
+        """Channels of the same weights; where these have other shapes, it starts anew."""
+        here = self._shapes()
+        for name, shape in state.get("shapes", {}).items():
+            if here.get(name, shape) != shape:
+                return f"channels of {name!r}, which had shape {shape} and has {here[name]}; they are chosen anew"
+        self.partly = True
+        self.load_state_dict(state)
+        return None
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.point = None if state["point"] < 0 else float(state["point"])

@@ -40,7 +40,7 @@ class DistillationTeacher:
                 "distillation_teacher is the model that is trained; it would be its own moving target. Pass "
                 '"self" for a frozen copy of it as it is now.'
             )
-        self._student, self._keys = run.model, keys
+        self._student, self._who, self._keys = run.model, who, keys
         self._own = run.teacher == "self"
         self._modes: list[tuple[nn.Module, bool]] = []
         self.module: nn.Module | None = None
@@ -76,6 +76,19 @@ class DistillationTeacher:
 
     def state_dict(self) -> dict[str, Any]:
         return {"teacher": dict(self.module.state_dict())} if self._own and self.module is not None else {}
+
+    def check_state(self, state: Mapping[str, Any]) -> None:
+        """Refuses the weights of another model, with a StateError."""
+        if self._own and self.module is not None and "teacher" in state:
+            here = {name: tuple(value.shape) for name, value in self.module.state_dict().items()}
+            saved = {name: tuple(value.shape) for name, value in state["teacher"].items()}
+            differing = [name for name in {**here, **saved} if here.get(name) != saved.get(name)]
+            if differing:
+                raise StateError(
+                    f"{self._who}: the state's teacher, a copy of its model, is of another kind than this model: "
+                    f"{differing[0]!r} has shape {saved.get(differing[0])} there, {here.get(differing[0])} here. Load "
+                    "the state of this model, or pass a teacher as distillation_teacher=."
+                )
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         if self._own and self.module is not None and "teacher" in state:

@@ -127,6 +127,9 @@ class _TopKAST(Moving):
         self.places = {}
         return True
 
+    def begin(self, parameters: Mapping[str, nn.Parameter], point: float, clock: Clock) -> None:
+        self.move(self._parameters(), point, clock)
+
     def _rest(self, name: str, like: Tensor) -> Tensor:
         """The values outside of the forward set, where the parameter is now."""
         if name in self.places:
@@ -149,7 +152,9 @@ class _TopKAST(Moving):
         # Called twice in a step of some optimizers: the penalty is added once.
         if not self.rest or self.within:
             return
-        parameters = self.run.stepped(self._parameters())
+        # All of them, but where the state of another model was loaded.
+        held_apart = {name: parameter for name, parameter in self._parameters().items() if name in self.rest}
+        parameters = self.run.stepped(held_apart)
         # None at all: a closure is about to compute them, and it must see the forward set.
         if not self.gradients.before(parameters, optimizer=self.run.stepping):
             return
@@ -214,4 +219,5 @@ class _TopKAST(Moving):
         parameters = self.held.now()
         self.rest = taken_over(state["rest"], parameters)
         self.extra = taken_over(state["extra"], parameters)
+        self.rest = {name: rest for name, rest in self.rest.items() if name in self.extra}
         self.places = {}

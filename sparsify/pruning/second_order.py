@@ -44,9 +44,13 @@ def in_fisher_blocks(tensor: Tensor, size: int) -> Tensor:
 
 def fisher_sums(parameter: Tensor, size: int) -> Tensor:
     """Zeros of (blocks, b, b) for `add_gradients`, b the smaller of `size` and the number of weights."""
+    return torch.zeros(fisher_shape(parameter, size), dtype=wide(parameter.dtype), device=parameter.device)
+
+
+def fisher_shape(parameter: Tensor, size: int) -> tuple[int, int, int]:
+    """The shape of `fisher_sums`."""
     size = min(size, parameter.numel())
-    blocks = -(-parameter.numel() // size)
-    return torch.zeros(blocks, size, size, dtype=wide(parameter.dtype), device=parameter.device)
+    return -(-parameter.numel() // size), size, size
 
 
 def add_gradients(sums: Tensor, gradients: Sequence[Tensor], keep: float = 1.0) -> None:

@@ -86,6 +86,7 @@ class Session:
         self._optimizer = None if given is None else self._optimizers[given.counting]
         self._handles: list[RemovableHandle] = []
         self._modifiers = list(written)
+        self._modifiers_in_order = list(modifiers)
         # The optimizers, by position, whose step has begun and whose modifiers wait for its end; those that skip it.
         self._due: set[int] = set()
         self._skipped: set[int] = set()
@@ -366,26 +367,42 @@ class Session:
         Raises:
             StateError: something in it does not fit.
         """
+        left: list[str] = []
         shapes = self.channels.shapes()
-        removals = self.channels.outstanding(state.get("removals", ()), shapes)
+        saved = {key: state["modifiers"][key] for key in self.actives if key in state["modifiers"]}
+        removals: list[Removal] = []
+        try:
+            removals = self.channels.outstanding(state.get("removals", ()), shapes)
+        except StateError as error:
+            if strict:
+                raise
+            left.append(f"the removal of channels: {error}")
+            # Those that mask and remove channels start anew with it.
+            cutting = {key for key, modifier in keyed(self._modifiers_in_order).items() if modifier.cuts()}
+            saved = {key: one for key, one in saved.items() if key not in cutting}
         if strict:
             self._check_masks(state["masks"], shapes)
-        for key, active in self.actives.items():
-            if key in state["modifiers"]:
-                active.check_state(state["modifiers"][key])
+            for key, one in saved.items():
+                self.actives[key].check_state(one)
         self.timer.load_state_dict(state)
         # Structure first: what follows is about parameters as they are then.
         for removal in removals:
             self.channels.remove(removal)
-        for key, active in self.actives.items():
-            if key in state["modifiers"]:
-                active.load_state_dict(state["modifiers"][key])
+        for key, one in saved.items():
+            if strict:
+                self.actives[key].load_state_dict(one)
+            else:
+                reason = self.actives[key].take_over(one)
+                left += [] if reason is None else [f"{key}: {reason}"]
         # The optimizer's own state says what it remembers of masked weights, whether it is loaded before or after this.
         self.masker.bind(None)
         try:
             self.masker.load_state_dict(state["masks"], strict=strict)
         finally:
             self.masker.bind(self._stateful)
+        if left:
+            text = "\n  ".join(left)
+            warnings.warn(f"of the state was left out what does not fit:\n  {text}", SparsifyWarning, stacklevel=4)
         self.update()
 
     # ------------------------------------------------------------------ what can go wrong
