@@ -4,10 +4,14 @@ merged into them. peft itself is not imported: its classes are known by their na
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Iterator
 from typing import Any
 
+import torch
 from torch import nn
+
+from sparsify.errors import ExportError, first_line
 
 __all__: list[str] = []
 
@@ -53,10 +57,45 @@ def names_without_adapters(model: nn.Module, names: Iterable[str]) -> Iterator[t
             if adapter not in active.get(owner, ()):
                 continue
             found = f"{owner}.{own}" if own else owner
-        if found != name:
-            yield found, name
-        if prefix and found.startswith(prefix):
-            yield found.removeprefix(prefix), name
+        for other in dict.fromkeys((found, found.removeprefix(prefix), name.removeprefix(prefix))):
+            if other and other != name:
+                yield other, name
+
+
+def merged_copy(model: nn.Module) -> tuple[nn.Module, dict[str, tuple[int, int]]]:
+    """A copy of `model` with its adapters merged into their layers, as it was before peft came; and the number of zeros
+    of each weight that lost some in that, before and after, by its name in the copy.
+
+    Raises:
+        ExportError: peft cannot merge these adapters.
+    """
+    merged = copy.deepcopy(model)
+    before = {id(layer.get_base_layer()): layer for layer in merged.modules() if is_adapted(layer)}  # type: ignore[operator]
+    zeros = {key: _zeros(layer.get_base_layer()) for key, layer in before.items()}  # type: ignore[operator]
+    try:
+        with torch.no_grad():
+            merged = merge_adapters_(merged)
+    except Exception as error:
+        raise ExportError(
+            f"the adapters of {type(model).__name__} cannot be merged: {first_line(error)} Merge or unload them "
+            "yourself (merge_and_unload(), unload()), and give the model that comes back."
+        ) from error
+    filled: dict[str, tuple[int, int]] = {}
+    for path, layer in merged.named_modules():
+        if id(layer) in zeros:
+            now = _zeros(layer)
+            filled |= {
+                f"{path}.{own}": (count, now[own])
+                for own, count in zeros[id(layer)].items()
+                if count > now.get(own, count)
+            }
+    return merged, filled
+
+
+def _zeros(layer: nn.Module) -> dict[str, int]:
+    """The number of zeros in each parameter of two dimensions or more that a layer holds itself."""
+    held = {own: p for own, p in layer._parameters.items() if p is not None and p.dim() > 1 and not p.is_meta}
+    return {own: p.numel() - int(p.detach().count_nonzero()) for own, p in held.items()}
 
 
 def merge_adapters_(model: nn.Module) -> nn.Module:

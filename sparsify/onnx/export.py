@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from sparsify.errors import ArgumentError, ExportError, SparsifyError, SparsifyWarning, first_line
+from sparsify.model.adapters import has_adapters, merged_copy
 from sparsify.model.signature import InputsLike, SampleInputs, check_module, named_outputs
 from sparsify.model.wrappers import clean_name, unwrapped
 from sparsify.onnx.exported import ExportedModel, bytes_text, exported_model
@@ -56,7 +57,8 @@ def export_onnx(
     """Writes `model`, in eval mode, to one ONNX file at `path`, and says what is in it.
 
     Quantized layers are written as onnxruntime computes them in integers: int8 weights, int32 biases, BatchNorm folded;
-    pruned weights are exact zeros there. The model is not touched: its mode, device and weights stay as they are.
+    pruned weights are exact zeros there. Adapters of peft are merged into their layers, unless these are quantized. The
+    model is not touched: its mode, device and weights stay as they are.
 
     Args:
         model: plain, pruned or quantized; wrapped in DistributedDataParallel or torch.compile, too.
@@ -79,7 +81,7 @@ def export_onnx(
     check_module(model)
     if not isinstance(path, (str, os.PathLike)):
         raise ArgumentError(f"path={path!r}: give the path of a file.")
-    model = unwrapped(model)
+    model = without_adapters(unwrapped(model))
     least, best = opsets(model)
     opset = max(DEFAULT_OPSET, best) if opset is None else opset
     if isinstance(opset, bool) or not isinstance(opset, int) or opset not in OPSETS:
@@ -100,6 +102,35 @@ def export_onnx(
         content = proto.SerializeToString()
         temporary.write_bytes(content)
     return exported_model(Path(path), proto, opset, len(content), unquantized(model))
+
+
+def without_adapters(model: nn.Module, *, say: bool = True) -> nn.Module:
+    """A copy of `model` with the adapters of peft merged into their layers, where it has any; zeros of weights that
+    they fill are said. A quantized model was trained with adapters beside its integers, and keeps them.
+
+    Raises:
+        ExportError: the adapters cannot be merged.
+    """
+    if not has_adapters(model) or is_quantized(model):
+        return model
+    merged, filled = merged_copy(model)
+    if filled and say:
+        weights = {name: parameter.numel() for name, parameter in merged.named_parameters()}
+        first = ", ".join(
+            f"{name!r} from {before / weights[name]:.1%} to {after / weights[name]:.1%}"
+            for name, (before, after) in list(filled.items())[:3]
+        )
+        total = sum(weights[name] for name in filled)
+        now, then = (sum(counts[i] for counts in filled.values()) / total for i in (0, 1))
+        warnings.warn(
+            f"merging the adapters fills zeros of {len(filled)} pruned weight{'s' if len(filled) > 1 else ''}, from "
+            f"{now:.1%} to {then:.1%} together: {first}{', ...' if len(filled) > 3 else ''}. To keep the sparsity, "
+            "merge first and prune what comes back (model.merge_and_unload().requires_grad_(True)), or leave pruned "
+            "layers out of target_modules.",
+            SparsifyWarning,
+            stacklevel=3,
+        )
+    return merged
 
 
 def floating_layers(model: nn.Module) -> dict[str, str]:

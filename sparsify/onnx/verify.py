@@ -20,7 +20,7 @@ from sparsify.errors import ArgumentError, ExportError, first_line
 from sparsify.model.preserved import preserved_rng
 from sparsify.model.signature import InputsLike, SampleInputs, check_module, named_outputs
 from sparsify.model.wrappers import unwrapped
-from sparsify.onnx.export import deployed_copy
+from sparsify.onnx.export import deployed_copy, without_adapters
 from sparsify.onnx.runtime import open_session, read_model, run_session
 from sparsify.quantization.qdq_ops import QUANTIZE_DEQUANTIZE
 
@@ -194,12 +194,14 @@ def verify_onnx(
     check_module(model)
     if tolerance is not None and not (isinstance(tolerance, (int, float)) and 0 < tolerance < math.inf):
         raise ArgumentError(f"tolerance={tolerance!r}: give a positive number.")
-    model = unwrapped(model)
+    user_model = unwrapped(model)
+    model = without_adapters(user_model, say=False)
     call = SampleInputs.of(model, inputs)
     proto = read_model(path)
     quantized = any(node.op_type in ("QuantizeLinear", "DequantizeLinear") for node in proto.graph.node)
     steps = _output_steps(proto)
-    expected = _eager(model, call)
+    # Not the merged copy: merging is part of what is checked.
+    expected = _eager(user_model, call)
     plain = open_session(path, optimized=False, model=proto)
     feed = _input_arrays(plain, call, Path(path))
     names = [value.name for value in plain.get_outputs()]
