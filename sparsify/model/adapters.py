@@ -71,7 +71,7 @@ def merged_copy(model: nn.Module) -> tuple[nn.Module, dict[str, tuple[int, int]]
     """
     merged = copy.deepcopy(model)
     before = {id(layer.get_base_layer()): layer for layer in merged.modules() if is_adapted(layer)}  # type: ignore[operator]
-    zeros = {key: _zeros(layer.get_base_layer()) for key, layer in before.items()}  # type: ignore[operator]
+    zeros = {key: _zero_counts(layer.get_base_layer()) for key, layer in before.items()}  # type: ignore[operator]
     try:
         with torch.no_grad():
             merged = merge_adapters_(merged)
@@ -83,7 +83,7 @@ def merged_copy(model: nn.Module) -> tuple[nn.Module, dict[str, tuple[int, int]]
     filled: dict[str, tuple[int, int]] = {}
     for path, layer in merged.named_modules():
         if id(layer) in zeros:
-            now = _zeros(layer)
+            now = _zero_counts(layer)
             filled |= {
                 f"{path}.{own}": (count, now[own])
                 for own, count in zeros[id(layer)].items()
@@ -92,7 +92,7 @@ def merged_copy(model: nn.Module) -> tuple[nn.Module, dict[str, tuple[int, int]]
     return merged, filled
 
 
-def _zeros(layer: nn.Module) -> dict[str, int]:
+def _zero_counts(layer: nn.Module) -> dict[str, int]:
     """The number of zeros in each parameter of two dimensions or more that a layer holds itself."""
     held = {own: p for own, p in layer._parameters.items() if p is not None and p.dim() > 1 and not p.is_meta}
     return {own: p.numel() - int(p.detach().count_nonzero()) for own, p in held.items()}
