@@ -96,6 +96,7 @@ class StepHooks:
         after: called after each step.
         loaded: called when the optimizer has loaded a state_dict.
         passenger: what travels inside the optimizer's state_dict, under `CARRIED`; None: nothing.
+        computed: called when a closure that the step was given has computed gradients, once or more in a step.
 
     Attributes:
         optimizer: the object whose `param_groups` are real: the torch Optimizer inside a wrapper, or what was given.
@@ -113,18 +114,29 @@ class StepHooks:
         after: Callable[[], None],
         loaded: Callable[[], None],
         passenger: Passenger | None = None,
+        computed: Callable[[], None] = lambda: None,
     ) -> None:
         self.optimizer = innermost_optimizer(optimizer)
         self.given: Any = optimizer
         self._handles: list[RemovableHandle] = []
         self._hook: Callback | None = None
         if not _hookable(self.optimizer):
-            self.given = SteppedOptimizer(optimizer, before, after, loaded, passenger)
+            self.given = SteppedOptimizer(optimizer, before, after, loaded, passenger, computed)
             return
         # A compiled step would trace our Python: disabled, it is called between the compiled parts (0.2 microseconds).
         self._before, self._after = _uncompiled(before), _uncompiled(after)
         self._loaded, self._passenger = loaded, passenger
-        self._hook = Callback(lambda _, args, kwargs: self._before(_has_closure(args, kwargs)))
+        self._computed = computed
+        self._hook = Callback(self._pre_hook)
+
+    def _pre_hook(self, _: object, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        # The first argument is the optimizer itself.
+        closure = _has_closure(args[1:], kwargs)
+        self._before(closure)
+        if not closure:
+            return None
+        watched, named = _watched(args[1:], kwargs, self._computed)
+        return (*args[:1], *watched), named
 
     def attach(self) -> None:
         """Hooks in; until then nothing of the optimizer is touched."""
@@ -202,14 +214,25 @@ class SteppedOptimizer:
         after: Callable[[], None] | None = None,
         loaded: Callable[[], None] | None = None,
         passenger: Passenger | None = None,
+        computed: Callable[[], None] | None = None,
     ) -> None:
-        self.__dict__.update(_optimizer=optimizer, _before=before, _after=after, _loaded=loaded, _passenger=passenger)
+        self.__dict__.update(
+            _optimizer=optimizer,
+            _before=before,
+            _after=after,
+            _loaded=loaded,
+            _passenger=passenger,
+            _computed=computed,
+        )
 
     def step(self, *args: object, **kwargs: object) -> Any:
         """The optimizer's step with `args` and `kwargs`; what it returns."""
-        before, after = self.__dict__["_before"], self.__dict__["_after"]
+        before, after, computed = (self.__dict__[key] for key in ("_before", "_after", "_computed"))
         if before is not None:
-            before(_has_closure(args, kwargs))
+            closure = _has_closure(args, kwargs)
+            before(closure)
+            if closure and computed is not None:
+                args, kwargs = _watched(args, kwargs, computed)
         result = self.__dict__["_optimizer"].step(*args, **kwargs)
         if after is not None:
             after()
@@ -222,7 +245,7 @@ class SteppedOptimizer:
 
     def release(self) -> None:
         """From now on it only passes on."""
-        self.__dict__.update(_before=None, _after=None, _loaded=None, _passenger=None)
+        self.__dict__.update(_before=None, _after=None, _loaded=None, _passenger=None, _computed=None)
 
     def __getattr__(self, name: str) -> Any:
         # Unpickling asks for attributes before there are any.
@@ -293,6 +316,25 @@ def _uncompiled(function: Callable[P, None]) -> Callable[P, None]:
 def _has_closure(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     """True if a step is called with a function that computes loss and gradients."""
     return any(callable(argument) for argument in (*args, *kwargs.values()))
+
+
+def _watched(
+    args: tuple[Any, ...], kwargs: dict[str, Any], computed: Callable[[], None]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The arguments of a step, each function among them one that calls `computed` when it is done."""
+
+    def watched(argument: Any) -> Any:
+        if not callable(argument):
+            return argument
+
+        def closure(*given: object, **named: object) -> Any:
+            result = argument(*given, **named)
+            computed()
+            return result
+
+        return closure
+
+    return tuple(map(watched, args)), {key: watched(argument) for key, argument in kwargs.items()}
 
 
 def _hookable(optimizer: object) -> bool:

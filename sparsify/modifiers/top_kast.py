@@ -125,6 +125,8 @@ class _TopKAST(Moving):
         self.rest = {name: torch.where(forward[name], 0.0, value) for name, value in whole.items()}
         self.extra = {name: backward[name] & ~forward[name] for name in whole}
         self.places = {}
+        # The backward set is trained, and it is larger than what the masks keep.
+        masker.keep_gradients(self.rest)
         return True
 
     def begin(self, parameters: Mapping[str, nn.Parameter], point: float, clock: Clock) -> None:
@@ -204,6 +206,7 @@ class _TopKAST(Moving):
             self.run.masker.apply()
 
     def detach(self) -> None:
+        self.run.masker.keep_gradients(self.rest, False)
         self.rest, self.extra, self.places = {}, {}, {}
         self.within = []
         if self.watch is not None:
@@ -217,7 +220,9 @@ class _TopKAST(Moving):
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         super().load_state_dict(state)
         parameters = self.held.now()
+        self.run.masker.keep_gradients(self.rest, False)
         self.rest = taken_over(state["rest"], parameters)
         self.extra = taken_over(state["extra"], parameters)
         self.rest = {name: rest for name, rest in self.rest.items() if name in self.extra}
         self.places = {}
+        self.run.masker.keep_gradients(self.rest)

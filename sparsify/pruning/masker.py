@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +18,7 @@ from torch.optim import LBFGS, Optimizer
 
 from sparsify.errors import StateError, TargetError, did_you_mean
 from sparsify.model import distributed, sharding, targets
-from sparsify.model.masked_memory import BitsAndMask, bits_and_mask, zero_masked_
+from sparsify.model.masked_memory import bits_of, has_bits, kept_bits, zero_masked_rows_
 from sparsify.model.optimizer_state import reset_where
 from sparsify.model.wrappers import by_clean_name
 
@@ -38,15 +38,17 @@ class _MaskedParameter:
         here: the part of it on this rank; all of it where it is not sharded.
         pointer: the address of its memory when the views were taken.
         mask: the mask of that part.
-        views: values as integers and mask, flat, in memory order; None where there are no such views.
+        bits: the values as integers, in the same memory; None where they cannot be seen so.
+        kept: for `bits`, all ones where a weight is kept and zeros elsewhere.
     """
 
     parameter: Tensor
     here: Tensor
     pointer: int
     mask: Tensor
-    views: BitsAndMask | None
     sharded: bool
+    bits: Tensor | None = None
+    kept: Tensor | None = None
 
     def address(self) -> int:
         """The address of the memory of the part here, as it is now."""
@@ -58,7 +60,8 @@ class Masker:
 
     Parameters are looked up by name where their objects may have been replaced (`load_state_dict(assign=True)`,
     `.to("meta")`), so a mask stays with its name. The mask of a sharded parameter (a DTensor, as `fully_shard` makes
-    them) is sharded like it, and only the part on this rank is applied.
+    them) is sharded like it, and only the part on this rank is applied. On CPUs a mask takes 5 bytes for each float32
+    weight.
 
     Checkpoint: `state_dict` holds every mask, whole and packed, with a checksum; views of parameters are made again.
 
@@ -75,6 +78,8 @@ class Masker:
         self._zeros: dict[str, int] = {}
         self._places: dict[str, _MaskedParameter] = {}
         self._floats: dict[str, Tensor] = {}
+        self._kept: dict[str, Tensor] = {}
+        self._dense: set[str] = set()
         self._owners: dict[str, tuple[nn.Module, str]] = {}
 
     def __contains__(self, name: str) -> bool:
@@ -111,7 +116,7 @@ class Masker:
         self._zeros.pop(name, None)
         if not sharding.is_sharded(mask):
             self._zeros[name] = mask.numel() - int(mask.count_nonzero())
-        self._places.pop(name, None)
+        self._changed(name)
         self._apply([name])
         self._reset_optimizer(name)
 
@@ -126,12 +131,33 @@ class Masker:
         """Sets masked weights to zero, in place."""
         self._apply(self._masks)
 
-    def apply_to_grads(self) -> None:
-        """Sets the gradients of masked weights to zero, in place."""
+    def apply_to_grads(self, only: Container[int] | None = None) -> None:
+        """Sets the gradients of masked weights to zero, in place, so that no optimizer remembers anything of them.
+
+        Args:
+            only: ids of the parameters that are meant; None: all.
+        """
+        products: list[tuple[Tensor, Tensor]] = []
         for name in self._masks:
-            gradient = self._place(name).parameter.grad
-            if gradient is not None:
-                zero_masked_(sharding.local(gradient), self._place(name).mask)
+            place = self._place(name)
+            gradient = place.parameter.grad
+            if gradient is None or name in self._dense or (only is not None and id(place.parameter) not in only):
+                continue
+            if place.sharded:
+                gradient = sharding.local(gradient)
+            if place.kept is not None and has_bits(gradient) and gradient.dtype == place.here.dtype:
+                bits_of(gradient).bitwise_and_(place.kept)
+            elif gradient.layout == torch.sparse_coo:
+                zero_masked_rows_(gradient, place.mask)
+            elif not gradient.is_meta:
+                products.append((gradient, self._float(name)))
+        if products:
+            with torch.no_grad():
+                torch._foreach_mul_(*map(list, zip(*products, strict=True)))
+
+    def keep_gradients(self, names: Iterable[str], keep: bool = True) -> None:
+        """Leaves the gradients of these parameters alone, which are trained where they are masked, or no longer."""
+        self._dense = self._dense | set(names) if keep else self._dense - set(names)
 
     def finalize(self) -> None:
         """Bakes the masks in as +0.0 and forgets them. May be called twice."""
@@ -179,7 +205,7 @@ class Masker:
             zeros = mask.numel() - int(mask.count_nonzero())
             if zeros:
                 self._masks[name], self._zeros[name] = mask, zeros
-                self._places.pop(name, None)
+                self._changed(name)
             else:
                 self._forget(name)
 
@@ -255,8 +281,12 @@ class Masker:
     def _forget(self, name: str) -> None:
         del self._masks[name]
         self._zeros.pop(name, None)
-        self._places.pop(name, None)
-        self._floats.pop(name, None)
+        self._changed(name)
+
+    def _changed(self, name: str) -> None:
+        """Forgets what was made from a mask."""
+        for made in (self._places, self._floats, self._kept):
+            made.pop(name, None)
 
     def _find(self, name: str) -> Tensor:
         """The parameter of this name as it is now."""
@@ -294,10 +324,20 @@ class Masker:
         if not here.is_meta and (part.device != here.device or part.stride() != here.stride()):
             # In the weight's own memory format: a pass over both in memory order is several times faster.
             part = torch.empty_like(here, dtype=torch.bool).copy_(part)
+            self._changed(name)
         self._masks[name] = sharding.with_part(part, parameter)
-        self._floats.pop(name, None)
-        sharded = sharding.is_sharded(parameter)
-        place = _MaskedParameter(parameter, here, here.data_ptr(), part, bits_and_mask(here, part), sharded)
+        place = _MaskedParameter(parameter, here, here.data_ptr(), part, sharding.is_sharded(parameter))
+        if has_bits(here):
+            place.bits = bits_of(here)
+            # Kept where only the memory moved: some optimizers put other memory under their parameters at every step.
+            kept = self._kept.get(name)
+            if kept is None or kept.dtype != place.bits.dtype:
+                kept = self._kept[name] = kept_bits(here, part)
+            place.kept = kept
+        else:
+            made = self._floats.get(name)
+            if made is not None and (made.dtype, made.device) != (here.dtype, here.device):
+                del self._floats[name]
         self._places[name] = place
         return place
 
@@ -305,9 +345,8 @@ class Masker:
         others: list[str] = []
         for name in names:
             place = self._place(name)
-            if place.views is not None:
-                bits, keep = place.views
-                np.multiply(bits, keep, out=bits)
+            if place.bits is not None and place.kept is not None:
+                place.bits.bitwise_and_(place.kept)
             elif not place.here.is_meta:
                 others.append(name)
         if others:

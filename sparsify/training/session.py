@@ -148,6 +148,7 @@ class Session:
         self._updates = [a.update for a in working if _overrides(a, "update")]
         outside_in = sorted(working, key=lambda active: active.innermost)
         inside_out = sorted(working, key=lambda active: not active.innermost)
+        self._closures = [a for a in working if _overrides(a, "after_closure")]
         self._befores = [a for a in outside_in if _overrides(a, "before_step")]
         self._afters = [a for a in inside_out if _overrides(a, "after_step")]
         self._losses = [a for a in working if _overrides(a, "loss")]
@@ -159,7 +160,8 @@ class Session:
             before, after = partial(self._before, index), partial(self._after, index)
             # The one whose steps are counted, and which takes parameters that a modifier adds.
             carried = self.carried if self._optimizers[index] is self._optimizer else None
-            self.hooks.append(StepHooks(optimizer, before, after, self._loaded, carried))
+            computed = partial(self._computed, index)
+            self.hooks.append(StepHooks(optimizer, before, after, self._loaded, carried, computed))
             self.hooks[-1].attach()
         watch = ModelCallback(self._model_loaded)
         self._handles.append(self.model.register_load_state_dict_post_hook(watch))  # type: ignore[no-untyped-call]
@@ -206,6 +208,25 @@ class Session:
         for active in self._befores:
             if active.each_optimizer or run.counts:
                 active.before_step()
+        if not closure:
+            self._mask_gradients(optimizer)
+
+    def _computed(self, index: int) -> None:
+        """A closure inside of the step has computed gradients."""
+        if self.paused or index in self._skipped:
+            return
+        for active in self._closures:
+            if active.each_optimizer or self._run.counts:
+                active.after_closure()
+        self._mask_gradients(self._optimizers[index])
+
+    def _mask_gradients(self, optimizer: Any) -> None:
+        """What the optimizer remembers of masked weights does not grow. Gradients of other optimizers' parameters are
+        theirs: they are read, as they are, when those step."""
+        if len(self._optimizers) > 1:
+            self.masker.apply_to_grads({id(p) for group in optimizer.param_groups for p in group["params"]})
+        else:
+            self.masker.apply_to_grads()
 
     def _after(self, index: int) -> None:
         """After an optimizer stepped; may be called twice, or not at all where the step raised."""

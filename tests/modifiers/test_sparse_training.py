@@ -573,13 +573,19 @@ def test_the_loader_form_of_a_gradient_sampler_leaves_training_alone() -> None:
 
 
 def test_gradients_of_training_outlive_those_that_are_sampled() -> None:
-    model, optimizer, _ = regression_at_work(rigl(), grad_sampler=lambda: (regression_loss(model, 70) for _ in "12"))
+    sampler = {"grad_sampler": lambda: (regression_loss(model, 70) for _ in "12")}
+    model, optimizer, manager = regression_at_work(rigl(), **sampler)
     for step in range(4):
         optimizer.zero_grad()
         regression_loss(model, step).backward()
-        before = [(p, p.grad, copy.deepcopy(p.grad)) for p in model.parameters()]
+        masks = masks_of(manager)
+        before = {name: (p.grad, copy.deepcopy(p.grad)) for name, p in model.named_parameters()}
         optimizer.step()
-        assert all(p.grad is grad and torch.equal(grad, values) for p, grad, values in before if grad is not None)
+        for name, parameter in model.named_parameters():
+            grad, values = before[name]
+            assert grad is not None and parameter.grad is grad
+            # Those of masked weights are set to zero before the step.
+            assert torch.equal(grad, torch.where(masks[name], values, 0.0) if name in masks else values)
 
 
 @pytest.mark.parametrize(
