@@ -310,6 +310,8 @@ class Run:
     """All optimizers, `optimizer` among them, in the user's order."""
     stepping: Any = None
     """The optimizer whose step is at hand, during `before_step` and `after_step`."""
+    goes_on: bool = False
+    """True where a state is loaded next whose structure the model may have already."""
 
     @property
     def counts(self) -> bool:

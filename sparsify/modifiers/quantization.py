@@ -264,7 +264,8 @@ class QuantizationModifier(Modifier):
             ArgumentError, DataError: calibration data that cannot be used.
         """
         self.targets(run.model)
-        _refuse_quantized(run.model)
+        if not run.goes_on:
+            _refuse_quantized(run.model)
         _refuse_sample_gradients(run.model)
         for note in self.notes():
             run.log.text("quantization", f"{type(self).__name__}: {note}")
@@ -412,7 +413,11 @@ class Quantization(Active):
     def check_state(self, state: Mapping[str, Any]) -> None:
         """Refuses the plan of another model."""
         if "plan" in state:
-            check_plan(self._run.model, QuantizationPlan.from_state(state["plan"]), again=self._plan is not None)
+            check_plan(
+                self._run.model,
+                QuantizationPlan.from_state(state["plan"]),
+                again=self._plan is not None or self._run.goes_on,
+            )
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Puts the model into the structure that it had: quantized by the saved plan, or not yet."""
@@ -434,7 +439,8 @@ class Quantization(Active):
             if self._plan is not None:
                 self._restore()
                 self._plan = None
-            apply_plan(self._run.model, plan)
+            if not (self._run.goes_on and is_quantized(self._run.model)):
+                apply_plan(self._run.model, plan)
             self._added.adopt(learned_parameters(self._run.model), weight_decay=0.0)
             self._plan, self._in_force = plan, None
         switch_off_all(self._run.model, state.get("off", ()))

@@ -123,7 +123,7 @@ class _Structured(Active):
         self.finals: dict[str, float] = {}
         self.frozen: dict[str, str] = {}
         self.partly = False
-        if run.inputs.given is not None:
+        if run.inputs.given is not None and not run.goes_on:
             # What cannot be is found before anything is changed; the channel groups are asked for again when they are
             # needed.
             self._claim(run.channels.groups(*run.inputs.given))

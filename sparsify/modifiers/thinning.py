@@ -118,7 +118,7 @@ class _Thinning(Active):
         self.removed = False
         self.asked = False
         modifier.targets(run.model)
-        if run.inputs.given is not None and modifier.groups():
+        if run.inputs.given is not None and not run.goes_on and modifier.groups():
             self._meant(run.channels.groups(*run.inputs.given))
 
     def update(self, clock: Clock) -> None:

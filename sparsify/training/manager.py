@@ -166,6 +166,7 @@ class ScheduledModifierManager:
         calibration_data: Iterable[Any] | None = None,
         sample_inputs: InputsLike | None = None,
         writer: ScalarWriter | None = None,
+        state: Mapping[str, Any] | None = None,
     ) -> Any:
         """Puts the recipe to work: what is due at `epoch` is in force at once, the rest follows the optimizer's steps.
 
@@ -186,6 +187,9 @@ class ScheduledModifierManager:
             sample_inputs: inputs of one call of the model: a tensor, a tuple, a dict of names, or (args, kwargs); None:
                 those of the first forward.
             writer: a TensorBoard-like writer, with `add_scalar(tag, value, step)`.
+            state: a manager's state from which the run goes on at once, where the model is as it was then: its weights
+                stay, and so do quantized layers and removed channels that are there already (training that goes on in
+                the same process with another optimizer). None: a state is loaded afterwards, or there is none.
 
         Returns:
             The same optimizer; one that is no torch Optimizer in a thin wrapper. Several in a list or a dict, as they
@@ -197,10 +201,13 @@ class ScheduledModifierManager:
         # A wrong argument is found before names are looked up, and names before anything is changed.
         timer = Timer(steps_in_epoch(steps_per_epoch), starting_epoch(epoch, finite=True))
         given = given_optimizers(optimizer, counting_optimizer)
+        if state is not None:
+            self._seal.check(state)
         return self._attach(
             model,
             given,
             timer,
+            state=state,
             teacher=distillation_teacher,
             grad_sampler=grad_sampler,
             calibration_data=calibration_data,
@@ -521,7 +528,14 @@ class ScheduledModifierManager:
     # ------------------------------------------------------------------ checks
 
     def _attach(
-        self, model: nn.Module, optimizers: GivenOptimizers | None, timer: Timer, *, teacher: Teacher, **given: Any
+        self,
+        model: nn.Module,
+        optimizers: GivenOptimizers | None,
+        timer: Timer,
+        *,
+        teacher: Teacher,
+        state: Mapping[str, Any] | None = None,
+        **given: Any,
     ) -> Any:
         self._refuse_second("modify" if optimizers is not None else "initialize")
         check_module(model)
@@ -532,12 +546,20 @@ class ScheduledModifierManager:
             warnings.simplefilter("ignore", SparsifyWarning)
             self._recipe.check(unwrapped(model))
         session = Session(
-            self._recipe.written, self.modifiers, model, optimizers, timer, seal=self._seal, teacher=teacher, **given
+            self._recipe.written,
+            self.modifiers,
+            model,
+            optimizers,
+            timer,
+            seal=self._seal,
+            teacher=teacher,
+            goes_on=state is not None,
+            **given,
         )
         # From here on finalize() can undo it, also where Ctrl-C comes while it starts or while that is undone.
         self._session, self._ended, self._last_state = session, None, None
         try:
-            return session.start()
+            return session.start(state)
         except BaseException:
             session.finish()
             self._session = None

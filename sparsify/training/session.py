@@ -57,6 +57,7 @@ class Session:
         sample_inputs: inputs of one call of the model; None: those of the first forward.
         writer: a TensorBoard-like writer.
         forward_comes: False where the model will not be called before it has to be traced.
+        goes_on: True where a state follows whose structure the model may have already.
 
     Raises:
         TargetError, DataError, ArgumentError, StateError: a modifier cannot work on this model.
@@ -77,6 +78,7 @@ class Session:
         sample_inputs: InputsLike | None = None,
         writer: ScalarWriter | None = None,
         forward_comes: bool = True,
+        goes_on: bool = False,
     ) -> None:
         self.model = unwrapped(model)
         self.timer = timer
@@ -123,6 +125,7 @@ class Session:
             teacher=teacher,
             grad_sampler=grad_sampler,
             steps_per_epoch=timer.given,
+            goes_on=goes_on,
         )
         self.actives: dict[str, Active] = {}
         if any(m.traces for m in modifiers):
@@ -153,9 +156,9 @@ class Session:
         self._afters = [a for a in inside_out if _overrides(a, "after_step")]
         self._losses = [a for a in working if _overrides(a, "loss")]
 
-    def start(self) -> Any:
-        """Puts in force what is due and registers the hooks; gives the optimizers to train with. Where it raises, call
-        `finish`."""
+    def start(self, state: Mapping[str, Any] | None = None) -> Any:
+        """Puts in force what is due, or was in `state`, and registers the hooks; gives the optimizers to train with.
+        Where it raises, call `finish`."""
         for index, optimizer in enumerate(self._given.optimizers if self._given is not None else ()):
             before, after = partial(self._before, index), partial(self._after, index)
             # The one whose steps are counted, and which takes parameters that a modifier adds.
@@ -169,7 +172,11 @@ class Session:
         if any(active.needs_outputs for active in self._losses):
             watch = ModelCallback(self._forward_done)
             self._handles.append(self.model.register_forward_hook(watch, with_kwargs=True))
-        self.update()
+        if state is None:
+            self.update()
+        else:
+            # Nothing of epoch 0 before it: that would prune weights which have trained on since.
+            self.carried.load(state)
         return None if self._given is None else self._given.returned([hooks.given for hooks in self.hooks])
 
     def finish(self) -> None:
