@@ -140,39 +140,14 @@ model.eval()
 export_onnx(model, sample_inputs, "model.onnx")
 print(verify_onnx(model, "model.onnx", sample_inputs))
 """,
-    "lightning": """import lightning
-import torch
-from sparsify import ScheduledModifierManager, export_onnx, verify_onnx
+    "lightning": """from lightning import Trainer
+from sparsify.integrations.lightning import SparsifyCallback
 
-manager = ScheduledModifierManager.from_yaml($recipe)
-
-
-class Compressed(lightning.LightningModule):
-    def __init__(self) -> None:
-        super().__init__()
-        self.model = model
-
-    def training_step(self, batch, index):
-        inputs, labels = batch
-        return manager.update_loss(criterion(self.model(inputs), labels))
-
-    def configure_optimizers(self):
-        optimizer = torch.optim.SGD(self.model.parameters(), lr=0.05, momentum=0.9)
-        return manager.modify(self.model, optimizer, steps_per_epoch=len(loader), sample_inputs=sample_inputs)
-
-    def on_save_checkpoint(self, checkpoint):
-        checkpoint["sparsify"] = manager.state_dict()
-
-    def on_load_checkpoint(self, checkpoint):
-        manager.apply_structure(self.model, state=checkpoint["sparsify"])
-
-
-trainer = lightning.Trainer(max_epochs=manager.max_epochs, logger=False, enable_checkpointing=False)
-trainer.fit(Compressed(), loader)
-manager.finalize(model)
-model.eval()
-export_onnx(model, sample_inputs, "model.onnx")
-print(verify_onnx(model, "model.onnx", sample_inputs))
+# One callback; the LightningModule `module` and its loader stay as they are.
+callback = SparsifyCallback($recipe, sample_inputs=sample_inputs, export_path="model.onnx", verify=True)
+trainer = Trainer(max_epochs=callback.manager.max_epochs, callbacks=[callback])
+trainer.fit(module, loader)  # ckpt_path="..." goes on from a checkpoint
+print(callback.verification)
 """,
     "transformers": """from sparsify import ScheduledModifierManager, export_onnx, verify_onnx
 from transformers import Trainer

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import subprocess
 import sys
@@ -81,16 +82,68 @@ def test_the_lines_for_a_loop_run(
     assert "agree" in capsys.readouterr().out
 
 
+def lightning_names(monkeypatch: pytest.MonkeyPatch, **options: Any) -> dict[str, Any]:
+    """As `names`, with a LightningModule as users write it; the Trainer is given these options."""
+    lightning = pytest.importorskip("lightning")
+
+    class Module(lightning.LightningModule):  # type: ignore[name-defined, misc]
+        def __init__(self, net: nn.Module) -> None:
+            super().__init__()
+            self.net, self.lr = net, 0.05
+
+        def forward(self, x: Any) -> Any:
+            return self.net(x)
+
+        def training_step(self, batch: Any, index: int) -> Any:
+            return F.cross_entropy(self(batch[0]), batch[1])
+
+        def configure_optimizers(self) -> Any:
+            return torch.optim.SGD(self.parameters(), lr=self.lr)
+
+    given: dict[str, Any] = {"accelerator": "cpu", "logger": False, "enable_progress_bar": False, **options}
+    monkeypatch.setattr(lightning, "Trainer", functools.partial(lightning.pytorch.Trainer, **given))
+    return {**names(), "module": Module(names()["model"])}
+
+
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
-def test_the_lines_for_lightning_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("lightning")
+@pytest.mark.filterwarnings("error::sparsify.errors.SparsifyWarning")
+def test_the_lines_for_lightning_run_stop_and_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     Path("recipe.yaml").write_text(RECIPE)
-    given = names()
-    exec(compile(integration_code(framework="lightning"), "integration", "exec"), given)
-    assert zeros(given["model"]) == pytest.approx(0.75, abs=0.01)
-    assert Path("model.onnx").exists()
+    code = integration_code(framework="lightning")
+    # 4 batches, 3 to a step: the last group of an epoch is of one.
+    options: dict[str, Any] = {"accumulate_grad_batches": 3, "default_root_dir": "runs"}
+
+    def run(text: str, **changed: Any) -> dict[str, Any]:
+        given = lightning_names(monkeypatch, **{**options, **changed})
+        exec(compile(text, "integration", "exec"), given)
+        return given
+
+    whole = run(code)
+    assert zeros(whole["module"].net) == pytest.approx(0.75, abs=0.01) and Path("model.onnx").exists()
+    assert whole["callback"].manager.step == 6 and whole["callback"].verification
+    bits = whole["module"].state_dict()
+    # Called twice it goes on from the end, where there is nothing left.
+    whole["trainer"].fit(whole["module"], whole["loader"])
+    assert all(map(torch.equal, whole["module"].state_dict().values(), bits.values()))
+
+    saved = sorted(Path("runs").rglob("*.ckpt"))
+    from lightning.pytorch.callbacks import LearningRateFinder, ModelCheckpoint
+
+    every = ModelCheckpoint("every", filename="{step}", save_top_k=-1, every_n_train_steps=1)
+    search = LearningRateFinder(num_training_steps=5, update_attr=False)
+    callbacks = "callbacks=[callback]", "callbacks=[callback, *others]"
+    searched = lightning_names(monkeypatch, **options)
+    searched["others"] = [search, every]
+    exec(compile(code.replace(*callbacks), "integration", "exec"), searched)
+    assert saved and searched["callback"].manager.step == 6
+    assert all(map(torch.equal, searched["module"].state_dict().values(), bits.values()))
+    for step in (2, 4, 5):
+        resumed = run(code.replace("loader)  #", f"loader, ckpt_path='every/step={step}.ckpt')  #"))
+        assert zeros(resumed["module"].net) == pytest.approx(0.75, abs=0.01)
+        if step != 5:  # within an epoch Lightning starts this loader anew
+            assert all(map(torch.equal, resumed["module"].state_dict().values(), bits.values()))
 
 
 @pytest.mark.slow

@@ -1,0 +1,176 @@
+"""Time that a framework's callback adds to a training step, against the same manager attached there by hand.
+
+    python benchmarks/callback_overhead.py --framework lightning [--quick] [--threads N] [--only NAME]
+
+Two runs of the framework's own loop, with and without the callback, take steps in turn on the same batch: each loop
+runs in a thread of its own and steps when it is asked to. Both prune by the same recipe. Bar: 1.002 (medians, one
+thread).
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import logging
+import tempfile
+import threading
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from models import MODELS
+from paired import Ratio, machine, paired
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, IterableDataset
+
+from sparsify import ScheduledModifierManager
+
+PRUNING = """
+modifiers:
+  - !GMPruningModifier
+    params: __ALL_PRUNABLE__
+    init_sparsity: 0.9
+    final_sparsity: 0.9
+    start_epoch: 0.0
+    end_epoch: 1000.0
+    update_frequency: 1000.0
+"""
+BAR = 1.002
+STEPS_PER_EPOCH = 1_000_000
+
+
+class Asked(IterableDataset[int]):
+    """Batches one by one: a training loop waits in `__next__` until a step is asked for."""
+
+    def __init__(self) -> None:
+        self.wanted, self.done = threading.Semaphore(0), threading.Semaphore(0)
+        self.ended = False
+        self.error: BaseException | None = None
+
+    def __iter__(self) -> Iterator[int]:
+        while True:
+            self.done.release()
+            self.wanted.acquire()
+            if self.ended:
+                return
+            yield 0
+
+
+class Loop:
+    """A framework's training loop in a thread of its own, as a function that takes one step."""
+
+    def __init__(self, train: Callable[[Asked], None]) -> None:
+        self._asked = Asked()
+        self._thread = threading.Thread(target=self._run, args=(train,), daemon=True)
+        self._thread.start()
+        self._asked.done.acquire()
+
+    def _run(self, train: Callable[[Asked], None]) -> None:
+        try:
+            train(self._asked)
+        except BaseException as error:
+            self._asked.error = error
+        finally:
+            self._asked.done.release()
+
+    def step(self) -> None:
+        """One step: from where the loop asks for a batch to where it asks for the next."""
+        self._asked.wanted.release()
+        self._asked.done.acquire()
+        if self._asked.error is not None:
+            raise self._asked.error
+
+    def close(self) -> None:
+        """Ends the loop."""
+        self._asked.ended = True
+        self._asked.wanted.release()
+        self._thread.join()
+
+
+def lightning_loop(model: nn.Module, inputs: Tensor, labels: Tensor, with_callback: bool) -> Callable[[Asked], None]:
+    """Lightning's Trainer; the recipe through the callback, or attached in `configure_optimizers`."""
+    import lightning.pytorch as pl
+
+    from sparsify.integrations.lightning import SparsifyCallback
+
+    manager = ScheduledModifierManager.from_yaml(PRUNING)
+
+    class Module(pl.LightningModule):  # type: ignore[misc]
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = model
+
+        def training_step(self, batch: Any, index: int) -> Tensor:
+            return F.cross_entropy(self.net(inputs), labels)
+
+        def configure_optimizers(self) -> Any:
+            optimizer = torch.optim.SGD(self.net.parameters(), lr=1e-3, momentum=0.9, weight_decay=1e-4)
+            if not with_callback:
+                manager.modify(self.net, optimizer, steps_per_epoch=STEPS_PER_EPOCH)
+            return optimizer
+
+    callbacks = [SparsifyCallback(PRUNING, model="net", steps_per_epoch=STEPS_PER_EPOCH)] if with_callback else []
+    trainer = pl.Trainer(
+        max_epochs=1,
+        callbacks=callbacks,
+        accelerator="cuda" if inputs.is_cuda else "cpu",
+        devices=1,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        default_root_dir=tempfile.gettempdir(),
+    )
+    return lambda asked: trainer.fit(Module(), DataLoader(asked, batch_size=None))
+
+
+# A framework needs one function: (model, inputs, labels, with_callback) -> what trains on the batches asked for.
+LOOPS: dict[str, Callable[[nn.Module, Tensor, Tensor, bool], Callable[[Asked], None]]] = {"lightning": lightning_loop}
+
+
+def measure(framework: str, name: str, pairs: int, device: str) -> Ratio:
+    build, batch, classes = MODELS[name]
+    torch.manual_seed(0)
+    model = build().to(device).train()
+    inputs = batch().to(device)
+    labels = torch.randint(0, classes, (len(inputs),), device=device)
+    loops = [Loop(LOOPS[framework](copy.deepcopy(model), inputs, labels, given)) for given in (True, False)]
+    with_callback, by_hand = (loop.step for loop in loops)
+    for work in (with_callback, by_hand):
+        work()
+    start = time.perf_counter()
+    by_hand()
+    repeats = max(1, round(0.05 / (time.perf_counter() - start)))
+    ratio = paired(with_callback, by_hand, pairs=pairs, repeats=repeats)
+    for loop in loops:
+        loop.close()
+    return ratio
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--framework", choices=[*LOOPS, "all"], default="all")
+    parser.add_argument("--quick", action="store_true", help="few pairs: shows that it runs, not how fast")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--only", default="", help="only the models whose name contains this")
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    warnings.simplefilter("ignore")
+    logging.disable(logging.INFO)
+    frameworks = list(LOOPS) if arguments.framework == "all" else [arguments.framework]
+    print(machine(*frameworks))
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    for framework in frameworks:
+        for name in MODELS:
+            if arguments.only.lower() in name.lower():
+                ratio = measure(framework, name, 3 if arguments.quick else 41, device)
+                reached = "reached" if ratio.median <= BAR else "NOT reached"
+                what = f"{device:5} {framework:13} {name:40} {ratio.median:.4f}"
+                print(f"{what}  bar {BAR}: {reached}  {ratio}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
