@@ -72,7 +72,7 @@ def test_what_cannot_go_on_is_refused() -> None:
     state = manager.state_dict()
     manager.finalize()
     fresh = torch.optim.SGD(model.parameters(), lr=0.05)
-    with pytest.raises(StateError, match='the teacher "self" is a copy of the model as it was'):
+    with pytest.raises(StateError, match="the state's teacher, a copy of its model, is of another kind"):
         manager.modify(model, fresh, steps_per_epoch=STEPS_PER_EPOCH, distillation_teacher="self", state=state)
     with pytest.raises(StateError, match="holds quantized layers already"):
         manager.modify(model, fresh, steps_per_epoch=STEPS_PER_EPOCH, distillation_teacher="self")
