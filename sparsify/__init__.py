@@ -17,6 +17,7 @@ from sparsify.pruning.shrinking import *
 from sparsify.recipe import *
 from sparsify.training.manager import *
 from sparsify.training.phases import *
+from sparsify.training.saved_model import *
 
 if TYPE_CHECKING:
     from sparsify.analysis import *
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _AT_ONCE = ["errors", "modifiers", "recipe", "training.manager", "training.phases", "pruning.shrinking"]
-_AT_ONCE += ["onnx.export", "onnx.verify", "onnx.benchmark"]
+_AT_ONCE += ["training.saved_model", "onnx.export", "onnx.verify", "onnx.benchmark"]
 _LATER = ["oneshot", "analysis", "optimize"]
 
 

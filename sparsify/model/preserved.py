@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from typing import Any
 
 import torch
 from torch import nn
@@ -55,6 +56,41 @@ def preserved_rng(model: nn.Module) -> Iterator[None]:
     """The random state as it was, after the block: that of the CPU and of the CUDA devices that `model` is on."""
     with preserved(model, modes=False, buffers=False, grads=False, requires_grad=False):
         yield
+
+
+@contextmanager
+def restored_on_error(model: nn.Module) -> Iterator[None]:
+    """Where the block raises, Ctrl-C included, `model` is what it was: the class, attributes, children, parameters and
+    buffers of every module, and what tensor each parameter holds.
+
+    For changes of structure. Values that are written into a tensor stay written.
+    """
+    modules = list(model.modules())
+    kept = [(module, type(module), dict(module.__dict__), _registries(module)) for module in modules]
+    tensors = [(p, p.data, p.grad, p.requires_grad) for p in model.parameters()]
+    try:
+        yield
+    except BaseException:
+        for module, cls, attributes, registries in kept:
+            module.__class__ = cls
+            module.__dict__.clear()
+            module.__dict__.update(attributes)
+            for name, content in registries.items():
+                held: Any = module.__dict__[name]
+                held.clear()
+                held.update(content)
+        for parameter, data, grad, trained in tensors:
+            parameter.grad = None
+            parameter.data = data
+            parameter.requires_grad = trained
+            parameter.grad = grad
+        raise
+
+
+def _registries(module: nn.Module) -> dict[str, Any]:
+    """Copies of where torch keeps what belongs to a module."""
+    names = ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set")
+    return {name: module.__dict__[name].copy() for name in names}
 
 
 def eval_mode_(model: nn.Module) -> None:

@@ -20,6 +20,7 @@ from sparsify.model.optimizer_hooks import innermost_optimizer
 from sparsify.model.targets import named_modules
 from sparsify.model.wrappers import by_clean_name, is_distributed
 from sparsify.pruning.groups import ChannelGroups
+from sparsify.pruning.resized import note_resized, own_shapes
 
 __all__: list[str] = []
 
@@ -268,6 +269,7 @@ def remove(model: nn.Module, removal: Removal, optimizer: Any = None) -> None:
     modules = {"": model, **named_modules(model)}
     several = optimizer if isinstance(optimizer, list | tuple) else () if optimizer is None else (optimizer,)
     optimizers = [innermost_optimizer(one) for one in several]
+    sizes = own_shapes(model)
     with torch.no_grad():
         # All that can fail comes first: from here on objects are only put in their places.
         parameters: list[tuple[Tensor, Tensor, Tensor | None]] = []
@@ -293,6 +295,7 @@ def remove(model: nn.Module, removal: Removal, optimizer: Any = None) -> None:
                 setattr(modules[path], key, value)
         if removal.config:
             _replace_config(model, removal.config, undo)
+        note_resized(model, sizes, removal.attributes, removal.config, undo)
     except BaseException:
         for back in reversed(undo):
             back()

@@ -130,6 +130,11 @@ class FakeQuantize(nn.Module):
         # A tensor that layers share for a moment is nothing to copy or to save.
         return {**self.__dict__, "_held": None}
 
+    @property
+    def producer(self) -> nn.Module | None:
+        """The module that gives the tensor."""
+        return None if self._producer is None else self._producer[0]
+
     def extra_repr(self) -> str:
         kind = f"{'int' if self.symmetric else 'uint'}{self.bits}"
         return f"{kind}{', after ReLU' if self.relu else ''}{'' if self.observing else ', frozen'}"

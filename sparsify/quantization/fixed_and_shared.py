@@ -25,6 +25,7 @@ class FixedQuantize(FakeQuantize):
 
     def __init__(self, name: str, *, function: str, **options: Any) -> None:
         super().__init__(name, **{**options, "observer": "moving_average"})
+        self.function = function
         scale, zero_point = FIXED[function]
         self.scale.fill_(scale)
         self.zero_point.fill_(zero_point)
@@ -53,6 +54,11 @@ class SameGrid(nn.Module):
         super().__init__()
         # In a tuple so that it is no child.
         self._quantizer = (quantizer,)
+
+    @property
+    def quantizer(self) -> FakeQuantize:
+        """The quantizer of the other place."""
+        return self._quantizer[0]
 
     @property
     def gate(self) -> str | None:

@@ -95,6 +95,11 @@ class Watched(Converted):
         """True if the trace has operations of its own that are quantized."""
         return bool(self._counts)
 
+    @property
+    def operation_counts(self) -> dict[str, int]:
+        """How many operations of each kind the trace has."""
+        return dict(self._counts)
+
     def _watch(self, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The result of the user's `forward`, its operations watched."""
         watch = _ForwardMode(self)

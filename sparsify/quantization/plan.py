@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
@@ -19,13 +19,16 @@ from torch import Tensor, nn
 from sparsify.errors import StateError
 from sparsify.model.preserved import eval_mode_, preserved
 from sparsify.model.targets import named_modules
+from sparsify.output.json_values import EXACT, from_json_object
 from sparsify.quantization.attention import FORMS, disable_fast_path, quantize_attention
 from sparsify.quantization.conversion import convert_, is_norm_and_more, is_weighted, restore_layers
 from sparsify.quantization.fake_quantize import FakeQuantize
-from sparsify.quantization.fixed_and_shared import FixedQuantize, SameGrid
+from sparsify.quantization.fixed_and_shared import FIXED, FixedQuantize, SameGrid
 from sparsify.quantization.forward_ops import Watched, switched_off, watch
 from sparsify.quantization.layers import WEIGHTED, QuantizedLayer, QuantizedNorm
 from sparsify.quantization.learned_step import LearnedQuantize
+from sparsify.quantization.observers import Observer
+from sparsify.quantization.straight_through import GATES
 from sparsify.quantization.weight_grid import WEIGHT_STEP, learned_step, weight_of
 from sparsify.quantization.wiring import Converted, add_child, wiring_of
 
@@ -60,6 +63,8 @@ class QuantizerSite:
         percentile: of the observer of that name.
         fixed: the function before it, where the grid is that function's: "tanh".
     """
+
+    __pydantic_config__ = EXACT
 
     module: str
     child: str
@@ -98,6 +103,8 @@ class LayerPlan:
         affine: whether a zero point stands beside each scale, and the integers are 0..2 q_max + 1.
     """
 
+    __pydantic_config__ = EXACT
+
     name: str
     axis: int | None
     q_max: int
@@ -119,6 +126,8 @@ class NormPlan:
         q_max: the largest integer, which every channel has for a weight.
     """
 
+    __pydantic_config__ = EXACT
+
     name: str
     source: str
     rank: int
@@ -134,6 +143,8 @@ class Unquantized:
         why: the reason, for the user.
         unasked: whether it has weights and the recipe does not leave it out.
     """
+
+    __pydantic_config__ = EXACT
 
     what: str
     why: str
@@ -155,6 +166,8 @@ class QuantizationPlan:
             and "<name>.out_proj".
         alone: the BatchNorms that compute in integers by themselves.
     """
+
+    __pydantic_config__ = EXACT
 
     layers: tuple[LayerPlan, ...] = ()
     sites: tuple[QuantizerSite, ...] = ()
@@ -194,23 +207,16 @@ class QuantizationPlan:
         try:
             if state["format"] != PLAN_FORMAT:
                 raise StateError(f"the plan has format {state['format']!r}; this sparsify reads {PLAN_FORMAT}.")
-            return cls(
-                layers=tuple(LayerPlan(**_field_names(layer)) for layer in state["layers"]),
-                sites=tuple(
-                    QuantizerSite(**{**_field_names(site), "readers": tuple(site["readers"])})
-                    for site in state["sites"]
-                ),
-                watched={path: dict(counts) for path, counts in state["watched"].items()},
-                norms=tuple(state["norms"]),
-                slow=tuple(state["slow"]),
-                left=tuple(Unquantized(**left) for left in state["left"]),
-                attentions=tuple(state.get("attentions", ())),
-                alone=tuple(NormPlan(**_field_names(norm)) for norm in state.get("alone", ())),
-            )
-        except (KeyError, TypeError, AttributeError) as error:
+            parts = {name: value for name, value in state.items() if name != "format"}
+            for name in ("layers", "sites", "alone"):
+                parts[name] = [_field_names(part) for part in parts.get(name, ())]
+            plan = from_json_object(cls, parts)
+            _refuse_impossible(plan)
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise StateError(
                 f"the state holds no plan of quantized layers: {error!r}. Load a manager's state."
             ) from error
+        return plan
 
     def __str__(self) -> str:
         line = f"{len(self.layers)} layers and {len(self.sites)} tensors quantized, {len(self.folds)} BatchNorms folded"
@@ -233,6 +239,20 @@ def _field_names(saved: Mapping[str, Any]) -> dict[str, Any]:
     return {names.get(name, name): value for name, value in saved.items()}
 
 
+def _refuse_impossible(plan: QuantizationPlan) -> None:
+    """Refuses numbers and names that no plan has, with a ValueError: a state may come from anywhere."""
+    for site in plan.sites:
+        fits = 2 <= site.bits <= 8 and site.observer in get_args(Observer) and site.gate in (None, *GATES)
+        if not (fits and site.fixed in (None, *FIXED) and site.child.endswith("_quantizer") and "." not in site.child):
+            raise ValueError(f"{site} is no quantizer")
+    for layer in plan.layers:
+        if not (0 <= layer.q_max <= 127 and layer.block >= 0 and layer.axis in (None, 0, 1)):
+            raise ValueError(f"{layer} is no layer")
+    for norm in plan.alone:
+        if not (1 <= norm.q_max <= 127 and 3 <= norm.rank <= 5):
+            raise ValueError(f"{norm} is no layer")
+
+
 def check_plan(model: nn.Module, plan: QuantizationPlan, *, again: bool = False) -> None:
     """Refuses a plan that was made for another model.
 
@@ -247,7 +267,9 @@ def check_plan(model: nn.Module, plan: QuantizationPlan, *, again: bool = False)
     modules: dict[str, Any] = {"": model, **named_modules(model)}
     wanted = {layer.name for layer in plan.layers} | {site.module for site in plan.sites} | set(plan.watched)
     made = {f"{name}.{one}" for name in plan.attentions for one in plan.projections(name)}
-    wanted |= set(plan.norms) | set(plan.slow) | set(plan.attentions)
+    wanted |= set(plan.norms) | set(plan.slow) | set(plan.attentions) | {norm.name for norm in plan.alone}
+    wanted |= {one for site in plan.sites for one in (*site.readers, site.producer) if one is not None}
+    wanted |= set(plan.folds.values())
     missing = sorted(name for name in wanted - made if name not in modules)
     if missing:
         raise StateError(
@@ -269,6 +291,11 @@ def check_plan(model: nn.Module, plan: QuantizationPlan, *, again: bool = False)
                 f"{layer.name} is a {type(modules[layer.name]).__name__}, not one of "
                 f"{', '.join(cls.__name__ for cls in WEIGHTED)}: it is quantized already, or the plan is of another "
                 "model."
+            )
+    for site in plan.sites:
+        if site.module in modules and site.child in modules[site.module]._modules and not again:
+            raise StateError(
+                f"{site.name} is there already: {type(model).__name__} is quantized, or the plan is of another model."
             )
 
 
@@ -294,9 +321,12 @@ def apply_plan(model: nn.Module, plan: QuantizationPlan) -> None:
         disable_fast_path(modules[name])
     for layer in plan.layers:
         _wire_layer(layer, modules)
-    quantizers: dict[str, FakeQuantize] = {}
+    # All of them first: one that leaves the work to another may stand before it.
+    quantizers = {site.name: _made_quantizer(site, modules) for site in plan.sites if site.shared_with is None}
     for site in plan.sites:
-        quantizers[site.name] = _place_quantizer(site, modules, quantizers)
+        if site.shared_with is not None:
+            quantizers[site.name] = quantizers[site.shared_with]
+        _place_quantizer(site, modules, quantizers[site.name])
     for layer in plan.layers:
         if layer.source is not None:
             wiring_of(modules[layer.name]).source = quantizers[layer.source]
@@ -327,15 +357,9 @@ def _wire_layer(layer: LayerPlan, modules: Mapping[str, nn.Module]) -> None:
         wiring_of(norm).layer = module
 
 
-def _place_quantizer(
-    site: QuantizerSite, modules: Mapping[str, nn.Module], quantizers: Mapping[str, FakeQuantize]
-) -> FakeQuantize:
-    """Adds the quantizer of one site, and gives it: a new one, or that of the site that it is shared with."""
+def _made_quantizer(site: QuantizerSite, modules: Mapping[str, nn.Module]) -> FakeQuantize:
+    """The quantizer of one site that has its own."""
     module = modules[site.module]
-    convert_(module)
-    if site.shared_with is not None:
-        add_child(module, site.child, SameGrid(quantizers[site.shared_with]))
-        return quantizers[site.shared_with]
     made: Callable[..., FakeQuantize] = LearnedQuantize if site.observer == "lsq" else FakeQuantize
     if site.fixed is not None:
         made = partial(FixedQuantize, function=site.fixed)
@@ -352,13 +376,21 @@ def _place_quantizer(
         percentile=site.percentile,
         producer=None if site.producer is None else modules[site.producer],
     )
-    quantizer.to(_device(module, modules[""])).train(module.training)
+    return quantizer.to(_device(module, modules[""])).train(module.training)
+
+
+def _place_quantizer(site: QuantizerSite, modules: Mapping[str, nn.Module], quantizer: FakeQuantize) -> None:
+    """Puts the quantizer of one site in its place; where it is that of another site, what leaves the work to it."""
+    module = modules[site.module]
+    convert_(module)
+    if site.shared_with is not None:
+        add_child(module, site.child, SameGrid(quantizer))
+        return
     add_child(module, site.child, quantizer)
     for reader in site.readers:
         wiring_of(modules[reader]).shared = quantizer
     if site.readers:
         quantizer.readers = 1 + len(site.readers)
-    return quantizer
 
 
 def unquantized(model: nn.Module) -> dict[str, str]:

@@ -19,6 +19,7 @@ from sparsify.modifiers.run_log import ScalarWriter
 from sparsify.modifiers.schedule import Clock
 from sparsify.recipe import Recipe, read_recipe
 from sparsify.recipe.recipe import Modifiers, Source, Variables
+from sparsify.training.applied_recipes import note_recipe
 from sparsify.training.checkpoint import Seal
 from sparsify.training.given_optimizers import GivenOptimizers, OneOrMoreOptimizers, given_optimizers
 from sparsify.training.phases import Phase, is_quantizing, phase_at
@@ -454,6 +455,7 @@ class ScheduledModifierManager:
             self._last_state = session.state_dict()
         finally:
             session.finish()
+        note_recipe(session.model, self._recipe.to_yaml())
         self._session = None
 
     # ------------------------------------------------------------------ how far it is
