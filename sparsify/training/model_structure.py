@@ -340,11 +340,11 @@ def load_values(model: nn.Module, structure: SavedStructure, values: Callable[[s
     used: set[int] = set()
     for name, names in groups.items():
         saved = structure.tensors[name]
-        owner, key = _place_of(modules, name)
+        owner, key = _holder_of(modules, name)
         old = (owner._parameters if saved.kind == "parameter" else owner._buffers).get(key)
         device = home if old is None or old.is_meta else old.device
         if saved.memory_of is not None:
-            first, first_key = _place_of(modules, saved.memory_of)
+            first, first_key = _holder_of(modules, saved.memory_of)
             data = getattr(first, first_key).detach()
         else:
             data = _laid_out(values(name), saved, device)
@@ -356,7 +356,7 @@ def load_values(model: nn.Module, structure: SavedStructure, values: Callable[[s
             tensor = _refilled(old, data, saved.trained)
         used.add(id(tensor))
         for alias in names:
-            owner, key = _place_of(modules, alias)
+            owner, key = _holder_of(modules, alias)
             if saved.kind == "parameter":
                 owner._parameters[key] = tensor  # type: ignore[assignment]
             elif key in owner._buffers:
@@ -510,7 +510,7 @@ def _quantize(model: nn.Module, quantized: SavedQuantization) -> None:
             wiring.enabled, wiring.frozen = name not in quantized.unrounded, name in quantized.frozen_norms
 
 
-def _place_of(modules: Mapping[str, nn.Module], name: str) -> tuple[nn.Module, str]:
+def _holder_of(modules: Mapping[str, nn.Module], name: str) -> tuple[nn.Module, str]:
     path, _, key = name.rpartition(".")
     return modules[path], key
 
