@@ -97,7 +97,7 @@ class Watched(Converted):
 
     @property
     def operation_counts(self) -> dict[str, int]:
-        """How many operations of each kind the trace has."""
+        """The number of operations of each kind that the trace has."""
         return dict(self._counts)
 
     def _watch(self, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
