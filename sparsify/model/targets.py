@@ -225,6 +225,37 @@ class Held:
         return {name: parameter for name, parameter in found if parameter is not None}
 
 
+def still_there(parameters: Mapping[str, nn.Parameter], names: Iterable[str], *, where: str) -> dict[str, nn.Parameter]:
+    """Those of `parameters` that were resolved as `names` before.
+
+    Raises:
+        TargetError: one is no longer among them.
+    """
+    names = list(names)
+    for name in names:
+        if name not in parameters:
+            raise TargetError(
+                f"{where}: {name!r} is no longer a parameter of the model: its layer was replaced since modify(). Call "
+                "finalize() before layers are replaced, and modify() afterwards."
+            )
+    return {name: parameters[name] for name in names}
+
+
+def refuse_without_values(model: nn.Module, named: Iterable[nn.Parameter | nn.Module], *, where: str) -> None:
+    """Checks that what was named is not on the meta device.
+
+    Raises:
+        TargetError: a parameter is; the message names it.
+    """
+    meant = {id(p) for one in named for p in ([one] if isinstance(one, nn.Parameter) else one.parameters())}
+    for name, parameter in named_parameters(model).items():
+        if parameter.is_meta and id(parameter) in meant:
+            raise TargetError(
+                f"{where}: {name!r} is on the meta device and holds no values. Give it some before modify(), with "
+                "load_state_dict(assign=True) or to_empty() and its own initialization."
+            )
+
+
 def refuse_unusable(parameters: Mapping[str, Tensor], *, where: str, values: bool = True) -> None:
     """Checks that weights can be ranked and masked.
 

@@ -280,7 +280,7 @@ class Gradual(Active):
         self.run.masker.refresh()
         parameters = targets.named_parameters(self.run.model)
         if self.point is None or late:
-            self._start({name: parameters[name] for name in late or self.finals})
+            self._start(targets.still_there(parameters, late or self.finals, where=type(self.modifier).__name__))
         progress = self.modifier.window.progress(point)
         self._prune({name: parameters[name] for name in self.initials}, progress, clock)
         self.point = point

@@ -100,7 +100,8 @@ class _Constant(Active):
             masker.refresh()
             parameters = targets.named_parameters(self.run.model)
             masks = {}
-            for name in trainable({name: parameters[name] for name in self.names}, type(self.modifier).__name__):
+            who = type(self.modifier).__name__
+            for name in trainable(targets.still_there(parameters, self.names, where=who), who):
                 mask = parameters[name].detach() != 0
                 masks[name] = mask & masker.masks[name] if name in masker else mask
             distributed.check_same(masks)

@@ -156,7 +156,8 @@ class Moving(Active, ABC):
             # Asked again: channels may have been removed since.
             who = type(self.modifier).__name__
             fitting(self.run.model, self.finals, self.mask_type, where=who, strict=True, said_input_dims=self.said)
-            self.names = list(trainable(self._parameters(), who))
+            there = targets.still_there(self._parameters(), self.names, where=who)
+            self.names = list(trainable(there, who))
             self.frozen = [name for name in self.finals if name not in self.names]
         if late:
             self.begin({name: p for name, p in self._parameters().items() if name in late}, point, clock)

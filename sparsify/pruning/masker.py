@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import math
+import warnings
 from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import LBFGS, Optimizer
 
-from sparsify.errors import StateError, TargetError, did_you_mean
+from sparsify.errors import SparsifyWarning, StateError, TargetError, did_you_mean
 from sparsify.model import distributed, sharding, targets
 from sparsify.model.masked_memory import bits_of, has_bits, kept_bits, zero_masked_rows_
 from sparsify.model.optimizer_state import reset_where
@@ -81,6 +82,8 @@ class Masker:
         self._kept: dict[str, Tensor] = {}
         self._dense: set[str] = set()
         self._owners: dict[str, tuple[nn.Module, str]] = {}
+        # What stands on the way from the model to each masked parameter: a dictionary, a key, and what is there.
+        self._ways: list[tuple[dict[str, Any], str, object]] | None = None
 
     def __contains__(self, name: str) -> bool:
         return name in self._masks
@@ -114,6 +117,7 @@ class Masker:
         mask = sharding.laid_out(mask, parameter)
         self._masks[name] = mask
         self._zeros.pop(name, None)
+        self._ways = None
         if not sharding.is_sharded(mask):
             self._zeros[name] = mask.numel() - int(mask.count_nonzero())
         self._changed(name)
@@ -159,14 +163,80 @@ class Masker:
         """Leaves the gradients of these parameters alone, which are trained where they are masked, or no longer."""
         self._dense = self._dense | set(names) if keep else self._dense - set(names)
 
+    def note_ways(self) -> None:
+        """Notes the way to every masked parameter, where masks were set since: what `follow` compares with."""
+        if self._ways is None:
+            self._ways = self._find_ways()
+
+    def follow(self) -> None:
+        """Looks the masked parameters up again where a module or a parameter on the way to one was replaced since
+        `note_ways`: a new head, adapters merged. Costs a dictionary's look-up for each module and parameter.
+
+        Raises:
+            StateError: one is missing now, or has another shape.
+        """
+        for held, key, there in self._ways or ():
+            if held.get(key) is not there:
+                self.refresh()
+                for name in self._masks:
+                    problem = self._why_not_masked(name)
+                    if problem is not None:
+                        raise StateError(
+                            f"{problem} Call finalize() before masked layers are replaced, resized or merged, and "
+                            "modify() afterwards, with an optimizer of the new parameters."
+                        )
+                self.note_ways()
+                return
+
+    def _find_ways(self) -> list[tuple[dict[str, Any], str, object]]:
+        wanted = {id(self._owners[name][0]) for name in self._masks if name in self._owners}
+        ways: dict[tuple[int, str], tuple[dict[str, Any], str, object]] = {}
+        for path, module in self.model.named_modules():
+            if id(module) in wanted:
+                holder: Any = self.model
+                for part in path.split(".") if path else ():
+                    child = holder._modules[part]
+                    ways[id(holder), part] = (holder._modules, part, child)
+                    holder = child
+        for name in self._masks:
+            if name in self._owners:
+                module, own = self._owners[name]
+                ways[id(module), f".{own}"] = (module._parameters, own, module._parameters.get(own))
+        return list(ways.values())
+
+    def _why_not_masked(self, name: str) -> str | None:
+        """The reason why the mask of this name fits no parameter any longer, or None."""
+        if name not in self._owners:
+            return f"{name!r} is masked, and no longer a parameter of {type(self.model).__name__}: it was replaced."
+        module, own = self._owners[name]
+        parameter, mask = module._parameters[own], self._masks[name]
+        if parameter is not None and parameter.shape != mask.shape:
+            return (
+                f"{name!r} now has shape {tuple(parameter.shape)}, its mask {tuple(mask.shape)}: the parameter was "
+                "replaced."
+            )
+        return None
+
     def finalize(self) -> None:
-        """Bakes the masks in as +0.0 and forgets them. May be called twice."""
+        """Bakes the masks in as +0.0 and forgets them, with a warning where their parameters were replaced. May be
+        called twice."""
+        if self._masks:
+            self.refresh()
+        replaced = [problem for name in self.names if (problem := self._why_not_masked(name)) is not None]
         for name in self.names:
-            place = self._place(name)
-            if not place.here.is_meta:
-                with torch.no_grad():
-                    place.here.masked_fill_(~place.mask, 0.0)
+            if self._why_not_masked(name) is None:
+                place = self._place(name)
+                if not place.here.is_meta:
+                    with torch.no_grad():
+                        place.here.masked_fill_(~place.mask, 0.0)
             self._forget(name)
+        if replaced:
+            warnings.warn(
+                f"{len(replaced)} mask{'s fit' if len(replaced) > 1 else ' fits'} no parameter any longer, and what "
+                f"stands there now is left as it is: {' '.join(replaced[:3])}{' ...' if len(replaced) > 3 else ''}",
+                SparsifyWarning,
+                stacklevel=2,
+            )
 
     def apply_to(self, model: nn.Module) -> None:
         """Masks another model with the same parameter names: an EMA or SWA copy.
@@ -217,6 +287,7 @@ class Masker:
         sharding.reshard(self.model)
         self._owners = {name: (module, attribute) for name, module, attribute in targets.owners(self.model)}
         self._places.clear()
+        self._ways = None
 
     def check(self) -> None:
         """Looks every masked parameter up again.
@@ -225,13 +296,11 @@ class Masker:
             TargetError: one is missing. StateError: one has another shape. DataError: one holds NaN or infinity.
         """
         self.refresh()
-        for name, mask in self._masks.items():
+        for name in self._masks:
             parameter = self._find(name)
-            if parameter.shape != mask.shape:
-                raise StateError(
-                    f"{name!r} now has shape {tuple(parameter.shape)}, its mask {tuple(mask.shape)}: the parameter was "
-                    "replaced. Remove the mask, or load a model of the shape that was pruned."
-                )
+            problem = self._why_not_masked(name)
+            if problem is not None:
+                raise StateError(f"{problem} Remove the mask, or load a model of the shape that was pruned.")
             targets.refuse_unusable({name: parameter}, where="masks")
 
     def sparsity(self) -> dict[str, float]:
@@ -280,6 +349,7 @@ class Masker:
 
     def _forget(self, name: str) -> None:
         del self._masks[name]
+        self._ways = None
         self._zeros.pop(name, None)
         self._changed(name)
 

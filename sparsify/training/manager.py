@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from sparsify.errors import ArgumentError, SparsifyWarning, StateError
 from sparsify.model.gradients import GradSampler
 from sparsify.model.signature import InputsLike, check_module
+from sparsify.model.targets import refuse_without_values
 from sparsify.model.wrappers import unwrapped
 from sparsify.modifiers.base import Modifier
 from sparsify.modifiers.run_log import ScalarWriter
@@ -547,6 +548,9 @@ class ScheduledModifierManager:
             # What is no error is said once, by the modifier that is attached below.
             warnings.simplefilter("ignore", SparsifyWarning)
             self._recipe.check(unwrapped(model))
+            for modifier in self.modifiers:
+                where = type(modifier).__name__
+                refuse_without_values(unwrapped(model), modifier.targets(unwrapped(model)).values(), where=where)
         session = Session(
             self._recipe.written,
             self.modifiers,

@@ -202,6 +202,7 @@ class Session:
             )
         if self.carried.unsettled:
             self.carried.settle()
+        self.masker.follow()
         if not closure:
             self._refuse_waiting()
         run, optimizer = self._run, self._optimizers[index]
@@ -280,9 +281,11 @@ class Session:
         """Puts in force what is due at the timer's clock; nothing while the model's structure is of another time."""
         if self.carried.waits_for is not None:
             return
+        self.masker.follow()
         clock = self.timer.clock()
         for update in self._updates:
             update(clock)
+        self.masker.note_ways()
         self.ledger.update(clock)
 
     # ------------------------------------------------------------------ structure
