@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping, MutableMapping
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, get_args
@@ -334,12 +334,41 @@ def apply_plan(model: nn.Module, plan: QuantizationPlan) -> None:
         wiring = wiring_of(modules[norm.name])
         wiring.source, wiring.rank, wiring.q_max = quantizers[norm.source], norm.rank, norm.q_max
     setattr(model, UNQUANTIZED, {left.what: left.why for left in plan.left})
+    if added_keys_last not in model._state_dict_hooks.values():
+        model._register_state_dict_hook(added_keys_last)  # type: ignore[no-untyped-call]
+
+
+def added_keys_last(module: nn.Module, state: MutableMapping[str, Any], prefix: str, metadata: object) -> None:
+    """A hook of a quantized model's state_dict: what quantization has added stands behind the model's own keys.
+
+    Averages of weights pair two state_dicts by position (ModelEmaV2 and V3 of timm). A function of the model alone, so
+    that a copy of the model, which has its hooks, gives the same order.
+    """
+    added = {
+        f"{prefix}{path}.{child}" if path else f"{prefix}{child}"
+        for path, layer in module.named_modules()
+        if isinstance(layer, Converted)
+        for child in wiring_of(layer).children
+    }
+    for key in [key for key in state if _lies_in(key.rpartition(".")[0], added)]:
+        state[key] = state.pop(key)
+
+
+def _lies_in(path: str, paths: Container[str]) -> bool:
+    while path:
+        if path in paths:
+            return True
+        path = path.rpartition(".")[0]
+    return False
 
 
 def undo_plan(model: nn.Module) -> None:
     """The inverse of `apply_plan`: classes, children and attributes below `model` are as they were before."""
     restore_layers(model)
     model.__dict__.pop(UNQUANTIZED, None)
+    for number, hook in list(model._state_dict_hooks.items()):
+        if hook is added_keys_last:
+            del model._state_dict_hooks[number]
 
 
 def _wire_layer(layer: LayerPlan, modules: Mapping[str, nn.Module]) -> None:

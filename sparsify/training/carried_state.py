@@ -135,6 +135,12 @@ class CarriedState:
             self._written = (found, {**found, "fingerprint": self._seal.fingerprint, "checksum": checksum(found)})
         return self._written[1]
 
+    @property
+    def structure_checksum(self) -> str:
+        """The checksum of the model's structure."""
+        found: str = self._structure()["checksum"]
+        return found
+
     def _into_model(self, module: nn.Module, state: Mapping[str, Any], prefix: str, metadata: dict[str, Any]) -> None:
         step = self._owner.step if self.waits_for is None else self.waits_for
         metadata[CARRIED] = {"step": step, "structure": self._structure()}

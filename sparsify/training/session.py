@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from sparsify.errors import SparsifyWarning, StateError
-from sparsify.model.gradients import GradSampler
+from sparsify.model.agreement import Agreement
+from sparsify.model.gradients import GradSampler, sampling
 from sparsify.model.optimizer_hooks import ModelCallback, StepHooks, innermost_optimizer, skips_step
 from sparsify.model.signature import CallArguments, InputsLike, call_arguments
 from sparsify.model.targets import named_parameters
@@ -112,6 +113,7 @@ class Session:
             self.model, self._modifiers, self.masker, self._stateful, self.inputs, self._resized
         )
         self.carried = CarriedState(self, self.model, self._optimizer, seal)
+        self.agreement = Agreement(self._place)
         self._run = run = Run(
             model=self.model,
             optimizer=self._optimizer,
@@ -177,11 +179,16 @@ class Session:
         else:
             # Nothing of epoch 0 before it: that would prune weights which have trained on since.
             self.carried.load(state)
+        if self._given is not None and any(m.kind in ("pruning", "quantization", "structure") for m in self._modifiers):
+            self.agreement.begin()
+        if self.agreement.due:
+            begins = ModelCallback(self._forward_begins)
+            self._handles.append(self.model.register_forward_pre_hook(begins, prepend=True))
         return None if self._given is None else self._given.returned([hooks.given for hooks in self.hooks])
 
     def finish(self) -> None:
         """Removes hooks, detaches modifiers and applies masks for good; each of them, also where another one raises."""
-        undo: list[Callable[[], object]] = [self.channels.settle, self.inputs.close]
+        undo: list[Callable[[], object]] = [self.channels.settle, self.inputs.close, self.agreement.end]
         undo += (handle.remove for handle in self._handles)
         undo += [hooks.remove for hooks in self.hooks]
         undo += [active.detach for active in reversed(self.actives.values())]
@@ -202,6 +209,8 @@ class Session:
             )
         if self.carried.unsettled:
             self.carried.settle()
+        if self.agreement.due:
+            self.agreement.attend()
         self.masker.follow()
         if not closure:
             self._refuse_waiting()
@@ -261,6 +270,15 @@ class Session:
             self.timer.tick()
             self._seen = None
             self.update()
+
+    def _forward_begins(self, *_: object) -> None:
+        # Ranges of activations are compared in the forward already. An evaluation may run on one rank alone.
+        if self.agreement.due and torch.is_grad_enabled() and not sampling():
+            self.agreement.attend()
+
+    def _place(self) -> str:
+        """The step and the structure, which are the same on every rank."""
+        return f"step {self.timer.step} (structure {self.carried.structure_checksum[:8]})"
 
     def _refuse_waiting(self) -> None:
         if self.inputs.awaited:
@@ -327,6 +345,7 @@ class Session:
         removals = self.channels.outstanding(state["removals"], self.channels.shapes())
         for key, saved in state["modifiers"].items():
             self.actives[key].check_state(saved)
+        self.agreement.call()
         for removal in removals:
             self.channels.remove(removal)
         for key, saved in state["modifiers"].items():
@@ -415,6 +434,7 @@ class Session:
             self._check_masks(state["masks"], shapes)
             for key, one in saved.items():
                 self.actives[key].check_state(one)
+        self.agreement.call()
         self.timer.load_state_dict(state)
         # Structure first: what follows is about parameters as they are then.
         for removal in removals:

@@ -316,3 +316,35 @@ def test_a_model_inside_another_brings_its_structure() -> None:
     again = at_work(Residual, seed=3)
     nn.ModuleDict({"net": again["model"], "more": nn.Linear(2, 2)}).load_state_dict(saved)
     assert_same_state(again["model"].state_dict(), parts["model"].state_dict(), "in another")
+
+
+# ---------------------------------------------------------------------------------------------- order and copies
+
+
+def quantized_run(kind: Any, observer: str = "moving_average") -> dict[str, Any]:
+    scheme: Any = {"weights": {"observer": "lsq"}} if observer == "lsq" else None
+    parts = at_work(kind, recipe=[QuantizationModifier(start_epoch=1.0, scheme=scheme)])
+    go_on(parts, range(5))
+    return parts
+
+
+@pytest.mark.parametrize("observer", ["moving_average", "lsq"])
+@pytest.mark.parametrize("kind", [Residual, Encoder])
+def test_keys_that_quantization_adds_stand_behind_the_models_own(kind: Any, observer: str) -> None:
+    parts = quantized_run(kind, observer)
+    own, found = list(prunable.made(kind).state_dict()), list(parts["model"].state_dict())
+    assert found[: len(own)] == own and len(found) > len(own)
+    assert list(copy.deepcopy(parts["model"]).state_dict()) == found
+    inside = list(nn.Sequential(parts["model"], nn.Linear(1, 1)).state_dict())
+    assert inside == [f"0.{key}" for key in found] + ["1.weight", "1.bias"]
+    parts["manager"].finalize()
+    assert list(parts["model"].state_dict()) == found
+
+
+def test_a_state_dict_is_in_the_order_it_had_where_quantization_is_undone() -> None:
+    parts = at_work(Residual, recipe=[QuantizationModifier(start_epoch=1.0)])
+    saved = reloaded(**states_of(parts))
+    go_on(parts, range(5))
+    parts["manager"].load_state_dict(saved["manager"])
+    assert list(parts["model"].state_dict()) == list(saved["model"])
+    assert len(parts["model"]._state_dict_hooks) == 1

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import re
+import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -103,6 +106,73 @@ def test_ranges_of_activations_are_the_same_on_both_ranks(observe: Callable[[int
     assert any("scale" in name for name in first)
     for name in first:
         assert torch.equal(first[name], second[name]), name
+
+
+def _said(rank: int, folder: str, steps: Callable[[], None]) -> None:
+    began = time.monotonic()
+    try:
+        steps()
+    except StateError as error:
+        (Path(folder) / f"{rank}.txt").write_text(f"{time.monotonic() - began:.1f} s: {error}")
+
+
+def _loads_on_one(rank: int, folder: str, *, recipe: str, wrapped: bool, first: int) -> None:
+    """Trains, loads on rank 0 a state of step 6 after `first` steps, and trains on."""
+    given = {"sample_inputs": torch.randn(4, 12)}
+    # In the midst of training no gradients are averaged: that would wait for the other rank, out of our sight.
+    averaged = not wrapped and not first
+    generator = torch.Generator().manual_seed(100 + rank if averaged or wrapped else 100)
+
+    def begin() -> tuple[nn.Module, torch.optim.Optimizer, ScheduledModifierManager]:
+        model = _network()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+        manager = ScheduledModifierManager.from_yaml(recipe)
+        manager.modify(model, optimizer, steps_per_epoch=4, **given)
+        return DistributedDataParallel(model) if wrapped else model, optimizer, manager
+
+    def steps(model: nn.Module, optimizer: torch.optim.Optimizer, count: int) -> None:
+        for _ in range(count):
+            optimizer.zero_grad()
+            model(torch.randn(5, 12, generator=generator)).square().sum().backward()
+            if averaged:
+                ranks.average({n: p.grad for n, p in model.named_parameters() if p.grad is not None})
+            optimizer.step()
+
+    model, optimizer, manager = begin()
+    steps(model, optimizer, 6)
+    state = manager.state_dict()
+    manager.finalize()
+    model, optimizer, manager = begin()
+    steps(model, optimizer, first)
+
+    def resumed() -> None:
+        if rank == 0:
+            manager.load_state_dict(state)
+        steps(model, optimizer, 6)
+
+    try:
+        _said(rank, folder, resumed)
+    finally:
+        manager.finalize()
+
+
+LATE_QAT = "modifiers:\n  - !QuantizationModifier\n    start_epoch: 1.0\n"
+
+
+@pytest.mark.parametrize(
+    ("recipe", "wrapped", "first"),
+    [(RECIPE, True, 0), (LATE_QAT, True, 0), (LATE_QAT, False, 0), (RECIPE, False, 3)],
+    ids=["pruned, DDP", "quantized, DDP", "quantized, bare", "in the midst"],
+)
+def test_a_state_that_is_loaded_on_one_rank_is_an_error_on_both_at_once(
+    recipe: str, wrapped: bool, first: int, tmp_path: Path
+) -> None:
+    on_two_ranks(partial(_loads_on_one, recipe=recipe, wrapped=wrapped, first=first), tmp_path)
+    messages = [path.read_text() for path in sorted(tmp_path.glob("*.txt"))]
+    assert len(messages) == 2, messages
+    for message in messages:
+        assert re.search(r"rank 1 is at step \d .*, rank 0 at step 6 .*loaded on some ranks", message), message
+        assert float(message.split()[0]) < 20.0
 
 
 def _average(rank: int, folder: str) -> None:
