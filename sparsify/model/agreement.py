@@ -20,7 +20,7 @@ __all__: list[str] = []
 
 PATIENCE_S = 60.0
 """Seconds in which all processes must come to a meeting that a process calls in the midst of training."""
-_numbers = itertools.count()
+_run_numbers = itertools.count()
 _live: weakref.WeakSet[Agreement] = weakref.WeakSet()
 
 
@@ -45,7 +45,7 @@ class Agreement:
     def begin(self) -> None:
         """To be called when the run starts: the first meeting is due."""
         if _others():
-            self._number = next(_numbers)
+            self._number = next(_run_numbers)
             self.due = True
             _live.add(self)
 
@@ -60,11 +60,11 @@ class Agreement:
             return
         if not self.due:
             self.due = True
-            _store().add(self._key("called"), 1)
+            _key_value_store().add(self._key("called"), 1)
 
     def attend(self) -> None:
         """Goes to a meeting that is due, or that another process has called."""
-        if self._number is not None and _others() and (self.due or _store().add(self._key("called"), 0)):
+        if self._number is not None and _others() and (self.due or _key_value_store().add(self._key("called"), 0)):
             self.meet()
 
     def meet(self) -> None:
@@ -73,7 +73,7 @@ class Agreement:
         Raises:
             StateError: on every process, where one is elsewhere; on those that came, where one does not come.
         """
-        store, rank, size = _store(), dist.get_rank(), dist.get_world_size()
+        store, rank, size = _key_value_store(), dist.get_rank(), dist.get_world_size()
         place, key = self._place(), self._key
         deadline = time.monotonic() + PATIENCE_S if self._count else None
         if rank == 0:
@@ -120,6 +120,6 @@ def _others() -> bool:
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
-def _store() -> Any:
+def _key_value_store() -> Any:
     # There is no public way to it; torchrun's own tools take this one, seen in torch 2.13.0.
     return dist.distributed_c10d._get_default_store()
