@@ -616,6 +616,22 @@ def test_averaged_weights_are_pruned(kind: str, tmp_path: Path) -> None:
             fitted(tmp_path, recipe_of("int8"), theirs.EMAWeightAveraging(decay=0.9))
 
 
+@pytest.mark.slow
+def test_two_processes_train_and_resume(tmp_path: Path) -> None:
+    # 10 samples in batches of 2 for two processes: 3 steps an epoch in each.
+    def trained(folder: Path, **given: Any) -> Any:
+        fit = prepared(tmp_path, recipe_of("pruning"), every_checkpoint(folder), strategy="ddp_fork", devices=2)
+        fit.trainer.fit(fit.module, **given)
+        last = max(folder.glob("*.ckpt"), key=lambda path: int(path.stem.rpartition("=")[2]))
+        return torch.load(last, weights_only=False)
+
+    whole = trained(tmp_path / "whole")
+    assert whole["global_step"] == whole["sparsify"][""]["manager"]["step"] == 3 * EPOCHS
+    assert whole["sparsify"][""]["progress"]["finished"]
+    resumed = trained(tmp_path / "resumed", ckpt_path=next((tmp_path / "whole").glob("*step=6.ckpt")))
+    assert_same_state(resumed["state_dict"], whole["state_dict"], "resumed")
+
+
 # ---------------------------------------------------------------------- interruptions
 
 
