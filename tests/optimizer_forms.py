@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict, defaultdict
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import nn
@@ -80,3 +82,79 @@ if hasattr(torch.optim, "Muon"):  # torch >= 2.9; takes matrices only
         return torch.optim.Muon([p for p in model.parameters() if p.dim() == 2], lr=0.02)
 
     FORMS["muon"] = _muon
+
+
+class Lookahead(Optimizer):
+    """In the shape of timm's (1.0.31): no `Optimizer.__init__`, and weights are moved after the inner step."""
+
+    def __init__(self, base_optimizer: Optimizer, alpha: float = 0.5, k: int = 2) -> None:
+        self._optimizer_step_pre_hooks, self._optimizer_step_post_hooks = OrderedDict(), OrderedDict()
+        self._base_optimizer = base_optimizer
+        self.param_groups = base_optimizer.param_groups
+        self.defaults = base_optimizer.defaults
+        self.state = defaultdict(dict)
+        for group in self.param_groups:
+            group |= {"lookahead_alpha": alpha, "lookahead_k": k, "lookahead_step": 0}
+
+    def step(self, closure=None):  # type: ignore[no-untyped-def, override]
+        loss = self._base_optimizer.step(closure)
+        with torch.no_grad():
+            for group in self.param_groups:
+                group["lookahead_step"] += 1
+                if group["lookahead_step"] % group["lookahead_k"] == 0:
+                    for fast in group["params"]:
+                        state = self._base_optimizer.state[fast]
+                        slow = state.setdefault("lookahead_slow_buff", fast.clone())
+                        slow.add_(fast - slow, alpha=group["lookahead_alpha"])
+                        fast.copy_(slow)
+        return loss
+
+    def state_dict(self):  # type: ignore[no-untyped-def, override]
+        return self._base_optimizer.state_dict()
+
+    def load_state_dict(self, state_dict):  # type: ignore[no-untyped-def, override]
+        self._base_optimizer.load_state_dict(state_dict)
+        self.param_groups = self._base_optimizer.param_groups
+
+
+class SAM(Optimizer):
+    """As public repositories write it (https://github.com/davda54/sam): perturb, compute gradients again, step."""
+
+    def __init__(self, params: Any, base_optimizer: type[Optimizer], rho: float = 0.05, **kwargs: Any) -> None:
+        super().__init__(params, {"rho": rho, **kwargs})
+        self.base_optimizer = base_optimizer(self.param_groups, **kwargs)
+        self.param_groups = self.base_optimizer.param_groups
+        self.defaults.update(self.base_optimizer.defaults)
+
+    @torch.no_grad()
+    def first_step(self, zero_grad: bool = False) -> None:
+        gradients = [p.grad.norm() for group in self.param_groups for p in group["params"] if p.grad is not None]
+        norm = torch.stack(gradients).norm()
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is not None:
+                    self.state[p]["old_p"] = p.data.clone()
+                    p.add_(p.grad * (group["rho"] / (norm + 1e-12)))
+        if zero_grad:
+            self.zero_grad()
+
+    @torch.no_grad()
+    def second_step(self, zero_grad: bool = False) -> None:
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is not None:
+                    p.data = self.state[p]["old_p"]
+        self.base_optimizer.step()
+        if zero_grad:
+            self.zero_grad()
+
+    @torch.no_grad()
+    def step(self, closure=None):  # type: ignore[no-untyped-def, override]
+        closure = torch.enable_grad()(closure)
+        self.first_step(zero_grad=True)
+        closure()
+        self.second_step()
+
+    def load_state_dict(self, state_dict):  # type: ignore[no-untyped-def, override]
+        super().load_state_dict(state_dict)
+        self.base_optimizer.param_groups = self.param_groups

@@ -61,14 +61,14 @@ def has_bits(tensor: Tensor) -> bool:
     )
 
 
-def bits_of(tensor: Tensor) -> Tensor:
+def integers_of(tensor: Tensor) -> Tensor:
     """The numbers as signed integers of their width, in the same memory; for one that `has_bits`."""
     return tensor.detach().view(_INTEGERS[tensor.dtype.itemsize])
 
 
 def kept_bits(tensor: Tensor, mask: Tensor) -> Tensor:
-    """A mask of all bits for `bits_of(tensor)`: ones where `mask` is True, zeros elsewhere; in its memory format."""
-    return torch.empty_like(bits_of(tensor)).copy_(mask).neg_()
+    """A mask for `integers_of(tensor)`: all bits ones where `mask` is True, zeros elsewhere; in its memory format."""
+    return torch.empty_like(integers_of(tensor)).copy_(mask).neg_()
 
 
 def zero_masked_rows_(gradient: Tensor, mask: Tensor) -> None:

@@ -6,6 +6,8 @@ A copy of the user's object (deepcopy, pickle) works without us: hooks that were
 
 from __future__ import annotations
 
+import functools
+import types
 import weakref
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -16,6 +18,7 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from sparsify.errors import ArgumentError
+from sparsify.model.optimizer_parts import held_optimizers, is_hookable, wrapped_optimizer, wrappers_around
 
 __all__: list[str] = []
 
@@ -120,26 +123,61 @@ class StepHooks:
         self.given: Any = optimizer
         self._handles: list[RemovableHandle] = []
         self._hook: Callback | None = None
-        if not _hookable(self.optimizer):
-            self.given = SteppedOptimizer(optimizer, before, after, loaded, passenger, computed)
-            return
+        self._methods: list[WatchedMethod] = []
+        # True while `optimizer` steps, as far as is known: after a step that raised it stays so until the next one.
+        self._running = False
         # A compiled step would trace our Python: disabled, it is called between the compiled parts (0.2 microseconds).
         self._before, self._after = _uncompiled(before), _uncompiled(after)
         self._loaded, self._passenger = loaded, passenger
         self._computed = computed
+        if not is_hookable(self.optimizer):
+            self.given = SteppedOptimizer(optimizer, self._begins, self._ends, loaded, passenger, computed)
+            return
         self._hook = Callback(self._pre_hook)
+
+    def _begins(self, closure: bool) -> None:
+        self._running = True
+        self._before(closure)
+
+    def _ends(self) -> None:
+        self._after()
+        self._running = False
 
     def _pre_hook(self, _: object, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         # The first argument is the optimizer itself.
         closure = _has_closure(args[1:], kwargs)
-        self._before(closure)
+        self._begins(closure)
         if not closure:
             return None
         watched, named = _watched(args[1:], kwargs, self._computed)
         return (*args[:1], *watched), named
 
+    def _held_pre_hook(self, _: object, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if not self._running:
+            self._before(_has_closure(args[1:], kwargs))
+
+    def _held_post_hook(self, *_: object) -> None:
+        # Inside of a step of `optimizer` its own end comes later.
+        if not self._running:
+            self._after()
+
+    def _attach_around(self) -> None:
+        """Hooks for what steps under another name: SAM's `second_step` steps the optimizer that it holds, and Lookahead
+        moves weights when the one inside has stepped."""
+        for held in held_optimizers(self.optimizer):
+            if is_hookable(held):
+                self._handles.append(held.register_step_pre_hook(Callback(self._held_pre_hook)))
+                self._handles.append(held.register_step_post_hook(Callback(self._held_post_hook)))
+        for wrapper in wrappers_around(self.given) if self._hook is not None else ():
+            # Not due any more, so that masks are applied and nothing else.
+            self._methods.append(WatchedMethod(wrapper, "step", after=self._after))
+        if callable(getattr(self.optimizer, "first_step", None)):
+            # Along gradients that are zero there, masked weights are not perturbed.
+            self._methods.append(WatchedMethod(self.optimizer, "first_step", before=self._computed))
+
     def attach(self) -> None:
         """Hooks in; until then nothing of the optimizer is touched."""
+        self._attach_around()
         if self._hook is None:
             return
         # One by one: what Ctrl-C leaves behind can be removed.
@@ -171,8 +209,59 @@ class StepHooks:
         for handle in self._handles:
             handle.remove()
         self._handles = []
+        for method in self._methods:
+            method.remove()
+        self._methods = []
         if isinstance(self.given, SteppedOptimizer):
             self.given.release()
+
+
+class WatchedMethod:
+    """A method of one object, called with `before` and `after` around it, until it is removed.
+
+    It stays a method: LR schedulers of torch wrap `step`, and ask for the function behind it.
+
+    Args:
+        owner: the object; others of its class are left alone.
+        name: the method's name.
+        before: called before it.
+        after: called after it.
+    """
+
+    def __init__(
+        self,
+        owner: Any,
+        name: str,
+        *,
+        before: Callable[[], None] | None = None,
+        after: Callable[[], None] | None = None,
+    ) -> None:
+        self._owner, self._name = owner, name
+        # A scheduler may have put its own there already.
+        self._own = vars(owner).get(name)
+        method = getattr(owner, name)
+        self._before, self._after = before, after
+
+        @functools.wraps(method)
+        def watched(_: object, *args: object, **kwargs: object) -> Any:
+            if self._before is not None:
+                self._before()
+            result = method(*args, **kwargs)
+            if self._after is not None:
+                self._after()
+            return result
+
+        self._watched = types.MethodType(watched, owner)
+        setattr(owner, name, self._watched)
+
+    def remove(self) -> None:
+        """The object has its method again; where another one was put around it since, ours only passes on."""
+        self._before = self._after = None
+        if vars(self._owner).get(self._name) is self._watched:
+            if self._own is None:
+                delattr(self._owner, self._name)
+            else:
+                setattr(self._owner, self._name, self._own)
 
 
 class PassengerCallback(Callback):
@@ -277,8 +366,8 @@ def innermost_optimizer(optimizer: object, where: str = "optimizer") -> Any:
 
     Some wrappers subclass Optimizer without initializing it (AcceleratedOptimizer of accelerate 1.15), and registering
     a hook on them fails for want of `_optimizer_step_pre_hooks`, as in
-    https://github.com/kozistr/pytorch_optimizer/issues/122; they hold the real one as `.optimizer`. Others are no
-    Optimizer, but share the `param_groups` of one.
+    https://github.com/kozistr/pytorch_optimizer/issues/122; they hold the real one, as `.optimizer` or otherwise.
+    Others are no Optimizer, but share the `param_groups` of one.
 
     Args:
         optimizer: the user's optimizer.
@@ -289,14 +378,10 @@ def innermost_optimizer(optimizer: object, where: str = "optimizer") -> Any:
     """
     inner: Any = optimizer
     seen = set()
-    while not _hookable(inner) and id(inner) not in seen:
+    while inner is not None and not is_hookable(inner) and id(inner) not in seen:
         seen.add(id(inner))
-        deeper = getattr(inner, "optimizer", None)
-        if isinstance(inner, Optimizer) or (
-            isinstance(deeper, Optimizer) and getattr(inner, "param_groups", None) is deeper.param_groups
-        ):
-            inner = deeper
-    if _hookable(inner):
+        inner = wrapped_optimizer(inner)
+    if is_hookable(inner):
         return inner
     if isinstance(optimizer, type) or not (
         callable(getattr(optimizer, "step", None)) and isinstance(getattr(optimizer, "param_groups", None), list)
@@ -335,10 +420,6 @@ def _watched(
         return closure
 
     return tuple(map(watched, args)), {key: watched(argument) for key, argument in kwargs.items()}
-
-
-def _hookable(optimizer: object) -> bool:
-    return isinstance(optimizer, Optimizer) and "_optimizer_step_pre_hooks" in vars(optimizer)
 
 
 def _kind_of(value: object) -> str:

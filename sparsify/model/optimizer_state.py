@@ -17,6 +17,9 @@ __all__: list[str] = []
 _STATE_TYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 # Counts, and products over steps: of the parameter as a whole, also where it has one weight.
 _OF_ALL_WEIGHTS = frozenset({"step", "mu_product", "mu", "eta"})
+# Copies of the weights: of Lookahead's slow ones (timm, pytorch_optimizer, torch_optimizer), and of those that SAM
+# comes back to. Schedule-free optimizers, which have eval(), keep "z", from which the weights are interpolated.
+_WEIGHTS = frozenset({"lookahead_slow_buff", "slow_params", "slow_buffer", "backup_params", "cached_params", "old_p"})
 
 
 def reset_where(optimizer: object, parameter: Tensor, mask: Tensor | None = None) -> None:
@@ -63,7 +66,7 @@ def reset_where(optimizer: object, parameter: Tensor, mask: Tensor | None = None
             value = local(whole)
             if value.shape == here.shape and key not in _OF_ALL_WEIGHTS and _is_plain(value):
                 _reset_masked(value, mask, _initial(key, value, optimizer, parameter))
-    elif any(_is_packed(value) for _, value in _tensors(state)):
+    elif any(is_packed(value) for _, value in _tensors(state)):
         # Both libraries set up the state of a parameter that has none, in `step`:
         # https://github.com/bitsandbytes-foundation/bitsandbytes/blob/main/bitsandbytes/optim/optimizer.py
         # https://github.com/pytorch/ao/blob/main/torchao/optim/adam.py
@@ -117,6 +120,8 @@ def _initial(key: str, value: Tensor | None, optimizer: object, parameter: Tenso
     if key == "ax" and value is not None and value.shape == local(parameter).shape:
         # torch begins with zeros and copies the weights at the first step, while mu is 1; later on it is not.
         return local(parameter)
+    if key in _WEIGHTS or (key == "z" and callable(getattr(optimizer, "eval", None))):
+        return local(parameter)
     if key not in ("step_size", "eta", "sum"):
         return 0.0
     groups = getattr(optimizer, "param_groups", [])
@@ -142,6 +147,6 @@ def _is_plain(value: Tensor) -> bool:
     )
 
 
-def _is_packed(value: Tensor) -> bool:
+def is_packed(value: Tensor) -> bool:
     """True if `value` stands for other numbers than it holds; a single number, a count of steps, does not."""
     return not _is_plain(value) and not value.is_meta and (value.numel() > 1 or type(value) is not Tensor)

@@ -145,7 +145,7 @@ class _Powerpropagation(Active):
         self.held.refresh()
         if self.modifier.alpha != 1.0:
             for parameter in self.held.now().values():
-                reset_where(self.run.optimizers, parameter)
+                reset_where(self.run.masker.optimizer, parameter)
 
     def before_step(self) -> None:
         if not self.at_work or self.within:

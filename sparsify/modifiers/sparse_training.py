@@ -237,7 +237,7 @@ class _ACDC(Moving):
                 if name in masker:
                     masker.remove(name)
                     if modifier.momentum_buffer_reset:
-                        reset_where(self.run.optimizers, parameter)
+                        reset_where(self.run.masker.optimizer, parameter)
             return True
         if any(name not in masker for name in parameters):
             sparsity = next(iter(self.finals.values()), modifier.compression_sparsity)
@@ -348,7 +348,7 @@ class _RigL(Moving):
             grown = mask & ~masker.masks[name]
             masker.set(name, mask)
             if modifier.momentum_buffer_reset:
-                reset_where(self.run.optimizers, parameters[name], ~grown)
+                reset_where(self.run.masker.optimizer, parameters[name], ~grown)
         return True
 
     def begin(self, parameters: Mapping[str, nn.Parameter], point: float, clock: Clock) -> None:

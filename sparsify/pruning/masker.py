@@ -19,7 +19,7 @@ from torch.optim import LBFGS, Optimizer
 
 from sparsify.errors import SparsifyWarning, StateError, TargetError, did_you_mean
 from sparsify.model import distributed, sharding, targets
-from sparsify.model.masked_memory import bits_of, has_bits, kept_bits, zero_masked_rows_
+from sparsify.model.masked_memory import has_bits, integers_of, kept_bits, zero_masked_rows_
 from sparsify.model.optimizer_state import reset_where
 from sparsify.model.wrappers import by_clean_name
 
@@ -150,7 +150,7 @@ class Masker:
             if place.sharded:
                 gradient = sharding.local(gradient)
             if place.kept is not None and has_bits(gradient) and gradient.dtype == place.here.dtype:
-                bits_of(gradient).bitwise_and_(place.kept)
+                integers_of(gradient).bitwise_and_(place.kept)
             elif gradient.layout == torch.sparse_coo:
                 zero_masked_rows_(gradient, place.mask)
             elif not gradient.is_meta:
@@ -398,7 +398,7 @@ class Masker:
         self._masks[name] = sharding.with_part(part, parameter)
         place = _MaskedParameter(parameter, here, here.data_ptr(), part, sharding.is_sharded(parameter))
         if has_bits(here):
-            place.bits = bits_of(here)
+            place.bits = integers_of(here)
             # Kept where only the memory moved: some optimizers put other memory under their parameters at every step.
             kept = self._kept.get(name)
             if kept is None or kept.dtype != place.bits.dtype:

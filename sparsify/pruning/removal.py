@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from torch.optim import LBFGS
 
 from sparsify.errors import ArgumentError, StateError, did_you_mean
-from sparsify.model.optimizer_hooks import innermost_optimizer
+from sparsify.model.optimizer_parts import parts_with_state
+from sparsify.model.optimizer_state import is_packed
 from sparsify.model.targets import named_modules
 from sparsify.model.wrappers import by_clean_name, is_distributed
 from sparsify.pruning.groups import ChannelGroups
@@ -268,7 +269,8 @@ def remove(model: nn.Module, removal: Removal, optimizer: Any = None) -> None:
     here = tensors(model)
     modules = {"": model, **named_modules(model)}
     several = optimizer if isinstance(optimizer, list | tuple) else () if optimizer is None else (optimizer,)
-    optimizers = [innermost_optimizer(one) for one in several]
+    parts = [part for one in several for part in parts_with_state(one)]
+    optimizers = list({id(part.state): part for part in parts}.values())
     sizes = own_shapes(model)
     with torch.no_grad():
         # All that can fail comes first: from here on objects are only put in their places.
@@ -288,7 +290,10 @@ def remove(model: nn.Module, removal: Removal, optimizer: Any = None) -> None:
         _replace_buffers(model, buffers, undo)
         for state, key, cut in states:
             undo.append(_setter(state, key, state[key]))
-            state[key] = cut
+            if cut is None:
+                del state[key]
+            else:
+                state[key] = cut
         for path, values in removal.attributes.items():
             for key, value in values.items():
                 undo.append(_setter(modules[path].__dict__, key, getattr(modules[path], key)))
@@ -334,15 +339,21 @@ def _check_removable(model: nn.Module, removal: Removal) -> None:
 
 def _cut_states(
     optimizer: Any, here: Mapping[str, Tensor], removal: Removal
-) -> list[tuple[MutableMapping[str, object], str, object]]:
-    """(state of a parameter, key, its cut value) for all that an optimizer keeps in a parameter's dimensions."""
+) -> list[tuple[MutableMapping[Any, object], Any, object]]:
+    """(state of a parameter, key, its cut value) for all that an optimizer keeps in a parameter's dimensions; (all
+    states, parameter, None) where the state of a parameter is to be forgotten."""
     states = getattr(optimizer, "state", None)
     if not isinstance(states, Mapping):
         return []
     found = []
     for name, dims in removal.keep.items():
         # Not `states[...]`: it is a defaultdict, and an optimizer takes an empty entry for one that was set up.
-        for key, value in (states.get(here[name]) or {}).items():
+        state = states.get(here[name]) or {}
+        if any(is_packed(value) for value in state.values() if isinstance(value, Tensor)):
+            # Numbers in other forms (8-bit codes with scales of blocks) cannot be cut: the optimizer begins anew.
+            found.append((states, here[name], None))
+            continue
+        for key, value in state.items():
             cut = _cut_state(value, here[name], dims)
             if cut is not value:
                 found.append((states[here[name]], key, cut))
@@ -414,7 +425,7 @@ def _set_data(parameter: Tensor, value: Tensor, grad: Tensor | None) -> None:
     parameter.grad = grad
 
 
-def _setter(where: MutableMapping[str, Any], key: str, value: object) -> Callable[[], None]:
+def _setter(where: MutableMapping[Any, Any], key: Any, value: object) -> Callable[[], None]:
     def back() -> None:
         where[key] = value
 

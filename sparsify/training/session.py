@@ -15,6 +15,7 @@ from sparsify.errors import SparsifyWarning, StateError
 from sparsify.model.agreement import Agreement
 from sparsify.model.gradients import GradSampler, sampling
 from sparsify.model.optimizer_hooks import ModelCallback, StepHooks, innermost_optimizer, skips_step
+from sparsify.model.optimizer_parts import parts_with_state
 from sparsify.model.signature import CallArguments, InputsLike, call_arguments
 from sparsify.model.targets import named_parameters
 from sparsify.model.wrappers import is_compiled, is_distributed, unwrapped
@@ -100,7 +101,8 @@ class Session:
         log = RunLog(writer)
         self.ledger = LearningRateLedger(self._optimizers, log)
         # An optimizer that is no torch Optimizer may keep no state, or keep it in another place.
-        self._stateful = tuple(one for one in self._optimizers if isinstance(getattr(one, "state", None), Mapping))
+        parts = [] if given is None else [part for one in given.optimizers for part in parts_with_state(one)]
+        self._stateful = tuple({id(part.state): part for part in parts}.values())
         self.masker = Masker(self.model, self._stateful)
         self.inputs = TracingInputs(
             self.model,
@@ -238,8 +240,10 @@ class Session:
         self._mask_gradients(self._optimizers[index])
 
     def _mask_gradients(self, optimizer: Any) -> None:
-        """What the optimizer remembers of masked weights does not grow. Gradients of other optimizers' parameters are
-        theirs: they are read, as they are, when those step."""
+        """Zeroes gradients of masked weights, so that what an optimizer remembers of them does not grow.
+
+        Gradients of other optimizers' parameters are theirs: they are read, as they are, when those step.
+        """
         if len(self._optimizers) > 1:
             self.masker.apply_to_grads({id(p) for group in optimizer.param_groups for p in group["params"]})
         else:
