@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.optim import LBFGS
 
 from sparsify.model.masked_memory import zero_masked_
-from sparsify.model.sharding import local
+from sparsify.model.sharding import is_sharded, local
 
 __all__: list[str] = []
 
@@ -63,7 +63,7 @@ def reset_where(optimizer: object, parameter: Tensor, mask: Tensor | None = None
     if mask is not None:
         here, mask = local(parameter), local(mask)
         for key, whole in _tensors(state):
-            value = local(whole)
+            value = _part(whole)
             if value.shape == here.shape and key not in _OF_ALL_WEIGHTS and _is_plain(value):
                 _reset_masked(value, mask, _initial(key, value, optimizer, parameter))
     elif any(is_packed(value) for _, value in _tensors(state)):
@@ -105,7 +105,7 @@ def _reset_masked(value: Tensor, mask: Tensor, first: Tensor | float) -> None:
 def _reset_all(state: MutableMapping[str, Any], optimizer: object, parameter: Tensor) -> None:
     with torch.no_grad():
         for key, whole in _tensors(state):
-            value = local(whole)
+            value = _part(whole)
             if not value.is_meta:
                 value.copy_(torch.as_tensor(_initial(key, value, optimizer, parameter), device=value.device))
     for key, number in state.items():
@@ -129,6 +129,11 @@ def _initial(key: str, value: Tensor | None, optimizer: object, parameter: Tenso
     return float(group.get("initial_accumulator_value", 0.0) if key == "sum" else group.get("lr", 0.0))
 
 
+def _part(value: Tensor) -> Tensor:
+    """The part on this rank of a sharded tensor; others are not touched: a subclass may take no operator at all."""
+    return local(value) if is_sharded(value) else value
+
+
 def _tensors(state: Mapping[str, Any]) -> Iterator[tuple[str, Tensor]]:
     for key, value in state.items():
         for one in value if isinstance(value, list | tuple) else (value,):
@@ -138,7 +143,7 @@ def _tensors(state: Mapping[str, Any]) -> Iterator[tuple[str, Tensor]]:
 
 def _is_plain(value: Tensor) -> bool:
     """True if `value`, or the part of it on this rank, is numbers in memory of its own."""
-    value = local(value)
+    value = _part(value)
     return (
         type(value) in (Tensor, nn.Parameter)
         and value.dtype in _STATE_TYPES

@@ -343,9 +343,9 @@ def _cut_states(
     """(state of a parameter, key, its cut value) for all that an optimizer keeps in a parameter's dimensions; (all
     states, parameter, None) where the state of a parameter is to be forgotten."""
     states = getattr(optimizer, "state", None)
-    if not isinstance(states, Mapping):
+    if not isinstance(states, MutableMapping):
         return []
-    found = []
+    found: list[tuple[MutableMapping[Any, object], Any, object]] = []
     for name, dims in removal.keep.items():
         # Not `states[...]`: it is a defaultdict, and an optimizer takes an empty entry for one that was set up.
         state = states.get(here[name]) or {}

@@ -13,6 +13,7 @@ from torch.optim import ASGD, SGD, Adagrad, NAdam, Optimizer, Rprop
 from sparsify.model.masked_memory import bits_and_mask, zero_masked_
 from sparsify.model.optimizer_state import reset_where
 from sparsify.modifiers.magnitude_pruning import GMPruningModifier
+from sparsify.modifiers.structured import StructuredPruningModifier
 from sparsify.training.manager import ScheduledModifierManager
 from tests.optimizer_forms import FORMS, Form
 from tests.zoo.small import perceptron
@@ -363,3 +364,61 @@ def test_sgd_without_momentum_has_nothing_to_reset() -> None:
     optimizer = SGD(model.parameters(), lr=0.1)
     train(model, optimizer, range(2))
     reset_where(optimizer, model[0].weight, some(model[0].weight))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("cls", PACKED)
+def test_packed_moments_of_channels_that_are_removed_are_set_up_again(cls: type[Packed]) -> None:
+    model = perceptron(6, 9, 4)
+    optimizer = cls(model.parameters())
+    ramp = {"init_sparsity": 0.1, "final_sparsity": 0.5, "update_frequency": 0.5, "multiple": 1}
+    modifier = StructuredPruningModifier(params="__ALL_PRUNABLE__", start_epoch=0.0, end_epoch=2.0, shrink=True, **ramp)
+    manager = ScheduledModifierManager([modifier])
+    manager.modify(model, optimizer, steps_per_epoch=2, sample_inputs=torch.randn(2, 6))
+    train(model, optimizer, range(8))
+    weight = model[0].weight
+    assert isinstance(weight, Tensor) and weight.shape == (5, 6) and bool(weight.isfinite().all())
+    codes = optimizer.state[weight].get("state1", optimizer.state[weight].get("exp_avg"))
+    assert codes.shape == (5, 6) and optimizer.state[weight]["step"] == 4
+
+
+@pytest.mark.parametrize("name", ["AdamW8bit", "AdamW4bit", "AdamWFp8"])
+def test_optimizers_of_torchao_prune_and_lose_channels(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    optim = pytest.importorskip("torchao.optim")
+    # Compiled code of each shape takes seconds; the same function runs as it is.
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+    model = perceptron(64, 128, 64)
+    inputs = torch.randn(4, 64)
+    optimizer = getattr(optim, name)(model.parameters(), lr=1e-2)
+    ramp = {"init_sparsity": 0.1, "final_sparsity": 0.5, "update_frequency": 0.5, "multiple": 64}
+    modifiers = [
+        GMPruningModifier(
+            params="0.weight",
+            init_sparsity=0.2,
+            final_sparsity=0.8,
+            start_epoch=0.0,
+            end_epoch=2.0,
+            update_frequency=0.5,
+        ),
+        StructuredPruningModifier(params="__ALL_PRUNABLE__", start_epoch=3.0, end_epoch=4.0, shrink=True, **ramp),
+    ]
+    modifiers = modifiers[1:] if name == "AdamW4bit" else modifiers[:1]
+    manager = ScheduledModifierManager(modifiers)
+    manager.modify(model, optimizer, steps_per_epoch=2, sample_inputs=(inputs,))
+    for count in range(12):
+        optimizer.zero_grad()
+        (model(inputs) - 1).square().mean().backward()
+        optimizer.step()
+        assert manager.step == count + 1
+        masks = manager.sparsity()
+        for key, sparsity in masks.items():
+            weight = model.get_parameter(key).detach()
+            assert int((weight == 0).sum()) >= round(sparsity * weight.numel())
+    weight = model[0].weight
+    assert isinstance(weight, Tensor) and bool(weight.isfinite().all())
+    if name == "AdamW4bit":
+        assert weight.shape == (64, 64) and optimizer.state[weight]["exp_avg"].shape == (64, 64)
+    else:
+        mask = weight == 0
+        assert int(mask.sum()) == round(0.8 * weight.numel())
+        assert not optimizer.state[weight]["exp_avg"].dequantize()[mask].abs().gt(1e-2).any()
+    assert type(optimizer.state[weight]["exp_avg"]) is not Tensor
