@@ -98,18 +98,31 @@ def check_reference(reference: str, what: str) -> tuple[str, str]:
 
 _INTEGRATIONS: dict[str, str] = {
     "torch": """from sparsify import ScheduledModifierManager, export_onnx, verify_onnx
+import os
+import torch
 
 # After the model, its optimizer and the loader are built:
 manager = ScheduledModifierManager.from_yaml($recipe)
 optimizer = manager.modify(model, optimizer, steps_per_epoch=len(loader), sample_inputs=sample_inputs)
 
-for epoch in range(manager.max_epochs):
+first = 0
+if os.path.exists("checkpoint.pt"):
+    saved = torch.load("checkpoint.pt", weights_only=True)
+    model.load_state_dict(saved["model"])
+    optimizer.load_state_dict(saved["optimizer"])  # the manager's state is inside
+    torch.set_rng_state(saved["random"])
+    first = round(manager.epoch)
+
+for epoch in range(first, manager.max_epochs):
     model.train()
     for inputs, labels in loader:
         optimizer.zero_grad()
         loss = manager.update_loss(criterion(model(inputs), labels))
         loss.backward()
         optimizer.step()
+    states = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "random": torch.get_rng_state()}
+    torch.save(states, "checkpoint.pt.new")
+    os.replace("checkpoint.pt.new", "checkpoint.pt")  # the old one or the new one, never half of either
 
 # When training is over:
 manager.finalize(model)
@@ -241,12 +254,13 @@ def main():
     optimizer = torch.optim.$optimizer(model.parameters(), lr=arguments.learning_rate$extra)
     manager = ScheduledModifierManager.from_yaml(Path(arguments.recipe))
     optimizer = manager.modify(model, optimizer, steps_per_epoch=len(batches), sample_inputs=(sample,))
-    parts = {"manager": manager, "model": model, "optimizer": optimizer}
+    parts = {"model": model, "optimizer": optimizer}  # the manager's state is inside the optimizer's
     first = 0
     if arguments.resume:
         saved = torch.load(checkpoint, map_location=arguments.device, weights_only=True)
-        for name, part in parts.items():  # the manager's first: it gives the model the structure it had
+        for name, part in parts.items():
             part.load_state_dict(saved[name])
+        torch.set_rng_state(saved["random"].cpu())
         first = round(manager.epoch)
 
     for epoch in range(first, manager.max_epochs):
@@ -259,7 +273,8 @@ def main():
             optimizer.step()
         test_loss, accuracy = evaluate(model, tests, arguments.device)
         print(f"epoch {epoch + 1} of {manager.max_epochs}: loss {test_loss:.4f}, accuracy {accuracy:.2%}", flush=True)
-        torch.save({name: part.state_dict() for name, part in parts.items()}, f"{checkpoint}.new")
+        states = {name: part.state_dict() for name, part in parts.items()}
+        torch.save({**states, "random": torch.get_rng_state()}, f"{checkpoint}.new")
         os.replace(f"{checkpoint}.new", checkpoint)  # the old one or the new one, never half of either
 
     manager.finalize(model)

@@ -294,7 +294,8 @@ class ScheduledModifierManager:
         sample_inputs: InputsLike | None = None,
     ) -> nn.Module:
         """Gives a fresh model the structure that it had, so that a checkpoint loads; changes no value of a weight, and
-        the manager is free afterwards.
+        the manager is free afterwards. While it is at work on one model, another can get its structure: an average of
+        the weights that was made before layers were quantized.
 
         Args:
             model: a model as it was before `modify`.
@@ -308,7 +309,9 @@ class ScheduledModifierManager:
         Raises:
             StateError: the recipe needs inputs or a state that were not given, or the state does not fit.
         """
-        self._refuse_second("apply_structure")
+        # A copy (an average of the weights) may get the structure that the model has by now.
+        if self._session is not None and self._session.model is unwrapped(check_module(model)):
+            self._refuse_second("apply_structure")
         check_module(model)
         epoch = starting_epoch(epoch)
         if state is not None:

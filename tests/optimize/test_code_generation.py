@@ -82,6 +82,36 @@ def test_the_lines_for_a_loop_run(
     assert "agree" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("calls", [5, 11])
+def test_the_lines_for_a_plain_loop_stop_and_go_on(calls: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("recipe.yaml").write_text(RECIPE)
+    code = integration_code().partition("# When training is over")[0]
+
+    def run(stop: int | None) -> dict[str, Any]:
+        given = names()
+        given["loader"] = DataLoader(given["loader"].dataset, 16, shuffle=True)
+        left = iter(range(stop or 1000))
+
+        def criterion(outputs: Any, labels: Any) -> Any:
+            if next(left, None) is None:
+                raise KeyboardInterrupt
+            return F.cross_entropy(outputs, labels)
+
+        given["criterion"] = criterion
+        exec(compile(code, "integration", "exec"), given)
+        return given
+
+    whole = run(None)["model"].state_dict()
+    os.remove("checkpoint.pt")
+    with pytest.raises(KeyboardInterrupt):
+        run(calls)
+    gone_on = run(None)
+    assert gone_on["first"] == calls // 4
+    assert whole.keys() == gone_on["model"].state_dict().keys()
+    assert all(map(torch.equal, gone_on["model"].state_dict().values(), whole.values()))
+
+
 def lightning_names(monkeypatch: pytest.MonkeyPatch, **options: Any) -> dict[str, Any]:
     """As `names`, with a LightningModule as users write it; the Trainer is given these options."""
     lightning = pytest.importorskip("lightning")
@@ -193,6 +223,37 @@ def test_the_script_trains_resumes_and_exports(tmp_path: Path) -> None:
     # Nothing is left to train, and the saved one is exported again.
     again = run("--resume")
     assert "epoch" not in again and "agree" in again
+
+
+@pytest.mark.slow
+def test_the_script_that_is_killed_at_any_moment_goes_on_to_the_same_weights(tmp_path: Path) -> None:
+    recipe = RECIPE.replace("end_epoch: 3.0", "end_epoch: 8.0").replace("start_epoch: 2.0}", "start_epoch: 4.0}")
+    (tmp_path / "recipe.yaml").write_text(recipe)
+    (tmp_path / "toy.py").write_text(TOY)
+    script = tmp_path / "train.py"
+    script.write_text(training_script(model="toy:build", data="toy:loaders", learning_rate=0.05))
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[2]), str(tmp_path)])}
+
+    def run(folder: str, *options: str, lines: int | None = None) -> None:
+        command = [sys.executable, str(script), "--output", folder, *options]
+        with subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=subprocess.PIPE) as process:
+            assert process.stdout is not None
+            for number, _ in enumerate(process.stdout, 1):
+                if number == lines:
+                    # Between the line and here it writes a checkpoint, or trains on.
+                    process.kill()
+        assert lines is not None or process.returncode == 0
+
+    run("whole")
+    run("killed", lines=1)
+    for _ in range(6):
+        there = (tmp_path / "killed" / "checkpoint.pt").exists()
+        run("killed", *(["--resume"] if there else []), lines=1)
+    run("killed", "--resume")
+    whole, killed = (
+        torch.load(tmp_path / folder / "checkpoint.pt", weights_only=True)["model"] for folder in ("whole", "killed")
+    )
+    assert whole.keys() == killed.keys() and all(map(torch.equal, whole.values(), killed.values()))
 
 
 @pytest.mark.parametrize(

@@ -156,7 +156,9 @@ def check(name: str, step: int, kind: str, names: list[str]) -> None:
         go_on(model, optimizer, manager, range(step, EPOCHS * PER_EPOCH + 1))
         manager.load_state_dict(manager.state_dict())
         if name not in ("int8", "learned steps", "parameters", "global", "AC/DC"):
-            assert all(0.4 < sparsity < 0.9 for sparsity in manager.sparsity().values()), manager.sparsity()
+            # Masks of parameters that the recipe does not name stay as they were saved.
+            found = {parameter: s for parameter, s in manager.sparsity().items() if parameter in names}
+            assert all(0.4 < sparsity < 0.9 for sparsity in found.values()), found
         manager.finalize()
 
 
