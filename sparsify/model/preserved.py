@@ -90,7 +90,8 @@ def restored_on_error(model: nn.Module) -> Iterator[None]:
 def _registries(module: nn.Module) -> dict[str, Any]:
     """Copies of where torch keeps what belongs to a module."""
     names = ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set")
-    return {name: module.__dict__[name].copy() for name in names}
+    # A scripted module keeps them elsewhere.
+    return {name: module.__dict__[name].copy() for name in names if name in module.__dict__}
 
 
 def eval_mode_(model: nn.Module) -> None:

@@ -161,7 +161,7 @@ def _places(model: nn.Module) -> Iterator[tuple[str, Tensor, str]]:
     hidden = {
         f"{path}.{key}" if path else key
         for path, module in model.named_modules(remove_duplicate=False)
-        for key in module._non_persistent_buffers_set
+        for key in getattr(module, "_non_persistent_buffers_set", ())
     }
     parameters = by_clean_name(model.named_parameters(remove_duplicate=False))
     yield from ((name, parameter, "parameter") for name, parameter in parameters.items())
@@ -184,7 +184,7 @@ def _tensors_of(model: nn.Module) -> dict[str, SavedTensor]:
             kind,  # type: ignore[arg-type]
             dtype_name(tensor),
             tuple(tensor.shape),
-            trained=tensor.requires_grad,
+            trained=tensor.requires_grad and kind == "parameter",
             strides=_own_strides(tensor),
             same_as=None if first == name else first,
             memory_of=None if owner == first or first != name else owner,
@@ -376,13 +376,19 @@ def check_loaded(model: nn.Module, structure: SavedStructure) -> None:
     Raises:
         ValueError: something is left over or missing; the structure contradicts itself.
     """
-    here = {name: (tuple(tensor.shape), kind) for name, tensor, kind in _places(model)}
+    modules = {"": model, **named_modules(model)}
+    here = {name: (tensor, kind) for name, tensor, kind in _places(model)}
     for name, saved in structure.tensors.items():
         if name not in here:
-            if saved.kind == "parameter":
+            if saved.kind == "parameter" or not _has_room(modules, name):
                 raise ValueError(f"{name!r} belongs to no layer")
-        elif here[name][0] != saved.shape and here[name][1] == "parameter":
-            raise ValueError(f"{name!r} has shape {saved.shape}, and its layer one of {here[name][0]}")
+            continue
+        tensor, kind = here[name]
+        if tuple(tensor.shape) != saved.shape and kind != "cache":
+            raise ValueError(f"{name!r} has shape {saved.shape}, and its layer one of {tuple(tensor.shape)}")
+        owner = modules.get(name.rpartition(".")[0])
+        if isinstance(owner, FakeQuantize | LearnedStep) and dtype_name(tensor) != saved.dtype:
+            raise ValueError(f"{name!r} is {saved.dtype}, and not {dtype_name(tensor)}")
     for name, (_, kind) in here.items():
         if name not in structure.tensors and kind != "cache":
             raise ValueError(f"{name!r} has no values")
@@ -438,7 +444,7 @@ def _made_by(plan: QuantizationPlan, structure: SavedStructure) -> tuple[str, ..
 def _has_room(modules: Mapping[str, nn.Module], name: str) -> bool:
     """True if a buffer of this name can be added."""
     path, _, key = name.rpartition(".")
-    return path in modules and (key in modules[path]._buffers or not hasattr(modules[path], key))
+    return bool(key) and path in modules and (key in modules[path]._buffers or not hasattr(modules[path], key))
 
 
 def _check_modules(modules: Mapping[str, nn.Module], structure: SavedStructure, hint: str) -> None:

@@ -20,6 +20,7 @@ from sparsify import (
     QuantizationModifier,
     ScheduledModifierManager,
     export_onnx,
+    floating_layers,
     load_model,
     quantize_model,
     save_model,
@@ -187,6 +188,21 @@ def test_every_scheme_is_built_again(name: str, tmp_path: Path) -> None:
     loaded = through_a_folder(model, perceptron(6, 12, 4, norm=True, seed=1), tmp_path)
     assert_same_model(model, loaded)
     assert_computes_the_same(model, loaded, x)
+
+
+def test_a_model_of_which_a_part_is_quantized(tmp_path: Path) -> None:
+    def build(seed: int = 0) -> nn.Module:
+        return nn.Sequential(perceptron(6, 12, 4, norm=True, seed=seed), nn.Sequential(nn.Linear(4, 4), nn.ReLU()))
+
+    model, x = build(), torch.randn(16, 6)
+    quantized(model[0], x)
+    train(model, x, 2)
+    loaded = through_a_folder(model, build(1), tmp_path)
+    assert_same_model(model, loaded)
+    assert floating_layers(loaded) == floating_layers(model)
+    assert_computes_the_same(model, loaded, x)
+    with pytest.raises(StateError, match="a part of the model that was quantized"):
+        save_model(model[0][0], tmp_path / "part")  # type: ignore[index]
 
 
 def test_without_training_and_without_a_recipe(tmp_path: Path) -> None:
@@ -385,6 +401,10 @@ HOSTILE: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
     "an axis": (lambda c: plan_in(c)["layers"][0].update(axis=7), "no plan"),
     "a method": (lambda c: c["structure"]["sizes"].update(attributes={"": {"forward": 1}}), "forward"),
     "a flag": (lambda c: c["structure"]["sizes"].update(attributes={"fc": {"training": 1}}), "training"),
+    "a range of integers": (lambda c: c["structure"]["tensors"]["conv1.input_quantizer.low"].update(
+        dtype="int32"), "conv1.input_quantizer.low"),
+    "a cache in a layer that is not there": (lambda c: c["structure"]["tensors"].update(
+        {"conv1.input_quantizer.a.b": {"kind": "cache", "dtype": "float32", "shape": [], "same_as": "x"}}), "same as"),
     "many quantizers": (lambda c: plan_in(c)["sites"].extend(
         {**plan_in(c)["sites"][0], "child": f"a{i}_quantizer", "observer": "mse"} for i in range(2000)), "missing"),
 }  # fmt: skip
