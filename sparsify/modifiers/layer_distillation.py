@@ -214,7 +214,7 @@ class _Features(Active):
         self._added.add(new)
 
     def _keep_what_fits(self, found: list[list[tuple[Tensor, Tensor]]]) -> None:
-        """Of the projections of another recipe or model keeps those for the width of features here."""
+        """Keeps, of the projections of another recipe or model, those for the width of features here."""
         self._partly = False
         there = self._added.state_dict()
         kept = {}

@@ -205,7 +205,7 @@ class _Structured(Active):
             self._keep_what_fits(traced)
 
     def _keep_what_fits(self, traced: ChannelGroups) -> None:
-        """Of the state of another recipe keeps the channel groups that are here, and begins with the others."""
+        """Keeps, of the state of another recipe, the channel groups that are here, and begins with the others."""
         here = {name: group.size + self.removed.get(name, 0) for name, group in self.channel_groups.items()}
         fits = {name for name, size in here.items() if self.sizes.get(name) == size}
         self.partly = False

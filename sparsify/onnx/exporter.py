@@ -15,8 +15,8 @@ if TYPE_CHECKING:
 
 __all__: list[str] = []
 
-NAME = "from_torchlib"
-RULES = "_DEFAULT_REWRITE_RULES"
+FROM_TORCHLIB = "from_torchlib"
+REWRITE_RULES = "_DEFAULT_REWRITE_RULES"
 _kept: dict[tuple[int, int], Any] = {}
 
 
@@ -47,11 +47,11 @@ def kept_registry() -> Iterator[None]:
         registry.functions = {target: list(decompositions) for target, decompositions in registry.functions.items()}
         return registry
 
-    setattr(ONNXRegistry, NAME, classmethod(from_torchlib))
+    setattr(ONNXRegistry, FROM_TORCHLIB, classmethod(from_torchlib))
     try:
         yield
     finally:
-        setattr(ONNXRegistry, NAME, original)
+        setattr(ONNXRegistry, FROM_TORCHLIB, original)
 
 
 @contextmanager
@@ -63,21 +63,21 @@ def exact_constants() -> Iterator[None]:
     """
     from onnxscript import rewriter
 
-    default = getattr(rewriter, RULES, None)
+    default = getattr(rewriter, REWRITE_RULES, None)
     if default is None:  # built otherwise: the values of the file are compared all the same
         yield
         return
-    setattr(rewriter, RULES, _exact(_default_rules()))
+    setattr(rewriter, REWRITE_RULES, _exact(_default_rules()))
     try:
         yield
     finally:
-        setattr(rewriter, RULES, _default_rules())
+        setattr(rewriter, REWRITE_RULES, _default_rules())
 
 
 @cache
 def _original(registry: type) -> Any:
     """The class's own method; asked once, since another export may have put a kept one in its place."""
-    return vars(registry)[NAME]
+    return vars(registry)[FROM_TORCHLIB]
 
 
 @cache
@@ -85,7 +85,7 @@ def _default_rules() -> tuple[Any, ...]:
     """The optimizer's own rules; asked once, likewise."""
     from onnxscript import rewriter
 
-    return tuple(getattr(rewriter, RULES))
+    return tuple(getattr(rewriter, REWRITE_RULES))
 
 
 @cache
@@ -97,7 +97,7 @@ def _exact(default: tuple[Any, ...]) -> tuple[Any, ...]:
     rough = {id(rule) for rule in _no_op.rules}
     rules: list[Any] = []
     for operator, neutral, commutes in (("Add", 0, True), ("Sub", 0, False), ("Mul", 1, True), ("Div", 1, False)):
-        rule = pattern.RewriteRule(_applied(operator), _first, _is_number(neutral))
+        rule = pattern.RewriteRule(_applied(operator), _first, _equals(neutral))
         rules += rule.commute() if commutes else [rule]
     return (*rules, *(rule for rule in default if id(rule) not in rough))
 
@@ -110,7 +110,7 @@ def _first(op: Any, x: Value, **_: Value) -> Any:
     return op.Identity(x)
 
 
-def _is_number(number: int) -> Callable[..., bool]:
+def _equals(number: int) -> Callable[..., bool]:
     def condition(_context: object, constant: Value, **_: Value) -> bool:
         value = constant.const_value
         # Of rank 0 alone: a longer one may broadcast.
