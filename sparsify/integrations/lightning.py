@@ -108,10 +108,10 @@ class SparsifyCallback(TrainerCallback):
         strict: False: resuming takes over what fits of the state of another recipe, and warns.
         set_max_epochs: True: the Trainer trains as many epochs as the recipe has; False: it never does; None: where it
             was given neither epochs nor steps.
-        keep_best: "finished": checkpoints that are kept for a monitored value (`save_top_k`) are only those in which
+        best_model: "finished": checkpoints that are kept for a monitored value (`save_top_k`) are only those in which
             pruning and quantization have done their work; "any": a best one of before that is warned about.
         export_path: an ONNX file that is written at the end; None: none.
-        verify: True: the file is compared with the model, layer by layer where it is quantized.
+        verify: False: that file is not compared with the model, layer by layer where it is quantized.
 
     Attributes:
         manager: the manager, at work during `fit`.
@@ -137,9 +137,9 @@ class SparsifyCallback(TrainerCallback):
         update_loss: bool = True,
         strict: bool = True,
         set_max_epochs: bool | None = None,
-        keep_best: Literal["any", "finished"] = "any",
+        best_model: Literal["any", "finished"] = "any",
         export_path: str | os.PathLike[str] | None = None,
-        verify: bool = False,
+        verify: bool = True,
     ) -> None:
         super().__init__()
         if isinstance(recipe, ScheduledModifierManager):
@@ -149,16 +149,14 @@ class SparsifyCallback(TrainerCallback):
         self.manager = ScheduledModifierManager.from_yaml(recipe, recipe_variables)
         if model is not None and (not isinstance(model, str) or not model):
             raise ArgumentError(f'model: {model!r} is no name of a submodule; give "net", or None for all of it.')
-        if keep_best not in ("any", "finished"):
-            raise ArgumentError(f'keep_best: {keep_best!r} is neither "any" nor "finished".')
-        if verify and export_path is None:
-            raise ArgumentError("verify=True compares the exported file with the model: give export_path as well.")
+        if best_model not in ("any", "finished"):
+            raise ArgumentError(f'best_model: {best_model!r} is neither "any" nor "finished".')
         self.exported: ExportedModel | None = None
         self.verification: Verification | None = None
         self._name = model or ""
         self._epochs = EpochLength(self.manager, steps_in_epoch(steps_per_epoch))
         self._update_loss, self._strict, self._set_max_epochs = update_loss, strict, set_max_epochs
-        self._keep_best, self._export_path, self._verify = keep_best, export_path, verify
+        self._best_model, self._export_path, self._verify = best_model, export_path, verify
         self._teacher, self._samples, self._writer = distillation_teacher, sample_inputs, writer
         self._grad_sampler, self._calibration_data = grad_sampler, calibration_data
         self._adds_loss = any(m.kind in ("distillation", "regularization") for m in self.manager.modifiers)
@@ -209,7 +207,7 @@ class SparsifyCallback(TrainerCallback):
             self._last, self._written = None, {}
         self._module = weakref.ref(pl_module)
         self._epochs.choose_max_epochs(trainer, self._set_max_epochs)
-        if self._keep_best == "finished":
+        if self._best_model == "finished":
             for checkpoint in self._monitoring(trainer):
                 checkpoint.check_monitor_top_k = KeepFinished(checkpoint, self._is_finished)
 

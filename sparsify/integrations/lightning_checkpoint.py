@@ -124,7 +124,7 @@ def say_what_was_left(trainer: Any, progress: RecipeProgress, written: Mapping[s
         if best in written and not (then := RecipeProgress.from_state(written[best])).finished:
             warnings.warn(
                 f"the best checkpoint, {best}, was saved before the recipe had done its work: {then}. The module in "
-                'memory is finished. SparsifyCallback(keep_best="finished") keeps only those that are.',
+                'memory is finished. SparsifyCallback(best_model="finished") keeps only those that are.',
                 SparsifyWarning,
                 stacklevel=3,
             )

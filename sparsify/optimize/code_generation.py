@@ -157,7 +157,7 @@ print(verify_onnx(model, "model.onnx", sample_inputs))
 from sparsify.integrations.lightning import SparsifyCallback
 
 # One callback; the LightningModule `module` and its loader stay as they are.
-callback = SparsifyCallback($recipe, sample_inputs=sample_inputs, export_path="model.onnx", verify=True)
+callback = SparsifyCallback($recipe, sample_inputs=sample_inputs, export_path="model.onnx")
 trainer = Trainer(max_epochs=callback.manager.max_epochs, callbacks=[callback])
 trainer.fit(module, loader)  # ckpt_path="..." goes on from a checkpoint
 print(callback.verification)

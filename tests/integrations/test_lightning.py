@@ -218,7 +218,7 @@ def every_checkpoint(folder: Path) -> Any:
 
 
 def test_one_line_prunes_quantizes_exports_and_verifies(tmp_path: Path) -> None:
-    fit = fitted(tmp_path, recipe_of("all"), options={"export_path": tmp_path / "m.onnx", "verify": True})
+    fit = fitted(tmp_path, recipe_of("all"), options={"export_path": tmp_path / "m.onnx"})
     assert not fit.manager.attached and fit.manager.epoch == EPOCHS and fit.manager.step == EPOCHS * BATCHES
     assert zeros(fit.module) == pytest.approx(0.8, abs=0.02) and "QuantizedLinear" in layers(fit.module)
     assert fit.module.net[0].weight.shape == (5, 6)
@@ -536,7 +536,7 @@ def test_checkpoints_of_before_the_end_are_told_or_not_kept(tmp_path: Path) -> N
         fit = fitted(tmp_path, recipe_of("pruning"), best(), module=Counting())
     with pytest.warns(SparsifyWarning, match="before the recipe had done its work: epoch 1 of 4"):
         fit.trainer.test(fit.module, ckpt_path="best", verbose=False)
-    fit = fitted(tmp_path, recipe_of("pruning"), best(), module=Counting(), options={"keep_best": "finished"})
+    fit = fitted(tmp_path, recipe_of("pruning"), best(), module=Counting(), options={"best_model": "finished"})
     fit.trainer.test(fit.module, ckpt_path="best", verbose=False)
     assert zeros(fit.module) == pytest.approx(0.8, abs=0.02)
     assert "check_monitor_top_k" not in vars(fit.trainer.checkpoint_callback)
@@ -688,8 +688,7 @@ def test_a_killed_run_is_resumed_bit_for_bit(tmp_path: Path) -> None:
     ("given", "error", "message"),
     [
         ({"model": ""}, ArgumentError, "is no name of a submodule"),
-        ({"keep_best": "last"}, ArgumentError, 'neither "any" nor "finished"'),
-        ({"verify": True}, ArgumentError, "give export_path as well"),
+        ({"best_model": "last"}, ArgumentError, 'neither "any" nor "finished"'),
         ({"steps_per_epoch": 0}, ArgumentError, "steps_per_epoch: 0 is not a positive int"),
     ],
 )
