@@ -130,22 +130,35 @@ model.eval()
 export_onnx(model, sample_inputs, "model.onnx")
 print(verify_onnx(model, "model.onnx", sample_inputs))
 """,
-    "accelerate": """from accelerate import Accelerator
+    "accelerate": """import os
+from pathlib import Path
+
+from accelerate import Accelerator
 from sparsify import ScheduledModifierManager, export_onnx, verify_onnx
+from sparsify.integrations.accelerate import prepare
 
 accelerator = Accelerator()
-model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
 manager = ScheduledModifierManager.from_yaml($recipe)
-# Batches divided by the accumulation, where there is any: what counts is the optimizer's steps.
-manager.modify(model, optimizer, steps_per_epoch=len(loader), sample_inputs=sample_inputs)
+# In place of accelerator.prepare: counts the optimizer's steps, and joins save_state and load_state.
+model, optimizer, loader = prepare(accelerator, manager, model, optimizer, loader, sample_inputs=sample_inputs)
 
-for epoch in range(manager.max_epochs):
+checkpoints = Path("checkpoints")
+done = max((int(path.name) for path in checkpoints.glob("*") if path.name.isdigit()), default=0)
+if done:
+    accelerator.load_state(str(checkpoints / str(done)))
+
+for epoch in range(done, manager.max_epochs):
     model.train()
     for inputs, labels in loader:
-        optimizer.zero_grad()
-        loss = manager.update_loss(criterion(model(inputs), labels))
-        accelerator.backward(loss)
-        optimizer.step()
+        with accelerator.accumulate(model):
+            loss = manager.update_loss(criterion(model(inputs), labels))
+            accelerator.backward(loss)
+            optimizer.step()
+            optimizer.zero_grad()
+    accelerator.save_state(str(checkpoints / "new"))
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        os.rename(checkpoints / "new", checkpoints / str(epoch + 1))  # a whole checkpoint, or none
 
 model = accelerator.unwrap_model(model)
 manager.finalize(model)
@@ -162,33 +175,19 @@ trainer = Trainer(max_epochs=callback.manager.max_epochs, callbacks=[callback])
 trainer.fit(module, loader)  # ckpt_path="..." goes on from a checkpoint
 print(callback.verification)
 """,
-    "transformers": """from sparsify import ScheduledModifierManager, export_onnx, verify_onnx
+    "transformers": """from pathlib import Path
+
+from sparsify.integrations.transformers import SparsifyCallback
 from transformers import Trainer
 
-manager = ScheduledModifierManager.from_yaml($recipe)
+# Give TrainingArguments num_train_epochs as long as the recipe: another length is warned about.
+callback = SparsifyCallback($recipe, export_path="model.onnx", sample_inputs=sample_inputs)
+trainer = Trainer(model=model, args=arguments, train_dataset=dataset, callbacks=[callback])
 
-
-class CompressedTrainer(Trainer):
-    def create_optimizer(self, *args, **kwargs):
-        optimizer = super().create_optimizer(*args, **kwargs)
-        if not manager.attached:
-            batches = len(self.get_train_dataloader()) // self.args.gradient_accumulation_steps
-            manager.modify(self.model, optimizer, steps_per_epoch=max(1, batches), sample_inputs=sample_inputs)
-        return optimizer
-
-    def compute_loss(self, model, inputs, return_outputs=False, **kwargs):
-        loss, outputs = super().compute_loss(model, inputs, return_outputs=True, **kwargs)
-        loss = manager.update_loss(loss, outputs=outputs, inputs=inputs, labels=inputs.get("labels"))
-        return (loss, outputs) if return_outputs else loss
-
-
-# Give TrainingArguments num_train_epochs=manager.max_epochs.
-trainer = CompressedTrainer(model=model, args=arguments, train_dataset=dataset)
-trainer.train()
-manager.finalize(model)
-model.eval()
-export_onnx(model, sample_inputs, "model.onnx")
-print(verify_onnx(model, "model.onnx", sample_inputs))
+# A run that was stopped goes on from its last checkpoint.
+stopped = any(Path(arguments.output_dir).glob("checkpoint-*"))
+trainer.train(resume_from_checkpoint=stopped)
+print(callback.verified)
 """,
 }
 

@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from sparsify.errors import ArgumentError
 from sparsify.optimize.code_generation import Framework, integration_code, training_script
+from tests.loops import assert_same_state
 
 RECIPE = """
 modifiers:
@@ -67,7 +68,7 @@ def zeros(model: nn.Module) -> float:
     return float(sum((p == 0).sum() for p in weights)) / sum(p.numel() for p in weights)
 
 
-@pytest.mark.parametrize("framework", ["torch", pytest.param("accelerate", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("framework", ["torch"])
 def test_the_lines_for_a_loop_run(
     framework: Framework, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -176,13 +177,23 @@ def test_the_lines_for_lightning_run_stop_and_go_on(tmp_path: Path, monkeypatch:
             assert all(map(torch.equal, resumed["module"].state_dict().values(), bits.values()))
 
 
-@pytest.mark.slow
-@pytest.mark.filterwarnings("ignore")
-def test_the_lines_for_transformers_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+class Interrupted(list[Any]):
+    """Rows of which one cannot be had: the run is stopped there."""
+
+    def __init__(self, rows: list[Any], reads: int) -> None:
+        super().__init__(rows)
+        self.left = reads
+
+    def __getitem__(self, index: Any) -> Any:
+        self.left -= 1
+        if self.left < 0:
+            raise KeyboardInterrupt
+        return super().__getitem__(index)
+
+
+def tiny_bert(seed: int) -> Any:
     transformers = pytest.importorskip("transformers")
-    monkeypatch.chdir(tmp_path)
-    Path("recipe.yaml").write_text(RECIPE)
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     config = transformers.BertConfig(
         vocab_size=50,
         hidden_size=16,
@@ -191,15 +202,86 @@ def test_the_lines_for_transformers_run(tmp_path: Path, monkeypatch: pytest.Monk
         intermediate_size=32,
         max_position_embeddings=16,
     )
-    model = transformers.BertForSequenceClassification(config)
-    rows = [{"input_ids": torch.randint(0, 50, (8,)), "labels": torch.tensor(n % 2)} for n in range(32)]
-    arguments = transformers.TrainingArguments(
-        output_dir="out", num_train_epochs=3, per_device_train_batch_size=8, report_to=[], save_strategy="no"
+    return transformers.BertForSequenceClassification(config)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_the_lines_for_transformers_stop_resume_and_train_twice(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    transformers = pytest.importorskip("transformers")
+    monkeypatch.chdir(tmp_path)
+    Path("recipe.yaml").write_text(RECIPE)
+    draw = torch.Generator().manual_seed(0)
+    # 26 rows in batches of 4 are 7 batches: groups of three, three and one.
+    rows = [
+        {
+            "input_ids": torch.randint(0, 50, (8,), generator=draw),
+            "attention_mask": torch.ones(8, dtype=torch.long),
+            "labels": torch.tensor(n % 2),
+        }
+        for n in range(26)
+    ]
+    sample = {"input_ids": rows[0]["input_ids"][None].repeat(2, 1), "attention_mask": torch.ones(2, 8).long()}
+
+    def run(folder: str, data: Any, seed: int) -> dict[str, Any]:
+        arguments = transformers.TrainingArguments(
+            output_dir=folder,
+            num_train_epochs=3,
+            per_device_train_batch_size=4,
+            gradient_accumulation_steps=3,
+            save_strategy="epoch",
+            report_to=[],
+        )
+        given = {"model": tiny_bert(seed), "arguments": arguments, "dataset": data, "sample_inputs": sample}
+        exec(compile(integration_code(framework="transformers"), "integration", "exec"), given)
+        return given
+
+    whole = run("whole", rows, 0)
+    assert whole["callback"].manager.step == 9 and whole["callback"].verified.ok
+    with pytest.raises(KeyboardInterrupt):
+        run("stopped", Interrupted(rows, 26 + 20), 0)
+    wanted = {name: value.clone() for name, value in whole["model"].state_dict().items()}
+    assert_same_state(dict(run("stopped", rows, 1)["model"].state_dict()), wanted, "stopped and resumed")
+    sparsity = zeros(whole["model"])
+    assert sparsity > 0.6
+    whole["trainer"].train()
+    assert zeros(whole["model"]) == sparsity and whole["callback"].verified.ok, "trained twice"
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_the_lines_for_accelerate_stop_and_resume(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("accelerate")
+    from accelerate.state import AcceleratorState, GradientState
+
+    code = integration_code(framework="accelerate").replace(
+        "Accelerator()", "Accelerator(gradient_accumulation_steps=3)"
     )
-    sample = {"input_ids": torch.randint(0, 50, (2, 8)), "attention_mask": torch.ones(2, 8, dtype=torch.long)}
-    given = {"model": model, "arguments": arguments, "dataset": rows, "sample_inputs": sample}
-    exec(compile(integration_code(framework="transformers"), "integration", "exec"), given)
-    assert zeros(model) > 0.6
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(RECIPE)
+
+    def run(folder: str, reads: int = 10**9) -> dict[str, Any]:
+        for state in (AcceleratorState, GradientState):
+            state._reset_state()
+        monkeypatch.chdir(tmp_path / folder)
+        Path("recipe.yaml").write_text(RECIPE)
+        given = names()
+        # 28 rows in batches of 4 are 7 batches: groups of three, three and one.
+        rows = [given["loader"].dataset[index] for index in range(28)]
+        given["loader"] = DataLoader(Interrupted(rows, reads), 4, shuffle=True)
+        exec(compile(code, "integration", "exec"), given)
+        return given
+
+    (tmp_path / "whole").mkdir()
+    (tmp_path / "stopped").mkdir()
+    whole = run("whole")
+    assert whole["manager"].step == 9 and zeros(whole["model"]) == pytest.approx(0.75, abs=0.01)
+    with pytest.raises(KeyboardInterrupt):
+        run("stopped", 28 + 20)
+    again = run("stopped")
+    assert_same_state(dict(again["model"].state_dict()), dict(whole["model"].state_dict()), "stopped and resumed")
     assert Path("model.onnx").exists()
 
 
