@@ -1,6 +1,6 @@
 """Time that a framework's callback adds to a training step, against the same manager attached there by hand.
 
-    python benchmarks/callback_overhead.py --framework lightning [--quick] [--threads N] [--only NAME]
+    python benchmarks/callback_overhead.py [--framework NAME] [--quick] [--threads N] [--only NAME]
 
 Two runs of the framework's own loop, with and without the callback, take steps in turn on the same batch: each loop
 runs in a thread of its own and steps when it is asked to. Both prune by the same recipe. Bar: 1.002 (medians, one
@@ -127,8 +127,85 @@ def lightning_loop(model: nn.Module, inputs: Tensor, labels: Tensor, with_callba
     return lambda asked: trainer.fit(Module(), DataLoader(asked, batch_size=None))
 
 
+class Asking(nn.Module):
+    """A network on one batch, called as the Trainer of transformers calls models."""
+
+    def __init__(self, net: nn.Module, inputs: Tensor, labels: Tensor) -> None:
+        super().__init__()
+        self.net = net
+        self._batch = inputs, labels
+
+    def forward(self, asked: Tensor) -> dict[str, Tensor]:
+        inputs, labels = self._batch
+        return {"loss": F.cross_entropy(self.net(inputs), labels)}
+
+
+def transformers_loop(model: nn.Module, inputs: Tensor, labels: Tensor, with_callback: bool) -> Callable[[Asked], None]:
+    """The Trainer of transformers; the recipe through the callback, or attached before."""
+    from transformers import Trainer, TrainingArguments
+
+    from sparsify.integrations.transformers import SparsifyCallback
+
+    asking = Asking(model, inputs, labels)
+    optimizer = torch.optim.SGD(asking.parameters(), lr=1e-3, momentum=0.9, weight_decay=1e-4)
+    if not with_callback:
+        ScheduledModifierManager.from_yaml(PRUNING).modify(asking, optimizer, steps_per_epoch=STEPS_PER_EPOCH)
+    arguments = TrainingArguments(
+        output_dir=tempfile.mkdtemp(),
+        max_steps=STEPS_PER_EPOCH,
+        per_device_train_batch_size=1,
+        save_strategy="no",
+        logging_strategy="no",
+        report_to=[],
+        disable_tqdm=True,
+        dataloader_pin_memory=False,
+        use_cpu=not inputs.is_cuda,
+    )
+
+    def train(asked: Asked) -> None:
+        Trainer(
+            model=asking,
+            args=arguments,
+            train_dataset=asked,
+            data_collator=lambda rows: {"asked": torch.zeros(len(rows))},
+            optimizers=(optimizer, None),
+            callbacks=[SparsifyCallback(PRUNING, steps_per_epoch=STEPS_PER_EPOCH)] if with_callback else [],
+        ).train()
+
+    return train
+
+
+def accelerate_loop(model: nn.Module, inputs: Tensor, labels: Tensor, with_callback: bool) -> Callable[[Asked], None]:
+    """A loop with accelerate; the recipe through `prepare`, or attached after `accelerator.prepare`."""
+    from accelerate import Accelerator
+
+    from sparsify.integrations.accelerate import prepare
+
+    def train(asked: Asked) -> None:
+        accelerator = Accelerator(cpu=not inputs.is_cuda)
+        manager = ScheduledModifierManager.from_yaml(PRUNING)
+        optimizer: Any = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9, weight_decay=1e-4)
+        given = model, optimizer, DataLoader(asked, batch_size=1)
+        if with_callback:
+            net, optimizer, loader = prepare(accelerator, manager, *given, steps_per_epoch=STEPS_PER_EPOCH)
+        else:
+            net, optimizer, loader = accelerator.prepare(*given)
+            manager.modify(net, optimizer, steps_per_epoch=STEPS_PER_EPOCH)
+        for _ in loader:
+            with accelerator.accumulate(net):
+                accelerator.backward(manager.update_loss(F.cross_entropy(net(inputs), labels)))
+                optimizer.step()
+                optimizer.zero_grad()
+
+    return train
+
+
 # A framework needs one function: (model, inputs, labels, with_callback) -> what trains on the batches asked for.
-LOOPS: dict[str, Callable[[nn.Module, Tensor, Tensor, bool], Callable[[Asked], None]]] = {"lightning": lightning_loop}
+LOOPS: dict[str, Callable[[nn.Module, Tensor, Tensor, bool], Callable[[Asked], None]]] = {
+    "lightning": lightning_loop,
+    "transformers": transformers_loop,
+    "accelerate": accelerate_loop,
+}
 
 
 def measure(framework: str, name: str, pairs: int, device: str) -> Ratio:

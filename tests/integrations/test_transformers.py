@@ -5,6 +5,9 @@ from __future__ import annotations
 import itertools
 import json
 import shutil
+import signal
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -576,3 +579,95 @@ def test_what_is_logged_are_the_sparsity_and_the_learning_rate_in_force(tmp_path
 def test_a_wrong_choice_of_best_model_is_refused() -> None:
     with pytest.raises(ArgumentError, match=r"best_model: 'last' is neither"):
         SparsifyCallback(PRUNED, best_model="last")  # type: ignore[arg-type]
+
+
+KILLED = """
+import os, signal, sys
+sys.path.insert(0, {root!r})
+import pytest, torch
+torch.set_num_threads(1)
+import importlib.util
+spec = importlib.util.spec_from_file_location("tests_of_the_trainer", {file!r})
+here = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(here)
+from pathlib import Path
+import transformers
+
+class Kill(transformers.TrainerCallback):
+    def on_save(self, args, state, control, **kwargs):
+        if state.global_step == {step}:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+modifiers, model, data = here.RECIPES["all together"]
+callback = here.SparsifyCallback(modifiers, distillation_teacher="self")
+trainer = transformers.Trainer(
+    model=model({seed}), args=here.arguments(Path({folder!r})), train_dataset=data(), callbacks=[callback, Kill()]
+)
+trainer.train(resume_from_checkpoint={resume})
+"""
+
+
+@pytest.mark.slow
+def test_a_killed_run_goes_on_from_its_last_whole_checkpoint(tmp_path: Path) -> None:
+    root = str(Path(__file__).parents[2])
+
+    def run(folder: str, **given: Any) -> int:
+        text = KILLED.format(root=root, file=__file__, folder=str(tmp_path / folder), **given)
+        command = [sys.executable, "-W", "ignore", "-c", text]
+        return subprocess.run(command, capture_output=True, check=False, timeout=600).returncode
+
+    assert run("whole", step=-1, seed=0, resume=False) == 0
+    wanted = states(tmp_path / "whole", EPOCHS * STEPS)
+    assert run("killed", step=6, seed=0, resume=False) == -signal.SIGKILL
+    # As if it had been killed while it wrote the last one.
+    (tmp_path / "killed" / "checkpoint-6" / "trainer_state.json").unlink()
+    assert run("killed", step=9, seed=1, resume=True) == -signal.SIGKILL
+    assert run("killed", step=-1, seed=2, resume=True) == 0
+    assert_same_state(states(tmp_path / "killed", EPOCHS * STEPS), wanted, "killed twice")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("changed", [{"bf16": True}, {"gradient_checkpointing": True}], ids=str)
+def test_precision_and_checkpointed_activations_change_nothing_else(changed: dict[str, Any], tmp_path: Path) -> None:
+    trainer, callback = trained(tmp_path / "whole", RECIPES["pruned, int8"][0], bert(), sentences(), **changed)
+    assert callback.manager.epoch == EPOCHS and is_quantized(trainer.model)
+    wanted = states(tmp_path / "whole", EPOCHS * STEPS)
+    for step in (3, 7):
+        at = tmp_path / f"from-{step}"
+        shutil.copytree(tmp_path / "whole" / f"checkpoint-{step}", at / f"checkpoint-{step}")
+        trained(at, RECIPES["pruned, int8"][0], bert(step), sentences(), resume=True, **changed)
+        assert_same_state(states(at, EPOCHS * STEPS), wanted, (changed, step))
+
+
+@pytest.mark.slow
+def test_tied_weights_stay_tied(tmp_path: Path) -> None:
+    def masked_lm(seed: int) -> Any:
+        torch.manual_seed(seed)
+        return transformers.BertForMaskedLM(bert().config)
+
+    rows = [{"input_ids": row["input_ids"], "labels": row["input_ids"]} for row in sentences()]
+    trainer, _ = trained(tmp_path / "whole", PRUNED, masked_lm(0), rows)
+    model = trainer.model
+    assert model.cls.predictions.decoder.weight is model.bert.embeddings.word_embeddings.weight
+    wanted = states(tmp_path / "whole", EPOCHS * STEPS)
+    shutil.copytree(tmp_path / "whole" / "checkpoint-5", tmp_path / "from" / "checkpoint-5")
+    trained(tmp_path / "from", PRUNED, masked_lm(1), rows, resume=True)
+    assert_same_state(states(tmp_path / "from", EPOCHS * STEPS), wanted, "tied")
+
+
+@pytest.mark.slow
+def test_resuming_in_the_same_process_finds_int8_layers(tmp_path: Path) -> None:
+    trainer, _ = trained(tmp_path, QUANTIZED, Pictures(), pictures())
+    wanted = states(tmp_path, EPOCHS * STEPS)
+    for step in (2, 8):
+        trainer.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{step}"))
+        assert_same_state(states(tmp_path, EPOCHS * STEPS), wanted, step)
+
+
+@pytest.mark.slow
+def test_compiled_models_are_distilled_and_quantized(tmp_path: Path) -> None:
+    modifiers = [*QUANTIZED, DistillationModifier(hardness=0.4, start_epoch=0.0, end_epoch=3.0)]
+    given = {"torch_compile": True, "torch_compile_backend": "eager", "save_strategy": "no"}
+    options = {"distillation_teacher": Pictures(7)}
+    trainer, callback = trained(tmp_path, modifiers, Pictures(), pictures(), options=options, **given)
+    assert callback.manager.epoch == EPOCHS and is_quantized(trainer.model)
