@@ -51,7 +51,8 @@ class Asked(IterableDataset[int]):
         self.error: BaseException | None = None
 
     def __iter__(self) -> Iterator[int]:
-        while True:
+        # A loop that goes over the data again when they end (the Trainer of transformers) finds none.
+        while not self.ended:
             self.done.release()
             self.wanted.acquire()
             if self.ended:

@@ -366,7 +366,8 @@ class SparsifyCallback(TrainerCallback):  # type: ignore[misc]
             )
         self._end()
         if self._export_path is not None and state.is_world_process_zero:
-            self._export(trainer.model)
+            # Without the mixed precision of training.
+            self._export(trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False))
 
     def _end(self) -> None:
         run = self._run

@@ -6,6 +6,7 @@ Quantization, structured pruning and analysis ask it; nobody else traces. The us
 from __future__ import annotations
 
 import contextlib
+import inspect
 import traceback
 import warnings
 from collections import defaultdict
@@ -256,9 +257,10 @@ def exported(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | N
         ArgumentError: the model cannot be traced or fails on these inputs; the message says where in its code.
     """
     try:
-        with preserved(model), without_fast_path(), _without_cache(model), torch.no_grad(), _quiet_export():
+        with preserved(model), without_fast_path(), _without_cache(model), _class_forward(model), _quiet_export():
             eval_mode_(model)
-            return torch.export.export(model, args, kwargs or {}, strict=False)
+            with torch.no_grad():
+                return torch.export.export(model, args, kwargs or {}, strict=False)
     # Any code of a user may stand in forward, and fail in any way.
     except Exception as error:
         raise ArgumentError(
@@ -266,6 +268,25 @@ def exported(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | N
             f"{first_line(error).rstrip('.')}. Give sample_inputs that the model accepts as they are; control flow "
             "that depends on the values of tensors, and custom extensions, cannot be traced."
         ) from error
+
+
+@contextlib.contextmanager
+def _class_forward(model: nn.Module) -> Iterator[None]:
+    """The model computes by the forward of its class, where its own only stands around that.
+
+    accelerate puts autocast around the forward of a prepared model (`Accelerator.prepare_model`, seen in accelerate
+    1.15.0), and a graph under autocast is one operator, in which no layer is seen.
+    """
+    own = vars(model).get("forward")
+    # Compared at their innermost: the forward of a class may be wrapped itself, as in transformers.
+    if own is None or inspect.unwrap(own) is not inspect.unwrap(type(model).forward):
+        yield
+        return
+    del model.forward
+    try:
+        yield
+    finally:
+        model.forward = own
 
 
 @contextlib.contextmanager
