@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import json
 import sys
+import warnings
 from argparse import Namespace
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sparsify.errors import ArgumentError
+from sparsify.errors import ArgumentError, SparsifyWarning
 from sparsify.output.files import replacing
 from sparsify.output.json_values import plain
 
@@ -137,15 +138,19 @@ def run_check(arguments: Namespace) -> int:
 
     recipe = _recipe(arguments)
     found: dict[str, list[str]] = {}
+    doubts = recipe.doubts()
     if arguments.model is not None:
         model = torch_model(arguments.model)
-        recipe.check(model)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always", SparsifyWarning)
+            recipe.check(model)
+        doubts = [str(warning.message) for warning in caught]
         for number, modifier in enumerate(recipe.written):
             names = list(modifier.targets(model))
             found[f"{number + 1}. {type(modifier).__name__}"] = names
     else:
         found = {f"{n + 1}. {type(m).__name__}": m.names() for n, m in enumerate(recipe.written)}
-    said = {"max_epochs": recipe.max_epochs, "modifiers": found}
+    said = {"max_epochs": recipe.max_epochs, "modifiers": found, "warnings": doubts}
 
     def text() -> str:
         lines = [f"{arguments.recipe}: fine; {len(found)} modifiers, {recipe.max_epochs:g} epochs"]
@@ -154,7 +159,7 @@ def run_check(arguments: Namespace) -> int:
                 f": {len(names)} of the model" if names and arguments.model else f": {', '.join(names)}" * bool(names)
             )
             lines.append(f"  {name}{what}")
-        return "\n".join(lines)
+        return "\n".join([*lines, *(f"warning: {doubt}" for doubt in doubts)])
 
     _say(arguments, lambda: json.dumps(said, indent=2), text)
     return FINE

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from difflib import get_close_matches
 
 import torch
@@ -115,8 +115,8 @@ def resolve_parameters(
             refuse_lost(exact)
             if weight is None:
                 raise TargetError(
-                    f"{where}: {name!r} is a {type(layers[exact]).__name__} without a weight of its own. Name one "
-                    f"of its parameters{_listing(p for p in parameters if p.startswith(exact + '.'))}."
+                    f"{where}: {name!r} is a {type(layers[exact]).__name__} without a weight of its own. "
+                    f"{_way_in(model, [exact])}"
                 )
             return [weight]
         if name.startswith("re:"):
@@ -360,6 +360,13 @@ def _choose(
 
 
 def _nothing(model: nn.Module, name: str, known: Iterable[str], where: str) -> str:
+    of_type = [own for own, module in _aliased_modules(model).items() if _is(module, name)]
+    if of_type:
+        owners = ", ".join(repr(own) if own else "the model itself" for own in of_type[:3])
+        has = "has" if len(of_type) == 1 else "have"
+        return (
+            f"{where}: {name!r} is the type of {owners}, which {has} no parameter 'weight'. {_way_in(model, of_type)}"
+        )
     text = f"{where}: {name!r} matches nothing in {type(model).__name__}."
     types = {type(module).__name__ for module in model.modules()}
     near = get_close_matches(name.removeprefix("re:"), [*known, *types, ALL, ALL_PRUNABLE], n=3, cutoff=0.5)
@@ -367,6 +374,14 @@ def _nothing(model: nn.Module, name: str, known: Iterable[str], where: str) -> s
     return f"{text}\n  Closest: {', '.join(map(repr, near))}.{hint}" if near else f"{text}{hint}"
 
 
-def _listing(names: Iterable[str]) -> str:
-    first = list(names)[:3]
-    return f", like {', '.join(map(repr, first))}" if first else ""
+def _way_in(model: nn.Module, layers: Sequence[str]) -> str:
+    """The way out where layers without a weight of their own were named: the parameters inside, and a pattern."""
+    prefixes = tuple(f"{layer}." if layer else "" for layer in layers)
+    # Weights first: a bias is seldom meant.
+    found = [name for name in named_parameters(model) if name.startswith(prefixes)]
+    found.sort(key=lambda name: "bias" in name.rpartition(".")[2])
+    if not found:
+        return "There is no parameter inside: leave it out."
+    weights = any(name.startswith(f"{prefixes[0]}weight") for name in found)
+    pattern = "re:" + prefixes[0].replace(".", r"\.") + ("weight" if weights else "") + ".*"
+    return f"Name the parameters, like {', '.join(map(repr, found[:6]))}, or several by a pattern, like '{pattern}'."

@@ -17,6 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from sparsify.errors import StateError
 from sparsify.modifiers.schedule import Clock, Window
+from sparsify.output.booleans import read_booleans
 from sparsify.output.field_errors import FieldProblem, recipe_error
 
 if TYPE_CHECKING:
@@ -97,6 +98,11 @@ class Modifier(BaseModel, ABC):
 
     @model_validator(mode="before")
     @classmethod
+    def _booleans(cls, fields: object) -> object:
+        return read_booleans(cls, fields)
+
+    @model_validator(mode="before")
+    @classmethod
     def _drop_without_effect(cls, fields: object) -> object:
         if not isinstance(fields, Mapping):
             return fields
@@ -154,6 +160,13 @@ class Modifier(BaseModel, ABC):
     def foreseen_bits(self, clock: Clock, model: nn.Module) -> dict[str, int]:
         """The bits that weights of `model` will have in the exported file from `clock` on, by the parameter's name."""
         return {}
+
+    def doubts(self, model: nn.Module | None) -> list[str]:
+        """Sentences on what its fields will not do as their writer may expect, to `model` where there is one.
+
+        For `check`, `plan` and `modify`, which say them; they are no errors. Changes nothing, and needs no data.
+        """
+        return []
 
     def activity(self, clock: Clock) -> str:
         """Its work at `clock` in a word or two, "pruning"; empty before its start and after its end."""

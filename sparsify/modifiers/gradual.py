@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import re
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, field_validator, model_validator
@@ -17,6 +18,7 @@ from sparsify.model import distributed, sharding, targets
 from sparsify.model.layouts import input_dims
 from sparsify.model.recomputed import recomputed_weights
 from sparsify.modifiers.base import Active, Epoch, Modifier, ModifierKind, ParamNames, Run, check_frequency
+from sparsify.modifiers.doubts import first_of, only_zeros, rounding_doubts
 from sparsify.modifiers.schedule import Clock, Curve, UpdateGrid, between
 from sparsify.output.field_errors import FieldProblem
 from sparsify.pruning.masks import MaskType, compute_masks, sparing_one
@@ -25,6 +27,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 __all__ = ["GradualPruning"]
+
+log = logging.getLogger("sparsify")
 
 FROM_PARAM = "__FROM_PARAM__"
 ScoreType = Literal["magnitude", "movement", "obs", "mfac"]
@@ -55,7 +59,8 @@ class GradualPruning(Modifier, ABC):
         description="Epochs between two updates of the masks; -1: every optimizer step."
     )
     init_sparsity: float | Literal["__FROM_PARAM__"] = Field(
-        description="The fraction of zeros, 0 to 1, at start_epoch; __FROM_PARAM__: what is there when it starts."
+        description="The fraction of zeros, 0 to 1, at start_epoch; __FROM_PARAM__: what is there when it starts. "
+        "Above final_sparsity: the sparsity falls along the curve, and weights that are released train on from zero."
     )
     final_sparsity: float | dict[float, ParamNames] = Field(
         description="The fraction of zeros, 0 to 1, at end_epoch; or {fraction: [names]} with `params: []`."
@@ -169,13 +174,19 @@ class GradualPruning(Modifier, ABC):
             raise FieldProblem("params", "names nothing to prune; give names, patterns or __ALL_PRUNABLE__")
         if self.score_type not in ("magnitude", type(self).model_fields["score_type"].default):
             raise FieldProblem("score_type", f"{self.score_type!r} is {_WHOSE[self.score_type]}'s; use that one")
-        if not isinstance(self.init_sparsity, str):
-            for final in self.final_by_names():
-                if self.init_sparsity > final:
-                    raise FieldProblem(
-                        "init_sparsity", f"{self.init_sparsity} lies above final_sparsity {final}: a mask only grows"
-                    )
+        if self.falling() and MaskType.parse(self.mask_type).kind == "n_of_m":
+            raise FieldProblem(
+                "init_sparsity",
+                f"{self.init_sparsity} lies above final_sparsity {min(self.falling())}, and a mask of "
+                f"{MaskType.parse(self.mask_type).text} never has more zeros than at its end",
+            )
         return self
+
+    def falling(self) -> list[float]:
+        """The final sparsities below `init_sparsity`: zeros are given back on the way there."""
+        if isinstance(self.init_sparsity, str):
+            return []
+        return [final for final in self.final_by_names() if self.init_sparsity > final]
 
     def final_by_names(self) -> dict[float, list[str]]:
         """The names to prune, by the sparsity that they end with."""
@@ -200,20 +211,74 @@ class GradualPruning(Modifier, ABC):
         parameters = {name: p for name, p in self.targets(model).items() if isinstance(p, nn.Parameter)}
         if point >= self.window.end and not self.leave_enabled:
             return dict.fromkeys(parameters)
-        shape = MaskType.parse(self.mask_type)
-        exact = 1.0 - shape.keep / shape.of if shape.kind == "n_of_m" else None
         zeros = {name: count / max(parameters[name].numel(), 1) for name, count in sharding.zeros(parameters).items()}
         weights = sum(p.numel() for p in parameters.values())
         overall = sum(zeros[name] * p.numel() for name, p in parameters.items()) / max(weights, 1)
         found: dict[str, float | None] = {}
-        for final, names in self.final_by_names().items():
-            where = f"{type(self).__name__}.params"
-            last = final if exact is None else exact
-            for name in targets.resolve_parameters(model, names, where=where, strict=self.strict, to_mask=True):
-                there = min(overall if self.global_sparsity else zeros[name], last)
-                initial = there if isinstance(self.init_sparsity, str) else self.init_sparsity
-                found[name] = between(self.inter_func, initial, last, self.window.progress(point))
+        for name, module, final, units in self._units(model):
+            last = self.last(name, module, units, final)
+            there = min(overall if self.global_sparsity else zeros[name], last)
+            initial = there if isinstance(self.init_sparsity, str) else self.init_sparsity
+            share = between(self.inter_func, initial, last, self.window.progress(point))
+            count = round(units * share)
+            # Of single weights the share is exact enough, but where it comes to none or all of them.
+            rounded = not self.global_sparsity and (self.mask_type != "unstructured" or count in (0, units))
+            found[name] = count / units if rounded else share
         return found
+
+    def _units(self, model: nn.Module) -> Iterator[tuple[str, nn.Module, float, int]]:
+        """The parameters that are pruned, each with its layer, its final sparsity and its number of units."""
+        where = f"{type(self).__name__}.params"
+        finals = {
+            name: final
+            for final, names in self.final_by_names().items()
+            for name in targets.resolve_parameters(model, names, where=where, strict=self.strict, to_mask=True)
+        }
+        mask_type, dims = MaskType.parse(self.mask_type), input_dims(model, self.input_dims, where=type(self).__name__)
+        for name, module, attribute in targets.owners(model):
+            parameter = module._parameters[attribute]
+            if name not in finals or parameter is None or not parameter.numel():
+                continue
+            dim = dims[name]
+            if mask_type.why_unfit(parameter.shape, dim) is None:
+                yield name, module, finals[name], mask_type.units(parameter.shape, 1 if dim is None else dim)
+
+    def last(self, name: str, module: nn.Module, units: int, final: float) -> float:
+        """The fraction of zeros at end_epoch, before it is rounded to whole units, of a parameter whose
+        `final_sparsity` is `final`.
+
+        Args:
+            name: of the parameter.
+            module: the layer that holds it.
+            units: the number of its units.
+            final: the fraction that is asked for.
+        """
+        shape = MaskType.parse(self.mask_type)
+        return 1.0 - shape.keep / shape.of if shape.kind == "n_of_m" else final
+
+    def doubts(self, model: nn.Module | None) -> list[str]:
+        """That the sparsity falls; and shares that rounding makes nothing or all."""
+        who, said = type(self).__name__, []
+        if self.falling():
+            said.append(
+                f"{who}: init_sparsity {self.init_sparsity} lies above final_sparsity {min(self.falling())}: from "
+                f"epoch {self.window.start:g} to {self.window.end:g} the sparsity falls, and weights that are released "
+                "train on from zero. Were the two meant the other way round?"
+            )
+        if model is None or self.global_sparsity:
+            return said
+        kind = MaskType.parse(self.mask_type).kind
+        what = {"block": "blocks", "filter": "filters", "channel": "channels"}.get(kind, "weights")
+        shares = [
+            (
+                f"{name!r} ({final:g} of {units} {what})",
+                final,
+                round(units * self.last(name, module, units, final)),
+                units,
+            )
+            for name, module, final, units in self._units(model)
+        ]
+        return [*said, *rounding_doubts(who, shares)]
 
     def activity(self, clock: Clock) -> str:
         """The words "pruning", and "holding zeros" from its end on."""
@@ -231,8 +296,9 @@ class GradualPruning(Modifier, ABC):
 class Gradual(Active):
     """A gradual pruning at work: by magnitude, or by the `scores` of a subclass.
 
-    Checkpoint: the point of the grid that is in force, whether the masks were released, and the sparsity that was
-    found at the start. The masks are the Masker's.
+    Checkpoint: the point of the grid that is in force, whether the masks were released, the sparsity that was found at
+    the start, and which parameters are left out: frozen ones, and those that held only zeros so far. The masks are the
+    Masker's.
     """
 
     def __init__(self, modifier: GradualPruning, run: Run) -> None:
@@ -245,6 +311,7 @@ class Gradual(Active):
         self.released = False
         self.initials: dict[str, float] = {}
         self.frozen: list[str] = []
+        self.postponed: list[str] = []
         self.loaded = False
         self.loaded_at: Clock | None = None
         self.come_late = False
@@ -279,8 +346,9 @@ class Gradual(Active):
             return
         self.run.masker.refresh()
         parameters = targets.named_parameters(self.run.model)
-        if self.point is None or late:
-            self._start(targets.still_there(parameters, late or self.finals, where=type(self.modifier).__name__))
+        if self.point is None or late or self.postponed:
+            names = self.finals if self.point is None else [*late, *self.postponed]
+            self._start(targets.still_there(parameters, names, where=type(self.modifier).__name__))
         progress = self.modifier.window.progress(point)
         self._prune({name: parameters[name] for name in self.initials}, progress, clock)
         self.point = point
@@ -299,7 +367,8 @@ class Gradual(Active):
         if clock == self.loaded_at:
             return []
         self.loaded, self.loaded_at = False, None
-        return [name for name in self.finals if name not in self.frozen and name not in self.run.masker]
+        left_out = {*self.frozen, *self.postponed}
+        return [name for name in self.finals if name not in left_out and name not in self.run.masker]
 
     def _start(self, parameters: Mapping[str, nn.Parameter]) -> None:
         """Fixes what is pruned and from which sparsity on: read when the modifier starts, not when it is attached."""
@@ -312,6 +381,22 @@ class Gradual(Active):
         given = {name: parameter for name, parameter in parameters.items() if name in self.finals}
         parameters = trainable(given, who)
         self.frozen += [name for name in given if name not in parameters]
+        empty = [name for name in only_zeros(parameters) if name not in self.run.masker]
+        new = [name for name in empty if name not in self.postponed]
+        if new and isinstance(self.modifier.init_sparsity, str):
+            # Asked for: zeros that are there are those to begin with.
+            log.warning("%s: %s: all zeros are held, as __FROM_PARAM__ says.", who, first_of(list(map(repr, new))))
+            empty = []
+        elif new:
+            warnings.warn(
+                f"{who}: {first_of(list(map(repr, new)))} hold{'s' * (len(new) == 1)} nothing but zeros, which are "
+                "initial values and no pruned weights: no score tells them apart. Left out until training has moved "
+                "them; from the next update of the masks on they are pruned as the others.",
+                SparsifyWarning,
+                stacklevel=2,
+            )
+        self.postponed = empty
+        parameters = {name: parameter for name, parameter in parameters.items() if name not in empty}
         zeros = sharding.zeros(parameters)
         overall = sum(zeros.values()) / max(sum(p.numel() for p in parameters.values()), 1)
         for name, parameter in parameters.items():
@@ -329,6 +414,10 @@ class Gradual(Active):
                     initial = self.finals[name]
             self.initials[name] = initial
         self.initials = {name: self.initials[name] for name in self.finals if name in self.initials}
+
+    def falls(self, names: Sequence[str]) -> bool:
+        """True if the sparsity of these parameters, which have one ramp, falls: zeros are given back."""
+        return self.initials[names[0]] > self.finals[names[0]]
 
     def scores(self, parameters: Mapping[str, nn.Parameter]) -> tuple[Mapping[str, Tensor], bool]:
         """Importance scores of the weights by parameter, and True if their absolute values count."""
@@ -362,10 +451,11 @@ class Gradual(Active):
             input_dims=self.input_dims,
             together=together,
             absolute=absolute,
+            releases=[name for name in parameters if self.falls([name])],
         )
         distributed.check_same(masks)
         for name, mask in masks.items():
-            masker.set(name, mask)
+            masker.set(name, mask, fresh=self.falls([name]))
         done = masker.sparsity()
         for name in masks:
             self.run.log.scalar(f"sparsity/{name}", done[name], clock.step)
@@ -376,6 +466,7 @@ class Gradual(Active):
             "released": self.released,
             "initials": dict(self.initials),
             "frozen": list(self.frozen),
+            "postponed": list(self.postponed),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -383,6 +474,7 @@ class Gradual(Active):
         self.released = bool(state["released"])
         self.initials = {name: float(value) for name, value in state["initials"].items() if name in self.finals}
         self.frozen = [name for name in state["frozen"] if name in self.finals]
+        self.postponed = [name for name in state.get("postponed", ()) if name in self.finals]
         self.loaded, self.loaded_at = True, None
 
 

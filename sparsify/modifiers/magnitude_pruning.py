@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from pydantic import Field
 from torch import nn
 
+from sparsify.errors import SparsifyWarning
 from sparsify.model import distributed, targets
 from sparsify.modifiers.base import Active, Modifier, ModifierKind, ParamNames, Run
+from sparsify.modifiers.doubts import first_of, only_zeros
 from sparsify.modifiers.gradual import Gradual, GradualPruning, trainable
 from sparsify.modifiers.schedule import Clock
 
@@ -43,7 +46,11 @@ class GlobalMagnitudePruningModifier(GradualPruning):
 
 
 class ConstantPruningModifier(Modifier):
-    """Holds the zeros that are there when it starts."""
+    """Holds the zeros that are there when it starts.
+
+    A parameter that holds nothing but zeros and no mask is left out, with a warning: those are initial values, as those
+    of `lora_B` and of the last norm of a residual block, and held they would never learn.
+    """
 
     kind: ClassVar[ModifierKind] = "pruning"
     holds: ClassVar[bool] = True
@@ -101,7 +108,17 @@ class _Constant(Active):
             parameters = targets.named_parameters(self.run.model)
             masks = {}
             who = type(self.modifier).__name__
-            for name in trainable(targets.still_there(parameters, self.names, where=who), who):
+            found = trainable(targets.still_there(parameters, self.names, where=who), who)
+            empty = [name for name in only_zeros(found) if name not in masker]
+            if empty:
+                warnings.warn(
+                    f"{who}: {first_of(list(map(repr, empty)))} hold{'s' * (len(empty) == 1)} nothing but zeros, "
+                    "which are initial values and no pruned weights: left out, so that they learn. To keep them at "
+                    "zero, freeze them (requires_grad_(False)).",
+                    SparsifyWarning,
+                    stacklevel=2,
+                )
+            for name in (name for name in found if name not in empty):
                 mask = parameters[name].detach() != 0
                 masks[name] = mask & masker.masks[name] if name in masker else mask
             distributed.check_same(masks)

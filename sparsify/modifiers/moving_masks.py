@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar
@@ -9,10 +10,11 @@ from typing import Annotated, Any, ClassVar
 from pydantic import AfterValidator, Field, field_validator, model_validator
 from torch import Tensor, nn
 
-from sparsify.errors import TargetError
+from sparsify.errors import SparsifyWarning, TargetError
 from sparsify.model import distributed, targets
 from sparsify.model.recomputed import recomputed_weights
 from sparsify.modifiers.base import Active, Epoch, Modifier, ModifierKind, ParamNames, Run, check_frequency
+from sparsify.modifiers.doubts import first_of, only_zeros
 from sparsify.modifiers.gradual import fitting, trainable
 from sparsify.modifiers.schedule import Clock, UpdateGrid
 from sparsify.output.field_errors import FieldProblem
@@ -159,6 +161,15 @@ class Moving(Active, ABC):
             there = targets.still_there(self._parameters(), self.names, where=who)
             self.names = list(trainable(there, who))
             self.frozen = [name for name in self.finals if name not in self.names]
+            empty = only_zeros({n: p for n, p in self._parameters().items() if n not in masker})
+            if empty:
+                warnings.warn(
+                    f"{who}: {first_of(list(map(repr, empty)))} hold"
+                    f"{'s' * (len(empty) == 1)} nothing but zeros, so that its first mask goes by position. Leave out "
+                    "what begins at zero (lora_B, zero-initialized norms), or give a later start_epoch.",
+                    SparsifyWarning,
+                    stacklevel=2,
+                )
         if late:
             self.begin({name: p for name, p in self._parameters().items() if name in late}, point, clock)
         if point != self.point and not self.move(self._parameters(), point, clock):

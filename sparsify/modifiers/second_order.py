@@ -304,12 +304,13 @@ class _SecondOrder(Gradual, ABC):
                     input_dims=self.input_dims,
                     together=together,
                     absolute=False,
+                    releases=group if self.falls(group) else (),
                 )
             distributed.check_same(masks)
             for name, mask in masks.items():
                 with torch.no_grad():
                     parameters[name].copy_(self.updated(name, parameters[name], mask))
-                masker.set(name, mask)
+                masker.set(name, mask, fresh=self.falls([name]))
         done = masker.sparsity()
         for name in parameters:
             self.run.log.scalar(f"sparsity/{name}", done[name], clock.step)

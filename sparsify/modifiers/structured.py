@@ -7,10 +7,12 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, field_validator, model_validator
+from torch import nn
 
 from sparsify.errors import SparsifyWarning, StateError, TargetError
 from sparsify.model import distributed, targets
 from sparsify.modifiers.base import Active, Run
+from sparsify.modifiers.doubts import rounding_doubts
 from sparsify.modifiers.gradual import GradualPruning
 from sparsify.modifiers.schedule import Clock, UpdateGrid, between
 from sparsify.output.field_errors import FieldProblem
@@ -23,6 +25,8 @@ if TYPE_CHECKING:
     from sparsify.pruning.removal import Removal
 
 __all__ = ["StructuredPruningModifier"]
+
+_CONVOLUTION_LAYERS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
 
 class StructuredPruningModifier(GradualPruning):
@@ -86,6 +90,46 @@ class StructuredPruningModifier(GradualPruning):
         """The end, where it shrinks the model."""
         return (self.window.end,) if self.shrink else ()
 
+    def last(self, name: str, module: nn.Module, units: int, final: float) -> float:
+        """The fraction of channels that go, as `multiple` and `limits` round it.
+
+        By the shape of the weight alone: where channels hang together in heads or groups, only the traced model tells.
+        """
+        if self.global_sparsity:
+            return final
+        bounds = group_scores.Bounds.of(units, self._multiple(module, units), self._limit(name))
+        return (units - bounds.nearest(units - round(units * final))) / units
+
+    def _multiple(self, module: nn.Module, units: int) -> int:
+        if self.multiple is not None:
+            return self.multiple
+        return group_scores.fast_width(units) if isinstance(module, _CONVOLUTION_LAYERS) else 1
+
+    def _limit(self, name: str) -> float:
+        # A pattern or a type may mean it too: then the traced model tells.
+        return min((self.limits[n] for n in (name, name.rpartition(".")[0]) if n in self.limits), default=1.0)
+
+    def doubts(self, model: nn.Module | None) -> list[str]:
+        """Those of every gradual pruning; and that released channels do not learn."""
+        said = self._released()
+        if model is None or self.global_sparsity:
+            return said
+        shares = []
+        for name, module, final, units in self._units(model):
+            count = round(units * self.last(name, module, units, final))
+            shares.append((share_of_channels(name, final, units, self._multiple(module, units)), final, count, units))
+        return [*said, *rounding_doubts(type(self).__name__, shares)]
+
+    def _released(self) -> list[str]:
+        return [
+            *super().doubts(None),
+            *(
+                f"{type(self).__name__}: a channel that is released has zeros in all its weights, so it gets no "
+                "gradient and stays as it is. GMPruningModifier with mask_type: filter releases rows that learn."
+                for _ in self.falling()[:1]
+            ),
+        ]
+
     def attach(self, run: Run) -> Active:
         """Checks names, and channel groups too where inputs are known.
 
@@ -94,6 +138,12 @@ class StructuredPruningModifier(GradualPruning):
             RecipeError: another modifier is at work on the same weights.
         """
         return _Structured(self, run)
+
+
+def share_of_channels(name: str, final: float, size: int, multiple: int) -> str:
+    """A share of the channels of a weight, in words, with the number that those that stay are rounded to."""
+    grain = f", those that stay in multiples of {multiple}" if 1 < multiple <= size else ""
+    return f"{name!r} ({final:g} of {size} channels{grain})"
 
 
 class _Structured(Active):
@@ -127,7 +177,28 @@ class _Structured(Active):
             # What cannot be is found before anything is changed; the channel groups are asked for again when they are
             # needed.
             self._claim(run.channels.groups(*run.inputs.given))
+            doubts = [*modifier.doubts(None), *self._rounding()]
             self.traced, self.channel_groups = None, {}
+        else:
+            doubts = modifier.doubts(run.model)
+        for text in doubts:
+            warnings.warn(text, SparsifyWarning, stacklevel=2)
+
+    def _rounding(self) -> list[str]:
+        """Shares that come to no channel or to all of a channel group."""
+        if self.modifier.global_sparsity:
+            return []
+        shares = []
+        for name, group in self.channel_groups.items():
+            bounds, final, size = self._bounds(group, group.size), self.finals[name], group.size
+            count = size - bounds.nearest(size - round(size * final))
+            shares.append((share_of_channels(name, final, size, bounds.multiple), final, count, size))
+        return rounding_doubts(self.who, shares)
+
+    def _bounds(self, group: ChannelGroup, size: int) -> group_scores.Bounds:
+        """The numbers of channels that may stay of the `size` that were there at the start."""
+        limit = min((self.limits[w] for w in (*group.rows, *group.columns) if w in self.limits), default=1.0)
+        return group_scores.Bounds.of(size, group_scores.multiple_of(group, self.modifier.multiple), limit)
 
     def _named(self) -> dict[str, float]:
         """The final sparsity by weight."""
@@ -282,13 +353,18 @@ class _Structured(Active):
         self.run.masker.refresh()
         if self.point is None:
             self._start(self.traced)
-        self.pruned = self._choose(point)
+        before, self.pruned = self.pruned, self._choose(point)
         own = deletion_masks(self.run.model, self.traced, self.pruned)
         held = self.run.masker.masks
+        if any(set(channels) - set(self.pruned.get(name, ())) for name, channels in before.items()):
+            # Channels that are released: what this modifier held so far holds no more.
+            for name, mask in deletion_masks(self.run.model, self.traced, before).items():
+                if name in held:
+                    held[name] = held[name] | ~mask.to(held[name].device)
         masks = {name: mask & held[name].to(mask.device) if name in held else mask for name, mask in own.items()}
         distributed.check_same(masks)
         for name, mask in masks.items():
-            self.run.masker.set(name, mask)
+            self.run.masker.set(name, mask, fresh=bool(self.modifier.falling()))
         for name, size in self.sizes.items():
             done = (len(self.pruned.get(name, ())) + self.removed[name]) / size
             self.run.log.scalar(f"sparsity/{name}", done, self.clock.step)
@@ -339,14 +415,18 @@ class _Structured(Active):
             {name: self.channel_groups[name] for name in self.sizes if name in self.channel_groups},
         )
         progress = modifier.window.progress(point)
+        # Where the sparsity falls, those masked so far are among the lowest: all their weights are zero.
+        given = not isinstance(modifier.init_sparsity, str)
+        falling = {name for name in channel_groups if given and self.initials[name] > self.finals[name]}
+        pruned = {name: () if name in falling else channels for name, channels in self.pruned.items()}
         bounds, counts = {}, {}
         for name, group in channel_groups.items():
             size = self.sizes[name]
-            limit = min((self.limits[w] for w in (*group.rows, *group.columns) if w in self.limits), default=1.0)
-            bounds[name] = group_scores.Bounds.of(size, group_scores.multiple_of(group, modifier.multiple), limit)
+            bounds[name] = self._bounds(group, size)
             last = (size - bounds[name].nearest(size - round(size * self.finals[name]))) / size
-            share = between(modifier.inter_func, min(self.initials[name], last), last, progress)
-            counts[name] = max(round(size * share) - self.removed[name], len(self.pruned[name]))
+            first = self.initials[name] if name in falling else min(self.initials[name], last)
+            share = between(modifier.inter_func, first, last, progress)
+            counts[name] = max(round(size * share) - self.removed[name], len(pruned[name]))
         scores = group_scores.norms(self.run.model, channel_groups)
         if modifier.global_sparsity and channel_groups:
             name = next(iter(channel_groups))
@@ -356,8 +436,8 @@ class _Structured(Active):
                 name: group_scores.Bounds(group.size, bounds[name].multiple, bounds[name].least)
                 for name, group in channel_groups.items()
             }
-            counts = group_scores.shares(scores, max(total, 0), there, self.pruned)
-        return group_scores.lowest(scores, counts, self.pruned)
+            counts = group_scores.shares(scores, max(total, 0), there, pruned)
+        return group_scores.lowest(scores, counts, pruned)
 
     # ------------------------------------------------------------------ another size, another time
 

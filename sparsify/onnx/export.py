@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from sparsify.errors import ArgumentError, ExportError, SparsifyError, SparsifyWarning, first_line
 from sparsify.model.adapters import has_adapters, merged_copy
+from sparsify.model.at_work import runs_on
 from sparsify.model.signature import InputsLike, SampleInputs, check_module, named_outputs
 from sparsify.model.wrappers import clean_name, unwrapped
 from sparsify.onnx.exported import ExportedModel, bytes_text, exported_model
@@ -81,6 +82,8 @@ def export_onnx(
     check_module(model)
     if not isinstance(path, (str, os.PathLike)):
         raise ArgumentError(f"path={path!r}: give the path of a file.")
+    for run in runs_on(unwrapped(model)):
+        run.look("export_onnx()")
     model = without_adapters(unwrapped(model))
     least, best = opsets(model)
     opset = max(DEFAULT_OPSET, best) if opset is None else opset

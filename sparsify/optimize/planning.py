@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from sparsify.analysis.analyze import analyze_model
-from sparsify.errors import ArgumentError, SparsifyError
+from sparsify.errors import ArgumentError, SparsifyError, SparsifyWarning
 from sparsify.model.targets import named_parameters
 from sparsify.model.wrappers import unwrapped
 from sparsify.modifiers.learning_rate_ledger import LearningRateLedger
@@ -64,7 +65,10 @@ def plan(
         raise ArgumentError("sample_inputs are inputs of a model: give it too.")
     last = float(recipe.max_epochs if epochs is None else epochs)
     if model is not None:
-        recipe.check(model)
+        with warnings.catch_warnings():
+            # What is no error stands in the plan.
+            warnings.simplefilter("ignore", SparsifyWarning)
+            recipe.check(model)
     modifiers = recipe.modifiers
     labels = _labels(modifiers)
     view = _View(recipe, model, sample_inputs)
@@ -77,7 +81,7 @@ def plan(
         for modifier, label in labels
         if modifier.kind != "range"
     )
-    said = pitfalls(modifiers, labels, moments, rates, last, steps_per_epoch)
+    said = [*recipe.doubts(view.model), *pitfalls(modifiers, labels, moments, rates, last, steps_per_epoch)]
     return Plan(last, steps_per_epoch, moments, rates, spans, view.weights(), tuple(said), tuple(view.notes))
 
 

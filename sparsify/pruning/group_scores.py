@@ -66,10 +66,12 @@ def fast_multiple(group: ChannelGroup) -> int:
     Convolutions lose half of what they could gain, or all of it, at widths that vector units do not divide: 16 where
     there are 32 or more, else 8, or 4 where there are fewer than 16. Products of matrices do not care.
     """
-    if group.kind != "conv":
-        return 1
-    width = group.size * slices(group)
-    return _in_channels(16 if width >= 32 else 8 if width >= 16 else 4, group)
+    return 1 if group.kind != "conv" else _in_channels(fast_width(group.size * slices(group)), group)
+
+
+def fast_width(width: int) -> int:
+    """The number that should divide how many of the `width` outputs of a convolution stay."""
+    return 16 if width >= 32 else 8 if width >= 16 else 4
 
 
 def multiple_of(group: ChannelGroup, multiple: int | None) -> int:

@@ -31,6 +31,21 @@ __all__: list[str] = []
 log = logging.getLogger("sparsify")
 
 
+@dataclass(frozen=True)
+class Revived:
+    """Masked weights of one parameter that are not zero.
+
+    Attributes:
+        count: how many, on this rank.
+        masked: how many are masked, on this rank.
+        largest: their largest absolute value.
+    """
+
+    count: int
+    masked: int
+    largest: float
+
+
 @dataclass
 class _MaskedParameter:
     """A masked parameter, and views of it and its mask for fast masking, valid while its memory does not move.
@@ -102,8 +117,14 @@ class Masker:
         """Takes `optimizer`, one or several, as those whose state is set back where a mask is set or removed."""
         self.optimizer = optimizer
 
-    def set(self, name: str, mask: Tensor) -> None:
+    def set(self, name: str, mask: Tensor, *, fresh: bool = False) -> None:
         """Puts `mask` in force: the weights and the optimizer's state are zero where it is False.
+
+        Args:
+            name: of the parameter.
+            mask: True where a weight is kept.
+            fresh: set the optimizer's state back also where the mask so far is False: weights that are released begin
+                anew.
 
         Raises:
             TargetError: no such parameter, or one that cannot be masked.
@@ -115,6 +136,9 @@ class Masker:
                 f"the mask of {name!r} has shape {tuple(mask.shape)}, the parameter {tuple(parameter.shape)}."
             )
         mask = sharding.laid_out(mask, parameter)
+        before = self._masks.get(name) if fresh else None
+        if before is not None and before.shape == mask.shape:
+            self._reset_optimizer(name)
         self._masks[name] = mask
         self._zeros.pop(name, None)
         self._ways = None
@@ -308,6 +332,19 @@ class Masker:
         uncounted = {name: mask for name, mask in self._masks.items() if name not in self._zeros}
         self._zeros.update(sharding.zeros(uncounted))
         return {name: self._zeros[name] / max(mask.numel(), 1) for name, mask in self._masks.items()}
+
+    def revived(self) -> dict[str, Revived]:
+        """Masked weights that are not zero, by name of the parameter. Reads every masked weight; sends nothing."""
+        found = {}
+        for name in self.names:
+            place = self._place(name)
+            if place.here.is_meta:
+                continue
+            values = place.here.masked_fill(place.mask, 0.0)
+            if count := int(values.count_nonzero()):
+                masked = place.mask.numel() - int(place.mask.count_nonzero())
+                found[name] = Revived(count, masked, float(values.abs().max()))
+        return found
 
     def state_dict(self) -> dict[str, Any]:
         """The masks, one bit per weight, with a checksum each; whole where they are sharded: collective then."""

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+import zlib
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -72,6 +73,21 @@ class MaskType:
             return str(list(self.block))
         return f"{self.keep}:{self.of}" if self.kind == "n_of_m" else self.kind
 
+    def units(self, shape: torch.Size, input_dim: int) -> int:
+        """The number of units in a weight of this shape that is fit to be masked so; in a stack those of all matrices.
+
+        >>> shape = torch.Size((8, 16))
+        >>> MaskType.parse("block4").units(shape, 1), MaskType.parse("filter").units(shape, 1)
+        (32, 8)
+        """
+        dim = _output_dim(input_dim)
+        if self.kind in ("filter", "channel"):
+            return shape[input_dim if self.kind == "channel" else dim] * (shape[0] if input_dim < 0 else 1)
+        if self.kind != "block":
+            return shape.numel()
+        a, b = self.block
+        return shape.numel() // ((shape[dim] if a == -1 else a) * (shape[input_dim] if b == -1 else b))
+
     def why_unfit(self, shape: torch.Size, input_dim: int | None) -> str | None:
         """The reason why a weight of this shape cannot be masked so, or None. Of a stack `input_dim` is negative."""
         if self.kind == "unstructured":
@@ -107,12 +123,14 @@ def compute_masks(
     input_dims: Mapping[str, int] | None = None,
     together: bool = False,
     absolute: bool = True,
+    releases: Collection[str] = (),
 ) -> dict[str, Tensor]:
     """Masks with exactly round(units * sparsity) masked units; a unit is a weight, a block, or a channel of one weight.
 
-    Units that are masked in `previous` are masked first, so that a mask only grows; then those of lowest score, of
-    equal ones the first in logical order. N:M: exactly round(n * sparsity) weights are masked and at most M - N in any
-    group, also below 1 - N/M; the groups lie along the input channels.
+    Units that are masked in `previous` are masked first; where those are more, they all stay masked, so that a mask
+    only grows, unless it is in `releases`. Then come those of lowest score, of equal ones the first in logical order.
+    N:M: exactly round(n * sparsity) weights are masked and at most M - N in any group, also below 1 - N/M; the groups
+    lie along the input channels.
 
     Scores that are sharded over ranks (DTensors) give masks that are sharded like them, the same as without sharding.
     Only counts are sent, unless units lie across parts: then the scores of that parameter are gathered.
@@ -127,6 +145,10 @@ def compute_masks(
         together: one ranking over all of them, and the count over all; otherwise each by itself.
         absolute: rank by absolute value. The score of a block is the mean of its weights' scores either way; that of a
             channel is their root mean square, and where `absolute` is off their mean.
+        releases: names, all of them where they are ranked `together`. Where more is masked in their `previous`, so many
+            are let go that the count is exact: those that come last in an order that is random over the tensor, and the
+            same in every run. All are zero, so no score tells them apart; by position, one row of a layer would come
+            back after the other. Masks that are sharded are gathered for it.
 
     Raises:
         DataError: a score is NaN; the message names it.
@@ -136,6 +158,18 @@ def compute_masks(
     """
     previous = previous or {}
     dims = input_dims or {}
+    released: dict[str, Tensor] = {}
+    for group in [list(scores)] if together else [[name] for name in scores]:
+        if releases and group[0] in releases:
+            own = {name: previous[name] for name in group if name in previous}
+            released |= _with_released(own, _one(sparsity, group[0]), mask_type, dims) if len(own) == len(group) else {}
+    if released:
+        found = {name: laid_out(mask, scores[name]) for name, mask in released.items()}
+        rest = {name: score for name, score in scores.items() if name not in found}
+        more = compute_masks(
+            rest, sparsity, mask_type, previous=previous, input_dims=dims, together=together, absolute=absolute
+        )
+        return {name: found[name] if name in found else more[name] for name in scores}
     if any(is_sharded(score) for score in scores.values()):
         return _compute_sharded(scores, sparsity, mask_type, previous, dims, together, absolute)
     units: dict[str, Tensor] = {}
@@ -159,6 +193,22 @@ def compute_masks(
             count = round(unit.numel() * _one(sparsity, name))
             masks |= mask_lowest({name: unit}, count, kept=own, absolute=absolute)
     return {name: back[name](mask) if name in back else mask for name, mask in masks.items()}
+
+
+def _with_released(
+    masks: Mapping[str, Tensor], sparsity: float, mask_type: MaskType, dims: Mapping[str, int]
+) -> dict[str, Tensor]:
+    """Masks with exactly round(units * sparsity) of the units that are masked in `masks`; empty if they are no more."""
+    order, back, masked = {}, {}, 0
+    for name, mask in masks.items():
+        whole, dim = gathered(mask), dims.get(name, 1)
+        kept = _units_kept(whole, mask_type, dim)
+        back[name] = _units(torch.zeros_like(whole, dtype=torch.float32), None, mask_type, dim, False)[1]
+        generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
+        order[name] = torch.where(kept, 2.0, torch.rand(kept.shape, generator=generator).to(kept.device))
+        masked += kept.numel() - int(kept.count_nonzero())
+    count = round(sum(each.numel() for each in order.values()) * sparsity)
+    return {name: back[name](mask) for name, mask in mask_lowest(order, count).items()} if masked > count else {}
 
 
 def sparing_one(score: Tensor, dims: tuple[int, ...], previous: Tensor | None, absolute: bool) -> Tensor:

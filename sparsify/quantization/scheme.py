@@ -12,6 +12,7 @@ from torch import nn
 
 from sparsify.errors import RecipeError, SparsifyWarning
 from sparsify.model.targets import resolve_layers
+from sparsify.output.booleans import read_booleans
 from sparsify.output.field_errors import recipe_error
 from sparsify.quantization.observers import Observer
 
@@ -45,6 +46,11 @@ class ActivationScheme(BaseModel):
         description="`averaging_constant` (0.01): the share of a batch in the moving range or histogram; `percentile` "
         "(99.99). Other keys, of torch's observers, are without effect.",
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _booleans(cls, fields: object) -> object:
+        return read_booleans(cls, fields)
 
     @model_validator(mode="after")
     def _usable(self) -> ActivationScheme:
@@ -92,6 +98,11 @@ class WeightScheme(BaseModel):
         description="`reduce_range`: one bit less, for CPUs without VNNI. Other keys, of torch's observers, are "
         "without effect.",
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _booleans(cls, fields: object) -> object:
+        return read_booleans(cls, fields)
 
     @model_validator(mode="after")
     def _usable(self) -> WeightScheme:

@@ -6,6 +6,7 @@ import hashlib
 import math
 import os
 import stat
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, Protocol, TypeAlias
@@ -14,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 # Imported whole: every modifier registers itself under its name.
 import sparsify.modifiers  # noqa: F401
-from sparsify.errors import ArgumentError, RecipeError, RecipeFileError
+from sparsify.errors import ArgumentError, RecipeError, RecipeFileError, SparsifyWarning
 from sparsify.modifiers.base import Modifier
 from sparsify.output.files import replacing
 from sparsify.recipe import compose, grammar, schema, writer
@@ -170,6 +171,8 @@ class Recipe(BaseModel):
     def check(self, model: nn.Module) -> None:
         """Finds every name of every modifier in `model`, which it leaves as it is.
 
+        Warns of what will not come out as it was probably meant: a share that rounds to nothing, a sparsity that falls.
+
         Raises:
             TargetError: a name matches nothing in the model, or what it matches cannot be used.
             RecipeError: two pruning modifiers are at work on one parameter at the same time.
@@ -181,6 +184,22 @@ class Recipe(BaseModel):
                 modifier.targets(model)
         if problem := conflict(found, names):
             raise RecipeError(problem[1])
+        for text in self.doubts(model):
+            warnings.warn(text, SparsifyWarning, stacklevel=2)
+
+    def doubts(self, model: nn.Module | None = None) -> list[str]:
+        """Sentences on what will not come out as it was probably meant; `check`, `plan` and `modify` say them.
+
+        Args:
+            model: leaves out, where it is None, what depends on the model's layers.
+
+        Raises:
+            TargetError: a name matches nothing in the model.
+        """
+        with warnings.catch_warnings():
+            # Names that match nothing are said by `check`.
+            warnings.simplefilter("ignore", SparsifyWarning)
+            return list(dict.fromkeys(text for modifier in self.written for text in modifier.doubts(model)))
 
     def extended(self, added: Modifiers = None, metadata: Mapping[str, Any] | None = None) -> Recipe:
         """A recipe with more modifiers and more metadata.

@@ -6,6 +6,7 @@ import json
 from typing import Any
 
 from sparsify.modifiers.base import Modifier
+from sparsify.output.booleans import BOOLEAN_SCHEMA
 from sparsify.recipe.reader import METADATA
 
 __all__: list[str] = []
@@ -53,7 +54,8 @@ def _modifier(name: str, cls: type[Modifier], definitions: dict[str, Any]) -> di
     # Two modifiers may hold models of one name: a definition carries the modifier's name in front.
     own: dict[str, Any] = cls.model_json_schema(ref_template=f"#/$defs/{name}.{{model}}")
     for inner, definition in own.pop("$defs", {}).items():
-        definitions[f"{name}.{inner}"] = definition
+        definitions[f"{name}.{inner}"] = _with_whole_number_booleans(definition)
+    own = _with_whole_number_booleans(own)
     properties = {
         field: {key: value for key, value in schema.items() if key in ("description", "default")}
         | {"anyOf": [{k: v for k, v in schema.items() if k not in ("description", "default", "title")}, _EVAL]}
@@ -73,6 +75,17 @@ def _modifier(name: str, cls: type[Modifier], definitions: dict[str, Any]) -> di
         result["required"] = own["required"]
     # Through JSON: numbers as keys become text, tuples lists, and nothing that is no JSON gets through.
     return dict(json.loads(json.dumps(result)))
+
+
+def _with_whole_number_booleans(definition: dict[str, Any]) -> dict[str, Any]:
+    """The schema of an object whose boolean properties may be 0 and 1 too, as in older files."""
+    properties = {
+        field: {key: value for key, value in schema.items() if key != "type"} | BOOLEAN_SCHEMA
+        if schema.get("type") == "boolean"
+        else schema
+        for field, schema in definition.get("properties", {}).items()
+    }
+    return {**definition, "properties": properties} if properties else definition
 
 
 _EVAL = {"$ref": "#/$defs/eval"}

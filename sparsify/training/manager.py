@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import warnings
+import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
 from typing import Any, Literal, SupportsIndex
 
@@ -13,7 +14,6 @@ from torch import Tensor, nn
 from sparsify.errors import ArgumentError, SparsifyWarning, StateError
 from sparsify.model.gradients import GradSampler
 from sparsify.model.signature import InputsLike, check_module
-from sparsify.model.targets import refuse_without_values
 from sparsify.model.wrappers import unwrapped
 from sparsify.modifiers.base import Modifier
 from sparsify.modifiers.run_log import ScalarWriter
@@ -25,7 +25,9 @@ from sparsify.training.checkpoint import Seal
 from sparsify.training.given_optimizers import GivenOptimizers, OneOrMoreOptimizers, given_optimizers
 from sparsify.training.phases import Phase, is_quantizing, phase_at
 from sparsify.training.session import Session
+from sparsify.training.takeover import check_recipe, runs_to_end
 from sparsify.training.timer import Timer, starting_epoch, steps_in_epoch
+from sparsify.training.watch import Ended
 
 __all__ = ["ScheduledModifierManager"]
 
@@ -62,7 +64,7 @@ class ScheduledModifierManager:
         self._recipe: Recipe = read_recipe(recipe)
         self._session: Session | None = None
         self._seal = Seal(self._recipe)
-        self._ended: tuple[Clock, dict[str, float]] | None = None
+        self._ended: Ended | None = None
         self._last_state: dict[str, Any] | None = None
 
     @classmethod
@@ -169,6 +171,7 @@ class ScheduledModifierManager:
         sample_inputs: InputsLike | None = None,
         writer: ScalarWriter | None = None,
         state: Mapping[str, Any] | None = None,
+        replace: bool = False,
     ) -> Any:
         """Puts the recipe to work: what is due at `epoch` is in force at once, the rest follows the optimizer's steps.
 
@@ -192,6 +195,8 @@ class ScheduledModifierManager:
             state: a manager's state from which the run goes on at once, where the model is as it was then: its weights
                 stay, and so do quantized layers and removed channels that are there already (training that goes on in
                 the same process with another optimizer). None: a state is loaded afterwards, or there is none.
+            replace: True: another manager that does the same to this model is finalized first, which removes its hooks
+                and leaves the weights as they are; False: it is an error.
 
         Returns:
             The same optimizer; one that is no torch Optimizer in a thin wrapper. Several in a list or a dict, as they
@@ -215,6 +220,7 @@ class ScheduledModifierManager:
             calibration_data=calibration_data,
             sample_inputs=sample_inputs,
             writer=writer,
+            replace=replace,
         )
 
     def initialize(
@@ -227,6 +233,7 @@ class ScheduledModifierManager:
         calibration_data: Iterable[Any] | None = None,
         sample_inputs: InputsLike | None = None,
         writer: ScalarWriter | None = None,
+        replace: bool = False,
     ) -> None:
         """Puts in force what is due at `epoch`, without an optimizer; `epochs()` moves on by whole epochs.
 
@@ -241,6 +248,7 @@ class ScheduledModifierManager:
             calibration_data=calibration_data,
             sample_inputs=sample_inputs,
             writer=writer,
+            replace=replace,
         )
 
     def apply(
@@ -253,6 +261,7 @@ class ScheduledModifierManager:
         calibration_data: Iterable[Any] | None = None,
         sample_inputs: InputsLike | None = None,
         writer: ScalarWriter | None = None,
+        replace: bool = False,
     ) -> nn.Module:
         """Everything that the recipe does up to `epoch`, at once and without training, then `finalize`.
 
@@ -272,6 +281,7 @@ class ScheduledModifierManager:
             calibration_data=calibration_data,
             sample_inputs=sample_inputs,
             writer=writer,
+            replace=replace,
             forward_comes=False,
         )
         session = self._at_work()
@@ -353,14 +363,7 @@ class ScheduledModifierManager:
             yield epoch
             if self._session is not session:
                 return
-            session.warn_if_detached()
-            if not session.timer.end(epoch) and session.trains:
-                warnings.warn(
-                    f"no step of the optimizer was seen in epoch {epoch}. A copy of the optimizer (deepcopy, pickle) "
-                    "has no hooks: use the one that modify() returned.",
-                    SparsifyWarning,
-                    stacklevel=2,
-                )
+            session.epoch_ends(epoch)
             session.update()
 
     def begin_epoch(self, epoch: int, *, steps_per_epoch: SupportsIndex | Sized | None = None) -> None:
@@ -454,13 +457,16 @@ class ScheduledModifierManager:
         try:
             session.warn_if_detached()
             session.carried.warn_of_weights()
-            self._ended = (session.timer.clock(), session.masker.sparsity())
+            session.watch.ends()
+            self._ended = Ended(session.timer.clock(), session.model, session.masker.names)
             # Not sealed: that would copy it.
             self._last_state = session.state_dict()
         finally:
             session.finish()
         note_recipe(session.model, self._recipe.to_yaml())
+        self._ended.note()
         self._session = None
+        session.watch.ended()
 
     # ------------------------------------------------------------------ how far it is
 
@@ -484,10 +490,16 @@ class ScheduledModifierManager:
         return self._now().epoch
 
     def sparsity(self) -> dict[str, float]:
-        """The fraction of zeros, 0 to 1, that masks hold, by parameter name."""
+        """The fraction of zeros, 0 to 1, in every masked parameter as its weights are, not as its mask says, by name.
+
+        After `finalize`, of the same parameters as they are then. Reads every weight, on all ranks where they are
+        sharded; warns where one under a mask is not zero.
+        """
         if self._session is None and self._ended is not None:
-            return dict(self._ended[1])
-        return self._at_work().masker.sparsity()
+            return self._ended.note()
+        session = self._at_work()
+        session.look("sparsity()")
+        return Ended(session.timer.clock(), session.model, session.masker.names).note()
 
     def apply_masks(self, model: nn.Module) -> None:
         """Sets to zero in another model, such as an EMA copy, what is masked in this one.
@@ -540,20 +552,18 @@ class ScheduledModifierManager:
         timer: Timer,
         *,
         teacher: Teacher,
+        replace: bool,
         state: Mapping[str, Any] | None = None,
         **given: Any,
     ) -> Any:
         self._refuse_second("modify" if optimizers is not None else "initialize")
         check_module(model)
+        others = runs_to_end(unwrapped(model), self.modifiers, replace)
         if teacher is not None and teacher != "self" and not isinstance(teacher, nn.Module):
             raise ArgumentError(f'distillation_teacher: {teacher!r} is neither a module nor "self".')
-        with warnings.catch_warnings():
-            # What is no error is said once, by the modifier that is attached below.
-            warnings.simplefilter("ignore", SparsifyWarning)
-            self._recipe.check(unwrapped(model))
-            for modifier in self.modifiers:
-                where = type(modifier).__name__
-                refuse_without_values(unwrapped(model), modifier.targets(unwrapped(model)).values(), where=where)
+        check_recipe(self._recipe, unwrapped(model))
+        for other in others:
+            other.end()
         session = Session(
             self._recipe.written,
             self.modifiers,
@@ -567,6 +577,7 @@ class ScheduledModifierManager:
         )
         # From here on finalize() can undo it, also where Ctrl-C comes while it starts or while that is undone.
         self._session, self._ended, self._last_state = session, None, None
+        session.owner = weakref.ref(self)
         try:
             return session.start(state)
         except BaseException:
@@ -583,7 +594,7 @@ class ScheduledModifierManager:
 
     def _now(self) -> Clock:
         if self._session is None and self._ended is not None:
-            return self._ended[0]
+            return self._ended.clock
         return self._at_work().timer.clock()
 
     def _at_work(self) -> Session:

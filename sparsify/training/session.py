@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from sparsify.errors import SparsifyWarning, StateError
+from sparsify.model import at_work
 from sparsify.model.agreement import Agreement
 from sparsify.model.gradients import GradSampler, sampling
 from sparsify.model.optimizer_hooks import ModelCallback, StepHooks, innermost_optimizer, skips_step
@@ -29,6 +31,7 @@ from sparsify.training.checkpoint import Seal, keyed
 from sparsify.training.given_optimizers import GivenOptimizers
 from sparsify.training.model_inputs import TracingInputs
 from sparsify.training.timer import Timer
+from sparsify.training.watch import Watch
 
 if TYPE_CHECKING:
     from sparsify.pruning.removal import Removal
@@ -97,6 +100,7 @@ class Session:
         self._seen: tuple[CallArguments, Any] | None = None
         self._said_detached = False
         self.paused = False
+        self.owner: weakref.ref[Any] | None = None
 
         log = RunLog(writer)
         self.ledger = LearningRateLedger(self._optimizers, log)
@@ -114,6 +118,7 @@ class Session:
         self.channels = ChannelRemoval(
             self.model, self._modifiers, self.masker, self._stateful, self.inputs, self._resized
         )
+        self.watch = Watch(self.model, self.masker, timer, modifiers, self._optimizers, lambda: self.paused)
         self.carried = CarriedState(self, self.model, self._optimizer, seal)
         self.agreement = Agreement(self._place)
         self._run = run = Run(
@@ -163,6 +168,7 @@ class Session:
     def start(self, state: Mapping[str, Any] | None = None) -> Any:
         """Puts in force what is due, or was in `state`, and registers the hooks; gives the optimizers to train with.
         Where it raises, call `finish`."""
+        at_work.enter(self.model, self)
         for index, optimizer in enumerate(self._given.optimizers if self._given is not None else ()):
             before, after = partial(self._before, index), partial(self._after, index)
             # The one whose steps are counted, and which takes parameters that a modifier adds.
@@ -186,15 +192,22 @@ class Session:
         if self.agreement.due:
             begins = ModelCallback(self._forward_begins)
             self._handles.append(self.model.register_forward_pre_hook(begins, prepend=True))
+        self.watch.start()
         return None if self._given is None else self._given.returned([hooks.given for hooks in self.hooks])
 
     def finish(self) -> None:
         """Removes hooks, detaches modifiers and applies masks for good; each of them, also where another one raises."""
-        undo: list[Callable[[], object]] = [self.channels.settle, self.inputs.close, self.agreement.end]
+        undo: list[Callable[[], object]] = [
+            self.watch.close,
+            self.channels.settle,
+            self.inputs.close,
+            self.agreement.end,
+        ]
         undo += (handle.remove for handle in self._handles)
         undo += [hooks.remove for hooks in self.hooks]
         undo += [active.detach for active in reversed(self.actives.values())]
         undo.append(self.masker.finalize)
+        undo.append(partial(at_work.leave, self))
         self._seen = None
         _all_of(undo)
 
@@ -202,6 +215,7 @@ class Session:
 
     def _before(self, index: int, closure: bool) -> None:
         """Before an optimizer steps; may be called twice. With a closure forward and backward are still to come."""
+        self.watch.step_begins()
         if self.paused:
             return
         if not self.timer.runs:
@@ -251,6 +265,10 @@ class Session:
 
     def _after(self, index: int) -> None:
         """After an optimizer stepped; may be called twice, or not at all where the step raised."""
+        self._stepped(index)
+        self.watch.step_ends()
+
+    def _stepped(self, index: int) -> None:
         if self.paused:
             self.masker.apply()
             return
@@ -309,6 +327,8 @@ class Session:
             update(clock)
         self.masker.note_ways()
         self.ledger.update(clock)
+        if not self.watch.inside:
+            self.watch.note_values()
 
     # ------------------------------------------------------------------ structure
 
@@ -383,6 +403,7 @@ class Session:
 
     def update_loss(self, loss: Tensor, outputs: Any, inputs: Any, labels: Any) -> Tensor:
         """`loss` with what every modifier adds to it."""
+        self.watch.loss_asked()
         seen_inputs, seen_outputs = self._seen or (None, None)
         if outputs is None:
             outputs = seen_outputs
@@ -395,6 +416,7 @@ class Session:
 
     def state_dict(self) -> dict[str, Any]:
         """The time, the masks, and what modifiers cannot recompute."""
+        self.watch.look("state_dict()")
         return {
             **self.timer.state_dict(),
             "masks": self.masker.state_dict(),
@@ -472,10 +494,41 @@ class Session:
         """True if there is an optimizer whose steps are seen."""
         return bool(self.hooks)
 
+    @property
+    def modifiers(self) -> list[Modifier]:
+        """The modifiers as they are written."""
+        return self._modifiers
+
+    @property
+    def owned(self) -> bool:
+        """True if the manager is alive, which can end it."""
+        return self.owner is not None and self.owner() is not None
+
+    def look(self, where: str) -> None:
+        """Warns once of what is wrong with the weights; `where` says who asks."""
+        self.watch.look(where)
+
+    def epoch_ends(self, epoch: int) -> None:
+        """Marks for the clock that an epoch is over; warns of what went wrong in it."""
+        self.warn_if_detached()
+        steps = self.timer.end(epoch)
+        self.watch.epoch_ends(epoch, steps)
+        if steps:
+            self.look("epochs()")
+
+    def end(self) -> None:
+        """Ends the run: by its manager, where there is one."""
+        manager = None if self.owner is None else self.owner()
+        if manager is not None:
+            manager.finalize()
+        else:
+            self.finish()
+
     def warn_if_detached(self) -> None:
         """Warns once where the optimizer has lost the hooks."""
         if not self.attached and not self._said_detached:
             self._said_detached = True
+            self.watch.told()
             warnings.warn(
                 "the optimizer has lost the manager's hooks, so its steps are not seen and masks are not applied. Was "
                 "it rebuilt? Call finalize(), then modify() again with the optimizer that steps.",

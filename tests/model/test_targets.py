@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 from torch import nn
@@ -228,3 +230,50 @@ def test_values_are_finite_or_not(values: list[float], finite: bool) -> None:
 def test_values_that_are_no_floats_are_looked_at_one_by_one(dtype: torch.dtype) -> None:
     assert targets.is_finite(torch.ones(3).to(dtype))
     assert not targets.is_finite(torch.tensor([complex(0.0, float("nan"))]))
+
+
+class Recurrent(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.lstm, self.gru, self.rnn = nn.LSTM(4, 5, 2), nn.GRU(4, 4), nn.RNN(4, 4)
+        self.cell = nn.LSTMCell(3, 3)
+        self.several = nn.ParameterList([nn.Parameter(torch.randn(3, 3)) for _ in range(2)])
+        self.named = nn.ParameterDict({"a": nn.Parameter(torch.randn(3, 3))})
+        self.attention = nn.MultiheadAttention(4, 2)
+        self.bare = nn.ReLU()
+
+
+@pytest.mark.parametrize(
+    ("said", "names"),
+    [
+        ("LSTM", "'lstm.weight_ih_l0', 'lstm.weight_hh_l0', 'lstm.weight_ih_l1', 'lstm.weight_hh_l1', 'lstm.bias_ih"),
+        ("GRU", "'gru.weight_ih_l0', 'gru.weight_hh_l0', 'gru.bias_ih_l0'"),
+        ("RNN", "'rnn.weight_ih_l0'"),
+        ("RNNBase", "'lstm.weight_ih_l0'"),
+        ("LSTMCell", "'cell.weight_ih', 'cell.weight_hh'"),
+        ("ParameterList", "'several.0', 'several.1', or several by a pattern, like 're:several\\..*'"),
+        ("ParameterDict", "'named.a'"),
+        ("MultiheadAttention", "'attention.in_proj_weight', 'attention.out_proj.weight'"),
+        ("lstm", "'lstm.weight_ih_l0', 'lstm.weight_hh_l0'"),
+        ("several", "'several.0', 'several.1'"),
+    ],
+)
+def test_a_layer_without_a_weight_of_its_own_names_its_parameters(said: str, names: str) -> None:
+    model = Recurrent()
+    with pytest.raises(TargetError) as caught:
+        resolve_parameters(model, said, where="GMPruningModifier.params")
+    text = str(caught.value)
+    assert f"Name the parameters, like {names}" in text and "Closest" not in text
+    pattern = re.findall(r"'(re:[^']*)'", text)[0]
+    assert resolve_parameters(model, pattern, where="x")
+    with (
+        pytest.warns(SparsifyWarning, match="Name the parameters") if said[0].isupper() else pytest.raises(TargetError)
+    ):
+        resolve_parameters(model, said, where="x", strict=False)
+
+
+def test_a_model_that_is_a_recurrent_layer_and_a_layer_without_parameters_are_told_apart() -> None:
+    with pytest.raises(TargetError, match=r"the type of the model itself.*'weight_ih_l0'.*'re:weight.*'"):
+        resolve_parameters(nn.LSTM(2, 3), "LSTM", where="x")
+    with pytest.raises(TargetError, match=r"'ReLU' is the type of 'bare'.*There is no parameter inside"):
+        resolve_parameters(Recurrent(), "ReLU", where="x")

@@ -308,7 +308,11 @@ def test_sparsity_is_logged() -> None:
         ),
         ({"init_sparsity": 5}, "init_sparsity", "did you mean 0.05"),
         ({"init_sparsity": "FROM_PARAM"}, "init_sparsity", "nor __FROM_PARAM__"),
-        ({"init_sparsity": 0.9}, "init_sparsity", "0.9 lies above final_sparsity 0.85: a mask only grows"),
+        (
+            {"init_sparsity": 0.75, "final_sparsity": 0.5, "mask_type": "2:4"},
+            "init_sparsity",
+            "0.75 lies above final_sparsity 0.5, and a mask of 2:4 never has more zeros than at its end",
+        ),
         ({"end_epoch": -1}, "end_epoch", "cannot end a ramp"),
         ({"start_epoch": 5}, "start_epoch", "5.0 lies after end_epoch 4.0"),
         ({"start_epoch": -3}, "start_epoch", "-3.0 is not an epoch"),

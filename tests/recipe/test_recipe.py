@@ -112,6 +112,61 @@ def test_merge_keys_and_dictionaries_of_sparsities() -> None:
     assert magnitude.mask_type == "2:4"
 
 
+def test_whole_numbers_are_booleans_and_a_sparsity_may_fall() -> None:
+    recipe = files("vit-base-recal")
+    (pruning_,) = by_name(recipe, "GMPruningModifier")
+    assert (pruning_.init_sparsity, pruning_.final_sparsity) == (0.25, 0.03)
+    assert pruning_.leave_enabled is True and pruning_.global_sparsity is False
+    (quantization,) = by_name(recipe, "QuantizationModifier")
+    assert quantization.quantize_embeddings is True and quantization.quantize_linear_activations is False
+    assert quantization.exclude_batchnorm is True
+    assert "leave_enabled: true" in recipe.to_yaml()
+
+
+def test_every_boolean_field_takes_0_and_1_and_nothing_else() -> None:
+    for cls in [cls for cls in Modifier.registry.values() if cls.__module__.startswith("sparsify.")]:
+        needed = {f for f, field in cls.model_fields.items() if field.is_required() or f in ("lr_kwargs", "params")}
+        for name, field in cls.model_fields.items():
+            if field.annotation is bool:
+                fixed = {f: v for f, v in VALUES.items() if f in needed}
+                for number in (0, 1, 0.0, 1.0):
+                    assert getattr(cls(**{**fixed, name: number}), name) is bool(number), (cls.__name__, name)
+                for wrong in (2, -1, 0.5, "1"):
+                    with pytest.raises(RecipeError, match=name):
+                        cls(**{**fixed, name: wrong})
+    text = "modifiers: [!QuantizationModifier {scheme: {weights: {symmetric: 1}, input_activations: {symmetric: 0}}}]"
+    (modifier,) = Recipe.from_yaml(text).modifiers
+    scheme = modifier.settings().scheme  # type: ignore[attr-defined]
+    assert scheme.weights.symmetric is True and scheme.input_activations.symmetric is False
+
+
+VALUES = {
+    "start_epoch": 0.0,
+    "end_epoch": 1.0,
+    "update_frequency": 0.5,
+    "init_sparsity": 0.0,
+    "final_sparsity": 0.5,
+    "compression_sparsity": 0.5,
+    "forward_sparsity": 0.5,
+    "backward_sparsity": 0.2,
+    "params": "fc",
+    "layers": "fc",
+    "init_lr": 0.1,
+    "final_lr": 0.0,
+    "learning_rate": 0.1,
+    "lr_class": "ExponentialLR",
+    "lr_kwargs": {"gamma": 0.9},
+    "lr_func": "linear",
+    "weight_decay": 0.0,
+    "val": 0.0,
+    "init_val": 0.0,
+    "final_val": 1.0,
+    "gain": 1.0,
+    "alpha": 0.1,
+    "structure_type": "filter",
+}
+
+
 def test_stages_shadow_variables_and_keep_absolute_epochs() -> None:
     recipe = files("staged-prune-then-quantize")
     assert [stage.name for stage in recipe.stages] == ["sparsity_stage", "int8_stage"]
