@@ -490,16 +490,12 @@ class ScheduledModifierManager:
         return self._now().epoch
 
     def sparsity(self) -> dict[str, float]:
-        """The fraction of zeros, 0 to 1, in every masked parameter as its weights are, not as its mask says, by name.
-
-        After `finalize`, of the same parameters as they are then. Reads every weight, on all ranks where they are
-        sharded; warns where one under a mask is not zero.
-        """
+        """The fraction of zeros, 0 to 1, in every masked parameter as its weights are, by name; after `finalize` too.
+        Warns where a weight under a mask is not zero. On all ranks where they are sharded."""
         if self._session is None and self._ended is not None:
             return self._ended.note()
         session = self._at_work()
-        session.look("sparsity()")
-        return Ended(session.timer.clock(), session.model, session.masker.names).note()
+        return session.sparsity()
 
     def apply_masks(self, model: nn.Module) -> None:
         """Sets to zero in another model, such as an EMA copy, what is masked in this one.

@@ -31,7 +31,7 @@ from sparsify.training.checkpoint import Seal, keyed
 from sparsify.training.given_optimizers import GivenOptimizers
 from sparsify.training.model_inputs import TracingInputs
 from sparsify.training.timer import Timer
-from sparsify.training.watch import Watch
+from sparsify.training.watch import Ended, Watch
 
 if TYPE_CHECKING:
     from sparsify.pruning.removal import Removal
@@ -507,6 +507,11 @@ class Session:
     def look(self, where: str) -> None:
         """Warns once of what is wrong with the weights; `where` says who asks."""
         self.watch.look(where)
+
+    def sparsity(self) -> dict[str, float]:
+        """The fraction of zeros in every masked parameter as its weights are."""
+        self.look("sparsity()")
+        return Ended(self.timer.clock(), self.model, self.masker.names).note()
 
     def epoch_ends(self, epoch: int) -> None:
         """Marks for the clock that an epoch is over; warns of what went wrong in it."""

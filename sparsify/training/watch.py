@@ -1,4 +1,4 @@
-"""What goes wrong in a run while it goes on: seen where it costs nothing, and said once, with numbers."""
+"""Sees what goes wrong in a run while it goes on, where it costs nothing, and says it once, with numbers."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from sparsify.training.timer import Timer
 
 __all__: list[str] = []
 
-SAMPLED = 8
+WATCHED = 8
 """Parameters of which the first values are kept, to see if they moved."""
 LOSSES = 100
 """Losses without a step that are told of at the least: with accumulation there are many for each step."""
@@ -103,7 +103,7 @@ class Watch:
         """Takes the weights as they are for those of the last step: something else than a step has moved them."""
         if self._optimizers:
             parameters = [p for p in named_parameters(self._model).values() if p.requires_grad and p.numel()]
-            self._values = [(p, _first_values(p)) for p in parameters[:SAMPLED]]
+            self._values = [(p, _first_values(p)) for p in parameters[:WATCHED]]
             self._values_step = self._steps
 
     # ------------------------------------------------------------------ where a user looks
@@ -198,7 +198,7 @@ class Watch:
 
     def _say_moved(self) -> None:
         values, step = self._values, self._values_step
-        if step == self._steps and any(_moved(p, before) for p, before in values):
+        if step == self._steps and any(_values_moved(p, before) for p, before in values):
             self._say(
                 "moved",
                 f"the weights moved, but no step of the optimizer was seen meanwhile. {self._so_far()} Was it rebuilt, "
@@ -339,7 +339,7 @@ def _levels_to_user() -> int:
     return level
 
 
-def _moved(parameter: Tensor, before: Tensor) -> bool:
+def _values_moved(parameter: Tensor, before: Tensor) -> bool:
     """True if the first values are others; a parameter that went to another device or dtype is not compared."""
     now = _first_values(parameter)
     return now.device == before.device and now.dtype == before.dtype and not torch.equal(now, before)
