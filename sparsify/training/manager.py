@@ -195,8 +195,7 @@ class ScheduledModifierManager:
             state: a manager's state from which the run goes on at once, where the model is as it was then: its weights
                 stay, and so do quantized layers and removed channels that are there already (training that goes on in
                 the same process with another optimizer). None: a state is loaded afterwards, or there is none.
-            replace: True: another manager that does the same to this model is finalized first, which removes its hooks
-                and leaves the weights as they are; False: it is an error.
+            replace: True: another manager that does the same to this model is finalized first; False: that is an error.
 
         Returns:
             The same optimizer; one that is no torch Optimizer in a thin wrapper. Several in a list or a dict, as they
@@ -492,10 +491,8 @@ class ScheduledModifierManager:
     def sparsity(self) -> dict[str, float]:
         """The fraction of zeros, 0 to 1, in every masked parameter as its weights are, by name; after `finalize` too.
         Warns where a weight under a mask is not zero. On all ranks where they are sharded."""
-        if self._session is None and self._ended is not None:
-            return self._ended.note()
-        session = self._at_work()
-        return session.sparsity()
+        over = self._ended if self._session is None else None
+        return self._at_work().sparsity() if over is None else over.note()
 
     def apply_masks(self, model: nn.Module) -> None:
         """Sets to zero in another model, such as an EMA copy, what is masked in this one.
