@@ -81,6 +81,9 @@ class Masker:
 
     Checkpoint: `state_dict` holds every mask, whole and packed, with a checksum; views of parameters are made again.
 
+    Attributes:
+        version: a number that grows when a mask is set.
+
     Args:
         model: the module whose parameters are masked.
         optimizer: one or several; their state is set back where a mask is set or removed, so that nothing revives a
@@ -96,6 +99,7 @@ class Masker:
         self._floats: dict[str, Tensor] = {}
         self._kept: dict[str, Tensor] = {}
         self._dense: set[str] = set()
+        self.version = 0
         self._owners: dict[str, tuple[nn.Module, str]] = {}
         # What stands on the way from the model to each masked parameter: a dictionary, a key, and what is there.
         self._ways: list[tuple[dict[str, Any], str, object]] | None = None
@@ -145,6 +149,7 @@ class Masker:
         if not sharding.is_sharded(mask):
             self._zeros[name] = mask.numel() - int(mask.count_nonzero())
         self._changed(name)
+        self.version += 1
         self._apply([name])
         self._reset_optimizer(name)
 

@@ -177,15 +177,13 @@ class ScheduledModifierManager:
 
         Args:
             model: the model that is trained; wrappers of DDP and torch.compile are looked through.
-            optimizer: its optimizer, or several in a list or a dict (Muon for matrices and AdamW for the rest, those of
-                a GAN): masks hold after the steps of each, and modifiers act on all of them. Parameter groups in a
-                recipe are counted through: those of the first optimizer, then those of the next.
+            optimizer: its optimizer, or several in a list or a dict: masks hold after the steps of each, and modifiers
+                act on all. Parameter groups in a recipe are counted through, those of the first optimizer first.
             steps_per_epoch: optimizer steps in an epoch, a positive int or a sized container such as a loader; None:
                 train with `for epoch in manager.epochs():`.
             epoch: where training starts, 0 or more.
-            counting_optimizer: of several optimizers the index or the key of the one whose steps are counted; None: the
-                first. Choose one that steps once in every round, best the last to step: what is due is put in force
-                after its step.
+            counting_optimizer: index or key of the one of several whose steps are counted, and after which is put in
+                force what is due: best the last to step in every round. None: the first.
             distillation_teacher: a module, or "self" for a frozen copy of the model as it is now.
             grad_sampler: a callable yielding losses to back-propagate, or (data loader, loss function).
             calibration_data: an iterable of inputs, at least 16 samples. A generator is read at once, and held.
@@ -198,8 +196,7 @@ class ScheduledModifierManager:
             replace: True: another manager that does the same to this model is finalized first; False: that is an error.
 
         Returns:
-            The same optimizer; one that is no torch Optimizer in a thin wrapper. Several in a list or a dict, as they
-            were given.
+            The same optimizer, or several as they were given; one that is no torch Optimizer in a thin wrapper.
 
         Raises:
             ArgumentError, TargetError, DataError, StateError: something does not fit; nothing was changed.
@@ -435,9 +432,7 @@ class ScheduledModifierManager:
 
     def finalize(self, model: nn.Module | None = None) -> None:
         """Ends the run: removes hooks and leaves masked weights at zero. Quantized layers stay, ready for export, and
-        removed channels stay removed.
-
-        May be called at any moment, and twice.
+        removed channels stay removed. May be called at any moment, and twice.
 
         Args:
             model: the model of `modify`, for the reader; None: the same.
@@ -495,15 +490,20 @@ class ScheduledModifierManager:
         return self._at_work().sparsity() if over is None else over.note()
 
     def apply_masks(self, model: nn.Module) -> None:
-        """Sets to zero in another model, such as an EMA copy, what is masked in this one.
+        """Sets to zero in another model, such as an EMA copy, what is masked in this one, once. See `follow`.
 
         Args:
-            model: a model with parameters of the same names and shapes.
-
-        Raises:
-            TargetError: a masked parameter is missing there or has another shape.
+            model: a model with parameters of the same names and shapes; a TargetError where it has others.
         """
         self._at_work().masker.apply_to(unwrapped(check_module(model)))
+
+    def follow(self, average: nn.Module) -> None:
+        """Masks an average of the model (EMA, SWA) from now on; torch's, timm's and Lightning's are found without it.
+
+        Args:
+            average: a model with the same parameter names; a TargetError where it has others.
+        """
+        self._at_work().averages.follow(unwrapped(check_module(average)))
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that a resumed run needs besides the model's and the optimizer's state.

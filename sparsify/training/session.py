@@ -25,6 +25,7 @@ from sparsify.modifiers.base import Active, Modifier, Run
 from sparsify.modifiers.learning_rate_ledger import LearningRateLedger
 from sparsify.modifiers.run_log import RunLog, ScalarWriter
 from sparsify.pruning.masker import Masker
+from sparsify.training.averages import Averages
 from sparsify.training.carried_state import CarriedState
 from sparsify.training.channel_removal import ChannelRemoval
 from sparsify.training.checkpoint import Seal, keyed
@@ -108,6 +109,7 @@ class Session:
         parts = [] if given is None else [part for one in given.optimizers for part in parts_with_state(one)]
         self._stateful = tuple({id(part.state): part for part in parts}.values())
         self.masker = Masker(self.model, self._stateful)
+        self.averages = Averages(self.model, self.masker)
         self.inputs = TracingInputs(
             self.model,
             None if sample_inputs is None else call_arguments(sample_inputs),
@@ -176,6 +178,7 @@ class Session:
             computed = partial(self._computed, index)
             self.hooks.append(StepHooks(optimizer, before, after, self._loaded, carried, computed))
             self.hooks[-1].attach()
+        self.averages.watch()
         watch = ModelCallback(self._model_loaded)
         self._handles.append(self.model.register_load_state_dict_post_hook(watch))  # type: ignore[no-untyped-call]
         self._handles += self.carried.watch()
@@ -206,7 +209,7 @@ class Session:
         undo += (handle.remove for handle in self._handles)
         undo += [hooks.remove for hooks in self.hooks]
         undo += [active.detach for active in reversed(self.actives.values())]
-        undo.append(self.masker.finalize)
+        undo += [self.averages.close, self.masker.finalize]
         undo.append(partial(at_work.leave, self))
         self._seen = None
         _all_of(undo)
@@ -327,6 +330,7 @@ class Session:
             update(clock)
         self.masker.note_ways()
         self.ledger.update(clock)
+        self.averages.apply()
         if not self.watch.inside:
             self.watch.note_values()
 
