@@ -73,13 +73,13 @@ class ModelCallback(Callback):
         return None if method is None else method(*args, **kwargs)
 
 
-class Passenger(Protocol):
+class NestedState(Protocol):
     """State that travels inside the state_dict of an optimizer."""
 
-    def leaves(self) -> dict[str, Any]:
+    def save(self) -> dict[str, Any]:
         """The state to be put in, when the optimizer gives its own."""
 
-    def arrives(self, state: Mapping[str, Any] | None) -> None:
+    def load_nested(self, state: Mapping[str, Any] | None) -> None:
         """Called before the optimizer loads a state_dict, with what was put in; None: there was nothing in it."""
 
 
@@ -98,7 +98,7 @@ class StepHooks:
         before: called before each step.
         after: called after each step.
         loaded: called when the optimizer has loaded a state_dict.
-        passenger: what travels inside the optimizer's state_dict, under `CARRIED`; None: nothing.
+        nested: the state inside the optimizer's state_dict, under `CARRIED`; None: nothing.
         computed: called when a closure that the step was given has computed gradients, once or more in a step.
 
     Attributes:
@@ -116,7 +116,7 @@ class StepHooks:
         before: Callable[[bool], None],
         after: Callable[[], None],
         loaded: Callable[[], None],
-        passenger: Passenger | None = None,
+        nested: NestedState | None = None,
         computed: Callable[[], None] = lambda: None,
     ) -> None:
         self.optimizer = innermost_optimizer(optimizer)
@@ -128,10 +128,10 @@ class StepHooks:
         self._running = False
         # A compiled step would trace our Python: disabled, it is called between the compiled parts (0.2 microseconds).
         self._before, self._after = _uncompiled(before), _uncompiled(after)
-        self._loaded, self._passenger = loaded, passenger
+        self._loaded, self._nested = loaded, nested
         self._computed = computed
         if not is_hookable(self.optimizer):
-            self.given = SteppedOptimizer(optimizer, self._begins, self._ends, loaded, passenger, computed)
+            self.given = SteppedOptimizer(optimizer, self._begins, self._ends, loaded, nested, computed)
             return
         self._hook = Callback(self._pre_hook)
 
@@ -185,12 +185,12 @@ class StepHooks:
         self._handles.append(real.register_step_pre_hook(self._hook))
         self._handles.append(real.register_step_post_hook(Callback(lambda *_: self._after())))
         self._handles.append(real.register_load_state_dict_post_hook(Callback(lambda _: self._loaded())))
-        passenger = self._passenger
-        if passenger is not None:
+        nested = self._nested
+        if nested is not None:
             key = _free_key(real)
-            put_in = PassengerCallback(lambda _, state: boarded(state, passenger, key))
+            put_in = NestedStateCallback(lambda _, state: with_nested_state(state, nested, key))
             self._handles.append(real.register_state_dict_post_hook(put_in))
-            take_out = Callback(lambda _, state: unboarded(state, passenger, key))
+            take_out = Callback(lambda _, state: without_nested_state(state, nested, key))
             self._handles.append(real.register_load_state_dict_pre_hook(take_out))
 
     @property
@@ -264,36 +264,36 @@ class WatchedMethod:
                 setattr(self._owner, self._name, self._own)
 
 
-class PassengerCallback(Callback):
-    """A hook that puts a passenger into an optimizer's state_dict."""
+class NestedStateCallback(Callback):
+    """A hook that puts nested state into an optimizer's state_dict."""
 
     __slots__ = ()
 
 
 def _free_key(optimizer: Optimizer) -> str:
-    """The key of one more passenger; two managers may share an optimizer, each with a model of its own."""
-    there = sum(isinstance(hook, PassengerCallback) for hook in optimizer._optimizer_state_dict_post_hooks.values())
+    """The key of one more nested state; two managers may share an optimizer, each with a model of its own."""
+    there = sum(isinstance(hook, NestedStateCallback) for hook in optimizer._optimizer_state_dict_post_hooks.values())
     return f"{CARRIED}#{there + 1}" if there else CARRIED
 
 
-def boarded(state: Any, passenger: Passenger, key: str = CARRIED) -> Any:
-    """A state_dict with the passenger's state under `key`; `state` itself where it is no dict."""
-    return {**state, key: passenger.leaves()} if isinstance(state, dict) else state
+def with_nested_state(state: Any, nested: NestedState, key: str = CARRIED) -> Any:
+    """A state_dict with the nested state under `key`; `state` itself where it is no dict."""
+    return {**state, key: nested.save()} if isinstance(state, dict) else state
 
 
-def unboarded(state: Any, passenger: Passenger, key: str = CARRIED) -> Any:
-    """A state_dict without what `boarded` put in, which the passenger has then: the optimizer's own."""
+def without_nested_state(state: Any, nested: NestedState, key: str = CARRIED) -> Any:
+    """The optimizer's own state_dict: what `with_nested_state` put in is loaded where it belongs, and left out."""
     if not isinstance(state, Mapping) or key not in state:
-        passenger.arrives(None)
+        nested.load_nested(None)
         return state
-    passenger.arrives(state[key])
+    nested.load_nested(state[key])
     return {name: value for name, value in state.items() if name != key}
 
 
 class SteppedOptimizer:
     """Stands before an optimizer that is no torch Optimizer and tells of its steps; all else is the optimizer's.
 
-    Where the optimizer has a state_dict, a dict, and load_state_dict, a passenger's state travels inside.
+    Where the optimizer has a state_dict, a dict, and load_state_dict, nested state travels inside.
     """
 
     def __init__(
@@ -302,7 +302,7 @@ class SteppedOptimizer:
         before: Callable[[bool], None] | None = None,
         after: Callable[[], None] | None = None,
         loaded: Callable[[], None] | None = None,
-        passenger: Passenger | None = None,
+        nested: NestedState | None = None,
         computed: Callable[[], None] | None = None,
     ) -> None:
         self.__dict__.update(
@@ -310,7 +310,7 @@ class SteppedOptimizer:
             _before=before,
             _after=after,
             _loaded=loaded,
-            _passenger=passenger,
+            _nested=nested,
             _computed=computed,
         )
 
@@ -334,7 +334,7 @@ class SteppedOptimizer:
 
     def release(self) -> None:
         """From now on it only passes on."""
-        self.__dict__.update(_before=None, _after=None, _loaded=None, _passenger=None, _computed=None)
+        self.__dict__.update(_before=None, _after=None, _loaded=None, _nested=None, _computed=None)
 
     def __getattr__(self, name: str) -> Any:
         # Unpickling asks for attributes before there are any.
@@ -342,15 +342,15 @@ class SteppedOptimizer:
             raise AttributeError(name)
         found = getattr(self.__dict__["_optimizer"], name)
         # Here and not as methods: not every optimizer has them, and callers ask.
-        if self.__dict__["_passenger"] is not None and name in ("state_dict", "load_state_dict"):
+        if self.__dict__["_nested"] is not None and name in ("state_dict", "load_state_dict"):
             return partial(self._saved if name == "state_dict" else self._load, found)
         return found
 
     def _saved(self, state_dict: Callable[..., Any], *args: object, **kwargs: object) -> Any:
-        return boarded(state_dict(*args, **kwargs), self.__dict__["_passenger"])
+        return with_nested_state(state_dict(*args, **kwargs), self.__dict__["_nested"])
 
     def _load(self, load_state_dict: Callable[..., Any], state_dict: Any, *args: object, **kwargs: object) -> Any:
-        result = load_state_dict(unboarded(state_dict, self.__dict__["_passenger"]), *args, **kwargs)
+        result = load_state_dict(without_nested_state(state_dict, self.__dict__["_nested"]), *args, **kwargs)
         self.__dict__["_loaded"]()
         return result
 

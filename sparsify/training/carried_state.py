@@ -46,6 +46,9 @@ class StateOwner(Protocol):
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """The shape of every parameter and buffer, by clean name."""
 
+    def look(self, where: str) -> None:
+        """Warns of masked weights that are not zero, where a checkpoint is made."""
+
     @property
     def step(self) -> int:
         """The number of steps."""
@@ -96,7 +99,11 @@ class CarriedState:
     # ------------------------------------------------------------------ the whole state
 
     def save(self) -> dict[str, Any]:
-        """The sealed state."""
+        """The sealed state, for a checkpoint."""
+        self._owner.look("state_dict()")
+        return self._sealed()
+
+    def _sealed(self) -> dict[str, Any]:
         return self._seal.put_on(self._owner.state_dict())
 
     def load(self, state: Mapping[str, Any], strict: bool = True) -> None:
@@ -110,11 +117,7 @@ class CarriedState:
         self.waits_for = None
         self._last = (state["checksum"], self._owner.step)
 
-    def leaves(self) -> dict[str, Any]:
-        """The sealed state, into an optimizer's."""
-        return self.save()
-
-    def arrives(self, state: Mapping[str, Any] | None) -> None:
+    def load_nested(self, state: Mapping[str, Any] | None) -> None:
         """The state out of an optimizer's is loaded, unless it is in force already."""
         self._alone, self.unsettled = state is None, True
         if state is not None and not self._has(state):
@@ -124,7 +127,7 @@ class CarriedState:
         if self.waits_for is not None or not isinstance(state, Mapping) or "checksum" not in state:
             return False
         # The one that was loaded last need not be of this recipe, where `strict` was off.
-        return (state["checksum"], self._owner.step) == self._last or state["checksum"] == self.save()["checksum"]
+        return (state["checksum"], self._owner.step) == self._last or state["checksum"] == self._sealed()["checksum"]
 
     # ------------------------------------------------------------------ the model's structure
 

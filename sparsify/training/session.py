@@ -420,7 +420,6 @@ class Session:
 
     def state_dict(self) -> dict[str, Any]:
         """The time, the masks, and what modifiers cannot recompute."""
-        self.watch.look("state_dict()")
         return {
             **self.timer.state_dict(),
             "masks": self.masker.state_dict(),
