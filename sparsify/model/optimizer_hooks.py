@@ -19,6 +19,7 @@ from torch.utils.hooks import RemovableHandle
 
 from sparsify.errors import ArgumentError
 from sparsify.model.optimizer_parts import held_optimizers, is_hookable, wrapped_optimizer, wrappers_around
+from sparsify.model.sharding import local
 
 __all__: list[str] = []
 
@@ -424,6 +425,24 @@ def _watched(
 
 def _kind_of(value: object) -> str:
     return f"the class {value.__name__}" if isinstance(value, type) else f"an object of type {type(value).__name__}"
+
+
+def only_sets_up_state(optimizer: object) -> bool:
+    """True if the step at hand is none of training, but has the optimizer set up its state.
+
+    `torch.distributed.checkpoint.state_dict` steps an optimizer without state so, with gradients and learning rates of
+    zero (`_init_optim_state`, seen in torch 2.13.0), before it saves or loads one.
+    """
+    if getattr(optimizer, "state", True):
+        return False
+    groups: list[dict[str, Any]] = getattr(optimizer, "param_groups", [])
+    for group in groups:
+        rate = group.get("lr")
+        # A learning rate on a device is none that was just set to zero; asking would wait for it.
+        if rate is None or (isinstance(rate, torch.Tensor) and rate.device.type != "cpu") or rate != 0.0:
+            return False
+    grads = [parameter.grad for group in groups for parameter in group["params"]]
+    return not any(grad is None or local(grad).any() for grad in grads) and bool(grads)
 
 
 def skips_step(optimizer: object) -> bool:

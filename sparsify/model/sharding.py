@@ -7,7 +7,8 @@ tensor all of it is here, and nothing is sent.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -205,6 +206,11 @@ def _as_dtensor(part: Tensor, like: Any) -> Tensor:
     )
 
 
+def is_flattened(module: nn.Module) -> bool:
+    """True if it is the wrapper of FSDP1, which joins the parameters of what it wraps to flat ones."""
+    return any(cls.__name__ == "FullyShardedDataParallel" for cls in type(module).__mro__)
+
+
 def reshard(model: nn.Module) -> None:
     """Has modules under `fully_shard` hold their sharded parameters again.
 
@@ -212,6 +218,56 @@ def reshard(model: nn.Module) -> None:
     name would be those, which no optimizer steps.
     """
     for module in model.modules():
-        # Without an import of torch.distributed: a class of the module was made from it where it is one.
-        if any(cls.__name__ == "FSDPModule" for cls in type(module).__mro__):
+        if is_fully_sharded(module):
             module.reshard()  # type: ignore[operator]
+
+
+def is_fully_sharded(module: nn.Module) -> bool:
+    """True if `fully_shard` was called on this very module, which changes its class."""
+    # By name: torch.distributed.fsdp takes a third of a second to import.
+    return any(cls.__name__ == "FSDPModule" for cls in type(module).__mro__)
+
+
+def fully_sharded_class(sharded: type, plain: type[nn.Module]) -> type[nn.Module]:
+    """A class for a module of class `sharded`, which `fully_shard` made, that is to be a `plain` one from now on."""
+    mixed_in = next(cls for cls in sharded.__mro__ if cls.__name__ == "FSDPModule")
+    # In the order of fully_shard: FSDPModule.__new__ takes the class behind itself for the module's own.
+    return type(f"FSDP{plain.__name__}", (mixed_in, plain), {"__deepcopy__": sharded.__dict__.get("__deepcopy__")})
+
+
+@contextmanager
+def stand_ins(model: nn.Module) -> Iterator[None]:
+    """Whole parameters without values, and no hooks of `fully_shard`, while the block looks at what `model` computes.
+
+    They take no memory: one number is read for all. What `fully_shard` does not hold stays as it is.
+    """
+    held: dict[int, nn.Parameter] = {}
+    parameters: list[tuple[nn.Module, str, nn.Parameter]] = []
+    hooks: list[tuple[nn.Module, str, Any]] = []
+    reshard(model)
+    try:
+        for module in model.modules():
+            for name, parameter in module._parameters.items():
+                if parameter is not None and is_sharded(parameter):
+                    here = local(parameter)
+                    one = torch.ones((), dtype=here.dtype, device=here.device).expand(parameter.shape)
+                    held.setdefault(id(parameter), nn.Parameter(one, requires_grad=False))
+                    parameters.append((module, name, parameter))
+                    module._parameters[name] = held[id(parameter)]
+            for kind in ("_forward_pre_hooks", "_forward_hooks"):
+                given = getattr(module, kind)
+                others = [(key, hook) for key, hook in given.items() if not _is_of_fully_shard(hook)]
+                if len(others) < len(given):
+                    hooks.append((module, kind, given))
+                    setattr(module, kind, type(given)(others))
+        yield
+    finally:
+        for module, kind, given in hooks:
+            setattr(module, kind, given)
+        for module, name, parameter in parameters:
+            module._parameters[name] = parameter
+
+
+def _is_of_fully_shard(hook: Any) -> bool:
+    # Seen in torch 2.13.0: bound methods of the FSDPState of the module.
+    return type(getattr(hook, "__self__", None)).__name__ == "FSDPState"

@@ -273,7 +273,7 @@ def refuse_unusable(parameters: Mapping[str, Tensor], *, where: str, values: boo
                 f"{where}: {name!r} is {str(parameter.dtype).removeprefix('torch.')}; only float16, bfloat16, "
                 "float32 and float64 weights can be pruned. Leave it out."
             )
-    strange = _not_finite({n: p for n, p in parameters.items() if not p.is_meta}) if values else []
+    strange = not_finite({n: p for n, p in parameters.items() if not p.is_meta}) if values else []
     for name in strange:
         raise DataError(
             f"{where}: {name!r} holds NaN or infinity, which cannot be ranked. Load weights that are finite, or "
@@ -281,7 +281,7 @@ def refuse_unusable(parameters: Mapping[str, Tensor], *, where: str, values: boo
         )
 
 
-def _not_finite(parameters: Mapping[str, Tensor]) -> list[str]:
+def not_finite(parameters: Mapping[str, Tensor]) -> list[str]:
     """Those that hold NaN or infinity, in a part on any rank; asked of all sharded ones together."""
     plain = {name: not is_finite(p) for name, p in parameters.items() if not is_sharded(p)}
     sharded = {name: p for name, p in parameters.items() if is_sharded(p)}

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from sparsify.errors import ArgumentError, first_line
 from sparsify.model.preserved import eval_mode_, preserved
+from sparsify.model.sharding import stand_ins
 from sparsify.model.wrappers import clean_name
 
 if TYPE_CHECKING:
@@ -257,7 +258,14 @@ def exported(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | N
         ArgumentError: the model cannot be traced or fails on these inputs; the message says where in its code.
     """
     try:
-        with preserved(model), without_fast_path(), _without_cache(model), _class_forward(model), _quiet_export():
+        with (
+            stand_ins(model),
+            preserved(model),
+            without_fast_path(),
+            _without_cache(model),
+            _class_forward(model),
+            _quiet_export(),
+        ):
             eval_mode_(model)
             with torch.no_grad():
                 return torch.export.export(model, args, kwargs or {}, strict=False)

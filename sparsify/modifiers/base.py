@@ -78,6 +78,8 @@ class Modifier(BaseModel, ABC):
     """True for one that changes which layers the model runs through."""
     resizable: ClassVar[bool] = True
     """False for one that keeps something for each weight, and cannot go on where channels are removed."""
+    sharded: ClassVar[bool] = True
+    """False for one that cannot work on parameters that are sharded over ranks (fully_shard)."""
     without_effect: ClassVar[frozenset[str]] = frozenset()
     """Fields of older recipe files that are read, said once to be without effect, and dropped."""
 

@@ -31,6 +31,7 @@ class LayerPruningModifier(Modifier):
     that are quantized already are refused.
     """
 
+    sharded: ClassVar[bool] = False
     kind: ClassVar[ModifierKind] = "structure"
     traces: ClassVar[bool] = True
     reroutes: ClassVar[bool] = True

@@ -14,7 +14,7 @@ from torch import nn
 from sparsify.errors import DataError, SparsifyWarning, StateError, TargetError
 from sparsify.model import distributed
 from sparsify.model.param_groups import AddedParameters
-from sparsify.model.targets import is_finite, named_modules, named_parameters
+from sparsify.model.targets import named_modules, named_parameters, not_finite
 from sparsify.modifiers.base import Active, Epoch, Modifier, ModifierKind, ParamNames, Run
 from sparsify.modifiers.schedule import Clock
 from sparsify.output.field_errors import FieldProblem
@@ -478,13 +478,18 @@ def _warn_of_averages(model: nn.Module) -> None:
 
 def _refuse_infinite(model: nn.Module, plan: QuantizationPlan) -> None:
     modules: dict[str, Any] = named_modules(model)
-    for name in (layer.name for layer in plan.layers if layer.name in modules):
-        for key, value in modules[name]._parameters.items():
-            if value is not None and not is_finite(value):
-                raise DataError(
-                    f"QuantizationModifier: {name}.{key} holds NaN or infinity, of which no integers can be made. Load "
-                    "weights that are finite, or find the step at which training diverged."
-                )
+    held = {
+        f"{layer.name}.{key}": value
+        for layer in plan.layers
+        if layer.name in modules
+        for key, value in modules[layer.name]._parameters.items()
+        if value is not None
+    }
+    for name in not_finite(held):
+        raise DataError(
+            f"QuantizationModifier: {name} holds NaN or infinity, of which no integers can be made. Load weights that "
+            "are finite, or find the step at which training diverged."
+        )
 
 
 def _refuse_sample_gradients(model: nn.Module) -> None:

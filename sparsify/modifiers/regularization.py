@@ -34,6 +34,7 @@ class PowerpropagationModifier(Modifier):
     inside of their step (LBFGS, closures) are refused.
     """
 
+    sharded: ClassVar[bool] = False
     kind: ClassVar[ModifierKind] = "regularization"
     without_effect: ClassVar[frozenset[str]] = frozenset({"log_types", "update_frequency"})
     params: ParamNames = Field(description="Names or patterns of the parameters, or of layers or their types.")

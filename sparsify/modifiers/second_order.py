@@ -54,6 +54,7 @@ class OBSPruningModifier(GradualPruning):
     """
 
     resizable: ClassVar[bool] = False
+    sharded: ClassVar[bool] = False
     without_effect: ClassVar[frozenset[str]] = frozenset({"log_types", "phased", "available_devices", "available_gpus"})
     score_type: ScoreType = Field(
         default="obs", description="Always obs; magnitude is read from older files, and means the same."
@@ -98,6 +99,7 @@ class MFACPruningModifier(GradualPruning):
     """
 
     resizable: ClassVar[bool] = False
+    sharded: ClassVar[bool] = False
     without_effect: ClassVar[frozenset[str]] = frozenset(
         {"log_types", "phased", "available_devices", "available_gpus", "use_gradient_buffering"}
     )

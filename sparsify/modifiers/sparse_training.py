@@ -40,6 +40,7 @@ class MovementPruningModifier(GradualPruning):
     """
 
     resizable: ClassVar[bool] = False
+    sharded: ClassVar[bool] = False
     score_type: ScoreType = Field(
         default="movement", description="Always movement; magnitude is read from older files, and means the same."
     )
@@ -114,6 +115,7 @@ class RigLPruningModifier(SparseTraining):
     """
 
     resizable: ClassVar[bool] = False
+    sharded: ClassVar[bool] = False
     final_sparsity: Fraction = Field(description="The fraction of zeros, 0 to 1, over all parameters, from the start.")
     num_grads: Annotated[int, Field(ge=1)] = Field(
         default=1, description="How many batches' gradients are averaged for a move."

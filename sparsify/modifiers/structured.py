@@ -45,6 +45,7 @@ class StructuredPruningModifier(GradualPruning):
     then sets the masks that are due at the very start before it computes. The rest is as GMPruningModifier.
     """
 
+    sharded: ClassVar[bool] = False
     traces: ClassVar[bool] = True
     whole_channels: ClassVar[bool] = True
 

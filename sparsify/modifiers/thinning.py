@@ -34,6 +34,7 @@ class LayerThinningModifier(Modifier):
     manager's own state.
     """
 
+    sharded: ClassVar[bool] = False
     kind: ClassVar[ModifierKind] = "structure"
     traces: ClassVar[bool] = True
     without_effect: ClassVar[frozenset[str]] = frozenset({"log_types", "update_frequency"})

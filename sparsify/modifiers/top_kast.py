@@ -36,6 +36,7 @@ class TopKASTPruningModifier(SparseTraining):
     """
 
     resizable: ClassVar[bool] = False
+    sharded: ClassVar[bool] = False
     forward_sparsity: Fraction = Field(description="The fraction of zeros, 0 to 1, in the forward pass.")
     backward_sparsity: Fraction = Field(
         description="The fraction of weights, 0 to 1, that get no gradient; at most forward_sparsity."

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from sparsify.model.sharding import fully_sharded_class, is_fully_sharded
 from sparsify.model.targets import named_modules
 from sparsify.quantization.fake_quantize import FakeQuantize
 from sparsify.quantization.layers import (
@@ -30,7 +31,12 @@ def convert_(module: nn.Module, quantized: type[Converted] | None = None) -> Wir
         return wiring_of(module)
     wiring = Wiring(original=type(module))
     projection = isinstance(module, nn.Linear) and type(module).__name__ == PROJECTION
-    module.__class__ = quantized or CONVERTED[nn.Linear if projection else type(module)]
+    plain = type(module)
+    if is_fully_sharded(module):
+        # The class that `fully_shard` derived from the module's, and FSDPModule.
+        plain = next(cls for cls in plain.__mro__[1:] if issubclass(cls, nn.Module))
+    wanted = quantized or CONVERTED[nn.Linear if projection else plain]
+    module.__class__ = fully_sharded_class(type(module), wanted) if is_fully_sharded(module) else wanted
     module.__dict__["_wiring"] = wiring
     return wiring
 

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from sparsify.errors import DataError
 from sparsify.model import distributed
+from sparsify.model.sharding import gathered
 from sparsify.quantization.fake_quantize import FakeQuantize
 from sparsify.quantization.straight_through import TINY, Context, apply_function, in_backward, readable
 
@@ -109,6 +110,7 @@ class LearnedStep(nn.Module):
 
     def __init__(self, weight: Tensor, *, axis: int | None, q_max: int) -> None:
         super().__init__()
+        weight = gathered(weight)
         self.axis, self.q_max, self.observing = axis, q_max, True
         rows = weight.detach().reshape(1, -1) if axis is None else weight.detach().movedim(axis, 0).flatten(1)
         step = first_step(rows, q_max).to(weight.device)

@@ -16,8 +16,9 @@ from sparsify.errors import SparsifyWarning, StateError
 from sparsify.model import at_work
 from sparsify.model.agreement import Agreement
 from sparsify.model.gradients import GradSampler, sampling
-from sparsify.model.optimizer_hooks import ModelCallback, StepHooks, innermost_optimizer, skips_step
 from sparsify.model.optimizer_parts import parts_with_state
+from sparsify.model.optimizer_hooks import ModelCallback, StepHooks, innermost_optimizer, only_sets_up_state, skips_step
+from sparsify.model.sharding import reshard
 from sparsify.model.signature import CallArguments, InputsLike, call_arguments
 from sparsify.model.targets import named_parameters
 from sparsify.model.wrappers import is_compiled, is_distributed, unwrapped
@@ -31,6 +32,7 @@ from sparsify.training.channel_removal import ChannelRemoval
 from sparsify.training.checkpoint import Seal, keyed
 from sparsify.training.given_optimizers import GivenOptimizers
 from sparsify.training.model_inputs import TracingInputs
+from sparsify.training.sharded_models import refuse_unshardable
 from sparsify.training.timer import Timer
 from sparsify.training.watch import Ended, Watch
 
@@ -87,6 +89,8 @@ class Session:
         goes_on: bool = False,
     ) -> None:
         self.model = unwrapped(model)
+        # After an evaluation the outermost module may still hold whole parameters, which no optimizer steps.
+        reshard(self.model)
         self.timer = timer
         self.hooks: list[StepHooks] = []
         self._given = given
@@ -139,6 +143,8 @@ class Session:
             goes_on=goes_on,
         )
         self.actives: dict[str, Active] = {}
+        has_inputs = sample_inputs is not None or (calibration_data is not None and not forward_comes)
+        refuse_unshardable(self.model, self._modifiers, teacher, has_inputs=has_inputs)
         if any(m.traces for m in modifiers):
             self.inputs.check_available()
         if is_distributed(model) and any(m.cuts() for m in modifiers):
@@ -235,8 +241,11 @@ class Session:
             self._refuse_waiting()
         run, optimizer = self._run, self._optimizers[index]
         run.closure, run.stepping = closure, optimizer
-        self.ledger.hold()
         self._due.add(index)
+        if only_sets_up_state(optimizer):
+            self._skipped.add(index)
+            return
+        self.ledger.hold()
         if skips_step(optimizer):
             self._skipped.add(index)
             return
