@@ -47,9 +47,10 @@ def refuse_unshardable(
     for modifier in modifiers:
         if not modifier.sharded:
             found = [name for name in modifier.targets(model) if name in named_parameters(model)]
+            kind = "structure" if modifier.whole_channels else modifier.kind
             raise StateError(
                 f"{type(modifier).__name__} cannot work on parameters that are sharded over ranks (fully_shard), as "
-                f"{(found or [sharded])[0]!r} is: {_WAY_OUT.get(modifier.kind, _ELSE)}"
+                f"{(found or [sharded])[0]!r} is: {_WAY_OUT.get(kind, _ELSE)}"
             )
         if modifier.traces and not has_inputs:
             raise StateError(
