@@ -7,7 +7,7 @@ tensor all of it is here, and nothing is sent.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -228,9 +228,16 @@ def is_fully_sharded(module: nn.Module) -> bool:
     return any(cls.__name__ == "FSDPModule" for cls in type(module).__mro__)
 
 
+def call_within(model: nn.Module) -> Callable[..., Any]:
+    """The function that computes `model` without its hooks; under `fully_shard` with them, which gather its weights."""
+    return model if is_fully_sharded(model) else model.forward
+
+
 def fully_sharded_class(sharded: type, plain: type[nn.Module]) -> type[nn.Module]:
     """A class for a module of class `sharded`, which `fully_shard` made, that is to be a `plain` one from now on."""
     mixed_in = next(cls for cls in sharded.__mro__ if cls.__name__ == "FSDPModule")
+    if issubclass(plain, mixed_in):
+        return plain
     # In the order of fully_shard: FSDPModule.__new__ takes the class behind itself for the module's own.
     return type(f"FSDP{plain.__name__}", (mixed_in, plain), {"__deepcopy__": sharded.__dict__.get("__deepcopy__")})
 

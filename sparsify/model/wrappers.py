@@ -74,7 +74,21 @@ def unwrapping(model: nn.Module) -> Iterator[nn.Module]:
 
 def is_distributed(model: nn.Module) -> bool:
     """True if DistributedDataParallel holds buffers for the gradients of `model`."""
-    return any(_is_a(layer, "DistributedDataParallel") for layer in unwrapping(model))
+    return data_parallel(model) is not None
+
+
+def data_parallel(model: nn.Module) -> nn.Module | None:
+    """The DistributedDataParallel around the user's module; None: there is none."""
+    return next((layer for layer in unwrapping(model) if _is_a(layer, "DistributedDataParallel")), None)
+
+
+def joins_uneven_inputs(parallel: nn.Module) -> bool:
+    """True inside `parallel.join()`, where ranks may have different numbers of batches.
+
+    Not where all of them stop with the first. Seen in torch 2.13.0: `Join` keeps its settings in `_join_config`.
+    """
+    config = getattr(parallel, "_join_config", None)
+    return bool(getattr(config, "enable", False)) and not config.throw_on_early_termination  # type: ignore[union-attr]
 
 
 def is_compiled(model: nn.Module) -> bool:

@@ -431,8 +431,10 @@ class Masker:
                 f"{name!r} now has shape {tuple(parameter.shape)}, its mask {tuple(mask.shape)}: the parameter was "
                 "replaced. Remove the mask, or load a model of the shape that was pruned."
             )
-        mask = sharding.laid_out(mask, parameter)
-        part = sharding.local(mask)
+        laid_out = sharding.laid_out(mask, parameter)
+        if laid_out is not mask:
+            self._changed(name)
+        part = sharding.local(laid_out)
         if not here.is_meta and (part.device != here.device or part.stride() != here.stride()):
             # In the weight's own memory format: a pass over both in memory order is several times faster.
             part = torch.empty_like(here, dtype=torch.bool).copy_(part)

@@ -13,6 +13,7 @@ from torch.utils import _pytree as pytree
 
 from sparsify.errors import ArgumentError, DataError, SparsifyError
 from sparsify.model.preserved import eval_mode_, preserved
+from sparsify.model.sharding import call_within
 from sparsify.model.signature import batch_arguments
 from sparsify.quantization.conversion import quantizers
 
@@ -61,7 +62,7 @@ def _run(model: nn.Module, batch: Any, at: int) -> None:
     args, kwargs = batch_arguments(model, batch)
     try:
         # Not through __call__: this may run inside a hook of that very call.
-        model.forward(*args, **kwargs)
+        call_within(model)(*args, **kwargs)
         for quantizer in quantizers(model):
             quantizer.check()
     except SparsifyError as error:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from sparsify.errors import StateError
 from sparsify.model.preserved import eval_mode_, preserved
+from sparsify.model.sharding import call_within
 from sparsify.model.targets import named_modules
 from sparsify.output.json_values import EXACT, from_json_object
 from sparsify.quantization.attention import FORMS, disable_fast_path, quantize_attention
@@ -440,7 +441,7 @@ def check_traced_ops(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, 
     with preserved(model), torch.no_grad():
         eval_mode_(model)
         # Not through __call__: this may run inside a hook of that very call.
-        model.forward(*args, **kwargs)
+        call_within(model)(*args, **kwargs)
     return switched_off(model)
 
 

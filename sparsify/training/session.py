@@ -21,7 +21,7 @@ from sparsify.model.optimizer_hooks import ModelCallback, StepHooks, innermost_o
 from sparsify.model.sharding import reshard
 from sparsify.model.signature import CallArguments, InputsLike, call_arguments
 from sparsify.model.targets import named_parameters
-from sparsify.model.wrappers import is_compiled, is_distributed, unwrapped
+from sparsify.model.wrappers import data_parallel, is_compiled, is_distributed, joins_uneven_inputs, unwrapped
 from sparsify.modifiers.base import Active, Modifier, Run
 from sparsify.modifiers.learning_rate_ledger import LearningRateLedger
 from sparsify.modifiers.run_log import RunLog, ScalarWriter
@@ -106,6 +106,9 @@ class Session:
         self._said_detached = False
         self.paused = False
         self.owner: weakref.ref[Any] | None = None
+        # Holding zeros sends nothing; all else that works on weights does, at some steps.
+        sends = any(m.kind in ("pruning", "quantization") and not m.holds for m in modifiers)
+        self._uneven = data_parallel(model) if sends else None
 
         log = RunLog(writer)
         self.ledger = LearningRateLedger(self._optimizers, log)
@@ -242,6 +245,12 @@ class Session:
         run, optimizer = self._run, self._optimizers[index]
         run.closure, run.stepping = closure, optimizer
         self._due.add(index)
+        if self._uneven is not None and joins_uneven_inputs(self._uneven):
+            raise StateError(
+                "a step was taken in join(): ranks that run out of batches stop stepping, and masks and ranges are "
+                "compared and summed over all ranks. Give every rank as many batches (DistributedSampler does, or "
+                "drop_last), or join(throw_on_early_termination=True)."
+            )
         if only_sets_up_state(optimizer):
             self._skipped.add(index)
             return

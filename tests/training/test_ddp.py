@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 
@@ -173,6 +174,66 @@ def test_a_state_that_is_loaded_on_one_rank_is_an_error_on_both_at_once(
     for message in messages:
         assert re.search(r"rank 1 is at step \d .*, rank 0 at step 6 .*loaded on some ranks", message), message
         assert float(message.split()[0]) < 20.0
+OPTIONS: list[dict[str, bool]] = [
+    {"static_graph": True},
+    {"gradient_as_bucket_view": True},
+    {"find_unused_parameters": True},
+    {"gradient_as_bucket_view": True, "static_graph": True},
+]
+
+
+def _train_with(rank: int, folder: str, options: dict[str, bool]) -> None:
+    """The same zeros as without those options, on every rank, with accumulation in no_sync() and compiled."""
+    found = []
+    for given, compiled in (({}, False), (options, False), (options, True)):
+        torch.compiler.reset()
+        model = DistributedDataParallel(_network(), **given)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+        manager = ScheduledModifierManager.from_yaml(RECIPE)
+        manager.modify(model, optimizer, steps_per_epoch=4)
+        run = torch.compile(model, backend="eager") if compiled else model
+        generator = torch.Generator().manual_seed(100 + rank)
+        for _ in range(8):
+            optimizer.zero_grad()
+            # The first backward of a static graph shows it, and has to send.
+            with model.no_sync() if not given.get("static_graph") else nullcontext():
+                run(torch.randn(5, 12, generator=generator)).square().sum().backward()
+            run(torch.randn(5, 12, generator=generator)).square().sum().backward()
+            optimizer.step()
+        assert manager.step == 8
+        manager.finalize(model)
+        found.append(model.module[0].weight.detach())
+        ranks.check_same({"weight": found[-1] != 0})
+        assert int((found[-1] == 0).sum()) == round(0.8 * 16 * 12)
+    assert torch.allclose(found[0], found[1], atol=1e-6) and torch.allclose(found[1], found[2], atol=1e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("options", OPTIONS)
+def test_masks_are_the_same_with_every_option_of_ddp(options: dict[str, bool], tmp_path: Path) -> None:
+    on_two_ranks(partial(_train_with, options=options), tmp_path)
+
+
+def _join(rank: int, folder: str) -> None:
+    model = DistributedDataParallel(_network())
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    manager = ScheduledModifierManager.from_yaml(RECIPE)
+    manager.modify(model, optimizer, steps_per_epoch=4)
+    with model.join(enable=False):
+        model(torch.ones(2, 12)).sum().backward()
+        optimizer.step()
+    # The method sets what a run in join() has; entered, the other rank would wait for the one that was refused.
+    model._join_config = model._join_config._replace(enable=True, throw_on_early_termination=False)
+    with pytest.raises(StateError, match="as many batches"):
+        optimizer.step()
+    assert manager.step == 1
+    model._join_config = model._join_config._replace(throw_on_early_termination=True)
+    optimizer.step()
+    assert manager.step == 2
+
+
+def test_uneven_inputs_are_refused_at_the_first_step(tmp_path: Path) -> None:
+    on_two_ranks(_join, tmp_path)
 
 
 def _average(rank: int, folder: str) -> None:

@@ -124,7 +124,7 @@ def _prunes_every_way(rank: int, folder: str) -> None:
     ]
     ways: list[dict[str, Any]] = [{}, {"reshard_after_forward": False}, {"reshard_after_forward": True}]
     if dist.get_world_size() == 4:
-        ways.append({"mesh": init_device_mesh("cpu", (2, 2))})
+        ways.append({"mesh": init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))})
     for modifiers in recipes:
         for way in ways:
             _same_as_alone(
