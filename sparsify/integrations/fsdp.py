@@ -35,11 +35,12 @@ def save_sharded_checkpoint(
     Raises:
         StateError: the manager is not at work.
     """
-    import torch.distributed.checkpoint as dcp
+    from torch.distributed import checkpoint
     from torch.distributed.checkpoint.state_dict import get_state_dict
 
     # After an evaluation the outermost module may hold whole parameters, which the optimizer does not know.
     reshard(model)
+    dcp: Any = checkpoint
     whole = io.BytesIO()
     torch.save(manager.state_dict(), whole)
     of_model, of_optimizer = get_state_dict(model, optimizer)
@@ -64,10 +65,11 @@ def load_sharded_checkpoint(
     Raises:
         StateError: the folder holds no state of a manager, or one that does not fit; nothing was changed.
     """
-    import torch.distributed.checkpoint as dcp
+    from torch.distributed import checkpoint
     from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
     reshard(model)
+    dcp: Any = checkpoint
     held: dict[str, Any] = {_KEY: b""}
     try:
         dcp.load(held, checkpoint_id=os.fspath(folder))
@@ -77,6 +79,6 @@ def load_sharded_checkpoint(
         ) from error
     manager.load_state_dict(torch.load(io.BytesIO(held[_KEY]), weights_only=True))
     of_model, of_optimizer = get_state_dict(model, optimizer)
-    rest = {"model": of_model, "optimizer": of_optimizer}
+    rest: dict[str, Any] = {"model": of_model, "optimizer": of_optimizer}
     dcp.load(rest, checkpoint_id=os.fspath(folder))
     set_state_dict(model, optimizer, model_state_dict=rest["model"], optim_state_dict=rest["optimizer"])

@@ -233,6 +233,12 @@ def call_within(model: nn.Module) -> Callable[..., Any]:
     return model if is_fully_sharded(model) else model.forward
 
 
+def class_before_sharding(module: nn.Module) -> type[nn.Module]:
+    """The class of `module`, without what `fully_shard` made of it."""
+    cls = type(module)
+    return next(c for c in cls.__mro__[1:] if issubclass(c, nn.Module)) if is_fully_sharded(module) else cls
+
+
 def fully_sharded_class(sharded: type, plain: type[nn.Module]) -> type[nn.Module]:
     """A class for a module of class `sharded`, which `fully_shard` made, that is to be a `plain` one from now on."""
     mixed_in = next(cls for cls in sharded.__mro__ if cls.__name__ == "FSDPModule")

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from sparsify.model.sharding import fully_sharded_class, is_fully_sharded
+from sparsify.model.sharding import class_before_sharding, fully_sharded_class, is_fully_sharded
 from sparsify.model.targets import named_modules
 from sparsify.quantization.fake_quantize import FakeQuantize
 from sparsify.quantization.layers import (
@@ -31,11 +31,7 @@ def convert_(module: nn.Module, quantized: type[Converted] | None = None) -> Wir
         return wiring_of(module)
     wiring = Wiring(original=type(module))
     projection = isinstance(module, nn.Linear) and type(module).__name__ == PROJECTION
-    plain = type(module)
-    if is_fully_sharded(module):
-        # The class that `fully_shard` derived from the module's, and FSDPModule.
-        plain = next(cls for cls in plain.__mro__[1:] if issubclass(cls, nn.Module))
-    wanted = quantized or CONVERTED[nn.Linear if projection else plain]
+    wanted = quantized or CONVERTED[nn.Linear if projection else class_before_sharding(module)]
     module.__class__ = fully_sharded_class(type(module), wanted) if is_fully_sharded(module) else wanted
     module.__dict__["_wiring"] = wiring
     return wiring
@@ -85,12 +81,16 @@ def is_norm_and_more(module: nn.Module) -> bool:
 
     Not of SyncBatchNorm, which in training is another function.
     """
-    return isinstance(module, _BatchNorm) and not isinstance(module, nn.SyncBatchNorm) and type(module) not in NORMS
+    return (
+        isinstance(module, _BatchNorm)
+        and not isinstance(module, nn.SyncBatchNorm)
+        and class_before_sharding(module) not in NORMS
+    )
 
 
 def is_weighted(module: nn.Module) -> bool:
     """True if it is a layer whose weights can be quantized: torch's own, a subclass, or transformers' Conv1D."""
-    cls = type(module)
+    cls = class_before_sharding(module)
     if isinstance(module, Converted) or cls.__name__ == PROJECTION:
         return False
     return cls in WEIGHTED or (isinstance(module, tuple(set(WEIGHTED) - {nn.Embedding})) or stores_transposed(module))

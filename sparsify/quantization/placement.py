@@ -15,6 +15,7 @@ from typing import Any
 
 from torch import nn
 
+from sparsify.model.sharding import class_before_sharding
 from sparsify.model.trace import Trace, TracedNode
 from sparsify.quantization.attention import SLOW
 from sparsify.quantization.attention_products import ATTENTION, MATMUL, OPERANDS, operand
@@ -387,7 +388,10 @@ class _Planner:
                 if not any(one == kind or one.startswith(f"{kind}_") for one in found):
                     counts.pop(kind, None)
         for name in self.layers:
-            if type(self.modules[name]) not in WEIGHTED and type(self.modules[name]).__name__ != PROJECTION:
+            if (
+                class_before_sharding(self.modules[name]) not in WEIGHTED
+                and type(self.modules[name]).__name__ != PROJECTION
+            ):
                 watched.setdefault(name, {})[LAYER] = 1
         for norm in norms:
             if is_norm_and_more(self.modules[norm]):
