@@ -81,11 +81,8 @@ def is_norm_and_more(module: nn.Module) -> bool:
 
     Not of SyncBatchNorm, which in training is another function.
     """
-    return (
-        isinstance(module, _BatchNorm)
-        and not isinstance(module, nn.SyncBatchNorm)
-        and class_before_sharding(module) not in NORMS
-    )
+    own = class_before_sharding(module) not in NORMS
+    return own and isinstance(module, _BatchNorm) and not isinstance(module, nn.SyncBatchNorm)
 
 
 def is_weighted(module: nn.Module) -> bool:

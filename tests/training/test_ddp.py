@@ -174,6 +174,8 @@ def test_a_state_that_is_loaded_on_one_rank_is_an_error_on_both_at_once(
     for message in messages:
         assert re.search(r"rank 1 is at step \d .*, rank 0 at step 6 .*loaded on some ranks", message), message
         assert float(message.split()[0]) < 20.0
+
+
 OPTIONS: list[dict[str, bool]] = [
     {"static_graph": True},
     {"gradient_as_bucket_view": True},
