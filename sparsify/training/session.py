@@ -16,8 +16,8 @@ from sparsify.errors import SparsifyWarning, StateError
 from sparsify.model import at_work
 from sparsify.model.agreement import Agreement
 from sparsify.model.gradients import GradSampler, sampling
-from sparsify.model.optimizer_parts import parts_with_state
 from sparsify.model.optimizer_hooks import ModelCallback, StepHooks, innermost_optimizer, only_sets_up_state, skips_step
+from sparsify.model.optimizer_parts import parts_with_state
 from sparsify.model.sharding import reshard
 from sparsify.model.signature import CallArguments, InputsLike, call_arguments
 from sparsify.model.targets import named_parameters
@@ -230,6 +230,9 @@ class Session:
         self.watch.step_begins()
         if self.paused:
             return
+        if only_sets_up_state(self._optimizers[index]):
+            self._skipped.add(index)
+            return
         if not self.timer.runs:
             raise StateError(
                 "a step was taken, but how many make an epoch is not known. Pass steps_per_epoch to modify() "
@@ -251,9 +254,6 @@ class Session:
                 "compared and summed over all ranks. Give every rank as many batches (DistributedSampler does, or "
                 "drop_last), or join(throw_on_early_termination=True)."
             )
-        if only_sets_up_state(optimizer):
-            self._skipped.add(index)
-            return
         self.ledger.hold()
         if skips_step(optimizer):
             self._skipped.add(index)
