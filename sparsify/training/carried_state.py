@@ -229,10 +229,12 @@ class CarriedState:
                 stacklevel=2,
             )
 
-    def warn_of_weights(self) -> None:
-        """Warns where the model's weights were loaded from another step of this recipe than the manager is at."""
+    def warn_of_weights(self) -> bool:
+        """Warns where the model's weights were loaded from another step of this recipe than the manager is at; True if
+        so."""
         saved, self._weights_step = self._weights_step, None
-        if saved is not None and abs(saved - self._owner.step) > NEAR:
+        other = saved is not None and abs(saved - self._owner.step) > NEAR
+        if other:
             warnings.warn(
                 f"the weights that were loaded are those of step {saved}, the manager is at step {self._owner.step}: "
                 "masks and schedules are those of another time. Load the state of the optimizer or of the manager from "
@@ -240,6 +242,7 @@ class CarriedState:
                 SparsifyWarning,
                 stacklevel=2,
             )
+        return other
 
 
 def _quantizers(names: Mapping[str, Any]) -> set[str]:

@@ -450,7 +450,8 @@ class ScheduledModifierManager:
         session = self._session
         try:
             session.warn_if_detached()
-            session.carried.warn_of_weights()
+            if session.carried.warn_of_weights():
+                session.watch.told("revived")
             session.watch.ends()
             self._ended = Ended(session.timer.clock(), session.model, session.masker.names)
             # Not sealed: that would copy it.

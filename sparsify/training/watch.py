@@ -167,9 +167,9 @@ class Watch:
         if sys.exc_info()[0] is None and (self._steps or self._timer.marked):
             self._say_unfinished()
 
-    def told(self) -> None:
-        """Says no more that steps are not seen: it was said already, and why."""
-        self._said |= {"no step", "moved", "other"}
+    def told(self, *kinds: str) -> None:
+        """Says no more that steps are not seen, nor these `kinds`: it was said already, and why."""
+        self._said |= {"no step", "moved", "other", *kinds}
 
     # ------------------------------------------------------------------ in words
 
