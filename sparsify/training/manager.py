@@ -443,10 +443,8 @@ class ScheduledModifierManager:
         if self._session is None:
             return
         if model is not None and unwrapped(check_module(model)) is not self._session.model:
-            raise ArgumentError(
-                "finalize(model): this is not the model that modify() was given. Leave it out, or use "
-                "apply_masks(model) for a copy."
-            )
+            what = "this is not the model that modify() was given"
+            raise ArgumentError(f"finalize(model): {what}. Leave it out, or use apply_masks(model) for a copy.")
         session = self._session
         try:
             session.warn_if_detached()
