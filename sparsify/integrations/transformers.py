@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from sparsify.errors import ArgumentError, SparsifyWarning, StateError
 from sparsify.integrations.data_inputs import inputs_of_data
+from sparsify.integrations.finished_model import export_finished
 from sparsify.integrations.method_around import MethodAround
 from sparsify.integrations.refused import refuse_cuts, refuse_foreign_weights
 from sparsify.integrations.state_file import read_state, whole_checkpoint, write_state
@@ -26,6 +27,7 @@ from sparsify.modifiers.base import Modifier
 from sparsify.modifiers.magnitude_pruning import ConstantPruningModifier
 from sparsify.modifiers.run_log import ScalarWriter
 from sparsify.onnx.exported import ExportedModel
+from sparsify.onnx.verify import Verification
 from sparsify.quantization.plan import is_quantized, undo_plan
 from sparsify.recipe import Recipe
 from sparsify.training.manager import ScheduledModifierManager
@@ -71,7 +73,8 @@ class SparsifyCallback(TrainerCallback):  # type: ignore[misc]
             evaluations from where the recipe has done its work compete; "any": all do, and a best one from before is
             warned about.
         log_layers: True: also logs the sparsity of each layer when it changes.
-        export_path: an ONNX file that is written and verified when training is over; None: none.
+        export_path: an ONNX file that is written when training is over; None: none.
+        verify: False: that file is not compared with the model, layer by layer where it is quantized.
         sample_inputs: inputs of one call of the model, as for `modify`; None: those of the first forward, and of the
             training set where these are not seen (compiled models, export).
         distillation_teacher, grad_sampler, calibration_data, writer: as for `modify`.
@@ -79,8 +82,8 @@ class SparsifyCallback(TrainerCallback):  # type: ignore[misc]
     Attributes:
         manager: the manager of the recipe.
         trainer: the Trainer that it was added to.
-        exported: what `export_onnx` returned.
-        verified: what `verify_onnx` returned.
+        exported: the summary of the file at `export_path`; None before.
+        verification: what `verify_onnx` found; None before.
 
     Raises:
         RecipeError: the recipe says something that cannot be meant.
@@ -96,6 +99,7 @@ class SparsifyCallback(TrainerCallback):  # type: ignore[misc]
         best_model: Literal["finished", "any"] = "finished",
         log_layers: bool = False,
         export_path: str | os.PathLike[str] | None = None,
+        verify: bool = True,
         sample_inputs: InputsLike | None = None,
         distillation_teacher: nn.Module | Literal["self"] | None = None,
         grad_sampler: GradSampler | None = None,
@@ -112,7 +116,7 @@ class SparsifyCallback(TrainerCallback):  # type: ignore[misc]
             self.manager = ScheduledModifierManager.from_yaml(recipe, recipe_variables)
         self.trainer: Any = None
         self.exported: ExportedModel | None = None
-        self.verified: Any = None
+        self.verification: Verification | None = None
         self._given: dict[str, Any] = {
             "distillation_teacher": distillation_teacher,
             "grad_sampler": grad_sampler,
@@ -120,7 +124,7 @@ class SparsifyCallback(TrainerCallback):  # type: ignore[misc]
         }
         self._steps_wanted = steps_per_epoch
         self._best_model = best_model
-        self._export_path, self._sample_inputs = export_path, sample_inputs
+        self._export_path, self._verify, self._sample_inputs = export_path, verify, sample_inputs
         self._scalars = TrainerLog(writer, log_layers)
         self._run: ScheduledModifierManager | None = None
         """The manager at work: `manager`, or one that holds what a finished recipe left."""
@@ -381,19 +385,9 @@ class SparsifyCallback(TrainerCallback):  # type: ignore[misc]
             run.finalize()
 
     def _export(self, model: nn.Module) -> None:
-        from sparsify.onnx.export import export_onnx
-        from sparsify.onnx.verify import verify_onnx
-
         inputs = self._sample_inputs if self._sample_inputs is not None else self._inputs_of_data()
         assert self._export_path is not None
-        training = model.training
-        model.eval()
-        try:
-            self.exported = export_onnx(model, inputs, self._export_path)
-            self.verified = verify_onnx(model, self._export_path, inputs)
-        finally:
-            model.train(training)
-        log.info("%s\n%s", self.exported, self.verified)
+        self.exported, self.verification = export_finished(model, inputs, self._export_path, verify=self._verify)
 
     # ------------------------------------------------------------------ the loss and the log
 

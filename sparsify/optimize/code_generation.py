@@ -187,7 +187,7 @@ trainer = Trainer(model=model, args=arguments, train_dataset=dataset, callbacks=
 # A run that was stopped goes on from its last checkpoint.
 stopped = any(Path(arguments.output_dir).glob("checkpoint-*"))
 trainer.train(resume_from_checkpoint=stopped)
-print(callback.verified)
+print(callback.verification)
 """,
 }
 

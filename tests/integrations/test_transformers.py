@@ -559,7 +559,7 @@ def test_the_finished_model_is_exported_and_verified_on_request(tmp_path: Path) 
     options = {"export_path": tmp_path / "model.onnx"}
     trainer, callback = trained(tmp_path, QUANTIZED, Pictures(), pictures(), options=options, save_strategy="no")
     assert (tmp_path / "model.onnx").exists() and callback.exported is not None
-    assert callback.verified.ok and trainer.model.training
+    assert callback.verification.ok and trainer.model.training
 
 
 @pytest.mark.slow

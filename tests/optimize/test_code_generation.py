@@ -239,7 +239,7 @@ def test_the_lines_for_transformers_stop_resume_and_train_twice(
         return given
 
     whole = run("whole", rows, 0)
-    assert whole["callback"].manager.step == 9 and whole["callback"].verified.ok
+    assert whole["callback"].manager.step == 9 and whole["callback"].verification.ok
     with pytest.raises(KeyboardInterrupt):
         run("stopped", Interrupted(rows, 26 + 20), 0)
     wanted = {name: value.clone() for name, value in whole["model"].state_dict().items()}
@@ -247,7 +247,7 @@ def test_the_lines_for_transformers_stop_resume_and_train_twice(
     sparsity = zeros(whole["model"])
     assert sparsity > 0.6
     whole["trainer"].train()
-    assert zeros(whole["model"]) == sparsity and whole["callback"].verified.ok, "trained twice"
+    assert zeros(whole["model"]) == sparsity and whole["callback"].verification.ok, "trained twice"
 
 
 @pytest.mark.slow
