@@ -336,6 +336,7 @@ class Session:
     def _model_loaded(self, *_: object) -> None:
         # Observers freeze only after data, and loading may have filled their buffers: ask again.
         # Masks wait for the next step: the manager's state may be loaded next, with other ones.
+        self.watch.weights_loaded()
         self.update()
 
     def update(self) -> None:

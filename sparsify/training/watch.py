@@ -59,7 +59,7 @@ class Watch:
         self._model, self._masker, self._timer, self._modifiers = model, masker, timer, list(modifiers)
         self._optimizers, self._paused = list(optimizers), paused
         self._steps = self._losses = self._most_losses = 0
-        self._inside = self._had_gradients = False
+        self._inside = self._had_gradients = self._loaded = False
         self._said: set[str] = set()
         self._values: list[tuple[Tensor, Tensor]] = []
         self._values_step = 0
@@ -86,8 +86,12 @@ class Watch:
     def step_begins(self) -> None:
         """A step of one of the optimizers begins; may be called twice."""
         self._steps += 1
-        self._inside = True
+        self._inside, self._loaded = True, False
         self._most_losses, self._losses = max(self._most_losses, self._losses), 0
+
+    def weights_loaded(self) -> None:
+        """The model loaded weights. The manager's state may come after: until then masks may be of another time."""
+        self._loaded = True
 
     def step_ends(self) -> None:
         """It is over."""
@@ -115,7 +119,7 @@ class Watch:
             where: who asks.
         """
         # Ctrl-C in the middle of a step leaves weights that no mask was applied to yet.
-        if not self._inside:
+        if not self._inside and not (self._loaded and where == "state_dict()"):
             self._foreign.tell()
             if not self._say_revived(where):
                 self._say_moved()
