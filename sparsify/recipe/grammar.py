@@ -2,7 +2,8 @@
 
 The reader is private and small: YAML *events* go in (scanned without recursion), and while the tree grows its size,
 depth and number of nodes are bounded, aliases counted as what they stand for. No tag constructs anything. What differs
-from YAML 1.1 is what users mean: `1e-3` is a number, `12:30:45`, `2:4` and dates are text, a duplicate key is an error.
+from YAML 1.1 is what users mean: `1e-3` is a number, `12:30:45`, `2:4` and dates are text, a duplicate key is an error,
+unless it says the same again.
 """
 
 from __future__ import annotations
@@ -275,6 +276,9 @@ class _Tree:
             return
         mapping = around.node
         if key.value in mapping.value:
+            # Public recipes say `num_epochs: 10` twice. What says the same again harms nobody.
+            if _is_same_scalar(mapping.value[key.value], node):
+                return
             first = mapping.key_lines[key.value]
             raise Problem(key.line, f"the key {shown(key.value)} stands here a second time; first in line {first}.")
         mapping.value[key.value] = node
@@ -291,6 +295,11 @@ class _Tree:
                     if key not in mapping.value:
                         mapping.value[key] = value
                         mapping.key_lines[key] = source.key_lines[key]
+
+
+def _is_same_scalar(one: YamlNode, two: YamlNode) -> bool:
+    plain = not isinstance(one.value, list | dict) and one.tag == two.tag and one.quoted == two.quoted
+    return plain and type(one.value) is type(two.value) and bool(one.value == two.value)
 
 
 def _tree(text: str, offset: int) -> YamlNode | None:

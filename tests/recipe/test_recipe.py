@@ -167,6 +167,14 @@ VALUES = {
 }
 
 
+def test_what_says_the_same_again_is_no_error() -> None:
+    recipe = Recipe.from_yaml("num_epochs: &num_epochs 10\nnum_epochs: &num_epochs 10\n" + RANGE)
+    assert recipe.variables == {"num_epochs": 10}
+    for other in ("11", "10.0", "'10'", "[10]"):
+        with pytest.raises(RecipeError, match="stands here a second time"):
+            Recipe.from_yaml(f"num_epochs: 10\nnum_epochs: {other}\n{RANGE}")
+
+
 def test_stages_shadow_variables_and_keep_absolute_epochs() -> None:
     recipe = files("staged-prune-then-quantize")
     assert [stage.name for stage in recipe.stages] == ["sparsity_stage", "int8_stage"]
