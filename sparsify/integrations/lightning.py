@@ -201,7 +201,7 @@ class SparsifyCallback(TrainerCallback):
         stand_before(trainer, "save_checkpoint", self, self._around_save_checkpoint)
         if stage != "fit":
             return
-        self.manager.finalize()
+        self.manager.finalize(early=True)
         self._reset_run()
         if self._known_module() is not pl_module:
             self._last, self._written = None, {}
@@ -572,7 +572,7 @@ class SparsifyCallback(TrainerCallback):
             self._last, self._last_step = self._record(), trainer.global_step
             return self._last_progress()
         finally:
-            self.manager.finalize()
+            self.manager.finalize(early=True)
 
     def _step_back(self, trainer: Trainer) -> None:
         self._take_off()

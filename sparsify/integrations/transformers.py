@@ -382,7 +382,7 @@ class SparsifyCallback(TrainerCallback):  # type: ignore[misc]
                 self._last = (self.trainer.model, self._state(), list(run.sparsity()))
         finally:
             self._run = None
-            run.finalize()
+            run.finalize(early=True)
 
     def _export(self, model: nn.Module) -> None:
         inputs = self._sample_inputs if self._sample_inputs is not None else self._inputs_of_data()

@@ -430,12 +430,13 @@ class ScheduledModifierManager:
         self._session.warn_if_detached()
         return self._session.update_loss(loss, outputs, inputs, labels)
 
-    def finalize(self, model: nn.Module | None = None) -> None:
+    def finalize(self, model: nn.Module | None = None, *, early: bool = False) -> None:
         """Ends the run: removes hooks and leaves masked weights at zero. Quantized layers stay, ready for export, and
         removed channels stay removed. May be called at any moment, and twice.
 
         Args:
             model: the model of `modify`, for the reader; None: the same.
+            early: True: no warning where the recipe is not through, since that is meant or was said.
 
         Raises:
             ArgumentError: `model` is another one.
@@ -459,7 +460,7 @@ class ScheduledModifierManager:
         note_recipe(session.model, self._recipe.to_yaml())
         self._ended.note()
         self._session = None
-        session.watch.ended()
+        session.watch.ended(early)
 
     # ------------------------------------------------------------------ how far it is
 

@@ -165,10 +165,10 @@ class Watch:
         elif self._optimizers and self._losses >= max(LOSSES, 10 * self._most_losses):
             self._say_losses()
 
-    def ended(self) -> None:
-        """Warns, after the end, of a recipe that was not through."""
+    def ended(self, early: bool) -> None:
+        """Warns, after the end, of a recipe that was not through; not where it is meant to end `early`."""
         # In the middle of an exception its user knows that training did not come to its end.
-        if sys.exc_info()[0] is None and (self._steps or self._timer.marked):
+        if not early and sys.exc_info()[0] is None and (self._steps or self._timer.marked):
             self._say_unfinished()
 
     def told(self, *kinds: str) -> None:

@@ -181,6 +181,13 @@ def test_a_recipe_that_ends_half_way_is_told_with_what_it_reached() -> None:
     assert "Is steps_per_epoch the number of optimizer steps in an epoch" in text
 
 
+def test_an_early_end_that_is_meant_is_not_told() -> None:
+    model, optimizer, manager = at_work(gradual_pruning(0.0, 4.0), steps_per_epoch=4)
+    regress(model, optimizer, range(8))
+    manager.finalize(early=True)
+    assert not manager.attached
+
+
 def masks_of_share(model: nn.Module) -> float:
     weights = [p for name, p in model.named_parameters() if name.endswith("weight")]
     return sum(int((w == 0).sum()) for w in weights) / sum(w.numel() for w in weights)
