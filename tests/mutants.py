@@ -53,7 +53,7 @@ MUTANTS = (
     ),
     Mutant(
         "counts of zeros are rounded, not cut off",
-        "round(unit.numel() * sparsity)", "int(unit.numel() * sparsity)",
+        "round(unit.numel() * _one(sparsity, name))", "int(unit.numel() * _one(sparsity, name))",
         "pruning/test_masks.py -k 'counts_round or exactly_the_rounded'",
     ),
     Mutant(
@@ -63,12 +63,12 @@ MUTANTS = (
     ),
     Mutant(
         "masks are applied after the step",
-        "self.masker.apply()\n        self.timer.tick()", "self.timer.tick()",
+        "self.masker.apply()\n        if run.counts:", "if run.counts:",
         "training/test_optimizers.py -k zero_after_every_step",
     ),
     Mutant(
         "the optimizer forgets what is masked",
-        "if value.shape == parameter.shape and key not in", "if value.is_meta and key not in",
+        "if value.shape == here.shape and key not in", "if value.is_meta and key not in",
         "pruning/test_masks.py -k 'every_optimizer or without_momentum'",
     ),
     Mutant(
@@ -78,7 +78,7 @@ MUTANTS = (
     ),
     Mutant(
         "finalize makes zeros of infinite weights too",
-        "place.parameter.masked_fill_(~place.mask, 0.0)", "place.parameter.mul_(place.mask)",
+        "place.here.masked_fill_(~place.mask, 0.0)", "place.here.mul_(place.mask)",
         "pruning/test_masks.py -k baking",
     ),
     Mutant(
@@ -99,7 +99,7 @@ MUTANTS = (
     ),
     Mutant(
         "a step that is told twice counts once",
-        "if not self._due:", "if self._due is None:",
+        "if not due:\n            # The outer", "if due is None:\n            # The outer",
         "training/test_optimizers.py -k twice",
     ),
     Mutant(
@@ -259,7 +259,7 @@ MUTANTS = (
     ),
     Mutant(
         "tracing leaves training modes as they were",
-        "with preserved(model), without_fast_path()", "with preserved(model, modes=False), without_fast_path()",
+        "preserved(model),\n            without_fast_path(),\n            _without", "preserved(model, modes=False),\n            without_fast_path(),\n            _without",
         "model/test_trace.py -k stay",
     ),
     Mutant(
