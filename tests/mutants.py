@@ -259,7 +259,8 @@ MUTANTS = (
     ),
     Mutant(
         "tracing leaves training modes as they were",
-        "preserved(model),\n            without_fast_path(),\n            _without", "preserved(model, modes=False),\n            without_fast_path(),\n            _without",
+        "preserved(model),\n            without_fast_path(),\n            _without",
+        "preserved(model, modes=False),\n            without_fast_path(),\n            _without",
         "model/test_trace.py -k stay",
     ),
     Mutant(
