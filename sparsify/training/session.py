@@ -338,6 +338,7 @@ class Session:
         # Masks wait for the next step: the manager's state may be loaded next, with other ones.
         self.watch.weights_loaded()
         self.update()
+        self.watch.note_values()
 
     def update(self) -> None:
         """Puts in force what is due at the timer's clock; nothing while the model's structure is of another time."""

@@ -344,9 +344,12 @@ def _levels_to_user() -> int:
 
 
 def _values_moved(parameter: Tensor, before: Tensor) -> bool:
-    """True if the first values are others; a parameter that went to another device or dtype is not compared."""
+    """True if a first value is another one now; zeros are none, since masks may be set in the first forward. A
+    parameter that went to another device, dtype or shape is not compared."""
     now = _first_values(parameter)
-    return now.device == before.device and now.dtype == before.dtype and not torch.equal(now, before)
+    if now.device != before.device or now.dtype != before.dtype or now.shape != before.shape:
+        return False
+    return bool(((now != before) & (now != 0)).any())
 
 
 def _first_values(parameter: Tensor) -> Tensor:
