@@ -105,6 +105,8 @@ class Watch:
     def note_values(self) -> None:
         """Takes the weights as they are for those of the last step: something else than a step has moved them."""
         if self._optimizers:
+            # Whole parameters, which a module under fully_shard may hold after a forward, lose their memory again.
+            sharding.reshard(self._model)
             parameters = [p for p in named_parameters(self._model).values() if p.requires_grad and p.numel()]
             self._values = [(p, _first_values(p)) for p in parameters[:WATCHED]]
             self._values_step = self._steps
