@@ -78,7 +78,7 @@ def _train(
 
 def _whole(model: nn.Module) -> dict[str, Tensor]:
     sharding.reshard(model)
-    return {name: sharding.gathered(value) for name, value in model.state_dict().items()}
+    return {name: sharding.gathered(value).clone() for name, value in model.state_dict().items()}
 
 
 def _equal(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
