@@ -58,7 +58,7 @@ class LearningRateLedger:
     def __init__(self, optimizers: Optimizer | Sequence[Optimizer] | None, log: RunLog | None = None) -> None:
         self._optimizers = _listed(optimizers)
         # The numbers of the groups that are there now stay theirs, also where a modifier adds one to the first of them.
-        self._counts = [len(optimizer.param_groups) for optimizer in self._optimizers]
+        self._group_counts = [len(optimizer.param_groups) for optimizer in self._optimizers]
         self._log = log or RunLog()
         self._entries: list[Entry] = []
         self._in_force: dict[int, InForce] = {}
@@ -135,8 +135,8 @@ class LearningRateLedger:
         if len(self._optimizers) == 1:
             yield from enumerate(self._optimizers[0].param_groups)
             return
-        first, new = 0, sum(self._counts)
-        for optimizer, count in zip(self._optimizers, self._counts, strict=True):
+        first, new = 0, sum(self._group_counts)
+        for optimizer, count in zip(self._optimizers, self._group_counts, strict=True):
             for index, group in enumerate(optimizer.param_groups):
                 yield (first + index, group) if index < count else (new, group)
                 new += index >= count

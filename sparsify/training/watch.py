@@ -155,7 +155,7 @@ class Watch:
         self.look("finalize()")
         if self._optimizers and not self._steps:
             gradients = self._has_gradients() and not self._had_gradients
-            if self._losses or gradients:
+            if self._losses > 1 or gradients:
                 what = f"update_loss() was called {self._losses} times" if self._losses else "there are gradients"
                 self._say(
                     "no step",
@@ -203,7 +203,9 @@ class Watch:
 
     def _say_moved(self) -> None:
         values, step = self._values, self._values_step
-        if step == self._steps and any(_values_moved(p, before) for p, before in values):
+        # Without gradients nothing trains: masks, a user, or a checkpoint have set them.
+        trains = self._has_gradients() and not self._loaded
+        if step == self._steps and trains and any(_values_moved(p, before) for p, before in values):
             self._say(
                 "moved",
                 f"the weights moved, but no step of the optimizer was seen meanwhile. {self._so_far()} Was it rebuilt, "
@@ -247,12 +249,6 @@ class Watch:
                 f"the recipe was not through at finalize(): epoch {clock.epoch:.4g} of {through:g}. "
                 f"{self._so_far(through)} Not at their end: {'; '.join(self._words(m, clock) for m in late[:6])}"
                 f"{f'; and {len(late) - 6} more' if len(late) > 6 else ''}.{self._pace_hint()}",
-            )
-        elif not self._timer.marked and through > 0 and clock.epoch > 2.0 * through:
-            self._say(
-                "unfinished",
-                f"the clock is at epoch {clock.epoch:.4g}, far beyond the recipe's end at {through:g}. "
-                f"{self._so_far(through)}{self._pace_hint()}",
             )
 
     def _words(self, modifier: Modifier, clock: Clock) -> str:

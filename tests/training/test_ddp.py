@@ -162,7 +162,12 @@ LATE_QAT = "modifiers:\n  - !QuantizationModifier\n    start_epoch: 1.0\n"
 
 @pytest.mark.parametrize(
     ("recipe", "wrapped", "first"),
-    [(RECIPE, True, 0), (LATE_QAT, True, 0), (LATE_QAT, False, 0), (RECIPE, False, 3)],
+    [
+        (RECIPE, True, 0),
+        (LATE_QAT, True, 0),
+        (LATE_QAT, False, 0),
+        pytest.param(RECIPE, False, 3, marks=pytest.mark.slow),
+    ],
     ids=["pruned, DDP", "quantized, DDP", "quantized, bare", "in the midst"],
 )
 def test_a_state_that_is_loaded_on_one_rank_is_an_error_on_both_at_once(

@@ -69,7 +69,7 @@ def state_of(model: nn.Module) -> dict[str, Tensor]:
     return {**dict(model.named_parameters()), **dict(model.named_buffers())}
 
 
-def assert_same_model(one: nn.Module, two: nn.Module) -> None:
+def assert_same_model(one: nn.Module, two: nn.Module, *, order: bool = True) -> None:
     mine, theirs = state_of(one), state_of(two)
     assert list(mine) == list(theirs)
     for name, tensor in mine.items():
@@ -82,10 +82,11 @@ def assert_same_model(one: nn.Module, two: nn.Module) -> None:
         assert torch.equal(tensor, other), name
     modes = [(name, module.training, type(module).__name__) for name, module in one.named_modules()]
     assert modes == [(name, module.training, type(module).__name__) for name, module in two.named_modules()]
-    assert list(one.state_dict()) == list(two.state_dict())
+    names, others = list(one.state_dict()), list(two.state_dict())
+    assert names == others if order else sorted(names) == sorted(others)
 
 
-def assert_computes_the_same(one: nn.Module, two: nn.Module, inputs: Any) -> None:
+def assert_computes_the_same(one: nn.Module, two: nn.Module, inputs: Any, *, order: bool = True) -> None:
     """In eval mode, and over further training."""
     with torch.no_grad():
         assert torch.equal(copy.deepcopy(one).eval()(inputs), copy.deepcopy(two).eval()(inputs))
@@ -93,7 +94,7 @@ def assert_computes_the_same(one: nn.Module, two: nn.Module, inputs: Any) -> Non
     losses = train(one.train(), inputs, 3)
     torch.manual_seed(5)
     assert train(two.train(), inputs, 3) == losses
-    assert_same_model(one, two)
+    assert_same_model(one, two, order=order)
 
 
 @pytest.mark.parametrize(
@@ -176,6 +177,8 @@ SCHEMES: dict[str, dict[str, Any]] = {
 }
 
 
+# `train` steps with an optimizer of its own, which is told.
+@pytest.mark.filterwarnings("ignore:the weights moved, but no step", "ignore:no step of the optimizer was seen")
 @pytest.mark.parametrize("name", SCHEMES)
 def test_every_scheme_is_built_again(name: str, tmp_path: Path) -> None:
     modifier = QuantizationModifier(start_epoch=0.0, **SCHEMES[name])
@@ -198,9 +201,10 @@ def test_a_model_of_which_a_part_is_quantized(tmp_path: Path) -> None:
     quantized(model[0], x)
     train(model, x, 2)
     loaded = through_a_folder(model, build(1), tmp_path)
-    assert_same_model(model, loaded)
+    # Added keys stand behind those of the part there, and behind all others in a model that was built again.
+    assert_same_model(model, loaded, order=False)
     assert floating_layers(loaded) == floating_layers(model)
-    assert_computes_the_same(model, loaded, x)
+    assert_computes_the_same(model, loaded, x, order=False)
     with pytest.raises(StateError, match="a part of the model that was quantized"):
         save_model(model[0][0], tmp_path / "part")  # type: ignore[index]
 
@@ -313,6 +317,8 @@ def test_a_wrapped_model_is_looked_through(tmp_path: Path) -> None:
     assert_same_model(model, fresh)
 
 
+# `train` steps with an optimizer of its own, which is told.
+@pytest.mark.filterwarnings("ignore:the weights moved, but no step", "ignore:no step of the optimizer was seen")
 def test_the_recipes_are_kept_and_the_next_one_can_follow(tmp_path: Path) -> None:
     recipe = "modifiers:\n  - !ConstantPruningModifier\n    params: __ALL_PRUNABLE__\n    start_epoch: 0.0"
     model = perceptron(6, 8, 3)

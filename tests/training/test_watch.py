@@ -201,15 +201,6 @@ def test_a_recipe_that_is_through_is_not_told() -> None:
         manager.finalize()
 
 
-def test_a_clock_that_ran_too_fast_is_told() -> None:
-    model, optimizer, manager = at_work(steps_per_epoch=1)
-    regress(model, optimizer, range(8))
-    with pytest.warns(
-        SparsifyWarning, match="the clock is at epoch 8, far beyond the recipe's end at 2. 8 steps were seen"
-    ):
-        manager.finalize()
-
-
 def test_an_exception_is_not_told_again() -> None:
     model, optimizer, manager = at_work()
     with warnings.catch_warnings():
