@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import sys
 import warnings
@@ -22,6 +23,8 @@ from sparsify.pruning.masker import Masker
 from sparsify.training.timer import Timer
 
 __all__: list[str] = []
+
+log = logging.getLogger("sparsify")
 
 WATCHED = 8
 """Parameters of which the first values are kept, to see if they moved."""
@@ -203,9 +206,7 @@ class Watch:
 
     def _say_moved(self) -> None:
         values, step = self._values, self._values_step
-        # Without gradients nothing trains: masks, a user, or a checkpoint have set them.
-        trains = self._has_gradients() and not self._loaded
-        if step == self._steps and trains and any(_values_moved(p, before) for p, before in values):
+        if step == self._steps and not self._loaded and any(_values_moved(p, before) for p, before in values):
             self._say(
                 "moved",
                 f"the weights moved, but no step of the optimizer was seen meanwhile. {self._so_far()} Was it rebuilt, "
@@ -249,6 +250,12 @@ class Watch:
                 f"the recipe was not through at finalize(): epoch {clock.epoch:.4g} of {through:g}. "
                 f"{self._so_far(through)} Not at their end: {'; '.join(self._words(m, clock) for m in late[:6])}"
                 f"{f'; and {len(late) - 6} more' if len(late) > 6 else ''}.{self._pace_hint()}",
+            )
+        elif not self._timer.marked and through > 0 and clock.epoch > 2.0 * through:
+            # Many recipes are shorter than the training, and rightly so.
+            log.info(
+                "the clock is at epoch %.4g, beyond the recipe's end at %g. %s%s",
+                *(clock.epoch, through, self._so_far(through), self._pace_hint()),
             )
 
     def _words(self, modifier: Modifier, clock: Clock) -> str:

@@ -181,6 +181,14 @@ def test_a_recipe_that_ends_half_way_is_told_with_what_it_reached() -> None:
     assert "Is steps_per_epoch the number of optimizer steps in an epoch" in text
 
 
+def test_a_clock_that_ran_too_fast_is_in_the_log(caplog: pytest.LogCaptureFixture) -> None:
+    model, optimizer, manager = at_work(steps_per_epoch=1)
+    regress(model, optimizer, range(8))
+    with caplog.at_level("INFO", "sparsify"):
+        manager.finalize()
+    assert "the clock is at epoch 8, beyond the recipe's end at 2. 8 steps were seen" in caplog.text
+
+
 def test_an_early_end_that_is_meant_is_not_told() -> None:
     model, optimizer, manager = at_work(gradual_pruning(0.0, 4.0), steps_per_epoch=4)
     regress(model, optimizer, range(8))
