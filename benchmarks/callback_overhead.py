@@ -22,22 +22,13 @@ from typing import Any
 import torch
 from models import MODELS
 from paired import Ratio, machine, paired
+from step_overhead import PRUNING
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, IterableDataset
 
 from sparsify import ScheduledModifierManager
 
-PRUNING = """
-modifiers:
-  - !GMPruningModifier
-    params: __ALL_PRUNABLE__
-    init_sparsity: 0.9
-    final_sparsity: 0.9
-    start_epoch: 0.0
-    end_epoch: 1000.0
-    update_frequency: 1000.0
-"""
 BAR = 1.002
 STEPS_PER_EPOCH = 1_000_000
 

@@ -19,7 +19,7 @@ from sparsify.model.layouts import input_dims
 from sparsify.model.recomputed import recomputed_weights
 from sparsify.modifiers.base import Active, Epoch, Modifier, ModifierKind, ParamNames, Run, check_frequency
 from sparsify.modifiers.doubts import first_of, only_zeros, rounding_doubts
-from sparsify.modifiers.schedule import Clock, Curve, UpdateGrid, between
+from sparsify.modifiers.schedule import Clock, Curve, OnceAfterLoading, UpdateGrid, between
 from sparsify.output.field_errors import FieldProblem
 from sparsify.pruning.masks import MaskType, compute_masks, sparing_one
 
@@ -312,8 +312,7 @@ class Gradual(Active):
         self.initials: dict[str, float] = {}
         self.frozen: list[str] = []
         self.postponed: list[str] = []
-        self.loaded = False
-        self.loaded_at: Clock | None = None
+        self.after_loading = OnceAfterLoading()
         self.come_late = False
 
     def _targets(self) -> tuple[dict[str, float], dict[str, int]]:
@@ -360,13 +359,8 @@ class Gradual(Active):
     def _late(self, clock: Clock) -> list[str]:
         """Parameters without a mask though pruning has started: the saved recipe did not name them, or their masks did
         not fit. Asked once, a step after loading: the weights of the checkpoint are loaded after this state."""
-        if not self.loaded or self.point is None:
+        if self.point is None or not self.after_loading.due(clock):
             return []
-        if self.loaded_at is None:
-            self.loaded_at = clock
-        if clock == self.loaded_at:
-            return []
-        self.loaded, self.loaded_at = False, None
         left_out = {*self.frozen, *self.postponed}
         return [name for name in self.finals if name not in left_out and name not in self.run.masker]
 
@@ -475,7 +469,7 @@ class Gradual(Active):
         self.initials = {name: float(value) for name, value in state["initials"].items() if name in self.finals}
         self.frozen = [name for name in state["frozen"] if name in self.finals]
         self.postponed = [name for name in state.get("postponed", ()) if name in self.finals]
-        self.loaded, self.loaded_at = True, None
+        self.after_loading.loaded()
 
 
 def fitting(

@@ -16,7 +16,7 @@ from sparsify.model.recomputed import recomputed_weights
 from sparsify.modifiers.base import Active, Epoch, Modifier, ModifierKind, ParamNames, Run, check_frequency
 from sparsify.modifiers.doubts import first_of, only_zeros
 from sparsify.modifiers.gradual import fitting, trainable
-from sparsify.modifiers.schedule import Clock, UpdateGrid
+from sparsify.modifiers.schedule import Clock, OnceAfterLoading, UpdateGrid
 from sparsify.output.field_errors import FieldProblem
 from sparsify.pruning.masks import MaskType, compute_masks
 
@@ -141,8 +141,7 @@ class Moving(Active, ABC):
         self.point: float | None = None
         self.released = False
         self.frozen: list[str] = []
-        self.loaded = False
-        self.loaded_at: Clock | None = None
+        self.after_loading = OnceAfterLoading()
 
     def update(self, clock: Clock) -> None:
         point = self.grid.latest(clock)
@@ -186,13 +185,8 @@ class Moving(Active, ABC):
     def _late(self, clock: Clock) -> list[str]:
         """Parameters without a mask though they should have one: the saved recipe did not name them, or their masks did
         not fit. Asked once, a step after loading: the weights of the checkpoint are loaded after this state."""
-        if not self.loaded or self.point is None:
+        if self.point is None or not self.after_loading.due(clock):
             return []
-        if self.loaded_at is None:
-            self.loaded_at = clock
-        if clock == self.loaded_at:
-            return []
-        self.loaded, self.loaded_at = False, None
         return [name for name in self.names if name not in self.run.masker]
 
     def _parameters(self) -> dict[str, nn.Parameter]:
@@ -227,7 +221,7 @@ class Moving(Active, ABC):
         # States of older versions do not tell what was frozen.
         known = [name for name in self.finals if name not in self.frozen] if "frozen" in state else state["names"]
         self.names = [name for name in known if name in self.finals]
-        self.loaded, self.loaded_at = True, None
+        self.after_loading.loaded()
 
 
 def taken_over(saved: Mapping[str, Tensor], parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:

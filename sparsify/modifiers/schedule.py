@@ -126,3 +126,29 @@ class UpdateGrid:
         while k > 0 and not clock.reached(self.window.start + k * self.frequency):
             k -= 1
         return min(self.window.start + k * self.frequency, self.window.end)
+
+
+class OnceAfterLoading:
+    """Due once, at the first moment that is not the one at which a state was loaded.
+
+    Weights of the checkpoint may be loaded after the state, so what depends on both waits until then.
+    """
+
+    def __init__(self) -> None:
+        self._waits = False
+        self._at: Clock | None = None
+
+    def loaded(self) -> None:
+        """A state was loaded."""
+        self._waits, self._at = True, None
+
+    def due(self, clock: Clock) -> bool:
+        """True if the first moment after that has come; then no more until a state is loaded again."""
+        if not self._waits:
+            return False
+        if self._at is None:
+            self._at = clock
+        if clock == self._at:
+            return False
+        self._waits = False
+        return True
