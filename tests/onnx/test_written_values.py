@@ -109,6 +109,7 @@ def test_steps_random_values_and_overflow_are_no_faults(tmp_path: Path) -> None:
         written(lambda self, x: x.topk(2).values.sum() + x.argmax(-1)),
         written(lambda self, x: x + torch.randn_like(x)),
         written(lambda self, x: torch.softmax(x * 1e30, -1)),
+        written(lambda self, x: (x + 0.1).softmax(-1) - (x * 3 + 0.1).log_softmax(-1).exp()),
         written(lambda self, x: x.sum(-1) * self.one, one=torch.tensor(1e38)),
     ]
     with warnings.catch_warnings():
