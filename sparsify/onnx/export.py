@@ -150,7 +150,7 @@ def _model_proto(
     """The checked model."""
     import onnx
 
-    from sparsify.onnx import rewrite_weight_only, rewrites
+    from sparsify.onnx import rewrite_float_layers, rewrite_weight_only, rewrites
 
     name = type(model).__name__
     if any(parameter.dtype == torch.bfloat16 for parameter in model.parameters()):
@@ -202,6 +202,7 @@ def _model_proto(
     name_values(proto, call, checked_output_names(name, adapter.returned.names, call, output_names))
     rewrites.rewrite(proto)
     rewrite_weight_only.fuse(proto)
+    rewrite_float_layers.keep_float_layers(proto)
     rewrites.name_dimensions(proto, batched)
     _note_weights(proto, deployed)
     proto.producer_name = "sparsify"

@@ -13,6 +13,7 @@ import numpy as np
 from onnx import ModelProto, NodeProto, TensorProto
 
 from sparsify.onnx.graph import GraphView, integer, only_moves
+from sparsify.onnx.rewrite_float_layers import LAYERS, has_float_weight, is_barrier, is_kept_float
 
 __all__: list[str] = []
 
@@ -89,14 +90,23 @@ class Fusion:
 
     def _concerned(self, node: NodeProto) -> bool:
         """It reads quantized values; but a table of embeddings or a weight alone does not make an operator integer."""
+        if is_barrier(node):
+            return False
         sources = [self.source(name) for name in node.input if name]
-        if any(source is not None and source.input[0] not in self._stored for source in sources):
+        if is_kept_float(self.view, node) or any(
+            source is not None and source.input[0] not in self._stored for source in sources
+        ):
             return True
         weighted = node.op_type in ("Conv", "ConvTranspose", "Gemm", "MatMul")
         return weighted and any(source is not None for source in sources)
 
     def _fuse(self, node: NodeProto) -> Fused | str:
         kind = node.op_type
+        if kind in LAYERS and has_float_weight(self.view, node):
+            name = node.input[1]
+            return f"its weight{f' {name!r}' if name in self._stored else ''} is in float, as the model has it"
+        if is_kept_float(self.view, node):
+            return "its weights alone are quantized"
         if kind not in INTEGER:
             return f"onnxruntime has no integer kernel for {kind}; leave out the quantizer before it if speed matters"
         needed = [name for name in node.input if name]
@@ -107,6 +117,8 @@ class Fusion:
                     return f"its bias {name!r} is in float; it has to be int32 on the grid of input and weight"
                 where = self.view.producer.get(name)
                 made = f"what {where.name or where.output[0]} gives" if where is not None else f"{name!r}"
+                if i == 0 and kind in LAYERS and self._only_weights(needed):
+                    return f"its weights alone are quantized, and it reads {made} in float"
                 return f"it reads {made} in float; quantize that as well"
             if why := self._unsuitable(
                 source, weight=source.input[0] in self._stored, bias=i == 2 and kind in ("Conv", "Gemm")
@@ -117,6 +129,11 @@ class Fusion:
         ):
             return "it transposes its first operand or scales by alpha or beta"
         return self._behind(node)
+
+    def _only_weights(self, operands: list[str]) -> bool:
+        """True if the second operand is a stored weight."""
+        source = self.source(operands[1]) if len(operands) > 1 else None
+        return source is not None and source.input[0] in self._stored
 
     def _behind(self, node: NodeProto) -> Fused | str:
         between: list[NodeProto] = []
