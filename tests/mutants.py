@@ -281,7 +281,7 @@ MUTANTS = (
     ),
     Mutant(
         "equalizing changes no bit of the function",
-        "torch.exp2(torch.round(torch.log2(ratio) / 2))", "torch.exp2(torch.log2(ratio) / 2)",
+        "torch.log2(wanted), 0.0).round())", "torch.log2(wanted), 0.0))",
         "oneshot/test_equalization.py",
     ),
     Mutant(

@@ -172,7 +172,14 @@ def quantize_model(
         )
         equalized: dict[str, float] = {}
         if equalize:
-            equalized = equalize_channels(reference, neighbours(reference, traced, plan.folds))
+            equalized = equalize_channels(
+                reference,
+                neighbours(reference, traced, plan.folds),
+                plan,
+                data or [kwargs or args],
+                corrected=correct_bias and bool(data),
+                few=not data,
+            )
         work = copy.deepcopy(reference)
         apply_plan(work, plan)
         check_traced_ops(work, args, kwargs)

@@ -48,7 +48,7 @@ def calibrate(model: nn.Module, data: Iterable[Any], steps: int | None = None) -
             eval_mode_(model)
             for batch in islice(data, steps):
                 samples += samples_in(batch, count)
-                _run(model, batch, count)
+                run_batch(model, batch, count)
                 count += 1
     finally:
         for quantizer in found:
@@ -58,7 +58,17 @@ def calibrate(model: nn.Module, data: Iterable[Any], steps: int | None = None) -
     return count, samples
 
 
-def _run(model: nn.Module, batch: Any, at: int) -> None:
+def run_batch(model: nn.Module, batch: Any, at: int) -> None:
+    """Runs a batch of calibration data through a model, in the mode that it is in.
+
+    Args:
+        model: quantized or in float.
+        batch: inputs of the model.
+        at: the number of the batch, for messages.
+
+    Raises:
+        DataError: it does not run, or a value to observe was not finite.
+    """
     args, kwargs = batch_arguments(model, batch)
     try:
         # Not through __call__: this may run inside a hook of that very call.

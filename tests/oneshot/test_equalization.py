@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from sparsify import SparsifyWarning, quantize_model
 from sparsify.model.trace import trace
 from sparsify.oneshot.equalization import Neighbours, equalize, neighbours
+from sparsify.quantization.placement import make_plan
+from sparsify.quantization.scheme import QuantizationSettings
 from tests.zoo.quantizable import ResidualBlock
 
 
@@ -52,6 +56,12 @@ def found_in(model: nn.Module, x: Tensor) -> tuple[Neighbours, ...]:
     return neighbours(model, traced, {pair.layer: pair.norm for pair in traced.pairs if pair.why_not is None})
 
 
+def equalized(model: nn.Module, x: Tensor) -> dict[str, float]:
+    """Equalizes in place; gives the largest factor of each layer."""
+    plan = make_plan(model, trace(model, (x,)), QuantizationSettings.of(None, None, (), where=""))
+    return equalize(model, found_in(model, x), plan, [x])
+
+
 def test_pairs_are_found_through_batchnorm_activations_pools_and_flatten() -> None:
     x = torch.randn(2, 3, 8, 8)
     assert found_in(ready(Depthwise(), x), x) == (
@@ -68,21 +78,25 @@ def test_equalizing_leaves_the_function_as_it_is_and_ranges_equal() -> None:
     model = ready(Depthwise(), x)
     before = model(x)
     other = copy.deepcopy(model)
-    factors = equalize(other, found_in(other, x))
+    factors = equalized(other, x)
     assert max(factors.values()) > 2
     assert any(not torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True))
     after = other(x)
     assert (after - before).abs().max() <= 1e-6 * before.abs().max()
 
-    def spread(one: nn.Module) -> float:
-        """Of the BatchNorm-folded weights that make each channel against those that read it."""
-        made = one.expand.weight.flatten(1).abs().amax(1) * one.bn1.weight.abs()
-        made = made / (one.bn1.running_var + one.bn1.eps).sqrt()
-        read = one.depth.weight.flatten(1).abs().amax(1)
-        return (made / read).log2().abs().max().item()
 
-    assert spread(model) > 2.0
-    assert spread(other) <= 1.0 + 1e-4  # a factor is a power of two
+def test_channels_of_a_depthwise_layer_come_to_one_range() -> None:
+    """Each of them has a grid of weights for itself, so that nothing is lost there."""
+    model, data = unequal("depthwise", torch.exp(2 * torch.randn(12, generator=torch.Generator().manual_seed(1))))
+    x = torch.cat(data)
+
+    def octaves() -> float:
+        reach = F.relu(model[1](model[0](x))).detach().amax((0, 2, 3)).log2()
+        return float(reach.max() - reach.min())
+
+    assert octaves() > 4.0
+    equalized(model, x)
+    assert octaves() <= 1.0 + 1e-4  # a factor is a power of two
 
 
 class Shapes(nn.Module):
@@ -136,16 +150,143 @@ def test_residual_blocks_are_scaled_inside_only() -> None:
     pairs = found_in(model, x)
     assert pairs == (Neighbours("conv1", "bn1", "conv2"),)
     before = model(x)
-    equalize(model, pairs)
+    equalized(model, x)
     assert torch.allclose(model(x), before, rtol=1e-6, atol=0)
 
 
+def unequal(shape: str, factors: Tensor) -> tuple[nn.Sequential, list[Tensor]]:
+    """Two layers of `shape`, of whose channels between each is made larger by its factor and read as much smaller."""
+    torch.manual_seed(0)
+    channels = len(factors)
+    first, norm, second, size = {
+        "linear": (nn.Linear(12, channels), nn.Identity(), nn.Linear(channels, 10), (32, 12)),
+        "linear bn": (nn.Linear(12, channels), nn.BatchNorm1d(channels), nn.Linear(channels, 10), (32, 12)),
+        "conv1d": (nn.Conv1d(3, channels, 3), nn.Identity(), nn.Conv1d(channels, 10, 3), (16, 3, 12)),
+        "conv1d bn": (nn.Conv1d(3, channels, 3), nn.BatchNorm1d(channels), nn.Conv1d(channels, 10, 3), (16, 3, 12)),
+        "conv2d": (nn.Conv2d(3, channels, 3), nn.Identity(), nn.Conv2d(channels, 10, 3), (8, 3, 8, 8)),
+        "conv2d bn": (nn.Conv2d(3, channels, 3), nn.BatchNorm2d(channels), nn.Conv2d(channels, 10, 3), (8, 3, 8, 8)),
+        "depthwise": (nn.Conv2d(3, channels, 1), nn.BatchNorm2d(channels), depthwise(channels), (8, 3, 8, 8)),
+    }[shape]
+    model = nn.Sequential(first, norm, nn.ReLU(), second)
+    data = [torch.randn(size) for _ in range(3)]
+    if not isinstance(norm, nn.Identity):
+        norm.momentum = None
+        for x in data:
+            model(x)
+    maker = first if isinstance(norm, nn.Identity) else norm
+    with torch.no_grad():
+        for tensor in (maker.weight, maker.bias):
+            tensor.mul_(factors.view(-1, *[1] * (tensor.dim() - 1)))
+        dim = 0 if shape == "depthwise" else 1
+        second.weight.div_(factors.view([-1 if at == dim else 1 for at in range(second.weight.dim())]))
+    return model.eval(), data
+
+
+def depthwise(channels: int) -> nn.Conv2d:
+    return nn.Conv2d(channels, channels, 3, groups=channels)
+
+
+SHAPES = ["linear", "linear bn", "conv1d", "conv1d bn", "conv2d", "conv2d bn", "depthwise"]
+FEW = [
+    *("linear bn", "conv2d", "depthwise"),
+    *(pytest.param(shape, marks=pytest.mark.slow) for shape in ("linear", "conv1d", "conv1d bn", "conv2d bn")),
+]
+
+
+def errors(model: nn.Sequential, data: list[Tensor], **options: Any) -> list[float]:
+    """Relative error of the output without equalization and with it."""
+    x, found = torch.cat(data), []
+    for wanted in (False, True):
+        result = quantize_model(model, data, equalize=wanted, **options)
+        with torch.no_grad():
+            found.append(float((result.model(x) - model(x)).norm() / model(x).norm()))
+    return found
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize(
+    "factor", [1e-10, *(pytest.param(other, marks=pytest.mark.slow) for other in (1e-3, 1e-6, 0.0))]
+)
+def test_channels_that_died_make_nothing_worse(shape: str, factor: float) -> None:
+    model, data = unequal(shape, torch.ones(12))
+    first, norm = model[0], model[1]
+    with torch.no_grad():
+        # Weight decay takes the weights and leaves the bias.
+        maker = first if isinstance(norm, nn.Identity) else norm
+        for layer in {first, maker}:
+            layer.weight[2:5] *= factor
+        maker.bias[2:5] = torch.tensor([0.6, 0.05, 2.0])
+    plain, with_it = errors(model, data)
+    assert plain < 0.04
+    assert with_it <= 1.05 * plain
+
+
+@pytest.mark.parametrize("shape", FEW)
+def test_unequal_channels_lose_no_accuracy(shape: str) -> None:
+    factors = torch.exp(2 * torch.randn(12, generator=torch.Generator().manual_seed(1)))
+    plain, with_it = errors(*unequal(shape, factors))
+    assert with_it < 0.04 < plain
+    _, equal = errors(*unequal(shape, torch.ones(12)))
+    assert with_it < 1.3 * equal
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize(
+    "scheme",
+    [
+        {"weights": {"strategy": "tensor"}},
+        {"weights": {"num_bits": 4}},
+        "tensorrt",
+        "weight_only",
+        {"input_activations": None, "weights": {"num_bits": 4, "symmetric": False}},
+    ],
+)
+def test_every_scheme_gains_where_channels_are_unequal_and_loses_nowhere(shape: str, scheme: Any) -> None:
+    factors = torch.exp(2 * torch.randn(12, generator=torch.Generator().manual_seed(1)))
+    plain, with_it = errors(*unequal(shape, factors), scheme=scheme)
+    # Where activations stay in float a depthwise layer has a grid for each channel already.
+    floating = scheme == "weight_only" or "input_activations" in scheme
+    assert with_it <= plain if shape == "depthwise" and floating else with_it < plain
+    dead, data = unequal(shape, torch.ones(12))
+    with torch.no_grad():
+        dead[0].weight[2:5] *= 1e-8
+        dead[0].bias[2:5] = 1.0
+    plain, with_it = errors(dead, data, scheme=scheme)
+    assert with_it <= 1.05 * plain
+
+
+def test_one_scale_for_all_weights_is_helped_on_both_sides() -> None:
+    factors = torch.exp(2 * torch.randn(12, generator=torch.Generator().manual_seed(1)))
+    plain, with_it = errors(*unequal("linear", factors), scheme={"weights": {"strategy": "tensor"}})
+    assert with_it < 0.1 * plain
+
+
+def test_without_data_statistics_of_batchnorm_count_as_activations() -> None:
+    model, data = unequal("conv2d bn", torch.ones(12))
+    with torch.no_grad():
+        model[1].weight[3] = 1e-8
+        model[1].bias[3] = 1.0
+    found = []
+    for wanted in (False, True):
+        with pytest.warns(SparsifyWarning, match="ranges of Sequential come from the statistics"):
+            result = quantize_model(model, sample_inputs=data[0], equalize=wanted)
+        with torch.no_grad():
+            found.append(float((result.model(data[1]) - model(data[1])).norm() / model(data[1]).norm()))
+    assert found[1] <= 1.05 * found[0] < 0.05
+
+
 def test_dead_channels_keep_their_zeros() -> None:
-    model = nn.Sequential(nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 3))
+    model, data = unequal("linear", torch.exp(2 * torch.randn(12, generator=torch.Generator().manual_seed(1))))
     with torch.no_grad():
         model[0].weight[1] = 0.0
-        model[2].weight[:, 2] = 0.0
-    x = torch.randn(4, 6)
+        model[0].bias[1] = 0.0
+        model[3].weight[:, 2] = 0.0
+    x = torch.cat(data)
     before = model(x)
-    equalize(model, found_in(model, x))
+    assert equalized(model, x)
     assert torch.equal(model(x), before)
+    assert not model[0].weight[1].any() and not model[3].weight[:, 2].any()
+    # What nobody reads is not the largest of all.
+    reach = F.relu(model[0](x)).amax(0)
+    assert reach[2] <= 2 * reach[[0, *range(3, 12)]].max()
