@@ -1,6 +1,6 @@
 """Equalization of channels between two layers: divided where they are made, multiplied where they are read.
 
-Nagel 2019, https://arxiv.org/abs/1906.04721. SeenBetween two layers with nothing but a ReLU, a pool or a dropout between
+Nagel 2019, https://arxiv.org/abs/1906.04721. Between two layers with nothing but a ReLU, a pool or a dropout between
 them, a channel can be divided by any s > 0 where it is made and multiplied where it is read. There
 s_i = sqrt(a_i / b_i), a_i the largest weight that makes channel i (BatchNorm folded) and b_i the largest that reads it.
 Different here:
@@ -24,7 +24,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from sparsify.model.targets import named_modules
 from sparsify.model.trace import Trace, TracedNode
-from sparsify.oneshot.pair_errors import SeenBetween, PairErrors, watch_between
+from sparsify.oneshot.pair_errors import PairErrors, SeenBetween, watch_between
 from sparsify.quantization.folding import norm_factor
 from sparsify.quantization.plan import QuantizationPlan
 from sparsify.quantization.weight_grid import bias_of, weight_of
