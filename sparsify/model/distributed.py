@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from sparsify.errors import StateError
-from sparsify.model.agreement import attend_all
+from sparsify.model.agreement import wait_for_all
 from sparsify.model.sharding import is_sharded, local, region, totals
 
 __all__: list[str] = []
@@ -64,7 +64,7 @@ def check_same(masks: Mapping[str, Tensor]) -> None:
     if world_size() == 1:
         return
     # One that has loaded another state is at another update, or at none, and would not answer.
-    attend_all()
+    wait_for_all()
     own = fingerprints(masks)
     # One short digest a rank; what differs is sent only where something does.
     whole = hashlib.blake2b(repr(sorted(own.items())).encode(), digest_size=16).hexdigest()

@@ -129,7 +129,7 @@ class Session:
         )
         self.watch = Watch(self.model, self.masker, timer, modifiers, self._optimizers, lambda: self.paused)
         self.carried = CarriedState(self, self.model, self._optimizer, seal)
-        self.agreement = Agreement(self._place)
+        self.agreement = Agreement(self._place, lambda: self.carried.structure_checksum)
         self._run = run = Run(
             model=self.model,
             optimizer=self._optimizer,
@@ -240,8 +240,7 @@ class Session:
             )
         if self.carried.unsettled:
             self.carried.settle()
-        if self.agreement.due:
-            self.agreement.attend()
+        self.agreement.attend()
         self.masker.follow()
         if not closure:
             self._refuse_waiting()
@@ -316,8 +315,8 @@ class Session:
 
     def _forward_begins(self, *_: object) -> None:
         # Ranges of activations are compared in the forward already. An evaluation may run on one rank alone.
-        if self.agreement.due and torch.is_grad_enabled() and not sampling():
-            self.agreement.attend()
+        if torch.is_grad_enabled() and not sampling():
+            self.agreement.attend(in_forward=True)
 
     def _place(self) -> str:
         """The step and the structure, which are the same on every rank."""

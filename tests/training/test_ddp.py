@@ -120,7 +120,6 @@ def _said(rank: int, folder: str, steps: Callable[[], None]) -> None:
 def _loads_on_one(rank: int, folder: str, *, recipe: str, wrapped: bool, first: int) -> None:
     """Trains, loads on rank 0 a state of step 6 after `first` steps, and trains on."""
     given = {"sample_inputs": torch.randn(4, 12)}
-    # In the midst of training no gradients are averaged: that would wait for the other rank, out of our sight.
     averaged = not wrapped and not first
     generator = torch.Generator().manual_seed(100 + rank if averaged or wrapped else 100)
 
@@ -166,9 +165,10 @@ LATE_QAT = "modifiers:\n  - !QuantizationModifier\n    start_epoch: 1.0\n"
         (RECIPE, True, 0),
         (LATE_QAT, True, 0),
         (LATE_QAT, False, 0),
-        pytest.param(RECIPE, False, 3, marks=pytest.mark.slow),
+        (RECIPE, False, 3),
+        (RECIPE, True, 3),
     ],
-    ids=["pruned, DDP", "quantized, DDP", "quantized, bare", "in the midst"],
+    ids=["pruned, DDP", "quantized, DDP", "quantized, bare", "in the midst", "in the midst, DDP"],
 )
 def test_a_state_that_is_loaded_on_one_rank_is_an_error_on_both_at_once(
     recipe: str, wrapped: bool, first: int, tmp_path: Path
