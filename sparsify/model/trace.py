@@ -217,26 +217,34 @@ class Trace:
 
     @cached_property
     def pairs(self) -> tuple[Pair, ...]:
-        """Every BatchNorm that reads what a convolution or linear layer gives, and whether the two can be folded."""
-        found: dict[tuple[str, str], Pair] = {}
+        """Every BatchNorm that reads what a convolution or linear layer gives, and whether the two can be folded.
+
+        They can where all calls agree: each of the layer's results goes to this BatchNorm alone, which reads no other.
+        """
+        found: dict[tuple[str, str], list[TracedNode]] = defaultdict(list)
         for norm in self.nodes:
-            if norm.kind != "batch_norm" or not norm.inputs:
-                continue
-            layer = self.by_name[norm.inputs[0]]
-            if layer.kind not in ("conv", "linear"):
-                continue
-            why_not = None
-            others = [reader for reader in self.readers[layer.name] if reader is not norm]
-            if not layer.owner or not norm.owner or layer.owner == norm.owner:
-                why_not = "one of them is a function, not a layer"
-            elif others or layer.name in self.outputs:
+            if norm.kind == "batch_norm" and norm.inputs and self.by_name[norm.inputs[0]].kind in ("conv", "linear"):
+                found[self.by_name[norm.inputs[0]].owner, norm.owner].append(norm)
+        return tuple(Pair(*names, self._why_not_folded(*names, norms)) for names, norms in found.items())
+
+    def _why_not_folded(self, layer: str, norm: str, norms: list[TracedNode]) -> str | None:
+        """The reason why `norms`, calls of one BatchNorm behind `layer`, are not folded into it; None: they can be."""
+        if not layer or not norm or layer == norm:
+            return "one of them is a function, not a layer"
+        made = [node for node in self.of_module(layer) if node.kind in ("conv", "linear")]
+        behind = {read.inputs[0] for read in norms}
+        for node in made:
+            others = [reader for reader in self.readers[node.name] if reader.owner != norm]
+            if node.name in behind and (others or node.name in self.outputs):
                 who = f"{others[0].op} in {others[0].owner or 'the model'}" if others else "the model's output"
-                why_not = f"what {layer.owner} gives is also read by {who}"
-            elif self.calls[layer.owner] > 1 or self.calls[norm.owner] > 1:
-                shared = layer.owner if self.calls[layer.owner] > 1 else norm.owner
-                why_not = f"{shared} is called {self.calls[shared]} times"
-            found[layer.owner, norm.owner] = Pair(layer.owner, norm.owner, why_not)
-        return tuple(found.values())
+                return f"what {layer} gives is also read by {who}"
+        if len(behind) != len(made):
+            return f"{layer} is called {len(made)} times, and {norm} stands behind {len(behind)} of them"
+        if self.calls[norm] != len(norms):
+            return f"{norm} is called {self.calls[norm]} times, {self.calls[norm] - len(norms)} of them elsewhere"
+        if len(norms) != len(behind):
+            return f"{norm} reads what {layer} gives {len(norms)} times"
+        return None
 
 
 def trace(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> Trace:

@@ -43,7 +43,8 @@ class InsertionPoints:
         """(module, child, role) of a quantizer of the result of `node`; None: one can stand only at its readers."""
         if node.name in self.ends:
             layer = self.ends[node.name]
-            if len(self.nodes.get(layer, ())) > 1 and node.kind != "conv":
+            made = self.nodes.get(layer, ())
+            if len(made) > 1 and made[0].kind not in ("conv", "batch_norm"):
                 return None
             return self.folds.get(layer, layer), "output_quantizer", "output"
         if node.kind not in KINDS or not node.is_float or self.chosen.ignores(node):
@@ -94,7 +95,19 @@ class InsertionPoints:
         found = [{kind: sum(n.kind == kind for n in nodes) for kind in COUNTED} for nodes in calls.values()]
         if len(found) != self.trace.calls.get(owner, 1) or any(counts != found[0] for counts in found):
             return None
-        return found[0]
+        # A quantizer computes one activation.
+        functions = [[n.op.rstrip("_") for n in nodes if n.kind in ("relu", "gate")] for nodes in calls.values()]
+        return None if any(one != functions[0] for one in functions) else found[0]
+
+    @cached_property
+    def together(self) -> dict[tuple[str, str], list[TracedNode]]:
+        """(module, child) -> the nodes behind which this quantizer would stand: one in each call of the module."""
+        found: dict[tuple[str, str], list[TracedNode]] = defaultdict(list)
+        for node in self.trace.nodes:
+            place = self.place(node)
+            if place is not None:
+                found[place[:2]].append(node)
+        return found
 
     def index(self, node: TracedNode, owner: str) -> int:
         """The position of `node` among the operations of its kind in one call of its owner."""

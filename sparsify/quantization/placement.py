@@ -73,6 +73,7 @@ class _Planner:
         self._ask_layers()
         self._follow_blocks()
         self._give_integers()
+        self._agree()
         grids = self._share()
         sites, source = self._sites()
         sites = _on_one_grid(sites, grids.values())
@@ -143,13 +144,7 @@ class _Planner:
         inside, placed = all(root in self.blocks for root in roots), self.points.place(node) is not None
         users = self.trace.users(node.name)
         if self._stands_alone(node):
-            self.alone[node.owner] = node
-            self.ends[node.name] = node.owner
-            self.nodes[node.owner] = [node]
-            self.blocks.add(node.name)
-            self.demands[roots[0]].append((node.owner, base))
-            if self.points.place(self.trace.by_name[roots[0]]) is not None:
-                self.required.setdefault(roots[0], base)
+            self._take_alone(node, roots[0], base)
         elif node.name in self.ends and node.kind == "linear":
             # Squeeze-and-excitation and classifiers with a gate: the gate would stand between floats.
             if placed and users and all(user.kind == "gate" for user in users):
@@ -171,6 +166,20 @@ class _Planner:
             # Without it the convolution that gives what the activation reads would run in float.
             self.required.setdefault(roots[0], base)
 
+    def _take_alone(self, node: TracedNode, root: str, base: ActivationScheme) -> None:
+        """One call of a BatchNorm that is a layer of its own."""
+        if node.owner not in self.alone:
+            self.alone[node.owner] = node
+            self.nodes[node.owner] = self._calls_of(node)
+            self.ends.update((each.name, node.owner) for each in self.nodes[node.owner])
+            if len(self.nodes[node.owner]) > 1:
+                self.own.append((node.owner, base))
+            self.blocks.update(each.name for each in self.nodes[node.owner])
+        if len(self.nodes[node.owner]) == 1:
+            self.demands[root].append((node.owner, base))
+        if self.points.place(self.trace.by_name[root]) is not None:
+            self.required.setdefault(root, base)
+
     def _take(self, node: TracedNode, roots: Iterable[str], base: ActivationScheme, itself: bool = True) -> None:
         """`node` computes with integers: what it reads is quantized, and what it gives by `itself`."""
         self.blocks.add(node.name)
@@ -185,7 +194,10 @@ class _Planner:
         source: dict[str, str] = {}
 
         def stands(site: QuantizerSite, layers: Iterable[str]) -> None:
-            sites.setdefault(site.name, site)
+            known = sites.setdefault(site.name, site)
+            if (known.in_place, known.producer) != (site.in_place, site.producer):
+                # In another call somebody else keeps the tensor.
+                sites[site.name] = dataclasses.replace(known, in_place=False, producer=None)
             source.update(dict.fromkeys(layers, site.name))
 
         for node in self.trace.nodes:
@@ -194,11 +206,9 @@ class _Planner:
                 continue
             place = self.points.place(node)
             asked = {name for name, _ in wanted}
-            others = [user for user in self.trace.users(node.name) if user.owner not in asked]
-            in_float = bool(others) or self.trace.leaves(node.name)
             # Of a function with a grid of its own a reader sees the range, where nothing around it is in integers.
             alone_in_float = node.op.rstrip("_") in FIXED and not self._reads_integers(node)
-            if place is not None and (node.name in self.required or not (in_float or alone_in_float)):
+            if place is not None and (node.name in self.required or not (alone_in_float or self._in_float(place[:2]))):
                 site = self._site(node, place, self.required.get(node.name) or wanted[0][1])
                 stands(dataclasses.replace(site, fixed=None) if alone_in_float else site, asked)
                 continue
@@ -211,6 +221,14 @@ class _Planner:
         for name, args in self.own:
             stands(_site_at(name, "input_quantizer", args), [name])
         return list(sites.values()), source
+
+    def _in_float(self, place: tuple[str, str]) -> bool:
+        """True if, in some call, who reads what would be quantized at `place` reads floats."""
+        for node in self.points.together[place]:
+            asked = {name for name, _ in self.demands.get(node.name, [])}
+            if self.trace.leaves(node.name) or any(user.owner not in asked for user in self.trace.users(node.name)):
+                return True
+        return False
 
     def _share(self) -> dict[str, list[str]]:
         """Layers that are called more than once have one scale for all that they read.
@@ -260,6 +278,14 @@ class _Planner:
             if not fused:
                 self.required.setdefault(end, base)
 
+    def _agree(self) -> None:
+        """What one quantizer stands behind is in integers in every call of its module, or in none."""
+        for nodes in self.points.together.values():
+            wanted = next((self.required[node.name] for node in nodes if node.name in self.required), None)
+            if wanted is not None:
+                self.required.update((node.name, self.required.get(node.name, wanted)) for node in nodes)
+                self.blocks.update(node.name for node in nodes)
+
     def _is_norm_by_hand(self, node: TracedNode) -> bool:
         """True for a mean over the last of three dimensions of a moved tensor: of features, as in a norm, not time."""
         made = self.trace.by_name[node.inputs[0]]
@@ -268,7 +294,10 @@ class _Planner:
     def _stands_alone(self, node: TracedNode) -> bool:
         """True for a BatchNorm that no layer takes in: it is a layer of its own where it reads integers."""
         norm: Any = self.modules.get(node.owner)
-        if node.kind != "batch_norm" or node.name in self.ends or self.trace.calls.get(node.owner) != 1:
+        if node.kind != "batch_norm" or self.ends.get(node.name, node.owner) != node.owner:
+            return False
+        calls = self._calls_of(node)
+        if len(calls) != self.trace.calls.get(node.owner) or len({len(call.shape or ()) for call in calls}) != 1:
             return False
         known = type(norm) in NORMS or (norm is not None and is_norm_and_more(norm))
         scheme = self.settings.per_layer(self.modules[""], [node.owner])[node.owner]
@@ -281,6 +310,10 @@ class _Planner:
             and 3 <= len(node.shape) <= 5
             and not self.chosen.ignores(node)
         )
+
+    def _calls_of(self, node: TracedNode) -> list[TracedNode]:
+        """`node` and what its module computes of that kind in its other calls."""
+        return [each for each in self.trace.of_module(node.owner) if each.kind == node.kind]
 
     def _layer_node(self, end: str) -> str:
         return next(node.name for node in self.nodes[self.ends[end]])
