@@ -279,7 +279,7 @@ class _Planner:
                 self.required.setdefault(end, base)
 
     def _agree(self) -> None:
-        """What one quantizer stands behind is in integers in every call of its module, or in none."""
+        """Quantizes a tensor in every call of its module where it is quantized in one: the quantizer is the same."""
         for nodes in self.points.together.values():
             wanted = next((self.required[node.name] for node in nodes if node.name in self.required), None)
             if wanted is not None:
