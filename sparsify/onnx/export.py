@@ -203,6 +203,7 @@ def _model_proto(
     rewrites.rewrite(proto)
     rewrite_weight_only.fuse(proto)
     rewrite_float_layers.keep_float_layers(proto)
+    rewrites.unique_names(proto)
     rewrites.name_dimensions(proto, batched)
     _note_weights(proto, deployed)
     proto.producer_name = "sparsify"

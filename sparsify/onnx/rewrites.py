@@ -77,6 +77,21 @@ def clear_traces(model: ModelProto) -> None:
     del model.metadata_props[:]
 
 
+def unique_names(model: ModelProto) -> None:
+    """No two nodes have one name, which onnxruntime refuses: a layer that is called on two ranks gives two kinds of
+    nodes, which the rewrites make one."""
+    taken = {node.name for node in model.graph.node}
+    seen: set[str] = set()
+    for node in model.graph.node:
+        if node.name and node.name in seen:
+            number = 2
+            while f"{node.name}_{number}" in taken:
+                number += 1
+            node.name = f"{node.name}_{number}"
+            taken.add(node.name)
+        seen.add(node.name)
+
+
 def name_dimensions(model: ModelProto, batched: Iterable[str]) -> None:
     """The symbols of axis 0 of the inputs `batched` are called "batch", also within outputs such as "4*batch"."""
     inputs = {value.name: value for value in model.graph.input}
