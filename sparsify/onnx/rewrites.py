@@ -12,12 +12,14 @@ from __future__ import annotations
 import re
 from collections import defaultdict
 from collections.abc import Iterable
+from typing import cast
 
 import numpy as np
 from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
 from sparsify.onnx import rewrite_attention, rewrite_transposed_convs
-from sparsify.onnx.graph import PROPAGATED, Graph, integer, like, only_moves, remove_unused
+from sparsify.onnx.fusion import Fusion
+from sparsify.onnx.graph import PROPAGATED, Graph, copied, integer, like, only_moves, remove_unused
 from sparsify.onnx.rewrite_activations import hard_sigmoid_as_add, numbers_as_integers, tanh_as_sigmoid
 
 __all__: list[str] = []
@@ -44,6 +46,7 @@ def rewrite(model: ModelProto) -> None:
     numbers_as_integers(model)
     rewrite_transposed_convs.transposed_convolutions(model)
     state_zero_points(model)
+    part_float_results(model)
     remove_unused(model)
 
 
@@ -307,6 +310,38 @@ def state_zero_points(model: ModelProto) -> None:
         name = graph.fresh(f"{stored.name}_zero_point")
         model.graph.initializer.append(numpy_helper.from_array(zeros, name))
         node.input.append(name)
+
+
+def part_float_results(model: ModelProto) -> None:
+    """A Flatten parts a product of integers that gives floats from the quantizers and ReLUs that read it.
+
+    A residual stream that is also quantized for the next layer, or a ReLU before a LayerNorm, left the product in float
+    behind DequantizeLinears: onnxruntime 1.31.1 runs a Gemm or MatMul in integers where a QuantizeLinear reads its
+    result alone, or none does; a Relu or Clip counts as what stands behind it. Over a Flatten, which copies nothing, it
+    does not look. Needless once its CheckQDQNodes (qdq_selectors.cc) takes other readers beside a QuantizeLinear.
+    """
+    products = [each.node.output[0] for each in Fusion(model).fused.values() if each.quantize is None]
+    graph = Graph(model)
+    for name in products:
+        product = graph.producer[name]
+        parted = [each for each in graph.readers(name) if each.op_type in ("QuantizeLinear", "Relu", "Clip")]
+        shape = graph.shape(name)
+        if not parted or shape is None or len(shape) < 2:
+            continue
+        rank2, outer = len(shape) == 2, shape[-1]
+        if not rank2 and outer is None:
+            continue
+        flat = graph.fresh(f"{name}_flat")
+        flatten = helper.make_node("Flatten", [name], [flat], name=f"{product.name}/Flatten", axis=len(shape) - 1)
+        graph.replace(product, [copied(product), flatten])
+        for reader in parted:
+            target = reader.output[0]
+            result = target if rank2 else graph.fresh(f"{target}_flat")
+            nodes = [like(reader, [flat, *reader.input[1:]], [result])]
+            if not rank2:
+                nodes += _reshape_like(graph, name, shape[:-1], cast(int, outer), result, target, reader.name)
+            graph.replace(reader, nodes)
+    graph.finish()
 
 
 _WEIGHTED_OPERATORS = frozenset({"Conv", "ConvTranspose", "Gemm", "MatMul"})
