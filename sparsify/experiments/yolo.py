@@ -168,6 +168,8 @@ def _parts_read(
     shapes = [shape for one in [*train, *(val or [])] for shape in one.shapes]
     if not any(one.shapes for one in train):
         raise DataError(f"{layout.root}: no object in any of {len(train)} label files, expected some to learn from.")
+    if val is not None and not any(one.shapes for one in val):
+        raise DataError(f"{layout.root}: no object in any of {len(val)} label files of val, expected some to measure.")
     names = layout.names or _names_from(shapes)
     trained = {_class_index(shape, names) for one in train for shape in one.shapes}
     for one in val or []:
