@@ -21,6 +21,7 @@ from sparsify.training.saved_model import *
 
 if TYPE_CHECKING:
     from sparsify.analysis import *
+    from sparsify.experiments import *
     from sparsify.oneshot import *
     from sparsify.optimize import *
 
@@ -28,7 +29,7 @@ __version__ = "0.1.0"
 
 _AT_ONCE = ["errors", "modifiers", "recipe", "training.manager", "training.phases", "pruning.shrinking"]
 _AT_ONCE += ["training.saved_model", "onnx.export", "onnx.verify", "onnx.benchmark"]
-_LATER = ["oneshot", "analysis", "optimize"]
+_LATER = ["oneshot", "analysis", "optimize", "experiments"]
 
 
 def _public() -> list[str]:

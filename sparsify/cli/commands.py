@@ -31,7 +31,7 @@ FINE, SHORT = 0, 1
 
 def run_analyze(arguments: Namespace) -> int:
     from sparsify.analysis import analyze_model
-    from sparsify.cli.references import inputs_of, model_of
+    from sparsify.optimize.references import inputs_of, model_of
 
     found = analyze_model(model_of(arguments.model), inputs_of(arguments.input))
     _say(arguments, found.to_json, lambda: str(found))
@@ -39,8 +39,8 @@ def run_analyze(arguments: Namespace) -> int:
 
 
 def run_optimize(arguments: Namespace) -> int:
-    from sparsify.cli.references import called, inputs_of, resolve, torch_model
     from sparsify.optimize.measured_recipe import Measurements, recipe_from_measurements
+    from sparsify.optimize.references import called, inputs_of, resolve, torch_model
 
     model, inputs = torch_model(arguments.model), inputs_of(arguments.input)
     settings, training = _pruning_settings(arguments), _original_training(arguments)
@@ -116,8 +116,8 @@ def _parsed_share(text: str) -> tuple[str, float]:
 
 
 def run_plan(arguments: Namespace) -> int:
-    from sparsify.cli.references import inputs_of, torch_model
     from sparsify.optimize.planning import plan
+    from sparsify.optimize.references import inputs_of, torch_model
 
     model = None if arguments.model is None else torch_model(arguments.model)
     made = plan(
@@ -134,7 +134,7 @@ def run_plan(arguments: Namespace) -> int:
 
 
 def run_check(arguments: Namespace) -> int:
-    from sparsify.cli.references import torch_model
+    from sparsify.optimize.references import torch_model
 
     recipe = _recipe(arguments)
     found: dict[str, list[str]] = {}
@@ -203,8 +203,8 @@ def run_benchmark(arguments: Namespace) -> int:
 
 
 def run_verify(arguments: Namespace) -> int:
-    from sparsify.cli.references import inputs_of
     from sparsify.onnx.verify import verify_onnx
+    from sparsify.optimize.references import inputs_of
 
     found = verify_onnx(_trained(arguments), arguments.file, inputs_of(arguments.input))
     _say(arguments, lambda: json.dumps({**plain(found), "ok": found.ok}, indent=2), lambda: str(found))
@@ -212,8 +212,8 @@ def run_verify(arguments: Namespace) -> int:
 
 
 def run_export(arguments: Namespace) -> int:
-    from sparsify.cli.references import inputs_of
     from sparsify.onnx.export import export_onnx
+    from sparsify.optimize.references import inputs_of
 
     inputs = inputs_of(arguments.input)
     found = export_onnx(_trained(arguments), inputs, arguments.output, opset=arguments.opset)
@@ -226,8 +226,8 @@ def run_export(arguments: Namespace) -> int:
 
 def _trained(arguments: Namespace) -> nn.Module:
     """The torch model, with the weights and the structure of a checkpoint where one is given."""
-    from sparsify.cli.references import inputs_of, torch_model
     from sparsify.errors import DataError, DataFileError
+    from sparsify.optimize.references import inputs_of, torch_model
     from sparsify.training.manager import ScheduledModifierManager
 
     model = torch_model(arguments.model)

@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from sparsify.cli import commands
 from sparsify.cli.commands import FINE
 from sparsify.errors import SparsifyError
+from sparsify.experiments.command import add_flags, run_arguments
 
 __all__: list[str] = []
 
@@ -116,6 +117,9 @@ def _parser() -> ArgumentParser:
     made.add_argument("--final-lr", type=float)
     made.add_argument("--optimizer", default="SGD", help="of the original training")
     as_json(made)
+
+    made = command("run", run_arguments, "An experiment: a model and data in, a smaller, verified ONNX file out.")
+    add_flags(made)
 
     made = command("plan", commands.run_plan, "Lays a recipe out over the epochs, without training.")
     recipe(made)

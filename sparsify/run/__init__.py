@@ -1,0 +1,1 @@
+"""`python -m sparsify.run` is the command `sparsify.run`. Imports `experiments`."""
