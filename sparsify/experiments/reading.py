@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from sparsify.errors import ArgumentError
+from sparsify.experiments.images import read_image_folder
+from sparsify.experiments.splits import SeededSplit
+from sparsify.experiments.text import read_questions, read_tags, read_texts
+from sparsify.experiments.yolo import read_boxes, read_outlines
 
 if TYPE_CHECKING:
     import numpy as np
@@ -23,7 +26,18 @@ def read_data(case: KnownUseCase, source: str, seed: int) -> DataSet[Any]:
     Raises:
         DataError: with file and line.
     """
-    raise ArgumentError(f"data: {case.name} cannot be read yet: {source}, {seed}")
+    split = SeededSplit(seed=seed)
+    if case.reads == "images":
+        return read_image_folder(source, split)
+    if case.reads == "boxes":
+        return read_boxes(source, split=split)
+    if case.reads == "masks":
+        return read_outlines(source, split=split)
+    if case.reads == "texts":
+        return read_texts(source, split=split)
+    if case.reads == "questions":
+        return read_questions(source, split=split)
+    return read_tags(source, case.name == "nlp-named_entity_recognition", split=split)
 
 
 def metrics_of(
