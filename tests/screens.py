@@ -73,4 +73,5 @@ def report(layers: int = 24, seed: int = 0) -> Report:
         training=OriginalTraining(90, 0.1, 0.001),
         benchmarks={"dense": benchmark(4.0), "pruned, int8": benchmark(1.5)},
         loss_method="data",
+        loss_base=0.25,
     )

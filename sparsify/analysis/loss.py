@@ -34,6 +34,8 @@ HOW: dict[str, str] = {
     "shape": "ordered by the shapes of the layers, without data",
 }
 """The origin of the losses in words, by method."""
+COSTS: dict[str, str] = {"magnitude": "sum of removed magnitudes", "shape": "cost by shape"}
+"""The name of what orders the layers where no loss was measured, by method."""
 
 LEVELS = tuple(level / 100 for level in range(100))
 """Sparsities of a profile without data: 0.00, 0.01, ... 0.99."""

@@ -146,9 +146,9 @@ class Layer {
     return new Layer(this.curve, levels, losses, times, this.least, this.most, this.fixed, this.why);
   }
 
-  limited(best, mean, recovery) {
+  limited(best, recovery) {
     if (this.fixed !== null) return this;
-    const allowed = best + (1 - recovery) * (best || mean);
+    const allowed = best + (1 - recovery) * best;
     if (last(this.losses) <= allowed) return this;
     const most = Math.min(this.most, within(this.levels, this.losses, allowed));
     const made = (cap, fixed, why) =>
@@ -174,14 +174,14 @@ class Layer {
   }
 }
 
-function candidates(layers, sparsity) {
+function candidates(layers, sparsity, known = []) {
   const counted = layers.filter((layer) => layer.counted);
   const weights = fsum(counted.map((layer) => layer.curve.weights));
   const byHand = fsum(counted.filter((layer) => layer.fixed).map((layer) => layer.curve.weights * layer.fixed));
   const budget = sparsity * weights - byHand;
   const scale = Math.max(fsum(layers.map((layer) => layer.highest)), 1e-300);
   const pace = Math.max(fsum(layers.map((layer) => layer.curve.ms)), 1e-300);
-  const found = new Map();
+  const found = new Map(known.map((one) => [one.shares.join(), one]));
   for (const balance of BALANCES) {
     const shares = spread(layers, budget, balance / scale, (1 - balance) / pace);
     const key = shares.join();
@@ -284,15 +284,18 @@ function notesOf(layers, settings, met) {
 
 /** What `pruning_profile` of allocation.py gives, with the same names. */
 function pruningProfile(curves, settings) {
+  const free = curves.map((curve) => Layer.of(curve, { ...settings, overrides: {} }));
+  const least = (spreads) => smallest(spreads, (one) => [one.loss, one.time]);
+  const ideal = least(candidates(free, settings.sparsity));
   let layers = curves.map((curve) => Layer.of(curve, settings));
-  let spreads = candidates(layers, settings.sparsity);
-  let best = smallest(spreads, (one) => [one.loss, one.time]);
   if (settings.min_recovery > 0) {
-    const mean = best.loss / Math.max(1, best.shares.filter((share) => share > 0).length);
-    layers = layers.map((layer, n) => layer.limited(layer.loss(best.shares[n]), mean, settings.min_recovery));
-    spreads = candidates(layers, settings.sparsity);
-    best = smallest(spreads, (one) => [one.loss, one.time]);
+    layers = layers.map((layer, n) => layer.limited(layer.loss(ideal.shares[n]), settings.min_recovery));
   }
+  const byHand = Object.keys(settings.overrides).length;
+  const spreads = candidates(layers, settings.sparsity, byHand ? [] : [ideal]);
+  const reached = Math.max(...spreads.map((one) => average(layers, one.shares)));
+  const fewer = reached < average(free, ideal.shares) - TOLERANCE;
+  const reference = fewer ? least(candidates(free, reached)) : ideal;
   const losses = Math.max(fsum(layers.map((layer) => layer.highest)), 1e-300);
   const times = Math.max(fsum(layers.map((layer) => layer.curve.ms)), 1e-300);
   const { balance } = settings;
@@ -311,7 +314,7 @@ function pruningProfile(curves, settings) {
       why: layer.why || (share === 0 ? "its share went to the others" : ""),
       ms,
       speedup: speedup(curve.ms, ms),
-      recovery: recoveryOf(layer.loss(share), layer.loss(best.shares[index])),
+      recovery: recoveryOf(layer.loss(share), layer.loss(ideal.shares[index])),
       macs: curve.macs * (1 - share),
       parameters: curve.parameters - curve.weights * share,
     };
@@ -321,7 +324,8 @@ function pruningProfile(curves, settings) {
   return {
     layers: choices,
     sparsity: met,
-    recovery: recoveryOf(chosen.loss, best.loss),
+    recovery: Math.min(1, recoveryOf(chosen.loss, reference.loss)),
+    loss: chosen.loss,
     speedup: speedup(before, chosen.time),
     ms_before: before,
     ms_after: chosen.time,

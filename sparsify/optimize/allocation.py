@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 from sparsify.errors import ArgumentError, did_you_mean
@@ -43,19 +43,22 @@ def pruning_profile(layers: Sequence[LayerCurve], settings: PruningSettings | No
     """
     settings = settings or PruningSettings()
     _check_allocation(layers, settings)
-    whole = [_SpreadLayer.of(curve, settings) for curve in layers]
-    spreads = _candidates(whole, settings.sparsity)
-    best = min(spreads, key=lambda one: (one.loss, one.time))
-    limited = whole
+    # What recovery is measured against: the best spread of the same average, with nothing set by hand.
+    free = [_SpreadLayer.of(curve, replace(settings, overrides={})) for curve in layers]
+    ideal = _best(_candidates(free, settings.sparsity))
+    limited = [_SpreadLayer.of(curve, settings) for curve in layers]
     if settings.min_recovery > 0:
-        means = best.loss / max(1, sum(1 for share in best.shares if share > 0))
         limited = [
-            layer.limited(layer.loss(share), means, settings.min_recovery)
-            for layer, share in zip(whole, best.shares, strict=True)
+            layer.limited(layer.loss(share), settings.min_recovery)
+            for layer, share in zip(limited, ideal.shares, strict=True)
         ]
-        spreads = _candidates(limited, settings.sparsity)
-        # The best of the same average, as far as it can be met: recovery must not be measured against itself.
-        best = min(spreads, key=lambda one: (one.loss, one.time))
+    # No limit excludes it.
+    spreads = _candidates(limited, settings.sparsity, [] if settings.overrides else [ideal])
+    reached = max(_average(limited, one.shares) for one in spreads)
+    reference = ideal
+    if reached < _average(free, ideal.shares) - AVERAGE_TOLERANCE:
+        # Fewer zeros than could be had: no better than the best with as few.
+        reference = _best(_candidates(free, reached))
     losses = max(math.fsum(layer.highest for layer in limited), 1e-300)
     times = max(math.fsum(layer.curve.ms for layer in limited), 1e-300)
     balance = settings.balance
@@ -67,7 +70,7 @@ def pruning_profile(layers: Sequence[LayerCurve], settings: PruningSettings | No
             one.loss if balance < 1 else one.time,
         ),
     )
-    return _profile(limited, settings, chosen, best)
+    return _profile(limited, settings, chosen, ideal, reference)
 
 
 @dataclass(frozen=True)
@@ -126,11 +129,11 @@ class _SpreadLayer:
             self.why,
         )
 
-    def limited(self, best: float, mean: float, recovery: float) -> _SpreadLayer:
+    def limited(self, best: float, recovery: float) -> _SpreadLayer:
         """With a cap where the recovery of the layer would fall below `recovery`, against the loss `best`."""
         if self.fixed is not None:
             return self
-        allowed = best + (1 - recovery) * (best or mean)
+        allowed = best + (1 - recovery) * best
         if self.losses[-1] <= allowed:
             return self
         most = min(self.most, within(self.levels, self.losses, allowed))
@@ -175,8 +178,21 @@ class _Spread:
     time: float
 
 
-def _candidates(layers: Sequence[_SpreadLayer], sparsity: float) -> list[_Spread]:
-    """Spreads that meet the average as nearly as it can be met: those far from it are left out."""
+def _best(spreads: Sequence[_Spread]) -> _Spread:
+    """The spread that loses least."""
+    return min(spreads, key=lambda one: (one.loss, one.time))
+
+
+def _average(layers: Sequence[_SpreadLayer], shares: Sequence[float]) -> float:
+    """The sparsity over all layers that may be pruned."""
+    counted = [(layer.curve.weights, share) for layer, share in zip(layers, shares, strict=True) if layer.counted]
+    weights = math.fsum(size for size, _ in counted)
+    return math.fsum(size * share for size, share in counted) / weights if weights else 0.0
+
+
+def _candidates(layers: Sequence[_SpreadLayer], sparsity: float, known: Sequence[_Spread] = ()) -> list[_Spread]:
+    """Spreads, those that are `known` too, that meet the average as nearly as it can be met: those far from it are left
+    out."""
     counted = [layer for layer in layers if layer.counted]
     weights = math.fsum(layer.curve.weights for layer in counted)
     # What is set by hand takes its part of the average first.
@@ -184,7 +200,7 @@ def _candidates(layers: Sequence[_SpreadLayer], sparsity: float) -> list[_Spread
     budget = sparsity * weights - by_hand
     scale = max(math.fsum(layer.highest for layer in layers), 1e-300)
     pace = max(math.fsum(layer.curve.ms for layer in layers), 1e-300)
-    found: dict[tuple[float, ...], _Spread] = {}
+    found = {one.shares: one for one in known}
     for balance in BALANCES:
         shares = _spread(layers, budget, balance / scale, (1 - balance) / pace)
         if shares not in found:
@@ -194,12 +210,9 @@ def _candidates(layers: Sequence[_SpreadLayer], sparsity: float) -> list[_Spread
     if weights == 0:
         return list(found.values())
 
-    def missed(one: _Spread) -> float:
-        free = (layer.curve.weights * share for layer, share in zip(layers, one.shares, strict=True) if layer.counted)
-        return abs(math.fsum(free) / weights - sparsity)
-
-    nearest = min(missed(one) for one in found.values())
-    return [one for one in found.values() if missed(one) <= max(nearest, AVERAGE_TOLERANCE / 2) + 1e-12]
+    missed = [abs(_average(layers, one.shares) - sparsity) for one in found.values()]
+    nearest = max(min(missed), AVERAGE_TOLERANCE / 2) + 1e-12
+    return [one for one, far in zip(found.values(), missed, strict=True) if far <= nearest]
 
 
 def _spread(layers: Sequence[_SpreadLayer], budget: float, on_loss: float, on_time: float) -> tuple[float, ...]:
@@ -276,10 +289,10 @@ def _steps(index: int, layer: _SpreadLayer, on_loss: float, on_time: float) -> l
 
 
 def _profile(
-    layers: Sequence[_SpreadLayer], settings: PruningSettings, chosen: _Spread, best: _Spread
+    layers: Sequence[_SpreadLayer], settings: PruningSettings, chosen: _Spread, ideal: _Spread, reference: _Spread
 ) -> PruningProfile:
     choices = []
-    for layer, share, ideal in zip(layers, chosen.shares, best.shares, strict=True):
+    for layer, share, best in zip(layers, chosen.shares, ideal.shares, strict=True):
         curve, ms = layer.curve, layer.time(share)
         why = layer.why
         if not why and share == 0.0:
@@ -292,22 +305,20 @@ def _profile(
                 why=why,
                 ms=ms,
                 speedup=_speedup(curve.ms, ms),
-                recovery=_recovery(layer.loss(share), layer.loss(ideal)),
+                recovery=_recovery(layer.loss(share), layer.loss(best)),
                 macs=curve.macs * (1 - share),
                 parameters=curve.parameters - curve.weights * share,
             )
         )
-    counted = [
-        (layer.curve.weights, share) for layer, share in zip(layers, chosen.shares, strict=True) if layer.counted
-    ]
-    weights = math.fsum(size for size, _ in counted)
-    met = math.fsum(size * share for size, share in counted) / weights if weights else 0.0
+    weights = math.fsum(layer.curve.weights for layer in layers if layer.counted)
+    met = _average(layers, chosen.shares)
     before = math.fsum(layer.curve.ms for layer in layers)
     return PruningProfile(
         settings=settings,
         layers=tuple(choices),
         sparsity=met,
-        recovery=_recovery(chosen.loss, best.loss),
+        recovery=min(1.0, _recovery(chosen.loss, reference.loss)),
+        loss=chosen.loss,
         speedup=_speedup(before, chosen.time),
         ms_before=before,
         ms_after=chosen.time,

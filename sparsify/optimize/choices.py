@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from sparsify.analysis.analyze import analyze_model
-from sparsify.analysis.loss import HOW
+from sparsify.analysis.loss import COSTS, HOW
 from sparsify.analysis.units import layer_name
 from sparsify.errors import ArgumentError
 from sparsify.model.targets import named_parameters, owners
@@ -78,7 +78,7 @@ class Sources:
                 "data": f"measured on {loss.samples} samples, one layer at a time; {loss.base:.4g} as it is",
                 "fisher": f"estimated from gradients of {loss.samples} samples",
             }
-            texts["loss" if loss.method in ways else "cost"] = ways.get(loss.method, HOW[loss.method])
+            texts[COSTS.get(loss.method, "loss")] = ways.get(loss.method, HOW[loss.method])
         if performance is not None:
             runtime = performance.versions.get("onnxruntime", "")
             texts["time"] = (

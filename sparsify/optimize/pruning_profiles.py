@@ -19,7 +19,8 @@ class PruningSettings:
         balance: 1.0 looks at recovery alone, 0.0 at performance alone.
         min_sparsity: a layer that would get less is left dense; its share goes to the others.
         min_speedup: a layer that would not become this many times faster is left dense; 0: all may.
-        min_recovery: a layer's sparsity stops where its recovery would fall below this; 0: nowhere.
+        min_recovery: a layer's sparsity stops where its recovery would fall below this, unless it is set by hand; 0:
+            nowhere.
         max_sparsity: of any layer.
         first_layer, grouped: whether the first prunable layer, and grouped convolutions, are pruned too.
         overrides: {layer: sparsity} set by hand; they stand whatever the rest says.
@@ -59,7 +60,10 @@ class PruningProfile:
 
     Attributes:
         sparsity: what is met, over all layers that may be pruned.
-        recovery: 2 - L(this) / L(the best of the same average); 1.0 for the profile that looks at recovery alone.
+        recovery: 2 - L / L(best), 0 to 1, where best is the spread that loses least at the same average with nothing
+            set by hand; 1.0 for a profile that looks at recovery alone. Of a layer: against its part of the best spread
+            of the average that was asked for; above 1 where it loses less than there.
+        loss: what all layers lose together, in the units of the loss profile.
         notes: what could not be met, and why.
     """
 
@@ -67,6 +71,7 @@ class PruningProfile:
     layers: tuple[LayerChoice, ...]
     sparsity: float
     recovery: float
+    loss: float
     speedup: float
     ms_before: float
     ms_after: float

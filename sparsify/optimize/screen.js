@@ -42,10 +42,20 @@ function refresh() {
 
 // ---------------------------------------------------------------- figures
 
+const capital = (text) => text[0].toUpperCase() + text.slice(1);
+
+/** What the profile is expected to lose: the loss itself where that of the dense model was measured. */
+function lostRow() {
+  const { name, base } = data.lost;
+  if (base !== null) return ["Expected loss", `${figure(base)} → ${figure(base + profile.loss)}`, "before training goes on, layers taken apart"];
+  return [capital(name), `+${figure(profile.loss)}`, name === "loss" ? data.loss : "orders the layers; no loss was measured"];
+}
+
 const TABS = {
   Summary: () => [
     ["Estimated speed-up", times(profile.speedup), data.timed ? "in a runtime that skips zeros; onnxruntime does not" : "by multiplications, not measured"],
     ["Recovery confidence", profile.recovery.toFixed(3), "1 is the best spread of this average"],
+    lostRow(),
     ["Time", `${time(profile.ms_before)} → ${time(profile.ms_after)}`],
     ["FLOPS", `−${percent(1 - profile.macs_after / (profile.macs_before || 1))}`],
     ["Params", `−${percent(1 - profile.parameters_after / (profile.parameters_before || 1))}`],
@@ -307,7 +317,7 @@ function showDetail(row) {
       const svg = shape("svg", { role: "img" });
       return [svg, el("figure", {}, svg, el("figcaption", {}, title))];
     };
-    row.graphs = [graph("Loss over sparsity"), graph(data.timed ? "Time over sparsity, ms" : "Time over sparsity, by multiplications")];
+    row.graphs = [graph(`${capital(data.lost.name)} over sparsity`), graph(data.timed ? "Time over sparsity, ms" : "Time over sparsity, by multiplications")];
     row.place.append(el("div", { class: "detail" }, el("div", { class: "stack" }, row.facts, el("div", {}, row.free)), row.graphs.map(([, frame]) => frame)));
   }
   const facts = [
@@ -322,7 +332,7 @@ function showDetail(row) {
   row.free.hidden = !choice.overridden;
   row.graphs.forEach(([svg, frame]) => (frame.hidden = Boolean(layer.why_not)));
   if (layer.why_not) return;
-  curveGraph(row.graphs[0][0], layer.levels, layer.losses, choice.sparsity, "Loss");
+  curveGraph(row.graphs[0][0], layer.levels, layer.losses, choice.sparsity, capital(data.lost.name));
   curveGraph(row.graphs[1][0], layer.levels, layer.times, choice.sparsity, "Time");
 }
 
@@ -366,7 +376,7 @@ function evidenceOf(choice) {
   const layer = data.layers.find((one) => one.name === choice.name);
   const lost = figure(at(layer.levels, layer.losses, choice.sparsity) - layer.losses[0]);
   const saved = data.timed ? `, saves ${time(layer.ms - choice.ms)} where zeros are skipped` : "";
-  return `${percent(choice.sparsity, 2)} of ${layer.weights.toLocaleString("en")} weights: loss +${lost}${saved}${choice.overridden ? ", set by hand" : ""}`;
+  return `${percent(choice.sparsity, 2)} of ${layer.weights.toLocaleString("en")} weights: ${data.lost.name} +${lost}${saved}${choice.overridden ? ", set by hand" : ""}`;
 }
 
 /** What Python laid out for the end; int8 moves with the epoch that it starts at. */
@@ -380,7 +390,7 @@ function recipeNow() {
   const header = [
     `Made for ${data.model} with the Optimize screen of sparsify.`,
     `Average sparsity ${percent(profile.sparsity)}, estimated speed-up ${times(profile.speedup)}, recovery confidence ${profile.recovery.toFixed(3)}.`,
-    `Losses: ${data.loss}.`,
+    `${capital(data.lost.name)}: ${data.loss}.`,
     ...profile.notes.map((note) => `Note: ${note}`),
   ];
   const range = { type: "EpochRangeModifier", fields: { start_epoch: 0, end_epoch: lastEpoch() } };
@@ -446,7 +456,7 @@ function buildBenchmarks() {
 function begin() {
   const total = shown.reduce((sum, layer) => sum + layer.macs, 0);
   $("subtitle").textContent = `${shown.length} layers, ${large(data.layers.reduce((sum, layer) => sum + layer.parameters, 0))} parameters, ${large(2 * total)} FLOPS at batch ${data.batch}`;
-  $("pruning-lead").textContent = `Losses ${data.loss}; times ${data.timed ? "from measured layers" : "by multiplications, not measured"}.`;
+  $("pruning-lead").textContent = `${capital(data.lost.name)} ${data.loss}; times ${data.timed ? "from measured layers" : "by multiplications, not measured"}.`;
   buildTabs();
   buildControls();
   buildLayers();

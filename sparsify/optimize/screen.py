@@ -13,7 +13,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
-from sparsify.analysis.loss import HOW
+from sparsify.analysis.loss import COSTS, HOW
 from sparsify.errors import ArgumentError
 from sparsify.modifiers.base import Modifier
 from sparsify.modifiers.quantization import QuantizationModifier
@@ -51,6 +51,7 @@ class Report:
         performance: where it was measured; its figures are in the benchmarks, and times in the page are milliseconds.
         benchmarks: of files, by the name to show: {"dense": benchmark_onnx(...), "pruned, int8": ...}.
         loss_method: how losses came to be, as in LossProfile; said in the page.
+        loss_base: the loss of the dense model; None where it was not measured.
         recipe: the path of the recipe file in the integration code.
         quantize: whether the recipe ends with int8.
     """
@@ -62,6 +63,7 @@ class Report:
     performance: PerformanceProfile | None = None
     benchmarks: Mapping[str, Benchmark] = field(default_factory=dict)
     loss_method: str = ""
+    loss_base: float | None = None
     recipe: str = "recipe.yaml"
     quantize: bool = False
 
@@ -101,6 +103,7 @@ class Report:
             performance=performance,
             benchmarks=dict(benchmarks or {}),
             loss_method=loss.method,
+            loss_base=loss.base if loss.method == "data" else None,
             recipe=recipe,
             quantize=quantize,
         )
@@ -159,6 +162,7 @@ class Report:
             "batch": self.analysis.batch_size,
             "timed": self.performance is not None,
             "loss": HOW.get(self.loss_method, "given"),
+            "lost": {"name": COSTS.get(self.loss_method, "loss"), "base": self.loss_base},
             "layers": [{**dataclasses.asdict(one), **_shown_layers(by_name.get(one.name))} for one in self.curves],
             "rest": REST,
             "weights": weights,

@@ -27,8 +27,8 @@ class LayerEvidence(NamedTuple):
     Attributes:
         sparsity: what it was given, 0 to 1; of its channels where whole channels go.
         weights: its elements.
-        loss: by how much the loss grows when this layer alone is pruned so; a cost that only orders layers, where the
-            sources say "cost" and not "loss".
+        loss: by how much the loss grows when this layer alone is pruned so; where the sources name something else than
+            "loss", that, which only orders the layers.
         ms: milliseconds saved, by the performance profile; None without one.
     """
 
@@ -76,8 +76,8 @@ class Evidence(BaseModel):
     Attributes:
         goal: what was asked, in words.
         asked: the same as data.
-        sources: {"loss": ..., "time": ...}: where the figures come from; "cost" instead of "loss" where nothing was
-            measured.
+        sources: {"loss": ..., "time": ...}: where the figures come from; instead of "loss", the name of what stands for
+            it where no loss was measured.
         layers: by the name of the parameter.
         dense: {layer: why it is left dense}.
         stages: {name: (first epoch, last epoch)}.
@@ -174,7 +174,8 @@ def _citations(modifier: Modifier, evidence: Evidence) -> dict[str, str]:
         if layer.sparsity != given:
             found[f"params.{name}"] = f"changed by hand; the profile gave {layer.sparsity:g}"
             continue
-        measured = f"{'cost' if 'cost' in evidence.sources else 'loss'} {layer.loss or 0.0:+.3g}"
+        # The source that is not of time tells what it is.
+        measured = f"{next((name for name in evidence.sources if name != 'time'), 'loss')} {layer.loss or 0.0:+.3g}"
         said = [] if layer.loss is None else [measured]
         said += [] if layer.ms is None else [f"saves {layer.ms:.3g} ms"]
         found[f"params.{name}"] = ", ".join([*said, f"{layer.weights:,d} weights"])

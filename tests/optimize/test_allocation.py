@@ -121,6 +121,34 @@ def test_caps_and_filters_hold(layers: tuple[LayerCurve, ...], wanted: PruningSe
             assert choice.speedup >= wanted.min_speedup * (1 - 1e-6)
 
 
+@given(model(), settings(), st.lists(FRACTION.filter(lambda share: share < 1.0), max_size=3))
+def test_recovery_is_at_most_one_and_no_layer_falls_below_its_limit(
+    layers: tuple[LayerCurve, ...], wanted: PruningSettings, by_hand: list[float]
+) -> None:
+    names = [one.name for one in layers if not one.why_not]
+    wanted = replace(wanted, overrides=dict(zip(names, by_hand, strict=False)))
+    profile = pruning_profile(layers, wanted)
+    assert 0.0 <= profile.recovery <= 1.0
+    for choice in profile.layers:
+        assert choice.overridden or choice.recovery >= wanted.min_recovery - 1e-9, choice
+    assert abs(profile.sparsity - wanted.sparsity) <= 0.005 or profile.notes
+
+
+@given(model(), settings(), st.integers(0, 11), st.floats(0.0, 0.99))
+def test_forcing_a_layer_never_raises_recovery(
+    layers: tuple[LayerCurve, ...], wanted: PruningSettings, number: int, share: float
+) -> None:
+    names = [one.name for one in counted(layers, wanted)]
+    if not names:
+        return
+    wanted = replace(wanted, balance=1.0, min_recovery=0.0)
+    free = pruning_profile(layers, wanted)
+    forced = pruning_profile(layers, replace(wanted, overrides={names[number % len(names)]: share}))
+    assert free.recovery == 1.0 and forced.recovery <= 1.0
+    if abs(forced.sparsity - free.sparsity) < 1e-9 and free.loss > 0:
+        assert forced.recovery == pytest.approx(min(1.0, max(0.0, 2.0 - forced.loss / free.loss)))
+
+
 @given(model(), settings(), FRACTION)
 def test_what_is_set_by_hand_stands(layers: tuple[LayerCurve, ...], wanted: PruningSettings, share: float) -> None:
     names = [one.name for one in layers if not one.why_not]
@@ -226,6 +254,40 @@ def test_recovery_stops_a_layer() -> None:
     held = pruning_profile([slow, fast], PruningSettings(sparsity=0.6, balance=0.0, min_sparsity=0.0, min_recovery=0.9))
     assert free.layers[0].sparsity == pytest.approx(0.9) and held.layers[0].sparsity < 0.4
     assert held.recovery > free.recovery
+
+
+def power(name: str, weights: int, factor: float) -> LayerCurve:
+    levels = tuple(step / 100 for step in range(100))
+    losses = tuple(factor * level**2 for level in levels)
+    times = tuple(1.0 - 0.8 * level for level in levels)
+    return LayerCurve(name, weights, weights, weights, 1.0, False, False, "", levels, losses, times)
+
+
+def test_recovery_falls_where_a_layer_is_forced() -> None:
+    layers = [power("n0", 1000, 4.0), power("n1", 2000, 2.0), power("n2", 4000, 1.0)]
+    asked = PruningSettings(sparsity=0.5)
+    free = pruning_profile(layers, asked)
+    forced = pruning_profile(layers, replace(asked, overrides={"n0": 0.95}))
+    assert free.recovery == 1.0 and free.loss == pytest.approx(0.766, abs=5e-4)
+    assert forced.loss == pytest.approx(4.0166, abs=5e-4) and forced.recovery == 0.0
+    assert forced.layers[0].recovery == 0.0
+    # A little is forgiven in part, and a layer that is spared costs the others.
+    little = pruning_profile(layers, replace(asked, overrides={"n0": 0.2}))
+    assert little.recovery == pytest.approx(2.0 - little.loss / free.loss) and 0.0 < little.recovery < 1.0
+    spared = pruning_profile(layers, replace(asked, overrides={"n2": 0.0}))
+    assert spared.recovery < 1.0 and spared.layers[1].recovery < 1.0
+    # More by hand than was asked for is no new average to be measured by.
+    everywhere = pruning_profile(layers, replace(asked, overrides={"n0": 0.9, "n1": 0.9, "n2": 0.9}))
+    assert everywhere.sparsity == pytest.approx(0.9) and everywhere.recovery == 0.0
+
+
+def test_a_limit_of_recovery_holds_also_where_the_best_spread_leaves_a_layer_dense() -> None:
+    values = [(100, (0.0, 0.74, 1.73)), (1000, (0.0, 0.46, 1.07)), (100, (0.0, 0.09, 0.49))]
+    layers = [plain(f"layer{n}", weights, losses) for n, (weights, losses) in enumerate(values)]
+    asked = PruningSettings(sparsity=0.6, balance=0.0, min_sparsity=0.0)
+    profile = pruning_profile(layers, replace(asked, min_recovery=0.9))
+    assert all(choice.recovery >= 0.9 for choice in profile.layers)
+    assert profile.sparsity == pytest.approx(0.6, abs=0.005) or "leave no more" in profile.notes[0]
 
 
 @pytest.mark.parametrize("sparsity", [0.0, 0.95, 1.0])

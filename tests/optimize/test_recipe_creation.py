@@ -106,6 +106,14 @@ def test_the_same_call_gives_the_same_recipe(model: Net) -> None:
     assert create_recipe(model) == create_recipe(model, optim_level=0.5)
 
 
+def test_where_no_loss_was_measured_none_is_named(model: Net) -> None:
+    text = create_recipe(model, optim_level=0.5, quantize=False).to_yaml()
+    comments = "\n".join(line.partition("#")[2] for line in text.splitlines())
+    assert "sum of removed magnitudes +" in comments and not re.search(r"\bloss\b|\bcost\b", comments)
+    loss, performance = measured(model)
+    assert "loss +" in create_recipe(model, X, sparsity=0.8, loss=loss, performance=performance).to_yaml()
+
+
 def test_numbers_cite_profiles(model: Net) -> None:
     loss, performance = measured(model)
     recipe = create_recipe(model, X, sparsity=0.8, loss=loss, performance=performance, training=SGD)

@@ -164,6 +164,20 @@ def model(chance: random.Random) -> list[LayerCurve]:
     return found
 
 
+@pytest.mark.parametrize(
+    ("method", "name", "base"),
+    [
+        ("data", "loss", 0.25),
+        ("fisher", "loss", None),
+        ("magnitude", "sum of removed magnitudes", None),
+        ("shape", "cost by shape", None),
+    ],
+)
+def test_what_was_not_measured_is_not_called_loss(method: str, name: str, base: float | None) -> None:
+    made = replace(report(), loss_method=method, loss_base=base)
+    assert made.data()["lost"] == {"name": name, "base": base}
+
+
 def asked(chance: random.Random, layers: list[LayerCurve]) -> PruningSettings:
     free = [one.name for one in layers if not one.why_not]
     by_hand = {name: chance.choice([0.0, 0.5, 0.87]) for name in free if chance.random() < 0.1}

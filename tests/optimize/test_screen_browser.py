@@ -153,6 +153,8 @@ def test_the_page_opens_with_the_figures_of_python_and_no_complaints(browser: Br
     wanted = expected()
     assert metrics(browser)["Estimated speed-up"] == f"{wanted.speedup:.2f}\N{MULTIPLICATION SIGN}"
     assert metrics(browser)["Recovery confidence"] == f"{wanted.recovery:.3f}"
+    before, after = metrics(browser)["Expected loss"].split(" \N{RIGHTWARDS ARROW} ")
+    assert float(before) == 0.25 and float(after) == pytest.approx(0.25 + wanted.loss, rel=5e-3)
     assert browser.complaints() == []
 
 
