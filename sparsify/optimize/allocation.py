@@ -45,7 +45,7 @@ def pruning_profile(layers: Sequence[LayerCurve], settings: PruningSettings | No
     _check_allocation(layers, settings)
     # What recovery is measured against: the best spread of the same average, with nothing set by hand.
     free = [_SpreadLayer.of(curve, replace(settings, overrides={})) for curve in layers]
-    ideal = _best(_candidates(free, settings.sparsity))
+    ideal = _least_lossy(_candidates(free, settings.sparsity))
     limited = [_SpreadLayer.of(curve, settings) for curve in layers]
     if settings.min_recovery > 0:
         limited = [
@@ -58,7 +58,7 @@ def pruning_profile(layers: Sequence[LayerCurve], settings: PruningSettings | No
     reference = ideal
     if reached < _average(free, ideal.shares) - AVERAGE_TOLERANCE:
         # Fewer zeros than could be had: no better than the best with as few.
-        reference = _best(_candidates(free, reached))
+        reference = _least_lossy(_candidates(free, reached))
     losses = max(math.fsum(layer.highest for layer in limited), 1e-300)
     times = max(math.fsum(layer.curve.ms for layer in limited), 1e-300)
     balance = settings.balance
@@ -178,7 +178,7 @@ class _Spread:
     time: float
 
 
-def _best(spreads: Sequence[_Spread]) -> _Spread:
+def _least_lossy(spreads: Sequence[_Spread]) -> _Spread:
     """The spread that loses least."""
     return min(spreads, key=lambda one: (one.loss, one.time))
 
