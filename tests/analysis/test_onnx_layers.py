@@ -63,7 +63,11 @@ def test_a_file_has_the_layers_and_macs_of_its_model(name: str, tmp_path: Path) 
 
 @pytest.mark.parametrize(
     "name",
-    ["tied embeddings", "nn.TransformerEncoder", "nn.Transformer", pytest.param("MobileNetV2", marks=pytest.mark.slow)],
+    [
+        "tied embeddings",
+        "nn.TransformerEncoder",
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("nn.Transformer", "MobileNetV2")),
+    ],
 )
 def test_a_quantized_file_has_names_bits_and_zeros(name: str, tmp_path: Path) -> None:
     model, inputs = exported(name, tmp_path / "model.onnx", quantized=True)
