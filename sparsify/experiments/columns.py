@@ -97,7 +97,5 @@ def class_of(row: Row, column: str) -> str | int:
     if re.fullmatch(r"-?\d{1,9}(\.0+)?", value):
         return int(float(value))
     if re.fullmatch(r"-?\d*\.\d+", value):
-        raise DataError(
-            f"{row.where}: the label {value} in {column!r} is a measured number, expected one of some classes."
-        )
+        raise DataError(f"{row.where}: the label in {column!r} is {value}, expected a class: a word or a whole number.")
     return value

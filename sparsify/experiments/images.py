@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from sparsify.errors import DataError, did_you_mean, first_line
 from sparsify.experiments.samples import DataSet, LabelledImage
-from sparsify.experiments.sources import SPLITS, ends_of, entries, existing, files_below, split_named, summed_up
+from sparsify.experiments.sources import SPLITS, ends_of, entries, existing, files_below, summed_up
 from sparsify.experiments.splits import USUAL_SPLIT, Found, SeededSplit, completed
 
 if TYPE_CHECKING:
@@ -148,11 +148,12 @@ def content_of(path: Path) -> str:
     return hashlib.sha256(b"%d " % size + first + last).hexdigest()
 
 
-def descended(root: Path, notes: list[str]) -> Path:
-    """The folder itself, or the only folder in it where that one has train/ in it (archives often unpack so)."""
+def descended(root: Path, notes: list[str], known: Sequence[str] = ()) -> Path:
+    """The folder itself, or the only one in it if that has train/ or a `known` folder (archives often unpack so)."""
     inside = [one for one in entries(root) if one.is_dir()]
-    if len(inside) == 1 and not any(is_image(one) for one in entries(root)) and split_named(inside[0].name) is None:
-        deeper = [one for one in entries(inside[0]) if one.is_dir() and split_named(one.name) == "train"]
+    if len(inside) == 1 and not any(is_image(one) for one in entries(root)) and inside[0].name not in known:
+        wanted = (*SPLITS["train"], *known)
+        deeper = [one for one in entries(inside[0]) if one.is_dir() and one.name.lower() in wanted]
         if deeper:
             notes.append(f"the data are read from {inside[0].name}/, the only folder, which has {deeper[0].name}/.")
             return inside[0]

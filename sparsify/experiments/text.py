@@ -225,6 +225,7 @@ def read_questions(
     train = [sample(row, number) for number, row in enumerate(parts.train)]
     val = None
     if parts.val is not None:
+        keys.clear()
         val = ([sample(row, number) for number, row in enumerate(parts.val[0])], parts.val[1])
     if not any(one.answers for one in train):
         raise DataError(f"{parts.train[0].file}: no question has an answer, expected some to learn from.")

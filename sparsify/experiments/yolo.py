@@ -342,7 +342,8 @@ def layout_of(path: Path) -> Layout:
             raise DataError(f"{path}: expected a folder with images/ and labels/, or a .yaml file that names them.")
         return _from_yaml(path)
     notes: list[str] = []
-    base = descended(path, notes)
+    here = any(one.suffix.lower() in (".yaml", ".yml") for one in entries(path))
+    base = path if here else descended(path, notes, ("images",))
     said = [one for one in entries(base) if one.suffix.lower() in (".yaml", ".yml") and _names_data(one)]
     if len(said) > 1:
         raise DataError(f"{base}: {said[0].name} and {said[1].name} both name data, expected one; give its path.")
