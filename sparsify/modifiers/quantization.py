@@ -20,7 +20,7 @@ from sparsify.modifiers.schedule import Clock
 from sparsify.output.field_errors import FieldProblem
 from sparsify.quantization.calibration import SAMPLES, calibrate, materialized
 from sparsify.quantization.conversion import freeze_norms, is_weighted, original_type, quantizers
-from sparsify.quantization.forward_ops import switch_off_all, switched_off
+from sparsify.quantization.forward_ops import asleep, operation_places, put_to_sleep, switch_off_all, switched_off
 from sparsify.quantization.layers import WEIGHTED
 from sparsify.quantization.learned_step import freeze_steps, learned_parameters
 from sparsify.quantization.placement import make_plan
@@ -332,7 +332,7 @@ class Quantization(Active):
         except BaseException:
             self._restore()
             raise
-        self._plan = plan
+        self._plan = dataclasses.replace(plan, places=operation_places(model))
         _warn_of_averages(model)
         log.text("quantization", str(plan))
         self._freeze()
@@ -409,10 +409,14 @@ class Quantization(Active):
         """The plan, once the model is quantized."""
         if self._plan is None:
             return {}
+        places = operation_places(self._run.model)
+        if places != self._plan.places:
+            self._plan = dataclasses.replace(self._plan, places=places)
         if self._written is None or self._written[0] is not self._plan:
             # Kept: the model's state_dict tells it too, and some loops ask for that at every step.
             self._written = (self._plan, self._plan.to_state())
-        return {"plan": self._written[1], "off": switched_off(self._run.model)}
+        model = self._run.model
+        return {"plan": self._written[1], "off": switched_off(model), "asleep": asleep(model)}
 
     def check_state(self, state: Mapping[str, Any]) -> None:
         """Refuses the plan of another model."""
@@ -448,6 +452,7 @@ class Quantization(Active):
             self._added.adopt(learned_parameters(self._run.model), weight_decay=0.0)
             self._plan, self._in_force = plan, None
         switch_off_all(self._run.model, state.get("off", ()))
+        put_to_sleep(self._run.model, state.get("asleep", ()))
         self._freeze()
 
     def _restore(self) -> None:

@@ -30,7 +30,7 @@ from sparsify.output.files import replacing
 from sparsify.output.tables import Column, Table, track
 from sparsify.quantization.calibration import EMPTY, SAMPLES, calibrate, materialized, samples_in
 from sparsify.quantization.conversion import quantizers
-from sparsify.quantization.forward_ops import switch_off_all, switched_off
+from sparsify.quantization.forward_ops import operation_places, switch_off_all, switched_off
 from sparsify.quantization.layers import QuantizedEmbedding
 from sparsify.quantization.placement import make_plan
 from sparsify.quantization.plan import QuantizationPlan, apply_plan, check_traced_ops, is_quantized
@@ -183,6 +183,7 @@ def quantize_model(
         work = copy.deepcopy(reference)
         apply_plan(work, plan)
         check_traced_ops(work, args, kwargs)
+        plan = dataclasses.replace(plan, places=operation_places(work))
         _take_ranges(work, plan, data, (args, kwargs), type(model).__name__, progress)
         job = WeightRounding(reference, work, plan, traced, rounding, correct_bias, bool(data))
         layers = job.run(data, sequential, progress)

@@ -37,6 +37,11 @@ def operand(name: str, index: int) -> str:
     return f"{MATMUL}_{name}_{index}_quantizer"
 
 
+def operands(index: int) -> list[str]:
+    """The children of a module that may quantize operands of its `index`-th product."""
+    return [operand(name, index) for name in (*_TWO, *ATTENTION)]
+
+
 def quantize_of(module: nn.Module, index: int) -> Quantize | None:
     """The quantizers of the `index`-th product of `module`; None where there are none."""
     found = {name: module._modules.get(operand(name, index)) for name in (*_TWO, *ATTENTION)}

@@ -1,15 +1,16 @@
 """Operations in a user's own forward: adds, products, concatenations, activations, pools, quantized where they stand.
 
-The module whose forward they stand in is converted to a class that watches the functions it calls. They are known by
-their kind and their order within one call of that module, which is the order of the trace; where the counts disagree,
-they stay in float.
+The module whose forward they stand in is converted to a class that watches the functions it calls. The first call that
+computes as many of each kind as the trace gives them their numbers, by their order; from then on each is known by the
+place in the user's code that calls it, so that what training alone computes (auxiliary heads, losses) changes nothing.
 """
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cache, wraps
+from types import MappingProxyType
 from typing import Any, SupportsIndex, cast
 
 import torch
@@ -21,6 +22,7 @@ from sparsify.model.targets import named_modules
 from sparsify.model.trace import is_idle, is_image_mean
 from sparsify.quantization import attention_products
 from sparsify.quantization.attention_products import MATMUL
+from sparsify.quantization.calling_places import calling_place
 from sparsify.quantization.conversion import convert_, is_norm_and_more, is_weighted
 from sparsify.quantization.fake_quantize import FakeQuantize
 from sparsify.quantization.fixed_and_shared import SameGrid
@@ -33,6 +35,8 @@ KINDS: tuple[str, ...] = ("add", "multiply", "concat", "relu", "gate", "average_
 """The kinds of operations whose results are quantized, by their names in a trace."""
 COUNTED = (*KINDS, MATMUL)
 """Those that are watched: of a matmul the operands are quantized."""
+PLACED = frozenset(COUNTED)
+"""Those that are known by their places."""
 NORM = "batch_norm"
 """Counted in a BatchNorm that computes more than that (see `WatchedNorm`)."""
 LAYER = "layer"
@@ -85,6 +89,10 @@ class Watched(Converted):
 
     _counts: dict[str, int]
     """How many operations of each kind the trace has; empty: it only keeps its operations from those who call it."""
+    _places: dict[str, dict[str, int]]
+    """{kind: {place in the code: which operation of the trace}}; a kind is missing until a call came as traced."""
+    _asleep: list[str]
+    """The quantizers of operations that training did not come to so far; these are in float."""
     _form: type[Watched]
     """What it is made of besides the user's class."""
     _off: bool = False
@@ -100,6 +108,11 @@ class Watched(Converted):
         """The number of operations of each kind that the trace has."""
         return dict(self._counts)
 
+    @property
+    def operation_places(self) -> dict[str, dict[str, int]]:
+        """{kind: {place in the code: which operation of the trace}}, as far as they are known."""
+        return {kind: dict(places) for kind, places in self._places.items()}
+
     def _watch(self, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The result of the user's `forward`, its operations watched."""
         watch = _ForwardMode(self)
@@ -113,9 +126,70 @@ class Watched(Converted):
         finally:
             for mode in above:
                 mode.depth -= 1
-        if not self._off and self._counts and watch.seen != self._counts:
-            self.disagree(watch.seen)
+        if not self._off and self._counts:
+            self._compare(watch)
         return result
+
+    def _compare(self, watch: _ForwardMode) -> None:
+        """Looks at a call that is through: which operations it had, and where."""
+        known = not watch.compiled and self._places.keys() >= watch.came.keys()
+        counted = {NORM, LAYER} if known else {*self._counts, *watch.seen}
+        if any(watch.seen.get(kind, 0) != self._counts.get(kind, 0) for kind in counted):
+            self.disagree(watch.seen)
+            return
+        if watch.compiled:
+            return
+        missing: list[tuple[str, int]] = []
+        for kind, came in watch.came.items():
+            places = self._places.setdefault(kind, {})
+            there = {places[place] for place in came if place in places}
+            gone = [index for index in range(self._counts[kind]) if index not in there]
+            other = [place for place in came if place not in places]
+            if len(other) == len(gone):
+                # As many as the trace has: the first call, or code that computes the same another way.
+                places.update(zip(other, gone, strict=True))
+            else:
+                missing += [(kind, index) for index in gone]
+        if missing and self.training:
+            self._put_to_sleep(missing)
+
+    def _put_to_sleep(self, operations: Iterable[tuple[str, int]]) -> None:
+        """Leaves operations in float that training did not compute so far; one that it comes to is quantized again."""
+        said: list[str] = []
+        for kind, index in operations:
+            found = self._quantizers(kind, index)
+            never = [name for name, quantizer in found.items() if quantizer.enabled and not quantizer.batches]
+            self._sleep(never)
+            said += [f"{kind.replace('_', ' ')} {index}"] if never else []
+        if said:
+            warnings.warn(
+                f"{wiring_of(self).original.__name__}.forward did not compute {', '.join(said)} (counted from 0) of "
+                "its trace in training: in float until training comes there. Give sample_inputs that take the same way "
+                "through the model as training does.",
+                SparsifyWarning,
+                stacklevel=4,
+            )
+
+    def _quantizers(self, kind: str, index: int) -> dict[str, FakeQuantize]:
+        """Those of one operation that are its own."""
+        names = attention_products.operands(index) if kind == MATMUL else [child_name(kind, index)]
+        found = {name: self._modules.get(name) for name in names}
+        return {name: quantizer for name, quantizer in found.items() if isinstance(quantizer, FakeQuantize)}
+
+    def _sleep(self, names: Iterable[str]) -> None:
+        for name in names:
+            quantizer = self._modules.get(name)
+            if isinstance(quantizer, FakeQuantize):
+                quantizer.enabled = False
+                self._asleep.append(name)
+
+    def _wake(self, kind: str, index: int | None) -> None:
+        """Quantizes an operation again that training has come to."""
+        if self._asleep and self.training and index is not None:
+            for name, quantizer in self._quantizers(kind, index).items():
+                if name in self._asleep:
+                    self._asleep.remove(name)
+                    quantizer.enabled = True
 
     def disagree(self, seen: dict[str, int]) -> None:
         """Leaves its operations in float from now on, with one warning."""
@@ -184,6 +258,10 @@ class _ForwardMode(overrides.TorchFunctionMode):
         self.module = module
         self.depth = 0
         self.seen: dict[str, int] = dict.fromkeys(module._counts, 0)
+        # A compiler follows no frames: there operations are known by their order alone.
+        self.compiled = torch.compiler.is_dynamo_compiling()
+        self.came: dict[str, list[str]] = {kind: [] for kind in module._counts if kind in PLACED}
+        self.times: dict[tuple[str, str], int] = {}
 
     def __torch_function__(
         self,
@@ -197,6 +275,25 @@ class _ForwardMode(overrides.TorchFunctionMode):
         if kind is None or self.depth or self.module._off:
             return func(*args, **kwargs)
         return _BY_KIND[kind](self, kind, func, args, kwargs)
+
+    def which(self, kind: str) -> tuple[int | None, str]:
+        """(which operation of the trace is the one of this kind that is called now; None: none of them. Its place)."""
+        order = self.seen[kind]
+        if self.compiled:
+            return order, ""
+        place = calling_place(Watched._watch.__code__)
+        times = self.times.get((kind, place), 0)
+        place = f"{place} ({times})" if times else place
+        known = self.module._places.get(kind)
+        return (order if known is None else known.get(place)), place
+
+    def count(self, kind: str, place: str) -> None:
+        """Notes that an operation was computed."""
+        self.seen[kind] += 1
+        if not self.compiled:
+            self.came[kind].append(place)
+            first = place.partition(" (")[0]
+            self.times[kind, first] = self.times.get((kind, first), 0) + 1
 
     def layer(self, kind: str, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """An operation on a weight: that of a layer of a user's class, if the weight is its own."""
@@ -239,25 +336,28 @@ class _ForwardMode(overrides.TorchFunctionMode):
         """A product of two activations, of which the operands are quantized."""
         if kind not in self.seen:
             return func(*args, **kwargs)
-        index = self.seen[kind]
-        self.seen[kind] = index + 1
-        quantize = attention_products.quantize_of(self.module, index)
+        index, place = self.which(kind)
+        self.count(kind, place)
+        quantize = None if index is None else attention_products.quantize_of(self.module, index)
         if quantize is None:
             return func(*args, **kwargs)
+        self.module._wake(kind, index)
         return attention_products.product(quantize, func, args, kwargs)
 
     def result(self, kind: str, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """An operation whose result is quantized, if the module holds a quantizer for it."""
         if kind not in self.seen:
             return func(*args, **kwargs)
-        index = self.seen[kind]
-        quantizer = cast("FakeQuantize | SameGrid | None", self.module._modules.get(child_name(kind, index)))
+        index, place = self.which(kind)
+        name = None if index is None else child_name(kind, index)
+        quantizer = None if name is None else cast("FakeQuantize | SameGrid | None", self.module._modules.get(name))
         if quantizer is None:
             result = func(*args, **kwargs)
             # An add of integers (BatchNorm's counter) is not counted.
             if isinstance(result, Tensor) and result.is_floating_point():
-                self.seen[kind] = index + 1
+                self.count(kind, place)
             return result
+        self.module._wake(kind, index)
         target = _written_to(kind, func, args, kwargs)
         if target is not None and not target.is_floating_point():
             return func(*args, **kwargs)
@@ -275,7 +375,7 @@ class _ForwardMode(overrides.TorchFunctionMode):
             if not result.is_floating_point():
                 return result if target is None else target.copy_(result)
             result = quantizer(result)
-        self.seen[kind] = index + 1
+        self.count(kind, place)
         # x.add_(y) as a statement: its result is not used, x is.
         return result if target is None or result is target else target.copy_(result)
 
@@ -313,11 +413,22 @@ def _computed(kind: str, func: Callable[..., Any], args: tuple[Any, ...], kwargs
     return result
 
 
-def watch(module: nn.Module, counts: dict[str, int]) -> Wiring:
+def watch(
+    module: nn.Module, counts: Mapping[str, int], places: Mapping[str, Mapping[str, int]] = MappingProxyType({})
+) -> Wiring:
     """Converts a user's module, in place, to one that counts its operations."""
     wiring = convert_(module, watching_class(type(module), _form(module)))
     overwrite(module, "_counts", dict(counts))
+    overwrite(module, "_places", {kind: dict(known) for kind, known in places.items()})
+    overwrite(module, "_asleep", [])
     return wiring
+
+
+def operation_places(model: nn.Module) -> dict[str, dict[str, dict[str, int]]]:
+    """{module: its `operation_places`}, of the modules below `model` whose operations are watched."""
+    modules = {"": model, **named_modules(model)}
+    found = {name: module.operation_places for name, module in modules.items() if isinstance(module, Watched)}
+    return {name: places for name, places in found.items() if places}
 
 
 def switch_off(module: Watched) -> None:
@@ -350,6 +461,23 @@ def switch_off_all(model: nn.Module, names: Iterable[str]) -> None:
         module = modules.get(name)
         if isinstance(module, Watched):
             switch_off(module)
+
+
+def asleep(model: nn.Module) -> list[str]:
+    """Clean names of the quantizers of operations that training did not come to, which are in float therefore."""
+    modules = {"": model, **named_modules(model)}
+    watched = {name: module for name, module in modules.items() if isinstance(module, Watched) and not module._off}
+    return [f"{name}.{child}" if name else child for name, module in watched.items() for child in module._asleep]
+
+
+def put_to_sleep(model: nn.Module, names: Iterable[str]) -> None:
+    """Leaves the operations with the quantizers of these names in float until training comes to them."""
+    modules = {"": model, **named_modules(model)}
+    for name in names:
+        path, _, child = name.rpartition(".")
+        module = modules.get(path)
+        if isinstance(module, Watched) and child not in module._asleep:
+            module._sleep([child])
 
 
 def _form(module: nn.Module) -> type[Watched]:

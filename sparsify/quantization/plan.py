@@ -25,7 +25,7 @@ from sparsify.quantization.attention import FORMS, disable_fast_path, quantize_a
 from sparsify.quantization.conversion import convert_, is_norm_and_more, is_weighted, restore_layers
 from sparsify.quantization.fake_quantize import FakeQuantize
 from sparsify.quantization.fixed_and_shared import FIXED, FixedQuantize, SameGrid
-from sparsify.quantization.forward_ops import Watched, switched_off, watch
+from sparsify.quantization.forward_ops import Watched, asleep, switched_off, watch
 from sparsify.quantization.layers import WEIGHTED, QuantizedLayer, QuantizedNorm
 from sparsify.quantization.learned_step import LearnedQuantize
 from sparsify.quantization.observers import Observer
@@ -166,6 +166,7 @@ class QuantizationPlan:
         attentions: MultiheadAttentions whose projections are layers: "<name>.in_proj", or others of `attention.FORMS`,
             and "<name>.out_proj".
         alone: the BatchNorms that compute in integers by themselves.
+        places: of the watched modules, {kind: {place in the code: which operation}}, once a call showed them.
     """
 
     __pydantic_config__ = EXACT
@@ -178,6 +179,8 @@ class QuantizationPlan:
     left: tuple[Unquantized, ...] = ()
     attentions: tuple[str, ...] = ()
     alone: tuple[NormPlan, ...] = ()
+    # No decision: another version of the user's code has others, and the same plan.
+    places: Mapping[str, Mapping[str, Mapping[str, int]]] = field(default_factory=dict, compare=False)
 
     def projections(self, attention: str) -> tuple[str, ...]:
         """The names, within it, of the layers in front of an attention."""
@@ -312,7 +315,7 @@ def apply_plan(model: nn.Module, plan: QuantizationPlan) -> None:
         quantize_attention(attention, plan.projections(name))
     modules: dict[str, Any] = {"": model, **named_modules(model)}
     for path, counts in plan.watched.items():
-        watch(modules[path], dict(counts))
+        watch(modules[path], counts, plan.places.get(path, {}))
     for name in plan.norms:
         if not is_norm_and_more(modules[name]):
             convert_(modules[name])
@@ -427,7 +430,8 @@ def unquantized(model: nn.Module) -> dict[str, str]:
     """{what stays in float in a quantized model: why}; empty for a model that is not quantized."""
     came_otherwise = "its operations came otherwise in training than in the trace"
     off = {name or "the model": came_otherwise for name in switched_off(model)}
-    return {**getattr(model, UNQUANTIZED, {}), **off}
+    sleeping = dict.fromkeys(asleep(model), "training has not come to this operation so far")
+    return {**getattr(model, UNQUANTIZED, {}), **off, **sleeping}
 
 
 def check_traced_ops(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[str]:

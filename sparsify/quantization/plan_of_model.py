@@ -17,7 +17,7 @@ from sparsify.quantization.attention import SLOW, QuantizedMultiheadAttention
 from sparsify.quantization.conversion import original_type
 from sparsify.quantization.fake_quantize import FakeQuantize
 from sparsify.quantization.fixed_and_shared import FixedQuantize, SameGrid
-from sparsify.quantization.forward_ops import Watched
+from sparsify.quantization.forward_ops import Watched, operation_places
 from sparsify.quantization.layers import QuantizedEmbedding, QuantizedLayer, QuantizedNorm
 from sparsify.quantization.plan import LayerPlan, NormPlan, QuantizationPlan, QuantizerSite, Unquantized, unquantized
 from sparsify.quantization.weight_grid import WEIGHT_STEP
@@ -58,6 +58,7 @@ def quantization_of(model: nn.Module) -> QuantizationPlan:
         left=tuple(Unquantized(what, why) for what, why in unquantized(model).items()),
         attentions=tuple(attentions),
         alone=tuple(_norm_plan(name, module, named) for name, module in norms.items() if wiring_of(module).rank),
+        places=operation_places(model),
     )
 
 

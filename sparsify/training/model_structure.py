@@ -24,7 +24,7 @@ from sparsify.pruning.removal import Removal, remove
 from sparsify.pruning.resized import resized_of
 from sparsify.pruning.skipped_layers import Skipped, known_entries, skip
 from sparsify.quantization.fake_quantize import FakeQuantize
-from sparsify.quantization.forward_ops import switch_off_all, switched_off
+from sparsify.quantization.forward_ops import asleep, put_to_sleep, switch_off_all, switched_off
 from sparsify.quantization.learned_step import LearnedStep
 from sparsify.quantization.observers import HISTOGRAMS
 from sparsify.quantization.plan import UNQUANTIZED, QuantizationPlan, apply_plan, check_plan, is_quantized
@@ -80,6 +80,7 @@ class SavedQuantization:
     Attributes:
         plan: a `QuantizationPlan`, as its `to_state` gives it.
         operations_off: the modules whose own operations stay in float, since they came otherwise than traced.
+        asleep: the quantizers of operations that training did not come to so far.
         settled: the quantizers of activations and of weights whose ranges do not move.
         idle: the quantizers that round nothing.
         unrounded: the layers whose weights are not rounded.
@@ -91,6 +92,7 @@ class SavedQuantization:
 
     plan: Mapping[str, Any]
     operations_off: tuple[str, ...] = ()
+    asleep: tuple[str, ...] = ()
     settled: tuple[str, ...] = ()
     idle: tuple[str, ...] = ()
     unrounded: tuple[str, ...] = ()
@@ -236,6 +238,7 @@ def _quantization(model: nn.Module, modules: Mapping[str, nn.Module]) -> SavedQu
     return SavedQuantization(
         plan={**plan, "left": []},
         operations_off=tuple(switched_off(model)),
+        asleep=tuple(asleep(model)),
         settled=tuple(n for n, m in modules.items() if isinstance(m, FakeQuantize | LearnedStep) and not m.observing),
         idle=tuple(n for n, m in modules.items() if isinstance(m, FakeQuantize) and not m.enabled),
         unrounded=tuple(name for name, wiring in converted.items() if not wiring.enabled),
@@ -502,6 +505,7 @@ def _quantize(model: nn.Module, quantized: SavedQuantization) -> None:
     apply_plan(model, QuantizationPlan.from_state(quantized.plan))
     model.__dict__.pop(UNQUANTIZED, None)
     switch_off_all(model, quantized.operations_off)
+    put_to_sleep(model, quantized.asleep)
     modules = {"": model, **named_modules(model)}
     for path, why in quantized.floating.items():
         modules[path].__dict__[UNQUANTIZED] = dict(why)

@@ -222,30 +222,6 @@ def test_activations_that_stay_in_float_are_not_counted_as_their_callers() -> No
     assert switched_off(model) == []
 
 
-def test_a_forward_that_takes_another_way_than_its_trace_stays_in_float_and_says_so() -> None:
-    class Fickle(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.a = nn.Conv2d(3, 4, 1)
-            self.b = nn.Conv2d(3, 4, 1)
-            self.fc = nn.Conv2d(4, 2, 1)
-
-        def forward(self, x: Tensor) -> Tensor:
-            y = F.relu(self.a(x) + self.b(x))
-            if self.training:
-                y = y + 0.1
-            return self.fc(y)
-
-    model = Fickle()
-    inputs = images()
-    quantized(model, inputs)
-    with pytest.warns(SparsifyWarning, match=r"Fickle\.forward computed 2 adds.*trace has 1 add"):
-        model(inputs)
-    assert switched_off(model) == [""]
-    model(inputs).sum().backward()
-    model.eval()(inputs)
-
-
 @pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:DeprecationWarning")
 def test_scripted_functions_are_found_before_training() -> None:
     @torch.jit.script
