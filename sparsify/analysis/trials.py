@@ -11,11 +11,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 from sparsify.errors import ArgumentError, DataError
+from sparsify.model.batches import mapped, named_fields, sample_count, tensors_in
 from sparsify.model.preserved import eval_mode_, preserved, preserved_rng
-from sparsify.model.signature import batch_arguments, named_outputs
+from sparsify.model.signature import batch_arguments, inputs_and_target, named_outputs
 from sparsify.model.targets import is_finite
 
 __all__: list[str] = []
@@ -54,34 +54,30 @@ def collected_batches(
     """
     if isinstance(data, Tensor):
         raise ArgumentError(f"{where}: data is one tensor: give an iterable of batches; [x] for a single one.")
-    if isinstance(data, str | bytes | Mapping) or not isinstance(data, Iterable):
+    if isinstance(data, str | bytes) or named_fields(data) is not None or not isinstance(data, Iterable):
         raise ArgumentError(f"{where}: data is a {type(data).__name__}: give an iterable of batches, as a loader.")
     if most is not None and (isinstance(most, bool) or not isinstance(most, int) or most < 1):
         raise ArgumentError(f"{where}: batches={most!r}: give a whole number above 0, or None for all.")
     with preserved_rng(model):  # a loader draws its order from torch's generator
-        batches = [_batch(model, one, at, with_target, where) for at, one in enumerate(islice(data, most))]
+        read = (_batch(model, one, at, with_target, where) for at, one in enumerate(data))
+        # Those without a sample have no loss.
+        batches = list(islice((batch for batch in read if batch.samples), most))
     if not batches:
         raise DataError(f"{where}: data holds no batch. Give an iterable that can be gone through once more.")
     return batches
 
 
 def _batch(model: nn.Module, batch: object, at: int, with_target: bool, where: str) -> Batch:
-    tensors = [leaf for leaf in pytree.tree_leaves(batch) if isinstance(leaf, Tensor)]
+    tensors = list(tensors_in(batch))
     if not tensors:
         raise DataError(f"{where}: batch {at} of data is a {type(batch).__name__} without a tensor.")
-    samples = next((len(tensor) for tensor in tensors if tensor.dim()), 1)
-    target: Any = None
-    inputs = batch
-    if isinstance(batch, Mapping) or not isinstance(batch, tuple | list):
-        target = batch if with_target else None
-    elif with_target:
-        target = batch[-1]
-        inputs = batch[0] if len(batch) <= 2 else tuple(batch[:-1])
+    samples = sample_count(tensors)
+    inputs, target = inputs_and_target(model, batch) if with_target else (batch, None)
     args, kwargs = batch_arguments(model, inputs)
-    if not with_target and isinstance(batch, tuple | list) and len(args) < len(batch):
+    if not with_target and isinstance(batch, tuple | list) and len(args) + len(kwargs) < len(batch):
         target = batch[-1]
-    device = next((leaf.device for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)), None)
-    target = pytree.tree_map(lambda leaf: leaf.to(device) if isinstance(leaf, Tensor) else leaf, target)
+    device = next((tensor.device for tensor in tensors_in((args, kwargs))), None)
+    target = mapped(target, lambda tensor: tensor if device is None else tensor.to(device))
     return Batch(args, kwargs, target, samples)
 
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 import logging
 import os
 import warnings
-from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from sparsify.errors import SparsifyWarning
+from sparsify.model.batches import mapped
 from sparsify.onnx.export import export_onnx
 from sparsify.onnx.exported import ExportedModel
 from sparsify.onnx.verify import Verification, verify_onnx
@@ -47,11 +47,5 @@ def export_finished(
 
 
 def moved_tensors(value: Any, device: torch.device) -> Any:
-    """Tensors of nested tuples, lists and dicts on `device`, without a graph."""
-    if isinstance(value, Tensor):
-        return value.detach().to(device)
-    if isinstance(value, Mapping):
-        return {key: moved_tensors(item, device) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return type(value)(moved_tensors(item, device) for item in value)
-    return value
+    """Tensors of nested tuples, lists, mappings and dataclasses on `device`, without a graph."""
+    return mapped(value, lambda tensor: tensor.detach().to(device))

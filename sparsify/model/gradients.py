@@ -17,8 +17,9 @@ from torch.optim import LBFGS
 
 from sparsify.errors import ArgumentError, DataError, StateError
 from sparsify.model import distributed
+from sparsify.model.batches import named_fields, sample_count, tensors_in
 from sparsify.model.preserved import preserved
-from sparsify.model.signature import batch_arguments
+from sparsify.model.signature import batch_arguments, inputs_and_target
 
 __all__: list[str] = []
 
@@ -231,22 +232,23 @@ def _sampled_losses(model: nn.Module, sampler: GradSampler, options: Mapping[str
         return
     data, loss_function = sampler
     for batch in data(**options) if callable(data) else data:
+        if not sample_count(batch):
+            continue
         yield _loss(model, batch, loss_function)
 
 
 def _loss(model: nn.Module, batch: object, loss_function: Callable[..., Any]) -> Any:
-    if isinstance(batch, Mapping):
-        args, kwargs = batch_arguments(model, batch)
-        return loss_function(model(*args, **kwargs), batch)
-    if not isinstance(batch, tuple | list) or len(batch) < 2:
+    single = len(batch) < 2 if isinstance(batch, tuple | list) else named_fields(batch) is None
+    if single:
         raise DataError(
             f"grad_sampler: the loader gave a {type(batch).__name__} where (inputs, target) was expected. Give a "
             "loader of pairs, or a callable that yields losses."
         )
-    args, kwargs = batch_arguments(model, batch[0] if len(batch) == 2 else tuple(batch[:-1]))
-    target = batch[-1]
-    if isinstance(target, Tensor) and args and isinstance(args[0], Tensor):
-        target = target.to(args[0].device)
+    inputs, target = inputs_and_target(model, batch)
+    args, kwargs = batch_arguments(model, inputs)
+    device = next((tensor.device for tensor in tensors_in((args, kwargs))), None)
+    if isinstance(target, Tensor) and device is not None:
+        target = target.to(device)
     return loss_function(model(*args, **kwargs), target)
 
 

@@ -6,7 +6,6 @@ dataclasses of them; files and comparisons want flat names.
 
 from __future__ import annotations
 
-import dataclasses
 import inspect
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from sparsify.errors import ArgumentError
+from sparsify.model.batches import mapped, named_fields, with_known_mappings
 
 __all__: list[str] = []
 
@@ -58,7 +58,8 @@ class SampleInputs:
     def of(
         cls, model: nn.Module, sample_inputs: InputsLike | None, more: Mapping[str, Any] | None = None
     ) -> SampleInputs:
-        """`sample_inputs`: a tensor; a tuple or list of arguments; or a mapping of keyword arguments. `more` of these.
+        """`sample_inputs`: a tensor; a tuple or list of arguments; or keyword arguments in a mapping, dataclass or
+        named tuple. `more` of these.
 
         Names are those of the parameters of `model.forward`; what stands inside a tuple or dictionary argument is
         called "<parameter>_<index or key>".
@@ -66,12 +67,12 @@ class SampleInputs:
         Raises:
             ArgumentError: no tensor among them, or arguments that `forward` does not take.
         """
-        if not isinstance(sample_inputs, (Tensor, Mapping, tuple, list)):
+        if not isinstance(sample_inputs, (Tensor, tuple, list)) and named_fields(sample_inputs) is None:
             raise ArgumentError(
                 f"sample_inputs={_brief(sample_inputs)}: give a tensor, a tuple of arguments or a dictionary of "
                 "keywords."
             )
-        args, kwargs = _plain_arguments(sample_inputs)
+        args, kwargs = with_known_mappings(_plain_arguments(sample_inputs, model))
         kwargs |= {str(name): value for name, value in (more or {}).items()}
         names = _parameter_names(model, args, kwargs)
         leaves, structure = pytree.tree_flatten_with_path((args, kwargs))
@@ -120,46 +121,90 @@ def named_outputs(output: object) -> tuple[dict[str, Tensor], list[str]]:
     return tensors, others
 
 
-def call_arguments(inputs: object) -> CallArguments:
+def call_arguments(inputs: object, model: nn.Module | None = None) -> CallArguments:
     """The (args, kwargs) that `inputs` stands for.
 
     Args:
-        inputs: a tensor or another single value, a tuple or list of arguments, a mapping of keyword arguments, or
-            (args, kwargs) itself.
+        inputs: a tensor or another single value, a tuple or list of arguments, keyword arguments (a mapping, or a
+            dataclass or named tuple whose fields `model` takes), or (args, kwargs) itself.
+        model: the model that is called with them.
 
     >>> call_arguments([1, 2]), call_arguments({"x": 1}), call_arguments(((1,), {"y": 2}))
     (((1, 2), {}), ((), {'x': 1}), ((1,), {'y': 2}))
     """
     if isinstance(inputs, tuple) and len(inputs) == 2 and isinstance(inputs[0], tuple) and isinstance(inputs[1], dict):
         return inputs[0], inputs[1]
-    return _plain_arguments(inputs)
+    return _plain_arguments(inputs, model)
 
 
 def batch_arguments(model: nn.Module, batch: object) -> CallArguments:
     """The (args, kwargs) of `model` in one batch of a data loader, moved to the device of the model.
 
     What `forward` does not take is left out: of a tuple or list the last values (labels), of a mapping the keys that
-    are no parameters of it.
+    are no parameters of it. A mapping or dataclass with labels behind it is taken as if it stood alone.
     """
     device = next((tensor.device for tensor in [*model.parameters(), *model.buffers()]), torch.device("cpu"))
-    args, kwargs = _plain_arguments(batch)
+    if isinstance(batch, tuple | list) and 1 <= len(batch) <= 2 and keyword_arguments(batch[0], model):
+        batch = batch[0]
+    args, kwargs = _plain_arguments(batch, model)
     taken = inspect.signature(model.forward).parameters
     kinds = [parameter.kind for parameter in taken.values()]
-    if isinstance(batch, Mapping) and inspect.Parameter.VAR_KEYWORD not in kinds:
+    if inspect.Parameter.VAR_KEYWORD not in kinds:
         kwargs = {name: value for name, value in kwargs.items() if name in taken}
     if isinstance(batch, (tuple, list)) and inspect.Parameter.VAR_POSITIONAL not in kinds:
         positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
         args = args[: sum(kind in positional for kind in kinds)]
-    return tuple(_moved_to(value, device) for value in args), {k: _moved_to(v, device) for k, v in kwargs.items()}
+
+    def move(tensor: Tensor) -> Tensor:
+        return tensor.to(device)
+
+    return tuple(mapped(value, move) for value in args), {name: mapped(value, move) for name, value in kwargs.items()}
 
 
-def _moved_to(value: object, device: torch.device) -> object:
-    return value.to(device) if isinstance(value, Tensor) else value
+def inputs_and_target(model: nn.Module, batch: object) -> tuple[Any, Any]:
+    """(inputs of the model, what its loss gets) in one batch: of a tuple or list the last is the target; all else goes
+    to both whole.
+    """
+    if not isinstance(batch, tuple | list):
+        return batch, batch
+    if keyword_arguments(batch, model):
+        named = named_fields(batch) or {}
+        return {name: value for name, value in list(named.items())[:-1]}, batch[-1]
+    return (batch[0] if len(batch) <= 2 else tuple(batch[:-1])), batch[-1]
 
 
-def _plain_arguments(inputs: object) -> CallArguments:
+def keyword_arguments(value: object, model: nn.Module | None) -> dict[str, Any]:
+    """The keyword arguments in a mapping, dataclass or named tuple; empty where it is none, or `model` takes none.
+
+    Args:
+        value: a batch.
+        model: whose forward is called; None: all fields of a dataclass are taken, none of a tuple.
+    """
+    named = named_fields(value) or {}
+    if model is None:
+        return {} if isinstance(value, tuple) else {name: item for name, item in named.items() if item is not None}
+    parameters = inspect.signature(model.forward).parameters.values()
+    named_kinds = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    taken = {parameter.name: parameter.default for parameter in parameters if parameter.kind in named_kinds}
+    if any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters) and not isinstance(
+        value, tuple
+    ):
+        # A wrapper's forward(*args, **kwargs): what it hands on is not known.
+        taken = {**(dict.fromkeys(named) if not taken or set(taken) & set(named) else {}), **taken}
+    # A field without a value leaves the parameter at its default.
+    return {
+        name: item
+        for name, item in named.items()
+        if name in taken and (item is not None or taken[name] is inspect.Parameter.empty)
+    }
+
+
+def _plain_arguments(inputs: object, model: nn.Module | None) -> CallArguments:
     if isinstance(inputs, Mapping):
         return (), {str(name): value for name, value in inputs.items()}
+    named = keyword_arguments(inputs, model)
+    if named:
+        return (), named
     return (tuple(inputs) if isinstance(inputs, (tuple, list)) else (inputs,)), {}
 
 
@@ -185,19 +230,14 @@ def _key_text(key: object) -> str:
 
 
 def _leaves_of(value: object, path: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], Any]]:
-    if isinstance(value, Mapping):
-        items: list[tuple[str, Any]] = [(str(key), item) for key, item in value.items()]
-    elif isinstance(value, tuple) and hasattr(value, "_fields"):
-        items = list(zip(value._fields, value, strict=True))
-    elif isinstance(value, (tuple, list)):
-        items = [(str(i), item) for i, item in enumerate(value)]
-    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
-        items = [(field.name, getattr(value, field.name)) for field in dataclasses.fields(value)]
-    else:
-        if value is not None:
-            yield path, value
-        return
-    for key, item in items:
+    named = named_fields(value)
+    if named is None:
+        if not isinstance(value, (tuple, list)):
+            if value is not None:
+                yield path, value
+            return
+        named = {str(i): item for i, item in enumerate(value)}
+    for key, item in named.items():
         yield from _leaves_of(item, (*path, key))
 
 

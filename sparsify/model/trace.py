@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from sparsify.errors import ArgumentError, first_line
+from sparsify.model.batches import with_known_mappings
 from sparsify.model.preserved import eval_mode_, preserved
 from sparsify.model.sharding import stand_ins
 from sparsify.model.wrappers import clean_name
@@ -276,7 +277,8 @@ def exported(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | N
         ):
             eval_mode_(model)
             with torch.no_grad():
-                return torch.export.export(model, args, kwargs or {}, strict=False)
+                args, kwargs = with_known_mappings((args, kwargs or {}))
+                return torch.export.export(model, args, kwargs, strict=False)
     # Any code of a user may stand in forward, and fail in any way.
     except Exception as error:
         raise ArgumentError(

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from sparsify.errors import StateError
+from sparsify.model.batches import named_fields
 from sparsify.modifiers.base import Active, Modifier, ModifierKind, Run
 from sparsify.modifiers.schedule import Clock
 from sparsify.modifiers.teacher import DistillationTeacher
@@ -141,7 +142,7 @@ def logits(outputs: object, keys: Sequence[Key] | None, whose: str) -> dict[Key,
     elif isinstance(outputs, tuple | list):
         named = dict(enumerate(outputs))
     else:
-        named = {}
+        named = {name: value for name, value in (named_fields(outputs) or {}).items()}
     usable = {
         key: value
         for key, value in named.items()

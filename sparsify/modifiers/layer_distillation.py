@@ -13,6 +13,7 @@ from torch.utils.hooks import RemovableHandle
 
 from sparsify.errors import StateError, TargetError
 from sparsify.model import gradients, targets
+from sparsify.model.batches import named_fields
 from sparsify.model.optimizer_hooks import Callback, ModelCallback
 from sparsify.model.param_groups import AddedParameters
 from sparsify.model.signature import CallArguments
@@ -322,7 +323,7 @@ def _feature(output: object) -> list[Tensor]:
     """The first floating-point tensor in a layer's output, if there is one."""
     if isinstance(output, Tensor):
         return [output] if output.is_floating_point() else []
-    items = output.values() if isinstance(output, Mapping) else output if isinstance(output, tuple | list) else ()
+    items = output if isinstance(output, tuple | list) else (named_fields(output) or {}).values()
     return next(([item] for item in items if isinstance(item, Tensor) and item.is_floating_point()), [])
 
 

@@ -13,6 +13,7 @@ from torch.utils.hooks import RemovableHandle
 
 from sparsify.errors import StateError, TargetError
 from sparsify.model import gradients, targets
+from sparsify.model.batches import named_fields
 from sparsify.model.optimizer_hooks import ModelCallback
 from sparsify.model.optimizer_state import reset_where
 from sparsify.modifiers.base import Active, Modifier, ModifierKind, ParamNames, Run
@@ -348,5 +349,5 @@ def _float_tensors(value: object) -> list[Tensor]:
     """The floating-point tensors in tuples, lists and dicts that hold anything."""
     if isinstance(value, Tensor):
         return [value] if value.is_floating_point() and value.numel() else []
-    items = value.values() if isinstance(value, Mapping) else value if isinstance(value, tuple | list) else ()
+    items = value if isinstance(value, tuple | list) else (named_fields(value) or {}).values()
     return [tensor for item in items for tensor in _float_tensors(item)]

@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 from sparsify.errors import ArgumentError, StateError
+from sparsify.model.batches import mapped
 from sparsify.modifiers.base import Run
 
 __all__: list[str] = []
@@ -118,13 +118,11 @@ def _place_of(module: nn.Module) -> tuple[torch.device | None, torch.dtype | Non
 def _taken_to(values: Any, device: torch.device | None, dtype: torch.dtype | None) -> Any:
     """Tensors in `values` on `device`, those of floating point in `dtype`; None: as they are."""
 
-    def take(value: Any) -> Any:
-        if not isinstance(value, Tensor):
-            return value
+    def take(value: Tensor) -> Tensor:
         wanted = dtype if value.is_floating_point() else None
         return value.to(device=device or value.device, dtype=wanted or value.dtype)
 
-    return pytree.tree_map(take, values)
+    return mapped(values, take)
 
 
 def chosen(

@@ -8,12 +8,12 @@ import os
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import islice
 from typing import Any, Literal
 
 from torch import nn
 
 from sparsify.errors import ArgumentError, DataError, ExportError, SparsifyWarning, StateError, TargetError
+from sparsify.model.batches import sample_count
 from sparsify.model.preserved import preserved_rng
 from sparsify.model.signature import batch_arguments, check_module
 from sparsify.model.targets import is_finite, named_modules
@@ -111,8 +111,9 @@ def quantize_model(
     Args:
         model: a trained model in float.
         calibration_data: batches of inputs as the model takes them: tensors, tuples (of which as many are used as the
-            model takes, so that a loader of (inputs, labels) will do) or dicts of arguments by name. Kept in memory
-            while this works. None: ranges come from the statistics of BatchNorm, with a warning; needs `sample_inputs`.
+            model takes, so that a loader of (inputs, labels) will do), or mappings, dataclasses or named tuples of
+            arguments by name. Empty ones are passed over. Kept in memory while this works. None: ranges come from the
+            statistics of BatchNorm, with a warning; needs `sample_inputs`.
         sample_inputs: inputs to trace the model on; None: the first batch.
         scheme: as the field of QuantizationModifier.
         scheme_overrides: likewise.
@@ -150,6 +151,8 @@ def quantize_model(
     if not data and sample_inputs is None:
         raise ArgumentError("neither calibration_data nor sample_inputs: give at least inputs to trace the model on.")
     sample = data[0] if sample_inputs is None else sample_inputs
+    if not sample_count(sample):
+        raise ArgumentError("sample_inputs are an empty batch; give at least one item.")
     with preserved_rng(model):
         reference = _deep_copied(model)
         args, kwargs = batch_arguments(reference, sample)
@@ -298,8 +301,15 @@ def _batches(data: Iterable[Any] | None, most: int | None, least: int) -> tuple[
         return [], 0
     if most is not None and (isinstance(most, bool) or not isinstance(most, int) or most < 1):
         raise ArgumentError(f"batches={most!r}: give a whole number above 0, or None for all.")
-    found = list(islice(materialized(data, most), most))
-    samples = sum(samples_in(batch, at) for at, batch in enumerate(found))
+    found: list[Any] = []
+    samples = 0
+    for at, batch in enumerate(materialized(data, most)):
+        # Empty ones say nothing, and forwards need not be written for them.
+        if count := samples_in(batch, at):
+            found.append(batch)
+            samples += count
+        if len(found) == most:
+            break
     if samples < least:
         raise DataError(
             f"calibration_data holds {samples} samples, and ranges from fewer than {least} are chance. Give more, "

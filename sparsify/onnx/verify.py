@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sparsify.errors import ArgumentError, ExportError, first_line
+from sparsify.model.batches import sample_count
 from sparsify.model.preserved import preserved_rng
 from sparsify.model.signature import InputsLike, SampleInputs, check_module, named_outputs
 from sparsify.model.wrappers import unwrapped
@@ -197,6 +198,8 @@ def verify_onnx(
     user_model = unwrapped(model)
     model = without_adapters(user_model, say=False)
     call = SampleInputs.of(model, inputs)
+    if not sample_count(call.inputs):
+        raise ArgumentError("inputs are an empty batch, on which nothing can be compared; give at least one item.")
     proto = read_model(path)
     quantized = any(node.op_type in ("QuantizeLinear", "DequantizeLinear") for node in proto.graph.node)
     steps = _output_steps(proto)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from sparsify.errors import ArgumentError, DataError
+from sparsify.model.batches import mapped, tensors_in
 from sparsify.model.preserved import preserved, preserved_rng
 from sparsify.model.signature import named_outputs
 from sparsify.model.targets import is_finite
@@ -232,20 +233,14 @@ def _randomize_constants_(model: nn.Module) -> None:
 
 
 def _cast(inputs: _Inputs, dtype: torch.dtype) -> _Inputs:
-    def cast(leaf: object) -> object:
-        return leaf.detach().to(dtype) if isinstance(leaf, Tensor) and leaf.is_floating_point() else leaf
-
-    made: _Inputs = torch.utils._pytree.tree_map(cast, inputs)
+    made: _Inputs = mapped(inputs, lambda x: x.detach().to(dtype) if x.is_floating_point() else x)
     return made
 
 
 def _first_two(inputs: _Inputs) -> _Inputs:
     """The first two samples of a batch, where all tensors begin with one size: enough to compare, at a fraction."""
-    leaves, structure = torch.utils._pytree.tree_flatten(inputs)
-    sizes = {leaf.shape[0] if leaf.dim() else 0 for leaf in leaves if isinstance(leaf, Tensor)}
+    sizes = {tensor.shape[0] if tensor.dim() else 0 for tensor in tensors_in(inputs)}
     if len(sizes) != 1 or min(sizes) <= 2:
         return inputs
-    made: _Inputs = torch.utils._pytree.tree_unflatten(
-        [leaf[:2] if isinstance(leaf, Tensor) else leaf for leaf in leaves], structure
-    )
+    made: _Inputs = mapped(inputs, lambda tensor: tensor[:2])
     return made

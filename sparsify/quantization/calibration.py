@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sized
-from itertools import islice
+from collections.abc import Iterable, Iterator, Sized
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 from sparsify.errors import ArgumentError, DataError, SparsifyError
+from sparsify.model.batches import named_fields, sample_count, tensors_in
 from sparsify.model.preserved import eval_mode_, preserved
 from sparsify.model.sharding import call_within
 from sparsify.model.signature import batch_arguments
@@ -46,10 +45,14 @@ def calibrate(model: nn.Module, data: Iterable[Any], steps: int | None = None) -
         # Ranges are buffers; and the data may be drawn from the random state that training goes on with.
         with preserved(model, buffers=False, rng=False), torch.no_grad():
             eval_mode_(model)
-            for batch in islice(data, steps):
-                samples += samples_in(batch, count)
-                run_batch(model, batch, count)
-                count += 1
+            for at, batch in enumerate(data):
+                # A last batch of a sampler or a filter may be empty: forwards need not be written for that.
+                if inside := samples_in(batch, at):
+                    run_batch(model, batch, at)
+                    samples, count = samples + inside, count + 1
+                # Here and not in front: a generator may have other readers, and is asked for no more than is used.
+                if count == steps:
+                    break
     finally:
         for quantizer in found:
             quantizer.calibrating = False
@@ -92,7 +95,7 @@ def materialized(data: Iterable[Any], most: int | None = None) -> Iterable[Any]:
     there is, a loader, is not loaded: `calibrate` looks at its batches.
 
     Args:
-        data: batches of inputs.
+        data: batches of inputs; those without a sample are left out.
         most: number of batches that are wanted; None: all.
 
     Raises:
@@ -101,17 +104,20 @@ def materialized(data: Iterable[Any], most: int | None = None) -> Iterable[Any]:
     """
     if isinstance(data, Tensor):
         raise ArgumentError("calibration_data is one tensor: give an iterable of batches; [x] for a single one.")
-    if isinstance(data, (str, bytes, Mapping)) or not isinstance(data, Iterable):
+    if isinstance(data, (str, bytes)) or named_fields(data) is not None or not isinstance(data, Iterable):
         raise ArgumentError(f"calibration_data is a {type(data).__name__}: give an iterable of batches, as a loader.")
     if not isinstance(data, (list, tuple, Iterator)):
         if isinstance(data, Sized) and not len(data):
             raise DataError(EMPTY)
         return data
-    found = list(islice(data, most))
+    found: list[Any] = []
+    for at, batch in enumerate(data):
+        if samples_in(batch, at):
+            found.append(batch)
+        if len(found) == most:
+            break
     if not found:
         raise DataError(EMPTY)
-    for at, batch in enumerate(found):
-        samples_in(batch, at)
     return found
 
 
@@ -125,10 +131,10 @@ def samples_in(batch: Any, at: int) -> int:
     Raises:
         DataError: it holds no tensor, or NaN or infinity. The infinity below zero may pass: masks are made of it.
     """
-    tensors = [leaf for leaf in pytree.tree_leaves(batch) if isinstance(leaf, Tensor)]
+    tensors = list(tensors_in(batch))
     if not tensors:
         raise DataError(f"calibration_data: batch {at} is a {type(batch).__name__} without a tensor.")
     for tensor in tensors:
         if tensor.is_floating_point() and not (tensor < math.inf).all():
             raise DataError(f"calibration_data: batch {at} holds NaN or infinity; take that sample out.")
-    return next((len(tensor) for tensor in tensors if tensor.dim()), 1)
+    return sample_count(tensors)

@@ -10,6 +10,7 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from sparsify.errors import DataError, StateError
+from sparsify.model.batches import sample_count
 from sparsify.model.optimizer_hooks import ModelCallback
 from sparsify.model.signature import CallArguments, batch_arguments
 
@@ -120,7 +121,7 @@ class TracingInputs:
                 "run, where there is such an argument)."
             )
         batches = iter(data)
-        first = next(batches, None)
+        first = next((batch for batch in batches if sample_count(batch)), None)
         if first is None:
             raise DataError("calibration_data holds no batch.")
         if batches is data:

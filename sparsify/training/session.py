@@ -119,7 +119,7 @@ class Session:
         self.averages = Averages(self.model, self.masker)
         self.inputs = TracingInputs(
             self.model,
-            None if sample_inputs is None else call_arguments(sample_inputs),
+            None if sample_inputs is None else call_arguments(sample_inputs, self.model),
             calibration_data,
             compiled=is_compiled(model) or is_compiled(self.model),
             forward_comes=forward_comes,
@@ -430,7 +430,7 @@ class Session:
         seen_inputs, seen_outputs = self._seen or (None, None)
         if outputs is None:
             outputs = seen_outputs
-        inputs = seen_inputs if inputs is None else call_arguments(inputs)
+        inputs = seen_inputs if inputs is None else call_arguments(inputs, self.model)
         for active in self._losses:
             loss = active.loss(loss, outputs=outputs, inputs=inputs, labels=labels)
         return loss

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import math
 import warnings
+from collections import UserDict, namedtuple
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -14,6 +17,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.data import DataLoader
 
 import sparsify
 from sparsify import (
@@ -21,12 +25,15 @@ from sparsify import (
     DataError,
     ExportError,
     RecipeError,
+    ScheduledModifierManager,
     SparsifyWarning,
     StateError,
     TargetError,
     export_onnx,
+    loss_profile,
     quantize_model,
     quantize_onnx,
+    verify_onnx,
 )
 from sparsify.quantization.conversion import quantized_layers, quantizers
 from sparsify.quantization.deployment import deployment_copy
@@ -259,6 +266,116 @@ def test_transformers_are_quantized_from_batches_of_named_inputs(tmp_path: Path)
     quantized: Any = written.quantized.model
     assert torch.equal(quantized.head.weight, model.head.weight) and quantized.head.weight is quantized.table.weight
     assert written.verification.ok
+
+
+@dataclasses.dataclass
+class TextBatch:
+    """As a collate function gives it: arguments in any order, labels, and a field that is not filled."""
+
+    mask: Tensor
+    ids: Tensor
+    labels: Tensor | None = None
+
+
+def container(kind: str, parts: dict[str, Any]) -> Any:
+    if kind in ("UserDict", "proxy", "dataclass", "named tuple"):
+        make: Any = {"UserDict": UserDict, "proxy": MappingProxyType}.get(kind, lambda parts: TextBatch(**parts))
+        return namedtuple("Parts", parts)(**parts) if kind == "named tuple" else make(parts)
+    transformers = pytest.importorskip("transformers")
+    if kind == "BatchEncoding":
+        return transformers.BatchEncoding(parts)
+
+    class Output(transformers.utils.ModelOutput):  # type: ignore[misc, name-defined]
+        ids: Tensor | None = None
+        mask: Tensor | None = None
+        labels: Tensor | None = None
+
+    return dataclasses.dataclass(Output)(**parts)
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        *("UserDict", "dataclass"),
+        *(pytest.param(x, marks=pytest.mark.slow) for x in ("proxy", "named tuple", "BatchEncoding", "ModelOutput")),
+    ],
+)
+def test_any_container_of_named_tensors_is_a_batch_everywhere(kind: str) -> None:
+    torch.manual_seed(0)
+    model = Text().eval()
+    parts = [
+        {"ids": torch.randint(0, 50, (8, 12)), "mask": torch.ones(8, 12, dtype=torch.int64), "labels": torch.ones(8)}
+        for _ in range(2)
+    ]
+    batches = [container(kind, part) for part in parts]
+    wanted = quantize_model(model, parts).model.state_dict()
+    found = quantize_model(model, batches, sample_inputs=batches[0]).model.state_dict()
+    assert all(torch.equal(found[name], value) for name, value in wanted.items())
+    losses = loss_profile(model, parts, levels=[0.0, 0.5]).losses
+    assert loss_profile(model, batches, levels=[0.0, 0.5]).losses == losses
+    assert loss_profile(model, batches, lambda output, _: output.square().mean(), levels=[0.0, 0.5]).samples == 16
+    with pytest.raises(ArgumentError, match="give an iterable of batches"):
+        quantize_model(model, batches[0])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["dataclass", "BatchEncoding", "named tuple"])
+def test_containers_reach_files_samples_and_recipes(kind: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = Text().eval()
+    batches = [
+        container(kind, {"ids": torch.randint(0, 50, (8, 12)), "mask": torch.ones(8, 12, dtype=torch.int64)})
+        for _ in range(2)
+    ]
+    written = quantize_onnx(model, tmp_path / "text.onnx", batches)
+    assert verify_onnx(written.quantized.model, written, batches[1])
+    manager = ScheduledModifierManager.from_yaml("modifiers:\n  - !QuantizationModifier\n    start_epoch: 0.0")
+    manager.apply(model, sample_inputs=batches[0], calibration_data=batches)
+    assert is_quantized(model)
+
+
+class Reshaping(nn.Module):
+    """Its forward fails on an empty batch, as many do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.line = nn.Linear(6, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.line(x.reshape(x.shape[0], -1))
+
+
+@pytest.mark.parametrize("order", [(0, 16, 16), (16, 0, 16), (16, 16, 0)])
+def test_an_empty_batch_among_others_changes_nothing(order: tuple[int, ...]) -> None:
+    torch.manual_seed(0)
+    model = Reshaping().eval()
+    batches = [torch.randn(count, 2, 3) for count in order]
+    full = [batch for batch in batches if len(batch)]
+    for data in (batches, iter(batches), DataLoader(batches, batch_size=None)):  # type: ignore[arg-type, type-var]
+        found = quantize_model(model, data, batches=2)
+        assert found.samples == 32
+        wanted = quantize_model(model, full).model.state_dict()
+        assert all(torch.equal(value, wanted[name]) for name, value in found.model.state_dict().items())
+    labelled = [(batch, torch.zeros(len(batch), dtype=torch.int64)) for batch in batches]
+    profile = loss_profile(model, labelled, F.cross_entropy, levels=[0.0, 0.5])
+    assert profile.samples == 32 and math.isfinite(profile.base)
+    manager = ScheduledModifierManager.from_yaml("modifiers:\n  - !QuantizationModifier\n    start_epoch: 0.0")
+    manager.apply(model, calibration_data=batches)
+    assert is_quantized(model)
+
+
+def test_empty_batches_alone_are_no_data(tmp_path: Path) -> None:
+    empty = torch.zeros(0, 2, 3)
+    with pytest.raises(DataError, match="holds no batch"):
+        quantize_model(Reshaping(), [empty])
+    with pytest.raises(DataError, match="holds no batch"):
+        loss_profile(Reshaping(), [empty])
+    with pytest.raises(ArgumentError, match="empty batch"):
+        quantize_model(Reshaping(), [torch.randn(16, 2, 3)], sample_inputs=empty)
+    model = Reshaping().eval()
+    export_onnx(model, torch.randn(2, 2, 3), tmp_path / "x.onnx")
+    with pytest.raises(ArgumentError, match="empty batch, on which nothing can be compared"):
+        verify_onnx(model, tmp_path / "x.onnx", empty)
 
 
 def test_multihead_attention_is_quantized_with_the_rest() -> None:
