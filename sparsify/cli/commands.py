@@ -42,6 +42,8 @@ def run_optimize(arguments: Namespace) -> int:
     from sparsify.optimize.measured_recipe import Measurements, recipe_from_measurements
     from sparsify.optimize.references import called, inputs_of, resolve, torch_model
 
+    if Path(arguments.output).exists() and not arguments.force:
+        raise ArgumentError(f"{arguments.output} is there already; give another --output, or --force to replace it.")
     model, inputs = torch_model(arguments.model), inputs_of(arguments.input)
     settings, training = _pruning_settings(arguments), _original_training(arguments)
     if inputs is None and (arguments.measure or arguments.goal_ms is not None):

@@ -97,6 +97,7 @@ def _parser() -> ArgumentParser:
     )
     model(made)
     made.add_argument("--output", default="recipe.yaml", metavar="FILE")
+    made.add_argument("--force", action="store_true", help="replaces a recipe that is there already")
     made.add_argument("--html", metavar="FILE", help="the Optimize screen: a page to change it by hand")
     made.add_argument("--level", type=float, help="how much, 0 to 1; 0.5 where nothing is said")
     made.add_argument("--preset", help="a kind of goal, by its name")

@@ -269,7 +269,7 @@ def _rates(
         cites = {"learning_rate": fixed or base, "init_lr": first}
         found = {place: getattr(modifier, place, None) for place in cites}
         steps = getattr(modifier, "lr_kwargs", {}).get("step_size")
-        cites["lr_kwargs.step_size"] = f"down to a tenth of {original.final_lr:g} by the end of fine-tuning"
+        cites["lr_kwargs.step_size"] = f"down to a tenth of {original.lowest_lr:g} by the end of fine-tuning"
         for place, value in (found | {"lr_kwargs.step_size": steps}).items():
             if value is not None and cites[place]:
                 draft.because[cited(type(modifier).__name__, place, value)] = cites[place]

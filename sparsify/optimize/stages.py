@@ -64,7 +64,8 @@ class OriginalTraining:
     Attributes:
         epochs: more than 1, generally 20 or more.
         initial_lr: the highest learning rate, above 0 and below 1; None: learning rates are left to the training loop.
-        final_lr: the lowest, above 0 and below `initial_lr`; None where `initial_lr` is.
+        final_lr: the lowest, 0 or more and below `initial_lr`; None where `initial_lr` is. 0, where a cosine or a line
+            ended, counts as a hundredth of `initial_lr` where a schedule has to start from it or falls by factors.
         optimizer: the name of its class.
 
     Raises:
@@ -93,10 +94,10 @@ class OriginalTraining:
             initial, final = _written_number("initial_lr", self.initial_lr), _written_number("final_lr", self.final_lr)
             if not 0 < initial < 1:
                 raise ArgumentError(f"initial_lr: {self.initial_lr!r} lies not between 0 and 1; give the highest rate.")
-            if not 0 < final < initial:
+            if not 0 <= final < initial:
                 raise ArgumentError(
                     f"final_lr: {self.final_lr!r} lies not between 0 and initial_lr {self.initial_lr!r}; give the "
-                    "lowest rate that still trained, like a hundredth of the initial one."
+                    "rate at the end, like a hundredth of the initial one, or 0."
                 )
         known = (*PLAIN, *ADAPTIVE)
         if not isinstance(self.optimizer, str) or self.optimizer.lower() not in {name.lower() for name in known}:
@@ -121,6 +122,13 @@ class OriginalTraining:
         if self.initial_lr is None or self.final_lr is None:
             return None
         return _neat((self.initial_lr + self.final_lr) / 2)
+
+    @property
+    def lowest_lr(self) -> float | None:
+        """The final rate; a hundredth of the initial one where that is 0."""
+        if self.initial_lr is None or self.final_lr is None:
+            return None
+        return self.final_lr or _neat(0.01 * self.initial_lr)
 
     @property
     def _pruning(self) -> int:
@@ -163,8 +171,9 @@ def learning_rates(
 
     (initial + final) / 2 is set up to the end of pruning, after a linear rise in stabilization for adaptive optimizers,
     whose averages are still empty then. Fine-tuning starts with a quarter of it, or with all of it where nothing is
-    pruned first, and falls to a tenth of the final rate, or what the steps leave of it. Quantization restarts at the
-    final rate, but not above 2.5 times where fine-tuning ended, and falls to a tenth of that.
+    pruned first, and falls to a tenth of the final rate, or what the steps leave of it: never lower. Quantization
+    restarts at the final rate, but not above 2.5 times where fine-tuning ended, and falls to a tenth of that. A final
+    rate of 0 counts as a hundredth of the initial one; where the last stage moves in a line or a cosine, that ends at 0.
 
     Args:
         training: with learning rates.
@@ -181,7 +190,7 @@ def learning_rates(
     (0.0505, 0.012625, {'step_size': 6, 'gamma': 0.25})
     """
     check_schedule(schedule)
-    base, final = training.base_lr, training.final_lr
+    base, final = training.base_lr, training.lowest_lr
     if base is None or final is None:
         raise ArgumentError("training: it has no learning rates; give OriginalTraining(epochs, initial_lr, final_lr).")
     chosen = schedule or ("linear" if training.adaptive else "step")
@@ -193,14 +202,15 @@ def learning_rates(
             found.append(_moving("linear", warm, 0.1 * base, base))
         start = warm.end if training.adaptive and warm is not None else 0.0
         found.append(SetLearningRateModifier(start_epoch=start, learning_rate=base))
-    ended = math.inf
+    ended, to_zero = math.inf, training.final_lr == 0
     if (stage := by_name.get("fine-tuning")) is not None:
         init = _neat(FACTOR * base) if "pruning" in by_name else base
-        fall, ended = _falling_rates(chosen, stage, init, 0.1 * final)
+        floor = 0.0 if to_zero and chosen in ("cosine", "linear") and "quantization" not in by_name else 0.1 * final
+        fall, ended = _falling_rates(chosen, stage, init, floor)
         found.append(fall)
     if (stage := by_name.get("quantization")) is not None:
         first = min(final, RISE * ended)
-        found.append(_moving("linear", stage, first, 0.1 * first))
+        found.append(_moving("linear", stage, first, 0.0 if to_zero else 0.1 * first))
     return found
 
 
@@ -218,7 +228,8 @@ def _falling_rates(
 ) -> tuple[Modifier, float]:
     """From `init` toward `floor` within a stage, and the learning rate that it ends with.
 
-    step: n = ln(floor / init) / ln(1/4) steps fit, one every max(1, floor((epochs - 1) / n)) epochs.
+    step: n = ln(floor / init) / ln(1/4) steps fit, one every max(1, floor((epochs - 1) / n)) epochs. Where these are
+    more than n, each is smaller.
     """
     start, epochs = stage.start, stage.epochs
     if schedule == "set":
@@ -229,9 +240,9 @@ def _falling_rates(
     if schedule == "step":
         steps = math.log(floor / init) / math.log(FACTOR)
         size = max(1, math.floor((epochs - 1) / steps))
-        kwargs, name = {"step_size": size, "gamma": FACTOR}, "StepLR"
         drops = math.ceil(epochs / size) - 1
-        last = init * FACTOR**drops
+        gamma = FACTOR if drops <= steps else _neat((floor / init) ** (1 / drops))
+        kwargs, name, last = {"step_size": size, "gamma": gamma}, "StepLR", init * gamma**drops
     elif schedule == "multi-step":
         milestones = sorted({start + math.ceil(epochs * share) for share in (0.5, 0.75)})
         # A stage of one epoch ends where its first drop would be.

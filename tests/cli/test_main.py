@@ -101,7 +101,7 @@ def test_optimize_writes_a_recipe_that_fits(capsys: pytest.CaptureFixture[str]) 
 
 
 def test_optimize_with_measurements(capsys: pytest.CaptureFixture[str]) -> None:
-    words = "optimize shop:build --input 2x3x8x8 --sparsity 0.7 --balance 0.5 --override 4=0.5 --measure"
+    words = "optimize shop:build --input 2x3x8x8 --sparsity 0.7 --balance 0.5 --override 4=0.5 --measure --force"
     text = said(f"{words} --data shop:batches --loss torch.nn.functional:cross_entropy --no-quantize", capsys)
     assert "recipe.yaml" in text
     made = Recipe.load("recipe.yaml")
@@ -110,7 +110,7 @@ def test_optimize_with_measurements(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_a_page_beside_a_recipe_of_channels_is_said_to_differ(capsys: pytest.CaptureFixture[str]) -> None:
-    words = "optimize shop:build --input 2x3x8x8 --structured --sparsity 0.5 --html page.html"
+    words = "optimize shop:build --input 2x3x8x8 --structured --sparsity 0.5 --html page.html --force"
     assert main(words.split()) == FINE
     assert "moves single weights, while the recipe removes channels" in capsys.readouterr().err
 
@@ -206,6 +206,7 @@ def test_a_checkpoint_of_a_recipe_is_exported(capsys: pytest.CaptureFixture[str]
         ("analyze nothing.onnx", "nothing.onnx: there is no such file"),
         ("optimize shop:build --sparsity 0.5 --goal-ms 3 --output m.onnx", "--goal-ms says how much goes"),
         ("optimize shop:build --sparsity 85 --output m.onnx", "did you mean 0.85"),
+        ("optimize shop:build", "recipe.yaml is there already; give another --output, or --force"),
         ("optimize shop:build --initial-lr 0.1 --output m.onnx", "belong to an original training"),
         ("optimize shop:build --measure --output m.onnx", "--measure and --goal-ms run the model: give --input"),
         ("optimize shop:build --html p.html --output m.onnx", "--html shows what layers compute: give --input"),

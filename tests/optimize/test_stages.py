@@ -67,7 +67,7 @@ def test_the_learning_rates_of_the_documented_example() -> None:
         ({"epochs": 90, "initial_lr": 0.0, "final_lr": 0.0}, "initial_lr: 0.0 lies not between"),
         ({"epochs": 90, "initial_lr": math.nan, "final_lr": 0.1}, "initial_lr: nan"),
         ({"epochs": 90, "initial_lr": 0.1, "final_lr": 0.1}, "final_lr: 0.1 lies not between 0 and initial_lr 0.1"),
-        ({"epochs": 90, "initial_lr": 0.1, "final_lr": 0.0}, "final_lr: 0.0 lies not"),
+        ({"epochs": 90, "initial_lr": 0.1, "final_lr": -0.1}, "final_lr: -0.1 lies not"),
         ({"epochs": 90, "initial_lr": 0.1}, "one alone is no range"),
         ({"epochs": 90, "final_lr": 0.1}, "one alone is no range"),
         ({"epochs": 90, "optimizer": "Adma"}, "optimizer: 'Adma' is not known. Did you mean 'Adam"),
@@ -105,13 +105,46 @@ def test_rates_fall_and_do_not_jump(schedule: Any, epochs: int, optimizer: str, 
     inside = rates[int(end.start) * 10 : int(end.end) * 10]
     assert inside[0] == pytest.approx(0.012625)
     assert all(after <= before for before, after in pairwise(inside))
-    if schedule != "set" and epochs >= 90:
+    if schedule != "set":
         # Half an epoch before the end, where those that move in steps have made their last.
-        assert 0.9e-4 <= inside[-5] <= 1e-3
+        assert 0.99e-4 <= inside[-5] <= (1e-3 if epochs >= 90 else math.inf)
     if quantize:
         first = rates[int(end.end) * 10]
         assert first <= 0.001
         assert rates[-1] == pytest.approx(first / 10, rel=1e-4)
+
+
+@pytest.mark.parametrize("epochs", range(8, 121))
+def test_steps_end_no_lower_than_they_say(epochs: int) -> None:
+    """A tenth of the final rate, or up to four times that: each step is a quarter, or less where there are many."""
+    training = OriginalTraining(epochs, 0.1, 0.001)
+    fall = learning_rates(training)[-1]
+    assert isinstance(fall, LearningRateModifier)
+    drops = math.ceil((fall.end_epoch - fall.start_epoch) / fall.lr_kwargs["step_size"]) - 1
+    last = 0.012625 * fall.lr_kwargs["gamma"] ** drops
+    assert 0.999e-4 <= last
+    if fall.end_epoch - fall.start_epoch >= 5:
+        assert last <= 4.1e-4
+
+
+def test_thirty_epochs_end_where_the_recipe_says() -> None:
+    fall = learning_rates(OriginalTraining(30, 0.1, 0.001))[-1]
+    assert isinstance(fall, LearningRateModifier) and fall.lr_kwargs["step_size"] == 1
+    assert 0.012625 * fall.lr_kwargs["gamma"] ** 6 == pytest.approx(1e-4, rel=1e-4)
+
+
+@pytest.mark.parametrize("quantize", [False, True])
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_a_final_rate_of_zero(schedule: Any, quantize: bool) -> None:
+    training = OriginalTraining(90, 0.1, 0.0)
+    stages = training.stages(quantize=quantize)
+    made = learning_rates(training, schedule, stages)
+    assert isinstance(made[0], SetLearningRateModifier) and made[0].learning_rate == 0.05
+    last = made[-1]
+    if isinstance(last, LearningRateFunctionModifier):
+        assert last.final_lr == 0.0 and 0 < last.init_lr <= 0.0125
+    if quantize:
+        assert isinstance(last, LearningRateFunctionModifier) and last.start_epoch == stages[-1].start
 
 
 def test_a_schedule_fits_the_optimizer_unless_it_is_named() -> None:
