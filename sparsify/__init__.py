@@ -12,6 +12,7 @@ from sparsify.errors import *
 from sparsify.modifiers import *
 from sparsify.onnx.benchmark import *
 from sparsify.onnx.export import *
+from sparsify.onnx.packing import *
 from sparsify.onnx.verify import *
 from sparsify.pruning.shrinking import *
 from sparsify.recipe import *
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _AT_ONCE = ["errors", "modifiers", "recipe", "training.manager", "training.phases", "pruning.shrinking"]
-_AT_ONCE += ["training.saved_model", "onnx.export", "onnx.verify", "onnx.benchmark"]
+_AT_ONCE += ["training.saved_model", "onnx.export", "onnx.verify", "onnx.benchmark", "onnx.packing"]
 _LATER = ["oneshot", "analysis", "optimize", "experiments"]
 
 

@@ -218,8 +218,23 @@ def run_export(arguments: Namespace) -> int:
     from sparsify.optimize.references import inputs_of
 
     inputs = inputs_of(arguments.input)
-    found = export_onnx(_trained(arguments), inputs, arguments.output, opset=arguments.opset)
+    found = export_onnx(_trained(arguments), inputs, arguments.output, opset=arguments.opset, packed=arguments.packed)
     _say(arguments, lambda: json.dumps(plain(found), indent=2), lambda: str(found))
+    return FINE
+
+
+def run_pack(arguments: Namespace) -> int:
+    from sparsify.onnx.packing import pack_onnx
+
+    found = pack_onnx(arguments.file, arguments.output, exact_unoptimized=not arguments.no_exact_unoptimized)
+    _say(arguments, lambda: json.dumps(plain(found), indent=2), lambda: str(found))
+    return FINE
+
+
+def run_unpack(arguments: Namespace) -> int:
+    from sparsify.onnx.packing import unpack_onnx
+
+    print(f"written to {unpack_onnx(arguments.file, arguments.output)}")
     return FINE
 
 

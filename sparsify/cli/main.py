@@ -173,4 +173,18 @@ def _parser() -> ArgumentParser:
     trained(made)
     made.add_argument("--output", required=True, metavar="FILE")
     made.add_argument("--opset", type=int)
+    made.add_argument("--packed", action="store_true", help="zeros and palettes stored as such, as `pack` does")
+
+    made = command("pack", commands.run_pack, "An ONNX file in fewer bytes, with the same outputs to the bit.")
+    made.add_argument("file", help="an ONNX file")
+    made.add_argument("--output", required=True, metavar="FILE")
+    made.add_argument(
+        "--no-exact-unoptimized",
+        action="store_true",
+        help="float weights of products too: without onnxruntime's optimizations the last bits of outputs differ then",
+    )
+    as_json(made)
+    made = command("unpack", commands.run_unpack, "The plain file that a packed one was made of.")
+    made.add_argument("file", help="a packed ONNX file")
+    made.add_argument("--output", required=True, metavar="FILE")
     return parser

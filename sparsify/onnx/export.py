@@ -25,7 +25,9 @@ from sparsify.model.signature import InputsLike, SampleInputs, check_module, nam
 from sparsify.model.wrappers import clean_name, unwrapped
 from sparsify.onnx.exported import ExportedModel, bytes_text, exported_model
 from sparsify.onnx.exporter import exact_constants, kept_registry
+from sparsify.onnx.model_files import MOST_BYTES
 from sparsify.onnx.names import checked_output_names, name_values, with_input_names
+from sparsify.onnx.packing import pack_onnx
 from sparsify.onnx.runtime import FILE_WEIGHTS
 from sparsify.onnx.written_values import compare_written
 from sparsify.output.files import replacing
@@ -41,8 +43,6 @@ __all__ = ["export_onnx", "floating_layers"]
 DEFAULT_OPSET = 20
 """Opset that the exporter writes without converting versions, and that most runtimes in use can read."""
 OPSETS = range(18, 24)
-MOST_BYTES = int(1.8 * 2**30)
-"""Bytes in one file: protobuf ends at 2 GiB."""
 
 
 def export_onnx(
@@ -54,6 +54,7 @@ def export_onnx(
     dynamic_batch: bool = True,
     input_names: Sequence[str] | None = None,
     output_names: Sequence[str] | None = None,
+    packed: bool = False,
 ) -> ExportedModel:
     """Writes `model`, in eval mode, to one ONNX file at `path`, and says what is in it.
 
@@ -72,6 +73,8 @@ def export_onnx(
             runs; False fixes it.
         input_names, output_names: instead of the names of the parameters of `forward` and of the keys of the output
             ("output" for a tensor, "output_0", "output_1", ... for a tuple).
+        packed: True stores zeros and palettes as such, as `pack_onnx` does: the file is smaller, computes the same in
+            the same time, and takes longer to load.
 
     Raises:
         ExportError: the model cannot be exported (the message says where), is larger than 1.8 GiB, or the file would
@@ -104,7 +107,13 @@ def export_onnx(
         proto = _model_proto(model, call, opset, dynamic_batch, output_names)
         content = proto.SerializeToString()
         temporary.write_bytes(content)
-    return exported_model(Path(path), proto, opset, len(content), unquantized(model))
+        size, plain_bytes = len(content), None
+        if packed:
+            names = [value.name for value in proto.graph.input]
+            arrays = [tensor.detach().cpu().numpy() for tensor in call.inputs.values()]
+            found = pack_onnx(temporary, temporary, inputs=dict(zip(names, arrays, strict=True)))
+            size, plain_bytes = found.size_bytes, found.plain_bytes
+    return exported_model(Path(path), proto, opset, size, unquantized(model), plain_bytes)
 
 
 def without_adapters(model: nn.Module, *, say: bool = True) -> nn.Module:

@@ -36,6 +36,8 @@ class ExportedModel(os.PathLike[str]):
     """Bytes of stored values by their type."""
     reasons: Mapping[str, str] = field(default_factory=dict)
     """Why in float, by name of the node, where the model was quantized and it is known."""
+    plain_bytes: int | None = None
+    """The size before packing, of a packed file; None for a plain one."""
 
     @cached_property
     def gzip_bytes(self) -> int:
@@ -60,8 +62,11 @@ class ExportedModel(os.PathLike[str]):
     def __str__(self) -> str:
         kinds = ", ".join(f"{kind} {bytes_text(size)}" for kind, size in sorted(self.initializers.items()))
         integer, floating = len(self.quantized), len(self.floating)
+        size = bytes_text(self.size_bytes)
+        if self.plain_bytes is not None:
+            size += f" (packed from {bytes_text(self.plain_bytes)})"
         lines = [
-            f"{self.path}: opset {self.opset}, {bytes_text(self.size_bytes)}, gzipped {bytes_text(self.gzip_bytes)}",
+            f"{self.path}: opset {self.opset}, {size}, gzipped {bytes_text(self.gzip_bytes)}",
             f"  inputs: {_signature_text(self.inputs)}; outputs: {_signature_text(self.outputs)}",
             f"  layers with integer weights: {integer}, in float: {floating}; stored values: {kinds}",
         ]
@@ -90,8 +95,13 @@ def _reason_in_float(node: str, left: Mapping[str, str]) -> str | None:
     return left[max(found, key=len)] if found else None
 
 
-def exported_model(path: Path, proto: ModelProto, opset: int, size: int, left: Mapping[str, str]) -> ExportedModel:
-    """Summary of a model that was written to `path`, `size` bytes long; `left`: reasons by what stayed in float."""
+def exported_model(
+    path: Path, proto: ModelProto, opset: int, size: int, left: Mapping[str, str], plain_bytes: int | None = None
+) -> ExportedModel:
+    """Summary of a model that was written to `path`, `size` bytes long, packed where `plain_bytes` is given.
+
+    `left`: reasons by what stayed in float.
+    """
     from onnx import TensorProto, numpy_helper
 
     from sparsify.onnx.graph import STORAGE, GraphView
@@ -130,6 +140,7 @@ def exported_model(path: Path, proto: ModelProto, opset: int, size: int, left: M
         floating=tuple(floating),
         initializers=dict(sizes),
         reasons={name: why for name in floating if (why := _reason_in_float(name, left)) is not None},
+        plain_bytes=plain_bytes,
     )
 
 

@@ -33,13 +33,15 @@ EXACT_PRODUCTS = "session.x64quantprecision"
 
 
 def read_model(path: str | os.PathLike[str]) -> ModelProto:
-    """The parsed and checked model in a file.
+    """The parsed and checked model in a file; the weights of a packed file stand in it as in the plain one.
 
     Raises:
         DataFileError: the file is missing or unreadable.
         DataError: it is not an ONNX model, or a broken one, or its weights lie in files outside its folder.
     """
     import onnx
+
+    from sparsify.onnx.rebuilt_weights import rebuild_weights
 
     file = _existing(path)
     try:
@@ -61,6 +63,7 @@ def read_model(path: str | os.PathLike[str]) -> ModelProto:
         onnx.checker.check_model(str(file) if _external(model) else content)
     except Exception as error:
         raise _broken(file, first_line(error)) from error
+    rebuild_weights(model, file.resolve().parent)
     return model
 
 
