@@ -229,7 +229,7 @@ def _pack_graph(
             if form.positions == "sparse":
                 yield _made_sparse(graph, tensor, counted, values), index
             else:
-                yield _added(before, tensor.name, tensor, counted, form, values), index
+                yield _rebuilt_by_nodes(before, tensor.name, tensor, counted, form, values), index
             gone.append(index)
     nodes: list[NodeProto] = []
     for node in graph.node:
@@ -243,7 +243,7 @@ def _pack_graph(
             continue
         counted, form, values = found
         place = Rebuilding(names)
-        yield _added(place, name, held, counted, form, values), -1
+        yield _rebuilt_by_nodes(place, name, held, counted, form, values), -1
         place.nodes[-1].name = node.name
         nodes += place.nodes
         before.initializers += place.initializers
@@ -280,7 +280,7 @@ def _smaller(
     return None if form.plain else (counted, form, values)
 
 
-def _added(
+def _rebuilt_by_nodes(
     rebuilding: Rebuilding,
     name: str,
     tensor: TensorProto,
