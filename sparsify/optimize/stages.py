@@ -173,7 +173,7 @@ def learning_rates(
     whose averages are still empty then. Fine-tuning starts with a quarter of it, or with all of it where nothing is
     pruned first, and falls to a tenth of the final rate, or what the steps leave of it: never lower. Quantization
     restarts at the final rate, but not above 2.5 times where fine-tuning ended, and falls to a tenth of that. A final
-    rate of 0 counts as a hundredth of the initial one; where the last stage moves in a line or a cosine, that ends at 0.
+    rate of 0 counts as a hundredth of the initial one; a last stage that moves in a line or a cosine ends at 0.
 
     Args:
         training: with learning rates.

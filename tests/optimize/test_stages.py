@@ -122,7 +122,7 @@ def test_steps_end_no_lower_than_they_say(epochs: int) -> None:
     assert isinstance(fall, LearningRateModifier)
     drops = math.ceil((fall.end_epoch - fall.start_epoch) / fall.lr_kwargs["step_size"]) - 1
     last = 0.012625 * fall.lr_kwargs["gamma"] ** drops
-    assert 0.999e-4 <= last
+    assert last >= 0.999e-4
     if fall.end_epoch - fall.start_epoch >= 5:
         assert last <= 4.1e-4
 
