@@ -28,6 +28,7 @@ from sparsify.oneshot.pair_errors import PairErrors, SeenBetween, watch_between
 from sparsify.quantization.folding import norm_factor
 from sparsify.quantization.plan import QuantizationPlan
 from sparsify.quantization.weight_grid import bias_of, weight_of
+from sparsify.quantization.weight_readers import WeightReaders
 
 __all__: list[str] = []
 
@@ -68,14 +69,17 @@ def neighbours(model: nn.Module, trace: Trace, folds: Mapping[str, str]) -> tupl
         for parameter in module._parameters.values():
             if parameter is not None:
                 owners[id(parameter)] += 1
+    read = WeightReaders(modules, trace).read
     found = []
 
     def is_free(name: str) -> bool:
-        """True for a plain layer, called once, that shares no parameter."""
+        """True for a plain layer, called once, that shares no parameter, and of which nobody else reads one."""
         module = modules.get(name)
         own = [] if module is None else [p for p in module._parameters.values() if p is not None]
         plain = type(module) in _WEIGHTED_KINDS or name in folds.values()
-        return plain and trace.calls.get(name) == 1 and bool(own) and all(owners[id(p)] == 1 for p in own)
+        if not plain or name in read or trace.calls.get(name) != 1:
+            return False
+        return bool(own) and all(owners[id(p)] == 1 for p in own)
 
     for node in trace.nodes:
         if node.kind not in ("conv", "linear") or not node.inputs or not is_free(node.owner):

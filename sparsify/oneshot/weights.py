@@ -79,7 +79,9 @@ class WeightRounding:
         # others.
         special = [layer.name for layer in plan.layers if layer.block or layer.learned or layer.affine]
         usual = [layer.name for layer in plan.layers if layer.q_max and layer.name not in special]
-        found = [name for name in usual if has_data and can_round(name)]
+        # Others read the weight as it is, or compute in the place of the layer, where nobody sees what it reads.
+        read = {each.layer for each in plan.reads}
+        found = [name for name in usual if has_data and name not in read and can_round(name)]
         order = {node.owner: at for at, node in reversed(list(enumerate(traced.nodes)))}
         self.names = sorted(found, key=lambda name: order.get(name, 0))
 

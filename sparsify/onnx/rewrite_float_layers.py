@@ -26,7 +26,11 @@ def keep_float_layers(model: ModelProto) -> None:
     """
     graph = Graph(model)
     for node in list(model.graph.node):
-        if node.op_type not in LAYERS or not _reads_integers(graph.view, node) or not _in_float(graph.view, node):
+        if (
+            node.op_type not in LAYERS
+            or not _reads_integers(graph.view, node)
+            or not _has_float_operand(graph.view, node)
+        ):
             continue
         if not _is_quantized_behind(graph.view, node):
             continue
@@ -60,7 +64,7 @@ def _reads_integers(view: GraphView, node: NodeProto) -> bool:
     return source is not None and source.op_type == "DequantizeLinear" and source.input[0] not in view.initializers
 
 
-def _in_float(view: GraphView, node: NodeProto) -> bool:
+def _has_float_operand(view: GraphView, node: NodeProto) -> bool:
     """True if its weight is a constant in float; or its bias is, beside a weight of integers."""
     if has_float_weight(view, node):
         # A MatMul alone is left as it is.

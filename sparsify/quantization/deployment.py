@@ -19,6 +19,7 @@ from sparsify.model.wrappers import unwrapped
 from sparsify.quantization.attention import QuantizedMultiheadAttention, QuantizedProjection
 from sparsify.quantization.conversion import original_type, quantized_layers, quantizers
 from sparsify.quantization.fake_quantize import FakeQuantize
+from sparsify.quantization.folding import own_integers
 from sparsify.quantization.forward_ops import WatchedLayer, WatchedNorm, watching_class
 from sparsify.quantization.layers import (
     NORMS,
@@ -51,19 +52,23 @@ class DeployedLayer(QuantizedLayer):
 
     def __getattr__(self, name: str) -> Any:
         # `weight` and `bias` are the integers in float. Also for models that look at a layer's weight in forward:
-        # transformers' ViT and T5 ask for its dtype.
-        buffers = self.__dict__["_buffers"]
-        if name == "weight":
-            return _weight(buffers, self._wiring.axis, self._wiring.block)
-        if name == "bias":
-            if "bias_int32" not in buffers:
-                return buffers.get("float_bias")
-            scale = buffers["bias_scale"]
-            return dequantize(buffers["bias_int32"], scale, None if scale.dim() == 0 else 0)
-        return super().__getattr__(name)
+        # transformers' ViT and T5 ask for its dtype. Where a forward computes with them they are the parameters.
+        if name not in ("weight", "bias"):
+            return super().__getattr__(name)
+        if self._wiring.read:
+            return self.__dict__["_parameters"].get(name)
+        return self._weights()[name == "bias"]
 
     def _weights(self) -> tuple[Tensor, Tensor | None]:
-        return self.weight, self.bias
+        buffers = cast(Any, self.__dict__["_buffers"])
+        bias = buffers.get("float_bias")
+        if "bias_int32" in buffers:
+            scale = buffers["bias_scale"]
+            bias = dequantize(buffers["bias_int32"], scale, None if scale.dim() == 0 else 0)
+        return _weight(buffers, self._wiring.axis, self._wiring.block), bias
+
+    def rounded_weight(self) -> Tensor:
+        return _own_weight(self)
 
 
 class DeployedLinear(DeployedLayer, QuantizedLinear):
@@ -106,9 +111,11 @@ class DeployedEmbedding(QuantizedEmbedding):
 
     def __getattr__(self, name: str) -> Any:
         if name == "weight":
-            buffers = self.__dict__["_buffers"]
-            return _weight(buffers, None if buffers["weight_scale"].dim() == 0 else 0)
+            return self.__dict__["_parameters"]["weight"] if self._wiring.read else self.rounded_weight()
         return super().__getattr__(name)
+
+    def rounded_weight(self) -> Tensor:
+        return _own_weight(self)
 
     def forward(self, input: Tensor) -> Tensor:
         buffers = cast(Any, self._buffers)
@@ -190,8 +197,11 @@ def deployment_copy(model: nn.Module) -> nn.Module:
     deployed = copy.deepcopy(unwrapped(model)).eval()
     # First all integers: a layer is made of its BatchNorm and of the quantizer before it.
     integers = {layer: layer.deployed_integers() for layer in deployed.modules() if _holds_integers(layer)}
+    own = {layer: own_integers(layer) for layer in integers if wiring_of(layer).read and wiring_of(layer).norm}
     for layer, found in integers.items():
         _store_integers(layer, found)
+        if layer in own:
+            _store_weight(layer, own[layer], OWN)
         _deploy_class(layer)
     for module in deployed.modules():
         if isinstance(module, FakeQuantize):
@@ -199,7 +209,7 @@ def deployment_copy(model: nn.Module) -> nn.Module:
         elif isinstance(module, QuantizedMultiheadAttention):
             # Its layers have them as integers.
             module._parameters.update(dict.fromkeys(module._parameters))
-        elif type(module) in NORMS.values() and wiring_of(module).layer is not None:
+        elif type(module) in NORMS.values() and wiring_of(module).layer is not None and not wiring_of(module).read:
             _clear(module)
     return deployed
 
@@ -232,15 +242,12 @@ def _store_integers(layer: Converted, found: DeployedIntegers) -> None:
     wiring, axis = wiring_of(layer), found.axis
     if isinstance(layer, QuantizedNorm):
         _clear(layer)
-    else:
+    elif not wiring.read:
         for name in ("weight", "bias"):
             layer._parameters.pop(name, None)
     layer._modules.pop(WEIGHT_STEP, None)
-    buffers: dict[str, Tensor | None] = {"weight_int8": found.weight, "weight_scale": found.scale}
-    if found.zero_point is not None:
-        zero = widened(found.zero_point, found.weight, axis, wiring.block)
-        stored = (found.weight + zero).to(torch.uint8)
-        buffers = {"weight_uint8": stored, "weight_scale": found.scale, "weight_zero_point": found.zero_point}
+    _store_weight(layer, found)
+    buffers: dict[str, Tensor | None] = {}
     if not isinstance(layer, QuantizedEmbedding):
         wiring.axis = axis
         if found.bias is not None:
@@ -249,6 +256,17 @@ def _store_integers(layer: Converted, found: DeployedIntegers) -> None:
             buffers.update(float_bias=found.float_bias)
     for name, value in buffers.items():
         layer.register_buffer(name, value)
+
+
+def _store_weight(layer: Converted, found: DeployedIntegers, prefix: str = "weight") -> None:
+    """The integers and scales of a weight, in buffers of the layer."""
+    if found.zero_point is None:
+        layer.register_buffer(f"{prefix}_int8", found.weight)
+    else:
+        zero = widened(found.zero_point, found.weight, found.axis, wiring_of(layer).block)
+        layer.register_buffer(f"{prefix}_uint8", (found.weight + zero).to(torch.uint8))
+        layer.register_buffer(f"{prefix}_zero_point", found.zero_point)
+    layer.register_buffer(f"{prefix}_scale", found.scale)
 
 
 def _deploy_class(layer: Converted) -> None:
@@ -280,10 +298,23 @@ def _clear(norm: nn.Module) -> None:
         values.update(dict.fromkeys(values))
 
 
-def _weight(buffers: Mapping[str, Tensor], axis: int | None, block: int = 0) -> Tensor:
-    zero = buffers.get("weight_zero_point")
-    stored = buffers["weight_int8"] if zero is None else buffers["weight_uint8"]
-    return dequantize(stored, buffers["weight_scale"], axis, block, zero)
+OWN = "own_weight"
+"""Buffers beside those of the weight: the weight without the BatchNorm that is folded, for others who read it."""
+
+
+def _weight(buffers: Mapping[str, Tensor], axis: int | None, block: int = 0, prefix: str = "weight") -> Tensor:
+    zero = buffers.get(f"{prefix}_zero_point")
+    stored = buffers[f"{prefix}_int8"] if zero is None else buffers[f"{prefix}_uint8"]
+    return dequantize(stored, buffers[f"{prefix}_scale"], axis, block, zero)
+
+
+def _own_weight(layer: Converted) -> Tensor:
+    """The weight of a deployed layer on its own grid."""
+    buffers: Any = layer.__dict__["_buffers"]
+    prefix = OWN if f"{OWN}_scale" in buffers else "weight"
+    wiring = wiring_of(layer)
+    axis = 0 if isinstance(layer, QuantizedEmbedding) else wiring.axis
+    return _weight(buffers, None if buffers[f"{prefix}_scale"].dim() == 0 else axis, wiring.block, prefix)
 
 
 def opsets(model: nn.Module) -> tuple[int, int]:

@@ -8,7 +8,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from sparsify.quantization.fake_quantize import FakeQuantize
 from sparsify.quantization.straight_through import replaced
-from sparsify.quantization.weight_grid import bias_of, channel_axis, on_own_grid, weight_of, widened
+from sparsify.quantization.weight_grid import bias_of, channel_axis, fake_layer_weight, on_own_grid, weight_of, widened
 from sparsify.quantization.wiring import Converted, DeployedIntegers, wiring_of
 
 __all__: list[str] = []
@@ -71,6 +71,32 @@ def table_integers(embedding: Converted) -> DeployedIntegers:
     if zero is not None:
         zero = zero.reshape(scale.shape).to(torch.uint8)
     return DeployedIntegers(q.to(torch.int8 if zero is None else torch.int16), scale, axis, None, scale, None, zero)
+
+
+def own_integers(layer: Converted) -> DeployedIntegers:
+    """As `deployed_integers` of the layer, without its BatchNorm: for others who read its weight."""
+    wiring = wiring_of(layer)
+    norm, wiring.norm = wiring.norm, None
+    try:
+        return layer.deployed_integers()
+    finally:
+        wiring.norm = norm
+
+
+def own_weight(layer: Converted) -> Tensor:
+    """The weight of a layer on its own grid: fake-quantized; in eval mode the integers that are deployed, in float."""
+    wiring, own = wiring_of(layer), weight_of(layer)
+    if not wiring.rounds:
+        return own
+    if layer.training:
+        return fake_layer_weight(layer)
+    weight = _rounded_values(own_integers(layer), wiring.block).to(own.dtype)
+    return replaced(own, weight) if torch.is_grad_enabled() and own.requires_grad else weight
+
+
+def _rounded_values(whole: DeployedIntegers, block: int) -> Tensor:
+    """The integers of a weight, each times its scale."""
+    return whole.weight.float() * widened(whole.scale, whole.weight, whole.axis, block)
 
 
 def _own_bias(layer: Converted) -> Tensor | None:
@@ -148,9 +174,8 @@ def folded(layer: Converted) -> tuple[Tensor, Tensor | None]:
     if not wiring.rounds:
         return _folded_float(layer)
     whole = layer.deployed_integers()
-    scale = widened(whole.scale, whole.weight, whole.axis, wiring.block)
     dtype = _dtype(layer)
-    weight = (whole.weight.float() * scale).to(dtype)
+    weight = _rounded_values(whole, wiring.block).to(dtype)
     bias = whole.float_bias
     if whole.bias is not None:
         bias = whole.bias.float() * whole.bias_scale

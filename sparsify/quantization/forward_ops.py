@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from sparsify.errors import SparsifyWarning
 from sparsify.model.targets import named_modules
 from sparsify.model.trace import is_idle, is_image_mean
-from sparsify.quantization import attention_products
+from sparsify.quantization import attention_products, read_weights
 from sparsify.quantization.attention_products import MATMUL
 from sparsify.quantization.calling_places import calling_place
 from sparsify.quantization.conversion import convert_, is_norm_and_more, is_weighted
@@ -95,6 +95,8 @@ class Watched(Converted):
     """The quantizers of operations that training did not come to so far; these are in float."""
     _form: type[Watched]
     """What it is made of besides the user's class."""
+    _reads: tuple[Converted, ...] = ()
+    """Other layers, whose weights its forward reads."""
     _off: bool = False
     """Whether the trace and the calls disagreed: everything in float since."""
 
@@ -272,7 +274,15 @@ class _ForwardMode(overrides.TorchFunctionMode):
     ) -> Any:
         kwargs = kwargs or {}
         kind = _KIND_OF.get(func)
-        if kind is None or self.depth or self.module._off:
+        if self.depth or self.module._off:
+            return func(*args, **kwargs)
+        if self.module._reads:
+            found = read_weights.operated(self.module._reads, func, args, kwargs)
+            if found is not None:
+                if kind in self.came:
+                    self.count(kind, self.which(kind)[1])
+                return found[0]
+        if kind is None:
             return func(*args, **kwargs)
         return _BY_KIND[kind](self, kind, func, args, kwargs)
 
@@ -413,6 +423,16 @@ def _computed(kind: str, func: Callable[..., Any], args: tuple[Any, ...], kwargs
     return result
 
 
+def reads_of(module: nn.Module) -> tuple[Converted, ...]:
+    """Other layers whose weights the forward of a watched module reads."""
+    return module._reads if isinstance(module, Watched) else ()
+
+
+def note_reads(module: Watched, layers: tuple[Converted, ...]) -> None:
+    """Has a watched module see where its forward reads the weights of `layers`, which keep them when deployed."""
+    overwrite(module, "_reads", layers)
+
+
 def watch(
     module: nn.Module, counts: Mapping[str, int], places: Mapping[str, Mapping[str, int]] = MappingProxyType({})
 ) -> Wiring:
@@ -442,10 +462,11 @@ def switch_off(module: Watched) -> None:
     if wiring.norm is not None:
         wiring_of(wiring.norm).layer = None
         wiring.norm = None
-    wiring.enabled = False
-    for child in module._modules.values():
-        if isinstance(child, FakeQuantize):
-            child.enabled = False
+    for each in (module, *(layer for layer in module._reads if wiring_of(layer).lent)):
+        wiring_of(each).enabled = False
+        for child in each._modules.values():
+            if isinstance(child, FakeQuantize):
+                child.enabled = False
 
 
 def switched_off(model: nn.Module) -> list[str]:

@@ -6,19 +6,16 @@ from collections import defaultdict
 from functools import cached_property
 from typing import Literal
 
-from torch import nn
-
 from sparsify.model.trace import Trace, TracedNode
 from sparsify.quantization.attention_products import MATMUL, OPERANDS
 from sparsify.quantization.forward_ops import COUNTED, KINDS, child_name
 from sparsify.quantization.layer_selection import QuantizedLayers
 from sparsify.quantization.layers import POINTWISE
+from sparsify.quantization.weight_readers import CONTAINERS, watched_owner
 
 __all__: list[str] = []
 
 QuantizerRole = Literal["input", "output", "function"]
-CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
-"""Modules that run or list their children, so that a quantizer can be no child of theirs."""
 
 
 class InsertionPoints:
@@ -44,7 +41,8 @@ class InsertionPoints:
         if node.name in self.ends:
             layer = self.ends[node.name]
             made = self.nodes.get(layer, ())
-            if len(made) > 1 and made[0].kind not in ("conv", "batch_norm"):
+            # A layer behind one that is called several times, or that others compute, has a quantizer of its own.
+            if (len(made) > 1 or self.chosen.is_lent(layer)) and made[0].kind not in ("conv", "batch_norm"):
                 return None
             return self.folds.get(layer, layer), "output_quantizer", "output"
         if node.kind not in KINDS or not node.is_float or self.chosen.ignores(node):
@@ -64,14 +62,7 @@ class InsertionPoints:
 
     def watched_owner(self, node: TracedNode) -> str:
         """The user's module in whose forward the node stands: modules of torch without children are looked through."""
-        for call in reversed(node.stack):
-            module = self.modules.get(call.path)
-            if module is None:
-                continue
-            plain = type(module).__module__.startswith("torch.nn.")
-            if not plain or (any(True for _ in module.children()) and not isinstance(module, CONTAINERS)):
-                return call.path
-        return ""
+        return watched_owner(self.modules, node)
 
     def _own_nodes(self, owner: str) -> dict[int, list[TracedNode]]:
         """The counted operations of a module, by call."""

@@ -12,9 +12,10 @@ from sparsify.model.trace import Trace, TracedNode
 from sparsify.quantization.attention import FORMS
 from sparsify.quantization.conversion import is_norm_and_more, is_weighted
 from sparsify.quantization.layers import NORMS, PROJECTION, WEIGHTED
-from sparsify.quantization.plan import Unquantized
+from sparsify.quantization.plan import Unquantized, WeightRead
 from sparsify.quantization.scheme import QuantizationSettings, Scheme, below
 from sparsify.quantization.weight_grid import TRANSPOSED
+from sparsify.quantization.weight_readers import ProductOfWeight, WeightReaders
 
 __all__: list[str] = []
 
@@ -38,6 +39,8 @@ class QuantizedLayers:
         folds: layer -> the BatchNorm that is folded into it.
         ends: the node that makes the output of a layer, that of its BatchNorm where one is folded -> the layer.
         left: what stays in float, and why.
+        products: with the weights of layers, in other forwards than theirs.
+        reads: whose parameters are read elsewhere, and where.
 
     Raises:
         TargetError: a name in `settings` matches nothing.
@@ -51,6 +54,7 @@ class QuantizedLayers:
         self.left: list[Unquantized] = []
         candidates = [name for name, module in self.modules.items() if is_weighted(module)]
         self.schemes = settings.per_layer(model, candidates)
+        self.readers = WeightReaders(self.modules, trace)
         self.layers: dict[str, Scheme] = {}
         self.nodes: dict[str, list[TracedNode]] = {}
         for name in candidates:
@@ -74,8 +78,11 @@ class QuantizedLayers:
                 why = f"{kind} is not one of {', '.join(cls.__name__ for cls in WEIGHTED)} exactly"
             if why is not None:
                 self._leave(name, why)
+        self.products = [each for each in self.readers.products if self._quantizes(each)]
+        self.callers = {each.node.name: each.layer for each in self.products if self._is_call(each)}
         self._leave_bare_weights()
         self.folds = self._find_folds()
+        self.reads = self._find_reads()
         # The node that makes the output of a layer: its BatchNorm where that is folded.
         self.ends: dict[str, str] = {}
         for name in self.layers:
@@ -93,7 +100,8 @@ class QuantizedLayers:
         for node in self.trace.nodes:
             if not node.parameters or node.kind not in ("conv", "linear", "matmul", "embedding") or not node.is_float:
                 continue
-            if not below(node.owner, known):
+            # Those with the weight of a layer are quantized with it, or named as it is.
+            if not below(node.owner, known) and all(node is not each.node for each in self.readers.products):
                 why = f"{node.parameters[0]} is not the weight of a layer; an nn.Linear or nn.Conv2d could be quantized"
                 self._leave(f"{node.owner or 'the model'}: {node.op}", LEFT_OUT if self.ignores(node) else why)
 
@@ -138,8 +146,16 @@ class QuantizedLayers:
         module: Any = self.modules[name]
         if scheme is None or (scheme.weights is None and scheme.input_activations is None):
             return LEFT_OUT
-        if name not in self.trace.calls:
-            return NOT_CALLED
+        others = [each for each in self.readers.products if each.layer == name and not self.ignores(each.node)]
+        calls = [each.node for each in others if self._is_call(each)]
+        if name not in self.trace.calls and not calls:
+            if name not in self.readers.read:
+                return NOT_CALLED
+            if not others:
+                return "it is not called; others read its weight in float"
+            product = others[0].node
+            where = f"{product.op} in {product.owner or 'the model'}"
+            return f"it is not called; its weight goes into {where}, which is not what {type(module).__name__} computes"
         weight = module._parameters.get("weight")
         if weight is None:
             return "its weight is recomputed before every forward (weight_norm or a parametrization)"
@@ -147,7 +163,7 @@ class QuantizedLayers:
             return f"its weight is {weight.dtype}"
         kinds = ("embedding",) if isinstance(module, nn.Embedding) else ("conv", "linear", "matmul")
         self.nodes[name] = [node for node in self.trace.of_module(name) if node.kind in kinds and node.is_float]
-        if len(self.nodes[name]) != self.trace.calls[name]:
+        if len(self.nodes[name]) != self.trace.calls.get(name, 0):
             return "its forward is not the one of its class"
         own = sum(module._parameters.get(key) is not None for key in ("weight", "bias"))
         if type(module) not in WEIGHTED and any(
@@ -156,7 +172,37 @@ class QuantizedLayers:
             return f"what {type(module).__name__} computes is not one operation on its weight and bias"
         if isinstance(module, nn.Embedding) and scheme.weights is None:
             return LEFT_OUT
+        self.nodes[name] += calls
         return None
+
+    def _is_call(self, product: ProductOfWeight) -> bool:
+        """True if a product is computed as a call of the layer whose weight it has."""
+        return product.like and all(pair.layer != product.layer or pair.why_not for pair in self.trace.pairs)
+
+    def _quantizes(self, product: ProductOfWeight) -> bool:
+        """True if a product in somebody's forward sees the rounded weight."""
+        scheme = self.layers.get(product.layer)
+        return scheme is not None and scheme.weights is not None and not self.ignores(product.node)
+
+    def _find_reads(self) -> tuple[WeightRead, ...]:
+        """Who reads parameters of quantized layers and of folded BatchNorms; each layer at least once."""
+        called = self.trace.calls
+        found = [WeightRead(each.layer, m, each.layer not in called) for each in self.products for m in each.modules]
+        known = {*self.layers, *self.folds.values()} & self.readers.read - {each.layer for each in found}
+        return tuple(dict.fromkeys([*found, *(WeightRead(name, None) for name in sorted(known))]))
+
+    def computing(self, name: str) -> list[TracedNode]:
+        """The products of a layer; of an Embedding those that somebody else computes with its weight."""
+        return [node for node in self.nodes[name] if node.kind != "embedding"]
+
+    def is_lent(self, name: str) -> bool:
+        """True for a layer that nobody calls, and whose output the recipe does not want quantized by itself."""
+        lent = name not in self.trace.calls and any(each.layer == name for each in self.products)
+        return lent and self.layers[name].output_activations is None
+
+    def caller(self, node: TracedNode) -> str:
+        """The layer that computes `node`: the module that it stands in, or the one whose weight it multiplies with."""
+        return self.callers.get(node.name, node.owner)
 
     def _find_folds(self) -> dict[str, str]:
         folds: dict[str, str] = {}

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from sparsify.quantization.folding import folded, layer_integers, norm_integers, table_integers
+from sparsify.quantization.folding import folded, layer_integers, norm_integers, own_weight, table_integers
 from sparsify.quantization.weight_grid import WEIGHT_STEP, bias_of, fake_layer_weight, rounded, weight_of
 from sparsify.quantization.wiring import Converted, DeployedIntegers
 
@@ -37,6 +37,13 @@ class QuantizedLayer(Converted):
 
     def deployed_integers(self) -> DeployedIntegers:
         return layer_integers(self)
+
+    def called(self, x: Tensor, function: Callable[[Tensor, Tensor, Tensor | None], Tensor]) -> Tensor:
+        return self._output(function(self._input(x), *self._weights()))
+
+    def rounded_weight(self) -> Tensor:
+        with torch._C.DisableTorchFunction():
+            return own_weight(self)
 
     def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
         input = self._input(input)
@@ -105,6 +112,13 @@ class QuantizedEmbedding(Converted, nn.Embedding):
         with torch._C.DisableTorchFunction():
             flat = rows.reshape(-1, rows.shape[-1])
             return self._output(rounded(flat, 0, wiring).view(rows.shape))
+
+    def called(self, x: Tensor, function: Callable[[Tensor, Tensor, Tensor | None], Tensor]) -> Tensor:
+        return self._output(function(self._input(x), self.rounded_weight(), None))
+
+    def rounded_weight(self) -> Tensor:
+        with torch._C.DisableTorchFunction():
+            return own_weight(self)
 
     def deployed_integers(self) -> DeployedIntegers:
         return table_integers(self)

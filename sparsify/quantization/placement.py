@@ -22,13 +22,14 @@ from sparsify.quantization.attention_products import ATTENTION, MATMUL, OPERANDS
 from sparsify.quantization.conversion import is_norm_and_more
 from sparsify.quantization.fixed_and_shared import FIXED
 from sparsify.quantization.forward_ops import COUNTED, LAYER, NORM
-from sparsify.quantization.insertion_points import CONTAINERS, InsertionPoints, QuantizerRole
+from sparsify.quantization.insertion_points import InsertionPoints, QuantizerRole
 from sparsify.quantization.layer_selection import QuantizedLayers
 from sparsify.quantization.layers import NORMS, PROJECTION, WEIGHTED
 from sparsify.quantization.plan import LayerPlan, NormPlan, QuantizationPlan, QuantizerSite, Unquantized
 from sparsify.quantization.scheme import ActivationScheme, QuantizationSettings, Scheme
 from sparsify.quantization.straight_through import GATES
 from sparsify.quantization.weight_grid import TRANSPOSED, channel_axis, stores_transposed
+from sparsify.quantization.weight_readers import CONTAINERS
 
 __all__: list[str] = []
 
@@ -87,6 +88,7 @@ class _Planner:
             slow=self._slow(),
             left=tuple(dict.fromkeys(left for left in self.left if left.what not in self.alone)),
             attentions=tuple(self.chosen.attentions),
+            reads=self.chosen.reads,
             alone=tuple(
                 NormPlan(name, source[name], len(node.shape or ()), 63 if self.settings.reduce_range else 127)
                 for name, node in self.alone.items()
@@ -100,11 +102,12 @@ class _Planner:
                 for end in (end for end, layer in self.ends.items() if layer == name):
                     self.required[end] = scheme.output_activations
             args = scheme.input_activations
-            if args is None or isinstance(self.modules[name], nn.Embedding):
+            nodes = self.chosen.computing(name)
+            if args is None or not nodes:
                 continue
             # Of a layer that reads a parameter, as learned queries, there is no node.
-            read = [self.trace.root(node.inputs[0]) for node in self.nodes[name] if node.inputs]
-            if len(read) != 1 or len(self.nodes[name]) > 1 or not self.trace.by_name[read[0]].is_float:
+            read = [self.trace.root(node.inputs[0]) for node in nodes if node.inputs]
+            if len(read) != 1 or len(nodes) > 1 or not self.trace.by_name[read[0]].is_float:
                 self.own.append((name, args))
             else:
                 self.demands[read[0]].append((name, args))
@@ -226,7 +229,8 @@ class _Planner:
         """True if, in some call, who reads what would be quantized at `place` reads floats."""
         for node in self.points.together[place]:
             asked = {name for name, _ in self.demands.get(node.name, [])}
-            if self.trace.leaves(node.name) or any(user.owner not in asked for user in self.trace.users(node.name)):
+            others = [user for user in self.trace.users(node.name) if self.chosen.caller(user) not in asked]
+            if others or self.trace.leaves(node.name):
                 return True
         return False
 
@@ -238,9 +242,10 @@ class _Planner:
         own: list[tuple[str, ActivationScheme]] = []
         shared: dict[str, list[str]] = {}
         for name, args in self.own:
-            roots = [self.trace.by_name[self.trace.root(n.inputs[0])] for n in self.nodes[name] if n.inputs]
+            nodes = self.chosen.computing(name)
+            roots = [self.trace.by_name[self.trace.root(n.inputs[0])] for n in nodes if n.inputs]
             places = [self.points.place(root) for root in roots]
-            if len(roots) == len(self.nodes[name]) and all(root.name in self.blocks for root in roots) and all(places):
+            if len(roots) == len(nodes) and all(root.name in self.blocks for root in roots) and all(places):
                 sites = [self._site(root, place, args) for root, place in zip(roots, places, strict=True) if place]
                 alike = {(site.fused_relu, site.ceiling, site.gate, site.fixed) for site in sites}
                 if len(alike) == 1 and all(self.required.get(root.name, args) == args for root in roots):
@@ -249,7 +254,9 @@ class _Planner:
                     continue
             own.append((name, args))
             for root in roots:
-                if root.name in self.required and all(user.owner == name for user in self.trace.users(root.name)):
+                if root.name in self.required and all(
+                    self.chosen.caller(user) == name for user in self.trace.users(root.name)
+                ):
                     # Its own quantizer stands right behind what makes the tensor; of a ReLU, which is no part of that,
                     # what it reads is quantized, or the convolution before it would run in float.
                     self.required.pop(root.name)
@@ -324,6 +331,8 @@ class _Planner:
         names: tuple[str, ...]
         for node in self.trace.nodes:
             if node.kind != MATMUL or not node.is_float or node.parameters or len(node.inputs) < 2:
+                continue
+            if any(node is each.node for each in self.chosen.products):
                 continue
             owner = self.points.watched_owner(node)
             scheme = self.settings.per_layer(self.modules[""], [owner])[owner]
@@ -426,6 +435,9 @@ class _Planner:
                 and type(self.modules[name]).__name__ != PROJECTION
             ):
                 watched.setdefault(name, {})[LAYER] = 1
+        for read in self.chosen.reads:
+            if read.module is not None:
+                watched.setdefault(read.module, {})
         for norm in norms:
             if is_norm_and_more(self.modules[norm]):
                 # A BatchNorm whose forward does not go along with it computes as ever.

@@ -21,11 +21,12 @@ from sparsify.model.preserved import eval_mode_, preserved
 from sparsify.model.sharding import call_within
 from sparsify.model.targets import named_modules
 from sparsify.output.json_values import EXACT, from_json_object
+from sparsify.quantization import read_weights
 from sparsify.quantization.attention import FORMS, disable_fast_path, quantize_attention
 from sparsify.quantization.conversion import convert_, is_norm_and_more, is_weighted, restore_layers
 from sparsify.quantization.fake_quantize import FakeQuantize
 from sparsify.quantization.fixed_and_shared import FIXED, FixedQuantize, SameGrid
-from sparsify.quantization.forward_ops import Watched, asleep, switched_off, watch
+from sparsify.quantization.forward_ops import Watched, asleep, note_reads, reads_of, switch_off, switched_off, watch
 from sparsify.quantization.layers import WEIGHTED, QuantizedLayer, QuantizedNorm
 from sparsify.quantization.learned_step import LearnedQuantize
 from sparsify.quantization.observers import Observer
@@ -136,6 +137,23 @@ class NormPlan:
 
 
 @dataclass(frozen=True)
+class WeightRead:
+    """A layer's parameters that another module reads in its forward.
+
+    Attributes:
+        layer: whose they are: a layer of the plan, or a BatchNorm that is folded.
+        module: who multiplies with its weight or moves it, and is watched for that; None: it is read in float alone.
+        lent: whether nobody calls the layer, so that it is computed there only.
+    """
+
+    __pydantic_config__ = EXACT
+
+    layer: str
+    module: str | None
+    lent: bool = False
+
+
+@dataclass(frozen=True)
 class Unquantized:
     """A part of the model that stays in float, and why.
 
@@ -167,6 +185,7 @@ class QuantizationPlan:
             and "<name>.out_proj".
         alone: the BatchNorms that compute in integers by themselves.
         places: of the watched modules, {kind: {place in the code: which operation}}, once a call showed them.
+        reads: parameters that others than their layer read.
     """
 
     __pydantic_config__ = EXACT
@@ -181,6 +200,7 @@ class QuantizationPlan:
     alone: tuple[NormPlan, ...] = ()
     # No decision: another version of the user's code has others, and the same plan.
     places: Mapping[str, Mapping[str, Mapping[str, int]]] = field(default_factory=dict, compare=False)
+    reads: tuple[WeightRead, ...] = ()
 
     def projections(self, attention: str) -> tuple[str, ...]:
         """The names, within it, of the layers in front of an attention."""
@@ -273,7 +293,7 @@ def check_plan(model: nn.Module, plan: QuantizationPlan, *, again: bool = False)
     made = {f"{name}.{one}" for name in plan.attentions for one in plan.projections(name)}
     wanted |= set(plan.norms) | set(plan.slow) | set(plan.attentions) | {norm.name for norm in plan.alone}
     wanted |= {one for site in plan.sites for one in (*site.readers, site.producer) if one is not None}
-    wanted |= set(plan.folds.values())
+    wanted |= set(plan.folds.values()) | {one for read in plan.reads for one in (read.layer, read.module) if one}
     missing = sorted(name for name in wanted - made if name not in modules)
     if missing:
         raise StateError(
@@ -334,6 +354,7 @@ def apply_plan(model: nn.Module, plan: QuantizationPlan) -> None:
     for layer in plan.layers:
         if layer.source is not None:
             wiring_of(modules[layer.name]).source = quantizers[layer.source]
+    _note_reads(plan, modules)
     for norm in plan.alone:
         wiring = wiring_of(modules[norm.name])
         wiring.source, wiring.rank, wiring.q_max = quantizers[norm.source], norm.rank, norm.q_max
@@ -373,6 +394,21 @@ def undo_plan(model: nn.Module) -> None:
     for number, hook in list(model._state_dict_hooks.items()):
         if hook is added_keys_last:
             del model._state_dict_hooks[number]
+
+
+def _note_reads(plan: QuantizationPlan, modules: Mapping[str, nn.Module]) -> None:
+    """Tells layers that their parameters are read by others, and those who multiply with them whose they are."""
+    readers: dict[str, list[Converted]] = {}
+    for read in plan.reads:
+        layer = modules[read.layer]
+        assert isinstance(layer, Converted)
+        wiring_of(layer).read, wiring_of(layer).lent = True, read.lent
+        if read.module is not None:
+            readers.setdefault(read.module, []).append(layer)
+    for name, layers in readers.items():
+        module = modules[name]
+        assert isinstance(module, Watched)
+        note_reads(module, tuple(layers))
 
 
 def _wire_layer(layer: LayerPlan, modules: Mapping[str, nn.Module]) -> None:
@@ -440,12 +476,17 @@ def check_traced_ops(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, 
     Scripted functions and direct calls of operators are seen by the trace and not in training. Gives the paths of
     modules whose operations now stay in float. Training modes, random states and buffers are as before.
     """
-    if not any(isinstance(module, Watched) and module.counts_operations for module in model.modules()):
+    if not any(isinstance(m, Watched) and (m.counts_operations or reads_of(m)) for m in model.modules()):
         return []
     with preserved(model), torch.no_grad():
         eval_mode_(model)
         # Not through __call__: this may run inside a hook of that very call.
-        call_within(model)(*args, **kwargs)
+        with read_weights.seen_calls() as seen:
+            call_within(model)(*args, **kwargs)
+    for module in model.modules():
+        # A function of torch may compute with a weight in its insides, where nobody sees it.
+        if isinstance(module, Watched) and any(wiring_of(m).lent and id(m) not in seen for m in reads_of(module)):
+            switch_off(module)
     return switched_off(model)
 
 

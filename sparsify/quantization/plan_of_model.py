@@ -7,6 +7,7 @@ without training, a checkpoint) and whatever was done to it since: layers taken 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import Any
 
 from torch import nn
@@ -17,9 +18,17 @@ from sparsify.quantization.attention import SLOW, QuantizedMultiheadAttention
 from sparsify.quantization.conversion import original_type
 from sparsify.quantization.fake_quantize import FakeQuantize
 from sparsify.quantization.fixed_and_shared import FixedQuantize, SameGrid
-from sparsify.quantization.forward_ops import Watched, operation_places
+from sparsify.quantization.forward_ops import Watched, operation_places, reads_of
 from sparsify.quantization.layers import QuantizedEmbedding, QuantizedLayer, QuantizedNorm
-from sparsify.quantization.plan import LayerPlan, NormPlan, QuantizationPlan, QuantizerSite, Unquantized, unquantized
+from sparsify.quantization.plan import (
+    LayerPlan,
+    NormPlan,
+    QuantizationPlan,
+    QuantizerSite,
+    Unquantized,
+    WeightRead,
+    unquantized,
+)
 from sparsify.quantization.weight_grid import WEIGHT_STEP
 from sparsify.quantization.wiring import Converted, wiring_of
 
@@ -59,6 +68,7 @@ def quantization_of(model: nn.Module) -> QuantizationPlan:
         attentions=tuple(attentions),
         alone=tuple(_norm_plan(name, module, named) for name, module in norms.items() if wiring_of(module).rank),
         places=operation_places(model),
+        reads=tuple(_weight_reads(converted, named)),
     )
 
 
@@ -131,6 +141,16 @@ def _layer_plan(name: str, module: nn.Module, named: _Names) -> LayerPlan:
 def _norm_plan(name: str, module: nn.Module, named: _Names) -> NormPlan:
     wiring = wiring_of(module)
     return NormPlan(name, named.of(wiring.source, name) or "", wiring.rank, wiring.q_max)
+
+
+def _weight_reads(converted: dict[str, Converted], named: _Names) -> Iterator[WeightRead]:
+    seen: set[str] = set()
+    for name, module in converted.items():
+        for layer in reads_of(module):
+            found = named.of(layer, name) or ""
+            seen.add(found)
+            yield WeightRead(found, name, wiring_of(layer).lent)
+    yield from (WeightRead(name, None) for name, one in converted.items() if wiring_of(one).read and name not in seen)
 
 
 def _is_slowed(module: Converted) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, cast
 
@@ -33,6 +34,8 @@ class Wiring:
         layer: of a BatchNorm, the layer that it is folded into.
         frozen: of a BatchNorm, whether it uses its running statistics in training.
         projections: of an attention, the names of the layers in front of it.
+        read: whether another module's forward reads its parameters, which a deployed copy keeps then.
+        lent: whether nobody calls it: all its products are computed by who reads its weight.
         children: names of the children that were added, to be removed by an undo.
         overwritten: attribute -> (the value that it had,), or () where it did not exist, to be put back by an undo.
     """
@@ -50,6 +53,8 @@ class Wiring:
     layer: nn.Module | None = None
     frozen: bool = False
     projections: tuple[str, ...] = ()
+    read: bool = False
+    lent: bool = False
     children: list[str] = field(default_factory=list)
     overwritten: dict[str, tuple[()] | tuple[Any]] = field(default_factory=dict)
 
@@ -112,6 +117,14 @@ class Converted(nn.Module):
     def _output(self, y: Tensor) -> Tensor:
         quantizer = self._modules.get("output_quantizer")
         return y if quantizer is None else quantizer(y)
+
+    def called(self, x: Tensor, function: Callable[[Tensor, Tensor, Tensor | None], Tensor]) -> Tensor:
+        """What a layer makes of `x` where somebody else computes `function` of input, weight and bias in its place."""
+        raise NotImplementedError
+
+    def rounded_weight(self) -> Tensor:
+        """The weight of a layer as it stands, rounded to its own grid: no BatchNorm is folded into it."""
+        raise NotImplementedError
 
     def deployed_integers(self) -> DeployedIntegers:
         """The integers that are deployed of a layer, BatchNorm folded."""
