@@ -40,7 +40,7 @@ class InsertionPoints:
         """(module, child, role) of a quantizer of the result of `node`; None: one can stand only at its readers."""
         if node.name in self.ends:
             layer = self.ends[node.name]
-            made = self.nodes.get(layer, ())
+            made = self.nodes.get(layer, [])
             # A layer behind one that is called several times, or that others compute, has a quantizer of its own.
             if (len(made) > 1 or self.chosen.is_lent(layer)) and made[0].kind not in ("conv", "batch_norm"):
                 return None

@@ -290,8 +290,7 @@ def test_swin_of_torchvision_runs_in_integers(tmp_path: Path) -> None:
     model = SwinTransformer([2, 2], 16, [1, 1], [2, 4], [4, 4], stochastic_depth_prob=0.0, num_classes=10)
     plan = quantized(model, torch.randn(2, 3, 32, 32))
     steps(model, (2, 3, 32, 32))
-    assert not plan.left and {"features.1.0.attn.qkv", "features.3.0.attn.proj"} <= {
-        layer.name for layer in plan.layers
-    }
+    layers = {layer.name for layer in plan.layers}
+    assert not plan.left and {"features.1.0.attn.qkv", "features.3.0.attn.proj"} <= layers
     found = proven(model, (2, 3, 32, 32), tmp_path / "model.onnx")
     assert sum(tensor.kernel == "QGemm" for tensor in found.tensors) == len(plan.layers) - 1
