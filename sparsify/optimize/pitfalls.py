@@ -18,6 +18,9 @@ JUMP = 3.0
 DROP = 0.25
 """Shares of zeros may fall by this much between two moments before it is said."""
 
+FAINT = 0.01
+"""A learning rate below this share of the highest before it trains next to nothing."""
+
 Labels = Sequence[tuple["Modifier", str]]
 Rates = Sequence[tuple[float, float | None]]
 
@@ -82,13 +85,26 @@ def _jumps(rates: Rates) -> Iterator[str]:
 
 
 def _standing_still(labels: Labels, rates: Rates) -> Iterator[str]:
-    """Pruning while the learning rate is 0."""
+    """Pruning while the learning rate is 0, or next to nothing: epochs that were changed without it."""
     for modifier, name in labels:
         if modifier.kind != "pruning" or modifier.holds:
             continue
-        inside = [rate for epoch, rate in rates if modifier.window.start <= epoch < modifier.window.end]
-        if inside and all(rate == 0.0 for rate in inside):
+        window = modifier.window
+        inside = [(epoch, rate) for epoch, rate in rates if window.start <= epoch < window.end and rate is not None]
+        if inside and all(rate == 0.0 for _, rate in inside):
             yield f"the learning rate is 0 while {name} prunes: the weights that stay cannot make up for what goes."
+            continue
+        highest = max((rate for epoch, rate in rates if rate is not None and epoch < window.end), default=0.0)
+        faint = next(((epoch, rate) for epoch, rate in inside if epoch > window.start and rate < FAINT * highest), None)
+        # A warm-up rises from next to nothing, and a cosine may end with pruning.
+        late = window.end - 0.1 * (window.end - window.start)
+        stays = faint is not None and all(rate < FAINT * highest for epoch, rate in inside if epoch >= faint[0])
+        if faint is not None and stays and faint[0] < late:
+            yield (
+                f"the learning rate is {faint[1] / highest:.1%} of its highest at epoch {faint[0]:.4g} while {name} "
+                f"prunes until {window.end:g}: the weights that stay cannot make up for what goes. Move its schedule "
+                "with the epochs of pruning."
+            )
 
 
 def _no_recovery(labels: Labels, last: float) -> Iterator[str]:

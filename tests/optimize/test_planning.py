@@ -249,6 +249,10 @@ RATE = "!LearningRateFunctionModifier {{start_epoch: {}, end_epoch: {}, lr_func:
             ["!SetLearningRateModifier {start_epoch: 0.0, learning_rate: 0.0}", PRUNING["gradual"]],
             "the learning rate is 0",
         ),
+        (
+            [RATE.format(0.0, 2.0, 0.1, 0.0003), PRUNING["gradual"]],
+            "the learning rate is 0.3% of its highest at epoch 2 while GMPruning prunes until 4",
+        ),
     ],
 )
 def test_what_was_probably_not_meant_is_said(modifiers: list[str], said: str) -> None:
@@ -266,6 +270,14 @@ def test_a_shorter_training_is_said_to_miss_ends() -> None:
 def test_a_sound_recipe_has_no_warnings() -> None:
     made = plan(recipe(RATE.format(0.0, 8.0, 0.1, 0.001), PRUNING["gradual"]), network(), STEPS)
     assert made.warnings == () and made.notes == ()
+
+
+def test_a_schedule_that_rises_at_first_or_ends_with_pruning_is_no_pitfall() -> None:
+    rising = RATE.format(0.0, 1.0, 0.0001, 0.1), RATE.format(1.0, 8.0, 0.1, 0.01)
+    ending = RATE.format(0.0, 4.0, 0.1, 0.0), RATE.format(4.0, 8.0, 0.0, 0.0)
+    for rates in (rising, ending):
+        made = plan(recipe(*rates, PRUNING["gradual"]), network(), STEPS)
+        assert not [text for text in made.warnings if "of its highest" in text], made.warnings
 
 
 def test_schedules_that_follow_one_another_are_no_pitfall() -> None:
