@@ -47,6 +47,8 @@ __all__ = ["create_recipe"]
 
 FIRST = 0.05
 """The sparsity that pruning starts with."""
+LEVEL_TOLERANCE = 0.02
+"""Whole channels that miss the share of parameters asked for by more than this are reported in the notes."""
 UNKNOWN = OriginalTraining(90)
 """The original training where nothing is said about it: as many epochs, and no learning rates."""
 
@@ -317,6 +319,7 @@ def _evidence(
         notes.append(f"the original training is not known: laid out for one of {UNKNOWN.epochs:g} epochs.")
     if stages and not any(modifier.kind == "learning_rate" for modifier in draft.modifiers):
         notes.append("learning rates are left to the training loop: the original ones are not known.")
+    notes += _level_missed(goal, figures)
     measured = found.performance
     asked = dict(goal.asked) | ({} if measured is None else {"batch_size": measured.batch_size})
     asked |= {} if training is None else {"training": asdict(training)}
@@ -331,6 +334,20 @@ def _evidence(
         because=draft.because,
         notes=notes,
     )
+
+
+def _level_missed(goal: Goal, figures: Expected) -> list[str]:
+    """Says how many parameters go with whole channels, where they are not as many as was asked for."""
+    if not goal.structured or goal.settings is None or not figures.parameters_before:
+        return []
+    gone = 1.0 - figures.parameters / figures.parameters_before
+    if abs(gone - goal.settings.sparsity) <= LEVEL_TOLERANCE:
+        return []
+    other = "more" if gone < goal.settings.sparsity else "less"
+    return [
+        f"{gone:.1%} of the parameters go, where {goal.settings.sparsity:.1%} were asked for: inputs and outputs of "
+        f"the model keep their channels, and layers differ in width. Ask for {other}, or give a latency_plan."
+    ]
 
 
 # ---------------------------------------------------------------------- what may be said

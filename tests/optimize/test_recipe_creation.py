@@ -106,6 +106,16 @@ def test_the_same_call_gives_the_same_recipe(model: Net) -> None:
     assert create_recipe(model) == create_recipe(model, optim_level=0.5)
 
 
+def test_channels_that_miss_the_level_say_what_they_reach() -> None:
+    torch.manual_seed(0)
+    mlp = nn.Sequential(nn.Linear(512, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10))
+    evidence = create_recipe(mlp, torch.zeros(2, 512), optim_level=0.5, structured=True, quantize=False).evidence
+    assert evidence is not None and evidence.expected is not None
+    gone = 1 - evidence.expected.parameters / evidence.expected.parameters_before
+    assert abs(gone - 0.7) > 0.02
+    assert any(f"{gone:.1%} of the parameters go, where 70.0% were asked for" in note for note in evidence.notes)
+
+
 def test_where_no_loss_was_measured_none_is_named(model: Net) -> None:
     text = create_recipe(model, optim_level=0.5, quantize=False).to_yaml()
     comments = "\n".join(line.partition("#")[2] for line in text.splitlines())
