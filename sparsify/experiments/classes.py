@@ -17,12 +17,12 @@ RowLabel = tuple[Row, str | int]
 class Classes:
     """Names of the classes, and the number of each label.
 
-    Words are in lexicographic order, numbers in that of numbers. Numbers count in labels.txt, from 0, where there is
-    one.
+    Words are in lexicographic order, numbers in that of numbers. Numbers count in `names`, from 0, where there are
+    some.
 
     Args:
         labels: every label of the training data with its row, at least one.
-        names: lines of labels.txt.
+        names: lines of labels.txt, or names in the card of the data set; None where there are none.
         role: of the labels in a message.
     """
 
@@ -40,7 +40,9 @@ class Classes:
         self.numbers: dict[str | int, int]
         if names is not None and len(set(names)) != len(names):
             twice = next(name for name in names if list(names).count(name) > 1)
-            raise DataError(f"{NAMES_FILE}: the name {twice!r} stands twice, expected each class once.")
+            raise DataError(
+                f"{labels[0][0].file.parent / NAMES_FILE}: the name {twice!r} stands twice, expected it once."
+            )
         if names is None:
             self.names = tuple(map(str, found))
             self.numbers = {label: number for number, label in enumerate(found)}
@@ -52,8 +54,8 @@ class Classes:
             for row, label in labels:
                 if label not in self.numbers:
                     raise DataError(
-                        f"{row.where}: the {role} {label!r} is not one of the {len(names)} of {NAMES_FILE}, expected "
-                        f"0 to {len(names) - 1} or a name.{did_you_mean(str(label), names)}"
+                        f"{row.where}: the {role} {label!r} is none of the {len(names)} of {NAMES_FILE} (or of the "
+                        f"card), expected 0 to {len(names) - 1} or a name.{did_you_mean(str(label), names)}"
                     )
 
     def _alike(self, labels: Sequence[RowLabel]) -> None:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sparsify.errors import DataError
+from sparsify.errors import DataError, first_line
 from sparsify.experiments.sources import text_in
 
 __all__: list[str] = []
@@ -42,10 +42,10 @@ def rows_of(path: Path) -> list[Row]:
     Raises:
         DataError: with file and line: something is wrong with it, or its ending names no format of rows.
     """
-    reader = READERS.get(path.suffix.lower())
-    if reader is None:
-        raise DataError(f"{path}: files of texts end in {', '.join(READERS)}, this one in {path.suffix!r}.")
-    rows = list(reader(path, text_in(path)))
+    ending = path.suffix.lower()
+    if ending not in ROW_ENDINGS:
+        raise DataError(f"{path}: files of texts end in {', '.join(ROW_ENDINGS)}, this one in {path.suffix!r}.")
+    rows = parquet(path) if ending == ".parquet" else list(READERS[ending](path, text_in(path)))
     if not rows:
         raise DataError(f"{path}: the file has no sample, expected at least one.")
     return rows
@@ -251,6 +251,19 @@ def conll(path: Path, text: str) -> Iterator[Row]:
             tags.append(fields[-1])
 
 
+def parquet(path: Path) -> list[Row]:
+    """Rows of a parquet file, as data sets of the hub have them; the number of the row stands for the line."""
+    try:
+        from pyarrow import parquet as reader
+    except ImportError as error:
+        raise DataError(f"{path}: reading it needs pyarrow, which is not installed; or csv or jsonl.") from error
+    try:
+        table: list[dict[str, Any]] = reader.read_table(path).to_pylist()
+    except (OSError, ValueError) as error:  # ArrowInvalid is a ValueError
+        raise DataError(f"{path}: no parquet file ({first_line(error)}), expected one.") from error
+    return [Row(path, number, values) for number, values in enumerate(table, 1)]
+
+
 READERS: dict[str, Callable[[Path, str], Iterator[Row]]] = {
     ".csv": separated(","),
     ".tsv": separated("\t"),
@@ -262,3 +275,4 @@ READERS: dict[str, Callable[[Path, str], Iterator[Row]]] = {
     ".iob": conll,
     ".txt": conll,
 }
+ROW_ENDINGS = (*READERS, ".parquet")

@@ -59,7 +59,7 @@ def read_texts(
     first = first or there.need("text", [*TEXTS, "sentence1"])
     label = there.need("label", CLASSES)
     labels = [(row, class_of(row, label)) for row in parts.train]
-    classes = Classes(labels, parts.names)
+    classes = Classes(labels, parts.names_of(label))
     if len({value for _, value in labels}) < 2:
         raise DataError(
             f"{parts.train[0].file}: all {len(labels)} samples have the label {labels[0][1]!r}, expected two "
@@ -103,7 +103,7 @@ def read_tags(
     words = there.need("words", WORDS)
     tags = there.said.get("tags") or _tag_column(there, entities)
     labels = [(row, tag) for row in parts.train for tag in _tags_of(row, words, tags)]
-    classes = Classes(labels, parts.names, "tag")
+    classes = Classes(labels, parts.names_of(tags), "tag")
     if entities:
         _entity_names(labels, classes)
     if len({tag for _, tag in labels}) < 2:

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sparsify.errors import DataError
-from sparsify.experiments.rows import READERS, Row, rows_of
+from sparsify.experiments.hub_data import names_in_card
+from sparsify.experiments.rows import ROW_ENDINGS, Row, rows_of
 from sparsify.experiments.sources import existing, files_below, split_named, summed_up, text_in
 
 __all__: list[str] = []
@@ -23,6 +24,7 @@ class Parts:
         train: rows to train with, or all.
         val: rows to measure with, and the name of where they stand; None where no name says which.
         names: of the classes by number, from labels.txt; None where there is no such file.
+        card: the same by column, from the card of a data set of the hub.
         fingerprint: of the files.
         files: that were read.
         notes: what was left aside.
@@ -31,9 +33,14 @@ class Parts:
     train: list[Row]
     val: tuple[list[Row], str] | None
     names: tuple[str, ...] | None
+    card: dict[str, tuple[str, ...]]
     fingerprint: str
     files: tuple[Path, ...]
     notes: tuple[str, ...]
+
+    def names_of(self, column: str) -> tuple[str, ...] | None:
+        """Names of the classes whose numbers stand in a column; None where nothing says them."""
+        return self.names or self.card.get(column)
 
 
 def parts_of(path: str | Path) -> Parts:
@@ -45,13 +52,13 @@ def parts_of(path: str | Path) -> Parts:
     """
     root = existing(path)
     if root.is_file():
-        return Parts(rows_of(root), None, None, summed_up(root.parent, [root]), (root,), ())
+        return Parts(rows_of(root), None, None, {}, summed_up(root.parent, [root]), (root,), ())
     below = files_below(root)
     named = [file for file in below if file == root / NAMES_FILE]
-    texts = [file for file in below if file.suffix.lower() in READERS and file not in named and not _is_prose(file)]
+    texts = [file for file in below if file.suffix.lower() in ROW_ENDINGS and file not in named and not _is_prose(file)]
     if not texts:
         raise DataError(
-            f"{root}: no file of texts in the folder, expected {', '.join(READERS)}; it has {file_names(below)}."
+            f"{root}: no file of texts in the folder, expected {', '.join(ROW_ENDINGS)}; it has {file_names(below)}."
         )
     parts: dict[str | None, list[Path]] = {}
     for file in texts:
@@ -84,7 +91,7 @@ def parts_of(path: str | Path) -> Parts:
         names = tuple(line.strip() for line in text_in(named[0]).splitlines() if line.strip())
     rows = [row for file in train for row in rows_of(file)]
     measured = None if not val else ([row for file in val for row in rows_of(file)], file_names(val))
-    return Parts(rows, measured, names, summed_up(root, used), tuple(sorted(used)), tuple(notes))
+    return Parts(rows, measured, names, names_in_card(root), summed_up(root, used), tuple(sorted(used)), tuple(notes))
 
 
 def _is_prose(file: Path) -> bool:

@@ -164,7 +164,7 @@ TEXT_FAULTS = [
     ({"val.csv": GOOD}, "val.csv but no file called train"),
     ({"valid.csv": GOOD, "other.csv": GOOD}, "valid.csv but no file called train, .*other.csv"),
     ({}, "no file of texts in the folder, expected .csv, .*; it has nothing"),
-    ({"train.parquet": "x"}, "no file of texts in the folder.*it has train.parquet"),
+    ({"train.xlsx": "x"}, "no file of texts in the folder.*it has train.xlsx"),
     ({"d.jsonl": lines(ROWS) + '{"text": "a", "label": }\n'}, "d.jsonl:31: no JSON at column 24"),
     ({"d.json": '{"text": "a", "label": }\n' + lines(ROWS)}, "d.json:1: no JSON at column 24"),
     ({"d.json": lines(ROWS) + "{\n"}, "d.json:31: no JSON at column"),
@@ -180,7 +180,7 @@ TEXT_FAULTS = [
     ({"d.jsonl": lines([*ROWS, {"text": "x", "lable": 1}])}, "d.jsonl:31: no 'label', .*Did you mean 'lable'"),
     ({"d.jsonl": lines([*ROWS, {"text": "x", "label": 1.5}])}, "d.jsonl:31: the label in 'label' is 1.5"),
     ({"d.jsonl": lines([*ROWS, {"text": "x", "label": [1]}])}, r"d.jsonl:31: the label in 'label' is \[1\]"),
-    ({"d.jsonl": lines(ROWS), "labels.txt": "a\nb\n"}, "d.jsonl:3: the label 2 is not one of the 2 of labels.txt"),
+    ({"d.jsonl": lines(ROWS), "labels.txt": "a\nb\n"}, "d.jsonl:3: the label 2 is none of the 2 of labels.txt"),
     ({"d.jsonl": lines(ROWS), "labels.txt": "a\na\nb\n"}, "labels.txt: the name 'a' stands twice"),
 ]
 
