@@ -37,7 +37,7 @@ MOST_FOLDED = 2**30
 PACKED_TYPES = {"FLOAT", "FLOAT16", "DOUBLE", "BOOL", *(f"{u}INT{n}" for u in ("", "U") for n in (4, 8, 16, 32, 64))}
 INDEX_BYTES = 4
 """Of the index that rebuilding makes for each value."""
-PRODUCTS = frozenset({"MatMul", "Gemm", "LSTM", "GRU", "RNN", "Einsum"})
+MULTIPLYING = frozenset({"MatMul", "Gemm", "LSTM", "GRU", "RNN", "Einsum"})
 """Operators that onnxruntime gives float weights in another order where they are stored."""
 
 
@@ -197,7 +197,7 @@ def _prepacked(model: ModelProto) -> set[str]:
         name
         for graph in graphs_of(model.graph)
         for node in graph.node
-        if node.op_type in PRODUCTS or node.domain not in ("", "ai.onnx")
+        if node.op_type in MULTIPLYING or node.domain not in ("", "ai.onnx")
         for name in node.input
     }
 
