@@ -383,7 +383,8 @@ def plain_trace(program: ExportedProgram, names: ModuleNames) -> Trace:
             op = _op_name(node.target)
             if op.rstrip("_") == "hardtanh" and tuple(node.args[1:3]) == (0.0, 6.0):
                 op = "relu6" + op.removeprefix("hardtanh")
-            kind = "move" if is_idle(op, node.args) else _KINDS.get(op.rstrip("_"), "other")
+            moves = is_idle(op, node.args) or (op == "pad" and _pads_with_zero_or_inside(*node.args[2:], **node.kwargs))
+            kind = "move" if moves else _KINDS.get(op.rstrip("_"), "other")
         elif node.op == "output":
             outputs = [read.name for read in node.all_input_nodes]
             continue
@@ -422,6 +423,11 @@ def is_idle(op: str, operands: Sequence[Any]) -> bool:
     neutral = {"add": 0, "mul": 1, "multiply": 1}.get(op.rstrip("_"))
     numbers = [one for one in operands[:2] if isinstance(one, (int, float)) and not isinstance(one, bool)]
     return len(operands) >= 2 and len(numbers) == 1 and numbers[0] == neutral
+
+
+def _pads_with_zero_or_inside(mode: str = "constant", value: float | None = None, **_: object) -> bool:
+    """True for a padding with 0, which every grid of integers has, or with what the tensor holds (reflect, ...)."""
+    return mode != "constant" or not value
 
 
 def is_image_mean(before: Sequence[int], after: Sequence[int]) -> bool:

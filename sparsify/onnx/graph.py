@@ -44,6 +44,8 @@ MOVEMENT = {
     "Tile": Movement("repeats"),
     # Only of the nearest pixel: `only_moves`.
     "Resize": Movement("repeats"),
+    # Only of what is inside: `only_moves`.
+    "Pad": Movement("repeats"),
 }
 """{operator: what it does to the values}. Every list of such operators is derived from this one."""
 PROPAGATED = frozenset(name for name, movement in MOVEMENT.items() if movement.propagated)
@@ -55,13 +57,15 @@ repeats gives something else than the weight."""
 
 
 def only_moves(node: NodeProto) -> bool:
-    """True if its results hold values of its first input and no others: a Resize may blend pixels."""
+    """True if its results hold values of its first input and no others: a Resize may blend, a Pad put in a number."""
     if node.op_type == "Resize":
         text = {entry.name: entry.s for entry in node.attribute}
         # tf_crop_and_resize fills what lies outside with a number of its own.
         return text.get("mode", b"nearest") == b"nearest" and b"tf_crop" not in text.get(
             "coordinate_transformation_mode", b""
         )
+    if node.op_type == "Pad":
+        return any(entry.name == "mode" and entry.s != b"constant" for entry in node.attribute)
     return node.op_type in MOVEMENT
 
 

@@ -217,7 +217,8 @@ def dequantize_after_movement(model: ModelProto) -> None:
     """MaxPool, Flatten, Reshape, Transpose and the like move the integers; DequantizeLinear follows them.
 
     The same as a pair of QuantizeLinear and DequantizeLinear with the scale repeated after each, with less to fuse.
-    Exact: they only move values, and the maximum does not care about a positive scale.
+    Exact: they only move values, and the maximum does not care about a positive scale. A Pad with 0 pads integers with
+    the zero point.
     """
     graph = Graph(model)
     pending = [node for node in model.graph.node if node.op_type == "DequantizeLinear"]
@@ -226,10 +227,14 @@ def dequantize_after_movement(model: ModelProto) -> None:
         if graph.is_initializer(dequantize.input[0]) or not graph.per_tensor(dequantize):
             continue
         for reader in graph.readers(dequantize.output[0]):
-            if not only_moves(reader) or reader.input[0] != dequantize.output[0] or not all(reader.output):
+            padded = _pads_with_zero(graph, reader)
+            if not (padded or only_moves(reader)) or reader.input[0] != dequantize.output[0] or not all(reader.output):
                 continue
             moved = [graph.fresh(f"{name}_int") for name in reader.output]
-            mover = like(reader, [dequantize.input[0], *reader.input[1:]], moved)
+            others = list(reader.input[1:])
+            if padded:
+                others[1:2] = [dequantize.input[2] if len(dequantize.input) > 2 else ""]
+            mover = like(reader, [dequantize.input[0], *others], moved)
             behind = []
             for number, (integers, name) in enumerate(zip(moved, reader.output, strict=True)):
                 after = like(dequantize, [integers, *dequantize.input[1:]], [name])
@@ -238,6 +243,13 @@ def dequantize_after_movement(model: ModelProto) -> None:
             graph.replace(reader, [mover, *behind])
             pending += behind
     graph.finish()
+
+
+def _pads_with_zero(graph: Graph, node: NodeProto) -> bool:
+    if node.op_type != "Pad" or only_moves(node):
+        return False
+    number = graph.constant(node.input[2]) if len(node.input) > 2 and node.input[2] else np.zeros(())
+    return number is not None and not np.any(number)
 
 
 def quantize_behind_products(model: ModelProto) -> None:
