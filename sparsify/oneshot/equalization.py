@@ -35,6 +35,8 @@ __all__: list[str] = []
 EQUALIZATION_ROUNDS = 3
 """Over all pairs in turn. One is enough unless one scale holds for all weights of a layer."""
 LARGEST_FACTOR = 2.0**24
+LARGEST_FACTOR_IN_FLOAT16 = 2.0**5
+"""Weights that are made much smaller than they are would be 0 there."""
 WORTH = 0.64
 """Pairs whose mean square error stays above this share of what it was are left alone: a fifth of the error itself."""
 UNSEEN = 0.25
@@ -120,6 +122,7 @@ def equalize(
     *,
     corrected: bool = True,
     few: bool = False,
+    largest: float = LARGEST_FACTOR,
 ) -> dict[str, float]:
     """Scales weights, biases and BatchNorms of `model` in place. Gives {first layer: the largest factor it took}.
 
@@ -130,6 +133,7 @@ def equalize(
         batches: inputs of the model; gone through once.
         corrected: whether shifts of an output's mean will be taken back, and so are no errors.
         few: whether `batches` say little, so that the statistics of BatchNorms count too.
+        largest: no factor is larger, or smaller than its reciprocal.
 
     Raises:
         DataError: a batch does not run through the model.
@@ -155,7 +159,7 @@ def equalize(
                 norm = None if pair.norm is None else modules[pair.norm]
                 given, read = _given(first, norm).float(), _read(second).float()
                 before = factors.get(pair.first, torch.ones_like(given))
-                scale = _best(errors, given, read, before)
+                scale = _best(errors, given, read, before, largest)
                 if scale is None:
                     continue
                 moved = True
@@ -167,7 +171,7 @@ def equalize(
     return {name: float(torch.maximum(scale, 1 / scale).max()) for name, scale in factors.items()}
 
 
-def _best(errors: PairErrors, given: Tensor, read: Tensor, before: Tensor) -> Tensor | None:
+def _best(errors: PairErrors, given: Tensor, read: Tensor, before: Tensor, largest: float) -> Tensor | None:
     """The factors (C,) of least error, beyond those `before`; None: none is worth it."""
     best, least = None, WORTH
     one = torch.ones_like(given)
@@ -175,7 +179,7 @@ def _best(errors: PairErrors, given: Tensor, read: Tensor, before: Tensor) -> Te
     if not now.any():
         return None
     for wanted in _wanted_factors(errors.between, given, read, shared=errors.shares_scale):
-        scale = (wanted * before).clamp(1 / LARGEST_FACTOR, LARGEST_FACTOR) / before
+        scale = (wanted * before).clamp(1 / largest, largest) / before
         if torch.equal(scale, one):
             continue
         # Both the error of the whole output and that of its channels by their own sizes have to fall.

@@ -10,18 +10,20 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import torch
 from torch import nn
 
 from sparsify.errors import ArgumentError, DataError, ExportError, SparsifyWarning, StateError, TargetError
 from sparsify.model.batches import sample_count
+from sparsify.model.precisions import half_tensors, in_float32, to_dtypes_, to_float32_
 from sparsify.model.preserved import preserved_rng
 from sparsify.model.signature import batch_arguments, check_module
 from sparsify.model.targets import is_finite, named_modules
 from sparsify.model.trace import trace
 from sparsify.model.wrappers import unwrapped
 from sparsify.oneshot.data_free import simulated_norms
+from sparsify.oneshot.equalization import LARGEST_FACTOR, LARGEST_FACTOR_IN_FLOAT16, neighbours
 from sparsify.oneshot.equalization import equalize as equalize_channels
-from sparsify.oneshot.equalization import neighbours
 from sparsify.oneshot.weights import QuantizedWeights, Rounding, WeightRounding
 from sparsify.onnx.export import export_onnx
 from sparsify.onnx.exported import ExportedModel
@@ -106,7 +108,8 @@ def quantize_model(
     """Quantizes a trained model without training it: where and how QuantizationModifier would.
 
     In this order: channels are equalized between neighbouring layers, ranges of activations are taken from the samples
-    with the model in float, weights are rounded, and biases take back the shift of means that this leaves.
+    with the model in float, weights are rounded, and biases take back the shift of means that this leaves. All of it
+    is computed in float32; parameters in float16 or bfloat16 are so again in what comes back.
 
     Args:
         model: a trained model in float.
@@ -153,8 +156,12 @@ def quantize_model(
     sample = data[0] if sample_inputs is None else sample_inputs
     if not sample_count(sample):
         raise ArgumentError("sample_inputs are an empty batch; give at least one item.")
+    half = half_tensors(model)
+    if half:
+        data, sample = in_float32(data), in_float32(sample)
     with preserved_rng(model):
         reference = _deep_copied(model)
+        to_float32_(reference)
         args, kwargs = batch_arguments(reference, sample)
         traced = trace(reference, args, kwargs)
         plan = make_plan(reference, traced, settings)
@@ -182,6 +189,7 @@ def quantize_model(
                 data or [kwargs or args],
                 corrected=correct_bias and bool(data),
                 few=not data,
+                largest=LARGEST_FACTOR_IN_FLOAT16 if torch.float16 in half.values() else LARGEST_FACTOR,
             )
         work = copy.deepcopy(reference)
         apply_plan(work, plan)
@@ -191,8 +199,10 @@ def quantize_model(
         job = WeightRounding(reference, work, plan, traced, rounding, correct_bias, bool(data))
         layers = job.run(data, sequential, progress)
         for name, tensor in work.state_dict().items():
-            if tensor.is_floating_point() and not is_finite(tensor):
+            rounded = tensor.to(half.get(name, tensor.dtype))
+            if tensor.is_floating_point() and not is_finite(rounded):
                 raise DataError(f"{name} is not finite after quantization; look at the calibration data.")
+    to_dtypes_(work, half)
     if inplace:
         apply_plan(model, plan)
         model.load_state_dict(work.state_dict())
@@ -216,6 +226,9 @@ def quantize_onnx(
 ) -> QuantizedFile:
     """`quantize_model`, `export_onnx` and `verify_onnx` in one: the file is there once it computes what the model does.
 
+    Of a model in float16 or bfloat16 the file is in float32, inputs and outputs too; the quantized model that comes
+    back is as it was given, and a copy of it in float32 computes what the file does.
+
     Args:
         model: a trained model in float.
         path: where the file is written, once it is verified.
@@ -235,9 +248,14 @@ def quantize_onnx(
     quantized = quantize_model(model, data or None, sample_inputs=sample_inputs, **options)
     args, kwargs = batch_arguments(quantized.model, data[0] if sample_inputs is None else sample_inputs)
     sample = kwargs or args
+    exact = quantized.model
+    if half_tensors(exact):
+        # Integers are written beside float32 alone.
+        exact, sample = copy.deepcopy(exact), in_float32(sample)
+        to_float32_(exact)
     with replacing(path) as temporary:
         exported = export_onnx(
-            quantized.model,
+            exact,
             sample,
             temporary,
             opset=opset,
@@ -245,7 +263,7 @@ def quantize_onnx(
             input_names=input_names,
             output_names=output_names,
         )
-        verification = verify_onnx(quantized.model, temporary, sample)
+        verification = verify_onnx(exact, temporary, sample)
         if not verification.ok:
             raise ExportError(f"{path} was not written: onnxruntime computes something else.\n{verification}")
     there = type(exported.path)(path)

@@ -53,7 +53,10 @@ def weight_scale(weight: Tensor, *, axis: int | None, q_max: int) -> Tensor:
 
 def weight_integers(weight: Tensor, scale: Tensor) -> Tensor:
     """`weight` / `scale`, rounded: integers in float. Multiplies by the reciprocal; a broadcast division is slow."""
-    return weight.detach().mul(scale.reciprocal()).round_()
+    values = weight.detach()
+    # Beside a scale of rank 0 the product would be in half precision, in which not every integer is.
+    values = values.float() if values.dtype in (torch.float16, torch.bfloat16) else values
+    return values.mul(scale.reciprocal()).round_()
 
 
 class _FakeWeight(torch.autograd.Function):

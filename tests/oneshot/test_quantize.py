@@ -378,6 +378,57 @@ def test_empty_batches_alone_are_no_data(tmp_path: Path) -> None:
         verify_onnx(model, tmp_path / "x.onnx", empty)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("inplace", [False, True])
+def test_half_precision_is_quantized_in_float32_and_given_back(
+    net: nn.Module, dtype: torch.dtype, inplace: bool
+) -> None:
+    model = copy.deepcopy(net).to(dtype)
+    # What half precision itself costs is not counted: the reference has the same weights.
+    exact = copy.deepcopy(model).float()
+    result = quantize_model(model, [x.to(dtype) for x in samples()], inplace=inplace)
+    assert (result.model is model) == inplace
+    for name, tensor in exact.state_dict().items():
+        kept = dtype if tensor.is_floating_point() else tensor.dtype
+        assert result.model.state_dict()[name].dtype == kept, name
+    assert all(quantizer.scale.dtype == torch.float32 for quantizer in quantizers(result.model))
+    x = samples()[0]
+    with torch.no_grad():
+        found, expected = result.model(x.to(dtype)), exact(x)
+    assert found.dtype == dtype
+    assert float((found.float() - expected).norm() / expected.norm()) < 0.05
+    assert error(exact, copy.deepcopy(result.model).float()) < 1.3 * error(
+        exact, quantize_model(exact, samples()).model
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, pytest.param(torch.float16, marks=pytest.mark.slow)])
+def test_the_file_of_a_model_in_half_precision_is_in_float32(
+    net: nn.Module, dtype: torch.dtype, tmp_path: Path
+) -> None:
+    model = copy.deepcopy(net).to(dtype)
+    written = quantize_onnx(model, tmp_path / "net.onnx", [x.to(dtype) for x in samples()])
+    assert {parameter.dtype for parameter in written.quantized.model.parameters()} == {dtype}
+    assert verify_onnx(copy.deepcopy(written.quantized.model).float(), written, samples()[1]).ok
+    assert onnxruntime.InferenceSession(written).get_inputs()[0].type == "tensor(float)"
+
+
+def test_equalizing_makes_no_weight_of_float16_too_small(net: nn.Module) -> None:
+    model = copy.deepcopy(net)
+    with torch.no_grad():
+        factor = torch.tensor([0.02, 1.0, 30.0, 1.0])
+        model.first.bn1.weight /= factor
+        model.first.bn1.bias /= factor
+        model.first.conv2.weight *= factor.view(1, -1, 1, 1)
+    model = model.half()
+    exact = copy.deepcopy(model).float()
+    result = quantize_model(model, [x.half() for x in samples()])
+    assert 4 <= result.equalized["first.conv1"] <= 2.0**5
+    plain = quantize_model(model, [x.half() for x in samples()], equalize=False)
+    found, without = (error(exact, copy.deepcopy(one.model).float()) for one in (result, plain))
+    assert found < without
+
+
 def test_multihead_attention_is_quantized_with_the_rest() -> None:
     torch.manual_seed(0)
     model = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True).eval()
