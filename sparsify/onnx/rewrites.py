@@ -232,7 +232,8 @@ def dequantize_after_movement(model: ModelProto) -> None:
                 continue
             moved = [graph.fresh(f"{name}_int") for name in reader.output]
             others = list(reader.input[1:])
-            if padded:
+            if reader.op_type == "Pad":
+                # The number that it puts in; other modes have none, and the type must be that of the integers.
                 others[1:2] = [dequantize.input[2] if len(dequantize.input) > 2 else ""]
             mover = like(reader, [dequantize.input[0], *others], moved)
             behind = []
