@@ -119,7 +119,7 @@ class Converted(nn.Module):
         return y if quantizer is None else quantizer(y)
 
     def called(self, x: Tensor, function: Callable[[Tensor, Tensor, Tensor | None], Tensor]) -> Tensor:
-        """The result of a layer for `x` where somebody else computes `function` of input, weight and bias in its place."""
+        """The result of a layer for `x` where another forward computes `function` of input, weight and bias."""
         raise NotImplementedError
 
     def rounded_weight(self) -> Tensor:
