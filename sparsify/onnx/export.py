@@ -28,7 +28,7 @@ from sparsify.onnx.exporter import exact_constants, kept_registry
 from sparsify.onnx.model_files import MOST_BYTES
 from sparsify.onnx.names import checked_output_names, name_values, with_input_names
 from sparsify.onnx.packing import pack_onnx
-from sparsify.onnx.runtime import FILE_WEIGHTS
+from sparsify.onnx.runtime import FILE_WEIGHTS, PRODUCER
 from sparsify.onnx.written_values import compare_written
 from sparsify.output.files import replacing
 from sparsify.quantization import qdq_ops
@@ -215,7 +215,7 @@ def _model_proto(
     rewrites.unique_names(proto)
     rewrites.name_dimensions(proto, batched)
     _note_weights(proto, deployed)
-    proto.producer_name = "sparsify"
+    proto.producer_name = PRODUCER
     proto.producer_version = ""
     try:
         onnx.checker.check_model(proto, full_check=True)

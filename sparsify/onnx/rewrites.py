@@ -47,6 +47,7 @@ def rewrite(model: ModelProto) -> None:
     rewrite_transposed_convs.transposed_convolutions(model)
     state_zero_points(model)
     part_float_results(model)
+    part_transposes(model)
     remove_unused(model)
 
 
@@ -354,6 +355,34 @@ def part_float_results(model: ModelProto) -> None:
             if not rank2:
                 nodes += _reshape_like(graph, name, shape[:-1], cast(int, outer), result, target, reader.name)
             graph.replace(reader, nodes)
+    graph.finish()
+
+
+def part_transposes(model: ModelProto) -> None:
+    """A Reshape to the same shape parts a Transpose that moves the first dimension inwards from the MatMul behind it.
+
+    With a Cast between the two, of the file or for float16, which x86 computes in float32, onnxruntime 1.31.1 ends the
+    process when it opens the file: its MatmulTransposeFusion looks at a shape that the Cast's result does not have. So
+    is every attention in float16 whose first dimension is the sequence. Needless once it looks whether there is one.
+    """
+    half = any(tensor.data_type == TensorProto.FLOAT16 for tensor in model.graph.initializer)
+    half |= any(value.type.tensor_type.elem_type == TensorProto.FLOAT16 for value in model.graph.input)
+    graph = Graph(model)
+    for node in list(model.graph.node):
+        order = next((list(entry.ints) for entry in node.attribute if entry.name == "perm"), [])
+        rank, readers = len(order), graph.readers(node.output[0])
+        if node.op_type != "Transpose" or rank < 3 or order != [*range(1, rank - 1), 0, rank - 1]:
+            continue
+        if any(reader.op_type == "Cast" or (half and reader.op_type != "Reshape") for reader in readers):
+            moved = graph.fresh(f"{node.output[0]}_moved")
+            same = [moved, graph.int64([0] * rank)]
+            graph.replace(
+                node,
+                [
+                    like(node, node.input, [moved]),
+                    helper.make_node("Reshape", same, node.output, name=f"{node.name}/Reshape"),
+                ],
+            )
     graph.finish()
 
 

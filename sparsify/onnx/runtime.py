@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 __all__: list[str] = []
 
+PRODUCER = "sparsify"
+"""What `export_onnx` writes into a file as its producer."""
 FILE_WEIGHTS = "sparsify.weights"
 """The key in a file's metadata under which stand, in JSON, {initializer: torch parameter} where the two differ."""
 FILE_ELEMENTS = "sparsify.elements"

@@ -22,13 +22,13 @@ from sparsify.model.preserved import preserved_rng
 from sparsify.model.signature import InputsLike, SampleInputs, check_module, named_outputs
 from sparsify.model.wrappers import unwrapped
 from sparsify.onnx.export import deployed_copy, without_adapters
+from sparsify.onnx.own_process import check_survival
 from sparsify.onnx.runtime import open_session, read_model, run_session
 from sparsify.quantization.qdq_ops import QUANTIZE_DEQUANTIZE
 
 if TYPE_CHECKING:
     import numpy as np
     from onnx import ModelProto
-    from onnxruntime import InferenceSession
 
     from sparsify.onnx.fusion import Unfused
     from sparsify.onnx.verify_kernels import Proof, TensorDifference
@@ -190,7 +190,9 @@ def verify_onnx(
     Raises:
         ArgumentError: inputs that do not fit the model or the file, or a tolerance that is no positive number.
         DataFileError, DataError: the file is missing or broken.
-        ExportError: a file that onnxruntime cannot run, or with other outputs than the model's.
+        ExportError: a file that onnxruntime cannot run, or with other outputs than the model's; files in float16, and
+            those that `export_onnx` did not write, are run in a process of their own before, so that one that crashes
+            there is an ExportError too.
     """
     check_module(model)
     if tolerance is not None and not (isinstance(tolerance, (int, float)) and 0 < tolerance < math.inf):
@@ -205,8 +207,9 @@ def verify_onnx(
     steps = _output_steps(proto)
     # Not the merged copy: merging is part of what is checked.
     expected = _eager(user_model, call)
+    feed = _input_arrays(proto, call, Path(path))
+    check_survival(proto, path, feed)
     plain = open_session(path, optimized=False, model=proto)
-    feed = _input_arrays(plain, call, Path(path))
     names = [value.name for value in plain.get_outputs()]
     if len(names) != len(expected):
         raise ExportError(
@@ -299,9 +302,10 @@ def _array(tensor: Tensor) -> np.ndarray:
     return result
 
 
-def _input_arrays(session: InferenceSession, call: SampleInputs, path: Path) -> dict[str, np.ndarray]:
+def _input_arrays(proto: ModelProto, call: SampleInputs, path: Path) -> dict[str, np.ndarray]:
     """By name where the file has the names, by position where it has the same number of others."""
-    names = [value.name for value in session.get_inputs()]
+    stored = {tensor.name for tensor in proto.graph.initializer}
+    names = [value.name for value in proto.graph.input if value.name not in stored]
     tensors = {name: tensor.detach().cpu().numpy() for name, tensor in call.inputs.items()}
     if set(names) <= set(tensors):
         return {name: tensors[name] for name in names}
