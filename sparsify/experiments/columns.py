@@ -80,7 +80,11 @@ def string_of(row: Row, column: str) -> str:
 
 def class_of(row: Row, column: str) -> str | int:
     """A label as it stands in the file: a word, or a whole number."""
-    value = value_of(row, column)
+    return class_in(row, column, value_of(row, column))
+
+
+def class_in(row: Row, column: str, value: Any) -> str | int:
+    """A value of a column as a label: a word, or a whole number."""
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, int):

@@ -15,7 +15,7 @@ from typing import Any
 
 from sparsify.errors import DataError
 from sparsify.experiments.classes import Classes, RowLabel
-from sparsify.experiments.columns import Columns, class_of, string_of, value_of
+from sparsify.experiments.columns import Columns, class_in, class_of, string_of, value_of
 from sparsify.experiments.rows import Row, shortened
 from sparsify.experiments.samples import Answer, AskedQuestion, DataSet, LabelledText, S, TaggedWords
 from sparsify.experiments.splits import USUAL_SPLIT, Found, SeededSplit, completed
@@ -102,7 +102,7 @@ def read_tags(
     there = Columns(parts.train, columns, ("words", "tags"))
     words = there.need("words", WORDS)
     tags = there.said.get("tags") or _tag_column(there, entities)
-    labels = [(row, tag) for row in parts.train for tag in _tags_of(row, words, tags)]
+    labels = [(row, tag) for row in parts.train for tag in _words_and_tags(row, words, tags)[1]]
     classes = Classes(labels, parts.names_of(tags), "tag")
     if entities:
         _entity_names(labels, classes)
@@ -112,8 +112,8 @@ def read_tags(
         )
 
     def sample(row: Row, name: str) -> TaggedWords:
-        numbers = [classes.number(row, tag, name) for tag in _tags_of(row, words, tags)]
-        return TaggedWords(row.file, row.line, tuple(_words_of(row, words)), tuple(numbers))
+        said, numbers = _words_and_tags(row, words, tags)
+        return TaggedWords(row.file, row.line, tuple(said), tuple(classes.number(row, tag, name) for tag in numbers))
 
     train = [sample(row, "train") for row in parts.train]
     val = _measured(parts, sample)
@@ -152,19 +152,15 @@ def _list_of(row: Row, column: str) -> list[Any]:
     return value
 
 
-def _words_of(row: Row, column: str) -> list[str]:
-    words = _list_of(row, column)
-    for number, word in enumerate(words, 1):
+def _words_and_tags(row: Row, words: str, column: str) -> tuple[list[str], list[str | int]]:
+    said = _list_of(row, words)
+    for number, word in enumerate(said, 1):
         if not isinstance(word, str) or not word.strip():
-            raise DataError(f"{row.where}: word {number} of {column!r} is {shortened(word)}, expected a text.")
-    return words
-
-
-def _tags_of(row: Row, words: str, column: str) -> list[str | int]:
-    tags = [class_of(Row(row.file, row.line, {column: tag}), column) for tag in _list_of(row, column)]
-    if len(tags) != (wanted := len(_words_of(row, words))):
-        raise DataError(f"{row.where}: {len(tags)} tags in {column!r}, expected {wanted}: one for each word.")
-    return tags
+            raise DataError(f"{row.where}: word {number} of {words!r} is {shortened(word)}, expected a text.")
+    tags = [class_in(row, column, tag) for tag in _list_of(row, column)]
+    if len(tags) != len(said):
+        raise DataError(f"{row.where}: {len(tags)} tags in {column!r}, expected {len(said)}: one for each word.")
+    return said, tags
 
 
 def _entity_names(labels: Sequence[RowLabel], classes: Classes) -> None:

@@ -67,7 +67,7 @@ FAULTS: list[tuple[dict[str, Content], str]] = [
     (class_folders("train/") | class_folders("val/") | class_folders("valid/"), "both val/ and valid/"),
     (class_folders("val/") | class_folders("test/"), "no folder called train among test, val"),
     (class_folders("train/") | class_folders("") | class_folders("val/"), "dog?.*|cat: a folder beside train/"),
-    (class_folders(count=1), "2 samples are too few to keep some back"),
+    (class_folders(count=1), "2 samples, 2 different, are too few to keep some back"),
 ]
 
 

@@ -74,7 +74,7 @@ def test_the_record_names_every_sample_that_is_measured() -> None:
 
 def test_too_few_samples_and_wrong_fractions_are_errors() -> None:
     for few in (samples(1), samples(2), samples(4, 1, repeat=4)):
-        with pytest.raises(DataError, match=f"d.csv: {len(few)} samples are too few"):
+        with pytest.raises(DataError, match=f"d.csv: {len(few)} samples, . different, are too few"):
             split(few)
     assert len(split(samples(2, 1)).val) == 1
     for fraction in (0.0, 1.0, -0.1, float("nan")):

@@ -158,7 +158,7 @@ TEXT_FAULTS = [
     ({"d.csv": GOOD + "x,3\n"}, "d.csv:22: the label 3 is a number, expected a word as in .*d.csv:2"),
     ({"d.csv": GOOD + "x,3.5\n"}, "d.csv:22: the label in 'label' is 3.5, expected a class: a word"),
     ({"d.csv": "text,label\na,x\nb,x\n"}, "d.csv: all 2 samples have the label 'x', expected two classes"),
-    ({"d.csv": "text,label\na,x\nb,y\nc,z\n"}, "d.csv: 3 samples are too few to keep some back"),
+    ({"d.csv": "text,label\na,x\nb,y\nc,z\n"}, "d.csv: 3 samples, 3 different, are too few to keep some back"),
     ({"train.csv": GOOD, "val.csv": "text,label\nx,c\n"}, "val.csv:2: the label 'c' of val.csv is not in the training"),
     ({"a.csv": GOOD, "a.jsonl": lines(ROWS)}, "a.csv, a.jsonl are one part of the data in several formats"),
     ({"val.csv": GOOD}, "val.csv but no file called train"),
@@ -245,7 +245,7 @@ def test_tagged_words_are_read_in_every_form(tmp_path: Path, files: dict[str, st
 
 TAG_FAULTS = [
     ([*TAGS, {"tokens": ["a"], "ner_tags": ["O", "O"]}], True, "d.jsonl:21: 2 tags in 'ner_tags', expected 1"),
-    ([*TAGS, {"tokens": [], "ner_tags": []}], True, "d.jsonl:21: 'ner_tags' is .*expected a list"),
+    ([*TAGS, {"tokens": [], "ner_tags": []}], True, "d.jsonl:21: 'tokens' is .*expected a list"),
     ([*TAGS, {"tokens": ["a", ""], "ner_tags": ["O", "O"]}], True, "d.jsonl:21: word 2 of 'tokens' is"),
     ([*TAGS, {"tokens": ["a"], "ner_tags": [None]}], True, "d.jsonl:21: the label in 'ner_tags' is missing"),
     ([{"tokens": ["a", "b"], "ner_tags": [0, 1]}] * 3, True, "d.jsonl:1: the tag '0', expected O, or B- .*labels.txt"),
