@@ -67,6 +67,8 @@ def run_arguments(arguments: Namespace) -> int:
         options["image_size"] = image_size_of(options["image_size"])
     if "recipe_args" in options:
         options["recipe_args"] = _variables(options["recipe_args"])
+    if isinstance(options.get("columns"), list):
+        options["columns"] = _column_names(options["columns"])
     if arguments.resume is not None:
         told = [name for name in options if name not in _WHERE]
         if arguments.kind is not None or told:
@@ -115,7 +117,9 @@ def add_flags(parser: ArgumentParser) -> None:
 
     flag("use-case", "cv-classification, nlp-sentiment_analysis, ... or package.module:UseCase", metavar="NAME")
     flag("model", "folder, hub id, timm:NAME, package.module:function, or a .pt file with --factory")
-    flag("data", "folder, file, or YOLO yaml")
+    flag("data", "folder, file, YOLO yaml, or a data set of the hub")
+    flag("columns", "a column of texts, as text=body; may be repeated", action="append", metavar="ROLE=NAME")
+    flag("missing-labels", '"background": images without a label file have no object', metavar="WHAT")
     flag("optim-level", "how much, 0 to 1; 0.5 where nothing is said", type=float, metavar="LEVEL")
     flag("recipe", "a recipe file instead of a level", metavar="FILE")
     flag("recipe-args", "a variable of the recipe; may be repeated", action="append", metavar="NAME=VALUE")
@@ -150,7 +154,19 @@ def add_flags(parser: ArgumentParser) -> None:
 
 _WHERE = ("registry", "register", "offline")
 _OPTIONS = (
-    *("use_case", "model", "data", "optim_level", "recipe", "recipe_args", "factory", "teacher", "distill"),
+    *(
+        "use_case",
+        "model",
+        "data",
+        "columns",
+        "missing_labels",
+        "optim_level",
+        "recipe",
+        "recipe_args",
+        "factory",
+        "teacher",
+        "distill",
+    ),
     *("eval_metric", "at_least", "train_samples", "val_samples", "epochs", "dense_epochs", "batch_size"),
     *("learning_rate", "optimizer", "seed", "image_size", "max_length", "device", "threads", "structured"),
     *("train_kwargs", "offline", "working_dir", "experiment_id", "registry", "register"),
@@ -167,6 +183,16 @@ def _variables(texts: Sequence[str]) -> dict[str, object]:
             found[name] = json.loads(value)
         except json.JSONDecodeError:
             found[name] = value
+    return found
+
+
+def _column_names(texts: Sequence[str]) -> dict[str, str]:
+    found = dict[str, str]()
+    for text in texts:
+        role, equals, name = text.partition("=")
+        if not equals or not role or not name:
+            raise ArgumentError(f"columns: {text!r} is not written as role=name: text=body.")
+        found[role] = name
     return found
 
 

@@ -61,7 +61,7 @@ def built_task(case: KnownUseCase, settings: ExperimentSettings) -> BuiltTask:
         ArgumentError, DataError: what cannot be used.
     """
     assert settings.data is not None and settings.model is not None
-    data = read_data(case, settings.data, settings.seed).limited(settings.train_samples, settings.val_samples)
+    data = read_data(case, settings).limited(settings.train_samples, settings.val_samples)
     if case.reads in ("images", "texts") and len(data.labels) < 2:
         raise DataError(f"{settings.data}: there is one class, {data.labels[0]!r}: at least two are needed.")
     loaded = load_experiment_model(

@@ -5,39 +5,48 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from sparsify.errors import ArgumentError
+from sparsify.experiments.hub_data import data_at
 from sparsify.experiments.images import read_image_folder
 from sparsify.experiments.splits import SeededSplit
 from sparsify.experiments.text import read_questions, read_tags, read_texts
-from sparsify.experiments.yolo import read_boxes, read_outlines
+from sparsify.experiments.yolo import MissingLabels, read_boxes, read_outlines
 
 if TYPE_CHECKING:
     import numpy as np
 
     from sparsify.experiments.batches import BatchMaker
     from sparsify.experiments.samples import DataSet
+    from sparsify.experiments.settings import ExperimentSettings
     from sparsify.experiments.use_cases import KnownUseCase
 
 __all__: list[str] = []
 
 
-def read_data(case: KnownUseCase, source: str, seed: int) -> DataSet[Any]:
-    """The data at `source` in the form that the use case reads.
+def read_data(case: KnownUseCase, settings: ExperimentSettings) -> DataSet[Any]:
+    """The data of a run, in the form that its use case reads.
 
     Raises:
         DataError: with file and line.
+        ArgumentError: no data are named, or columns of data that have none.
     """
-    split = SeededSplit(seed=seed)
+    if settings.data is None:
+        raise ArgumentError("data: there is none; give a folder or a file.")
+    if settings.columns and not case.is_text:
+        raise ArgumentError(f"columns: the data of {case.name} have none.")
+    source, split = data_at(settings.data, settings.offline), SeededSplit(seed=settings.seed)
+    missing: MissingLabels = "background" if settings.missing_labels == "background" else "error"
     if case.reads == "images":
         return read_image_folder(source, split)
     if case.reads == "boxes":
-        return read_boxes(source, split=split)
+        return read_boxes(source, missing, split)
     if case.reads == "masks":
-        return read_outlines(source, split=split)
+        return read_outlines(source, missing, split)
     if case.reads == "texts":
-        return read_texts(source, split=split)
+        return read_texts(source, settings.columns, split)
     if case.reads == "questions":
-        return read_questions(source, split=split)
-    return read_tags(source, case.name == "nlp-named_entity_recognition", split=split)
+        return read_questions(source, settings.columns, split)
+    return read_tags(source, case.name == "nlp-named_entity_recognition", settings.columns, split)
 
 
 def metrics_of(

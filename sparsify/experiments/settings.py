@@ -28,7 +28,9 @@ class ExperimentSettings:
         use_case: a name, an alias, or "package.module:UseCase".
         model: a folder, a hub id, "timm:NAME", "package.module:function", or a .pt file beside `factory`; None where
             sparse transfer chooses one.
-        data: a folder, a file, or a YOLO yaml; None: the use case has its own.
+        data: a folder, a file, a YOLO yaml, or a data set of the hub; None: the use case has its own.
+        columns: of texts by what they hold ({"text": "body"}), where their names do not say it.
+        missing_labels: an image without a label file is an "error", or "background".
         optim_level: 0 to 1, or a whole number from 2 to 100 for percent.
         recipe: a recipe file instead of the level; `recipe_args` are its variables.
         factory: "package.module:function" that builds the model of a .pt file.
@@ -55,6 +57,8 @@ class ExperimentSettings:
     use_case: str
     model: str | None = None
     data: str | None = None
+    columns: Mapping[str, str] | None = None
+    missing_labels: str = "error"
     optim_level: float = 0.5
     recipe: str | None = None
     recipe_args: Mapping[str, Any] | None = None
@@ -106,6 +110,12 @@ class ExperimentSettings:
                 f"optimizer: {self.optimizer!r} is none of {', '.join(OPTIMIZERS)}."
                 f"{did_you_mean(self.optimizer, OPTIMIZERS)}"
             )
+        if self.missing_labels not in ("error", "background"):
+            raise ArgumentError(f"missing_labels: {self.missing_labels!r} is neither 'error' nor 'background'.")
+        if self.columns is not None and not (
+            isinstance(self.columns, Mapping) and all(isinstance(name, str) for name in self.columns.values())
+        ):
+            raise ArgumentError(f"columns: {self.columns!r}: give columns by what they hold, {{'text': 'body'}}.")
         if self.image_size is not None and not (
             len(self.image_size) == 2 and all(8 <= n <= 8192 for n in self.image_size)
         ):
@@ -126,6 +136,7 @@ class ExperimentSettings:
         """The fields as they are saved."""
         found = {field.name: getattr(self, field.name) for field in fields(self)}
         found["image_size"] = None if self.image_size is None else list(self.image_size)
+        found["columns"] = None if self.columns is None else dict(self.columns)
         found["recipe_args"] = None if self.recipe_args is None else dict(self.recipe_args)
         return found
 

@@ -94,7 +94,7 @@ def completed(
             different = len({content(sample) for sample in found.train})
             raise DataError(
                 f"{found.train[0].file}: {len(found.train)} samples, {different} different, are too few to keep "
-                "some back to measure with; expected at least 2 different ones of a class, or a part of the data called val."
+                "some back to measure with; expected at least 2 different ones of a class, or a part called val."
             )
         said = f"seeded: {len(val)} of {len(found.train)} samples, fraction {split.fraction:g}, seed {split.seed}"
     return DataSet(train, val, found.labels, found.fingerprint, found.files, said, tuple(notes))

@@ -131,7 +131,7 @@ def _tag_column(there: Columns, entities: bool) -> str:
         return others[0]
     if column is None and others:
         raise there.missing(
-            f'one column of tags, or columns: {{"tags": {others[0]!r}}} to choose one of {", ".join(others)}', []
+            f"one column of tags, or --columns tags={others[0]} to choose one of {', '.join(others)}", []
         )
     return column or there.need("tags", [*TAGS, "ner_tags"])
 

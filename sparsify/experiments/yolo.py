@@ -261,7 +261,7 @@ def _with_labels(images: Sequence[Path], missing: MissingLabels, notes: list[str
         else:
             raise DataError(
                 f"{image}: its label file {file} is missing, expected one for each image, empty where there is no "
-                'object (missing_labels="background" takes such images as they are).'
+                "object (--missing-labels background takes such images as they are)."
             )
     if background:
         notes.append(f"{background} images have no label file and are taken as background.")
