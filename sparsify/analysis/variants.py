@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ from typing import Any
 from torch import nn
 
 from sparsify.errors import ExportError, SparsifyError, SparsifyWarning
+from sparsify.model.copies import deep_copied
 from sparsify.model.signature import InputsLike, SampleInputs
 from sparsify.oneshot import quantize_model
 from sparsify.onnx.export import export_onnx
@@ -118,7 +118,7 @@ def narrowed(model: nn.Module, channel_groups: ChannelGroups, width: float | Map
 
     Speed does not depend on which channels go: the last ones do.
     """
-    smaller = copy.deepcopy(model)
+    smaller = deep_copied(model)
     pruned = {}
     for name, group in channel_groups.groups.items():
         share = width if isinstance(width, int | float) else width.get(name, 1.0)

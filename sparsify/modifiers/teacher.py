@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -12,6 +11,7 @@ from torch import Tensor, nn
 
 from sparsify.errors import ArgumentError, StateError
 from sparsify.model.batches import mapped
+from sparsify.model.copies import deep_copied
 from sparsify.modifiers.base import Run
 
 __all__: list[str] = []
@@ -48,7 +48,7 @@ class DistillationTeacher:
             self.module = run.teacher
             _refuse_meta(run.teacher)
         elif self._own:
-            self.module = copy.deepcopy(run.model).requires_grad_(False).eval()
+            self.module = deep_copied(run.model).requires_grad_(False).eval()
 
     def __call__(self, inputs: tuple[tuple[Any, ...], dict[str, Any]], device: torch.device) -> Any:
         """Its outputs on the student's inputs, on `device`. A copy moves there with the student; a user's module stays

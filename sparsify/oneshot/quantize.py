@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import os
 import warnings
@@ -15,6 +14,7 @@ from torch import nn
 
 from sparsify.errors import ArgumentError, DataError, ExportError, SparsifyWarning, StateError, TargetError
 from sparsify.model.batches import sample_count
+from sparsify.model.copies import deep_copied
 from sparsify.model.precisions import half_tensors, in_float32, to_dtypes_, to_float32_
 from sparsify.model.preserved import preserved_rng
 from sparsify.model.signature import batch_arguments, check_module
@@ -191,7 +191,7 @@ def quantize_model(
                 few=not data,
                 largest=LARGEST_FACTOR_IN_FLOAT16 if torch.float16 in half.values() else LARGEST_FACTOR,
             )
-        work = copy.deepcopy(reference)
+        work = deep_copied(reference)
         apply_plan(work, plan)
         check_traced_ops(work, args, kwargs)
         plan = dataclasses.replace(plan, places=operation_places(work))
@@ -251,7 +251,7 @@ def quantize_onnx(
     exact = quantized.model
     if half_tensors(exact):
         # Integers are written beside float32 alone.
-        exact, sample = copy.deepcopy(exact), in_float32(sample)
+        exact, sample = deep_copied(exact), in_float32(sample)
         to_float32_(exact)
     with replacing(path) as temporary:
         exported = export_onnx(
@@ -351,7 +351,7 @@ def _check_weights(model: nn.Module) -> None:
 
 def _deep_copied(model: nn.Module) -> nn.Module:
     try:
-        return copy.deepcopy(model).eval()
+        return deep_copied(model).eval()
     except Exception as error:
         # A user's __deepcopy__, or what hangs on the model, can raise anything.
         raise ArgumentError(

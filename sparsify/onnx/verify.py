@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 import os
 from collections import defaultdict
@@ -18,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from sparsify.errors import ArgumentError, ExportError, first_line
 from sparsify.model.batches import sample_count
+from sparsify.model.copies import deep_copied
 from sparsify.model.preserved import preserved_rng
 from sparsify.model.signature import InputsLike, SampleInputs, check_module, named_outputs
 from sparsify.model.wrappers import unwrapped
@@ -279,7 +279,7 @@ def _float_tolerance(proto: ModelProto) -> float:
 
 def _eager(model: nn.Module, call: SampleInputs) -> dict[str, np.ndarray]:
     """The outputs of a copy of `model` in eval mode, on its own device, with the RNG put back."""
-    model = copy.deepcopy(model).eval()
+    model = deep_copied(model).eval()
     device = next((tensor.device for tensor in [*model.parameters(), *model.buffers()]), torch.device("cpu"))
     args, kwargs = call.arguments([tensor.detach().to(device) for tensor in call.inputs.values()])
     with preserved_rng(model), torch.no_grad():

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import copy
 import math
 import warnings
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from sparsify.analysis.analyze import analyze_model
+from sparsify.model.copies import deep_copied
 from sparsify.model.targets import named_parameters
 from sparsify.modifiers.schedule import Clock
 from sparsify.optimize.piecewise import at
@@ -100,7 +100,7 @@ def without_channels(
     Raises:
         SparsifyError: they cannot be chosen before training.
     """
-    smaller = copy.deepcopy(model)
+    smaller = deep_copied(model)
     # Other pruning may make the zeros by which a modifier finds the channels to remove.
     shaping = [modifier for modifier in modifiers if modifier.kind in ("pruning", "structure")]
     with warnings.catch_warnings():

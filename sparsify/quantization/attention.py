@@ -6,6 +6,7 @@ what its layer reads. Where they are one tensor on the example inputs, they shar
 
 from __future__ import annotations
 
+from collections.abc import Container
 from typing import Any
 
 import torch
@@ -151,6 +152,10 @@ class QuantizedMultiheadAttention(Converted, nn.MultiheadAttention):
         if alone:
             return y.squeeze(0), None if weights is None else weights.squeeze(0)
         return y, weights
+
+    def holds_integers(self, layers: Container[nn.Module]) -> bool:
+        """True if the layers in front are among `layers`, which have its weights as integers."""
+        return all(self._modules[name] in layers for name in self._wiring.projections)
 
     def _projected(self, *given: Tensor) -> list[Tensor]:
         """The results of the layers in front for query, key and value."""

@@ -5,7 +5,6 @@ Computes bit for bit what the trained model computes in eval mode.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping
 from typing import Any, TypeGuard, cast
 
@@ -14,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sparsify.errors import DataError
+from sparsify.model.copies import deep_copied
 from sparsify.model.targets import is_finite
 from sparsify.model.wrappers import unwrapped
 from sparsify.quantization.attention import QuantizedMultiheadAttention, QuantizedProjection
@@ -194,7 +194,7 @@ def deployment_copy(model: nn.Module) -> nn.Module:
         DataError: a range, a weight, or a statistic of a BatchNorm is not finite.
     """
     _check_finite(model)
-    deployed = copy.deepcopy(unwrapped(model)).eval()
+    deployed = deep_copied(unwrapped(model)).eval()
     # First all integers: a layer is made of its BatchNorm and of the quantizer before it.
     integers = {layer: layer.deployed_integers() for layer in deployed.modules() if _holds_integers(layer)}
     own = {layer: own_integers(layer) for layer in integers if wiring_of(layer).read and wiring_of(layer).norm}
@@ -206,8 +206,7 @@ def deployment_copy(model: nn.Module) -> nn.Module:
     for module in deployed.modules():
         if isinstance(module, FakeQuantize):
             _fix_grid(module)
-        elif isinstance(module, QuantizedMultiheadAttention):
-            # Its layers have them as integers.
+        elif isinstance(module, QuantizedMultiheadAttention) and module.holds_integers(integers):
             module._parameters.update(dict.fromkeys(module._parameters))
         elif type(module) in NORMS.values() and wiring_of(module).layer is not None and not wiring_of(module).read:
             _clear(module)

@@ -287,6 +287,31 @@ def test_every_scheme_reaches_the_rows_of_a_packed_weight(scheme: str) -> None:
 
 
 @pytest.mark.parametrize("form", FORM)
+def test_weights_in_float_stay_where_they_are(form: str) -> None:
+    """`weights: null`: what the layers read is quantized, and the rows are those of the parameter, deployed too."""
+    model, inputs = built(form), inputs_of(form)
+    quantized(model, *inputs, settings=QuantizationSettings.of({"weights": None}))
+    train_outputs(model, inputs)
+    model.eval()
+    with torch.no_grad():
+        expected = model(*inputs)[0]
+        deployed = deployment_copy(model)
+        assert torch.equal(deployed(*inputs)[0], expected)
+    assert not [name for name in deployed.state_dict() if "int8" in name]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("form", FORM)
+def test_weights_in_float_are_written_as_they_are(form: str, tmp_path: Path) -> None:
+    model, inputs = built(form), inputs_of(form)
+    quantized(model, *inputs, settings=QuantizationSettings.of({"weights": None}))
+    train_outputs(model, inputs)
+    export_onnx(model.eval(), inputs, tmp_path / "model.onnx")
+    found = verify_onnx(model, tmp_path / "model.onnx", inputs)
+    assert found.ok and found.unproven is None, str(found)
+
+
+@pytest.mark.parametrize("form", FORM)
 def test_an_analysis_finds_the_rows_of_each_layer(form: str) -> None:
     model, inputs = built(form), inputs_of(form)
     parameters = {name: parameter.numel() for name, parameter in model.named_parameters()}
