@@ -75,6 +75,17 @@ def string_of(row: Row, column: str) -> str:
         raise DataError(f"{row.where}: {column!r} is {shortened(value)}, expected a text.")
     if not value.strip():
         raise DataError(f"{row.where}: {column!r} is empty, expected a text.")
+    return unicode_text(row, column, value)
+
+
+def unicode_text(row: Row, column: str, value: str) -> str:
+    """A text that can be written in UTF-8: half of a surrogate pair, which JSON can say, is none."""
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise DataError(
+            f"{row.where}: {column!r} has the half character {value[error.start]!r}, expected text in Unicode."
+        ) from error
     return value
 
 
@@ -98,7 +109,7 @@ def class_in(row: Row, column: str, value: Any) -> str | int:
         raise DataError(f"{row.where}: the label in {column!r} is {shortened(value)}, expected {wanted}.")
     if value != value.strip():
         raise DataError(f"{row.where}: the label {value!r} has a blank at its beginning or end, expected none.")
-    if re.fullmatch(r"-?\d{1,9}(\.0+)?", value):
+    if re.fullmatch(r"-?(0|[1-9]\d{0,8})(\.0+)?", value):
         return int(float(value))
     if re.fullmatch(r"-?\d*\.\d+", value):
         raise DataError(f"{row.where}: the label in {column!r} is {value}, expected a class: a word or a whole number.")

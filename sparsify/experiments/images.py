@@ -105,7 +105,7 @@ def decoded(path: Path, channels: int = 3) -> Image:
 
 def look_over(images: Sequence[Path]) -> list[tuple[int, int]]:
     """Width and height of every image; the first that is none, or not a whole one, is an error."""
-    decode = sum(path.stat().st_size for path in images) <= DECODED_WHOLE
+    decode = sum(ends_of(path)[0] for path in images) <= DECODED_WHOLE
     return [shown_size(path, decode) for path in images]
 
 

@@ -30,7 +30,7 @@ def read_data(case: KnownUseCase, settings: ExperimentSettings) -> DataSet[Any]:
         DataError: with file and line.
         ArgumentError: no data are named, or columns of data that have none.
     """
-    if settings.data is None:
+    if not settings.data:
         raise ArgumentError("data: there is none; give a folder or a file.")
     if settings.columns and not case.is_text:
         raise ArgumentError(f"columns: the data of {case.name} have none.")

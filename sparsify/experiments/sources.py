@@ -48,11 +48,27 @@ def entries(folder: Path) -> list[Path]:
     return [one for one in found if one.name[0] != "." and one.name not in ("Thumbs.db", "desktop.ini", "__MACOSX")]
 
 
-def files_below(folder: Path) -> list[Path]:
-    """Every file in a folder and the folders in it, in the order of their paths."""
+def files_below(folder: Path, above: tuple[Path, ...] = ()) -> list[Path]:
+    """Every file in a folder and the folders in it, in the order of their paths.
+
+    Args:
+        folder: where it begins.
+        above: real paths of the folders on the way to it.
+
+    Raises:
+        DataError: a link leads to a folder that it is in, or nowhere.
+    """
+    real = folder.resolve()
+    if real in above:
+        raise DataError(f"{folder}: a link to a folder that it is in, expected one to another place.")
     found: list[Path] = []
     for one in entries(folder):
-        found += files_below(one) if one.is_dir() else [one]
+        if one.is_dir():
+            found += files_below(one, (*above, real))
+        elif one.exists():
+            found.append(one)
+        else:
+            raise DataError(f"{one}: a link that leads nowhere, expected a file.")
     return found
 
 

@@ -15,7 +15,7 @@ from typing import Any
 
 from sparsify.errors import DataError
 from sparsify.experiments.classes import Classes, RowLabel
-from sparsify.experiments.columns import Columns, class_in, class_of, string_of, value_of
+from sparsify.experiments.columns import Columns, class_in, class_of, string_of, unicode_text, value_of
 from sparsify.experiments.rows import Row, shortened
 from sparsify.experiments.samples import Answer, AskedQuestion, DataSet, LabelledText, S, TaggedWords
 from sparsify.experiments.splits import USUAL_SPLIT, Found, SeededSplit, completed
@@ -157,6 +157,7 @@ def _words_and_tags(row: Row, words: str, column: str) -> tuple[list[str], list[
     for number, word in enumerate(said, 1):
         if not isinstance(word, str) or not word.strip():
             raise DataError(f"{row.where}: word {number} of {words!r} is {shortened(word)}, expected a text.")
+        unicode_text(row, words, word)
     tags = [class_in(row, column, tag) for tag in _list_of(row, column)]
     if len(tags) != len(said):
         raise DataError(f"{row.where}: {len(tags)} tags in {column!r}, expected {len(said)}: one for each word.")

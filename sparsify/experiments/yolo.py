@@ -404,8 +404,10 @@ def _yaml_names(file: Path, value: dict[str, Any]) -> tuple[str, ...] | None:
         if sorted(names, key=str) != sorted(range(len(names)), key=str):
             raise DataError(f"{file}: names: has the keys {list(names)[:5]}, expected 0 to {len(names) - 1}.")
         names = [names[number] for number in range(len(names))]
+    if count is not None and (isinstance(count, bool) or not isinstance(count, int) or count < 1):
+        raise DataError(f"{file}: nc: is {count!r}, expected the number of classes.")
     if names is None:
-        return None if count is None else tuple(map(str, range(int(count))))
+        return None if count is None else tuple(map(str, range(count)))
     if not isinstance(names, list) or not names or not all(isinstance(name, str | int) for name in names):
         raise DataError(f"{file}: names: is {names!r}, expected a list of names.")
     if count is not None and count != len(names):

@@ -90,6 +90,19 @@ def test_of_many_images_a_cut_off_one_is_found_by_its_end(
     assert len(read_image_folder(root).train) == 7
 
 
+def test_links_are_followed_but_not_for_ever_and_not_nowhere(tmp_path: Path) -> None:
+    root = written(tmp_path / "d", class_folders() | {"../far/9.png": PNG})
+    (root / "dog" / "more").symlink_to(tmp_path / "far")
+    assert len(read_image_folder(root).train) == 7
+    (root / "dog" / "gone.png").symlink_to(tmp_path / "nothing.png")
+    with pytest.raises(DataError, match=r"gone\.png: a link that leads nowhere"):
+        read_image_folder(root)
+    (root / "dog" / "gone.png").unlink()
+    (root / "dog" / "round").symlink_to(root / "dog")
+    with pytest.raises(DataError, match="round: a link to a folder that it is in"):
+        read_image_folder(root)
+
+
 def test_a_file_is_no_folder_of_images(tmp_path: Path) -> None:
     written(tmp_path, {"a.png": PNG})
     with pytest.raises(DataError, match="a file, expected a folder with one folder of images"):

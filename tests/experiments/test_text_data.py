@@ -87,6 +87,8 @@ def test_numbers_are_ordered_as_numbers_and_names_come_from_labels_txt(tmp_path:
     rows = [{"text": f"t{n}", "label": n % 12} for n in range(24)]
     assert read_texts(written(tmp_path / "a", {"d.jsonl": lines(rows)})).labels == tuple(map(str, range(12)))
     # A csv file of pandas has 1.0 for 1 where a label was missing once.
+    codes = "text,label\n" + "".join(f"t{n},00{n % 2}\n" for n in range(9))
+    assert read_texts(written(tmp_path / "d", {"d.csv": codes})).labels == ("000", "001")
     floats = "text,label\n" + "".join(f"t{n},{n % 2}.0\n" for n in range(9))
     assert read_texts(written(tmp_path / "b", {"d.csv": floats})).labels == ("0", "1")
     named = read_texts(written(tmp_path / "c", {"d.jsonl": lines(ROWS), "labels.txt": "neg\nneutral\npos\n"}))
@@ -180,6 +182,8 @@ TEXT_FAULTS = [
     ({"d.jsonl": lines([*ROWS, {"text": "x", "lable": 1}])}, "d.jsonl:31: no 'label', .*Did you mean 'lable'"),
     ({"d.jsonl": lines([*ROWS, {"text": "x", "label": 1.5}])}, "d.jsonl:31: the label in 'label' is 1.5"),
     ({"d.jsonl": lines([*ROWS, {"text": "x", "label": [1]}])}, r"d.jsonl:31: the label in 'label' is \[1\]"),
+    ({"d.jsonl": lines(ROWS) + '{"text": "a \\ud800", "label": 1}\n'}, "d.jsonl:31: 'text' has the half character"),
+    ({"d.jsonl": lines(ROWS) + '{"text": "a", "label": NaN}\n'}, "d.jsonl:31: the label in 'label' is NaN"),
     ({"d.jsonl": lines(ROWS), "labels.txt": "a\nb\n"}, "d.jsonl:3: the label 2 is none of the 2 of labels.txt"),
     ({"d.jsonl": lines(ROWS), "labels.txt": "a\na\nb\n"}, "labels.txt: the name 'a' stands twice"),
 ]

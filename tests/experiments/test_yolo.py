@@ -126,6 +126,7 @@ FAULTS: list[tuple[dict[str, Content], str]] = [
     (yolo(BOX) | {"d.yaml": "train: images\nnames: [a\n"}, "d.yaml:3: no YAML"),
     (yolo(BOX) | {"d.yaml": "train: images\nnc: 2\nnames: [a]\n"}, "d.yaml: nc: is 2, but names: has 1"),
     (yolo(BOX) | {"d.yaml": "train: images\nnames: {1: a}\n"}, "d.yaml: names: has the keys"),
+    (yolo(BOX) | {"d.yaml": "train: images\nnc: many\n"}, "d.yaml: nc: is 'many', expected the number"),
     (yolo(BOX) | {"d.yaml": "train: images\nnames: 7\n"}, "d.yaml: names: is 7"),
     (yolo(BOX) | {"d.yaml": "train: imgs\nnames: [a]\n"}, "d.yaml: train: there is no .*imgs, expected a folder"),
     (yolo(BOX) | {"d.yaml": "path: nowhere\ntrain: images\n"}, "d.yaml: path: there is no folder"),
