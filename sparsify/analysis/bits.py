@@ -14,7 +14,7 @@ from sparsify.analysis.units import layer_name
 from sparsify.errors import ArgumentError, TargetError, did_you_mean
 from sparsify.model.targets import named_parameters
 from sparsify.model.wrappers import by_clean_name, unwrapped
-from sparsify.output.tables import Column, Table
+from sparsify.output.tables import Column, Displayed, Table
 
 __all__ = ["ChosenBits", "choose_bits"]
 
@@ -35,7 +35,7 @@ class LayerBits:
 
 
 @dataclass(frozen=True)
-class ChosenBits:
+class ChosenBits(Displayed):
     """Bits for every layer of a profile. str() is a table.
 
     Attributes:
@@ -95,8 +95,8 @@ class ChosenBits:
         ms = "" if self.latency_ms is None else f", {self.latency_ms:.3g} ms"
         return Table.of(f"{self.goal}: {got}{ms}", self.layers, columns)
 
-    def __str__(self) -> str:
-        return self.table().text()
+    def _parts(self) -> list[Table | str]:
+        return [self.table()]
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from sparsify.errors import DataError, TargetError, did_you_mean
 from sparsify.output.json_values import EXACT, from_json_object, json_object, json_text
-from sparsify.output.tables import Column, Table
+from sparsify.output.tables import Column, Displayed, Table
 
 __all__ = ["LayerInfo", "ModelAnalysis", "UnknownOperator"]
 
@@ -77,7 +77,7 @@ class UnknownOperator:
 
 
 @dataclass(frozen=True)
-class ModelAnalysis:
+class ModelAnalysis(Displayed):
     """All layers in the order in which they are first computed, and the operators whose cost is not known.
 
     Layers with a weight that are not computed at all stand at the end, with 0 calls. `parameters` counts all of the
@@ -142,13 +142,12 @@ class ModelAnalysis:
         )
         return Table.of(title, rows, columns)
 
-    def __str__(self) -> str:
-        lines = [self.table().text()]
-        lines += [
+    def _parts(self) -> list[Table | str]:
+        lines = [
             f"not counted: {one.operator}, called {one.calls} times, in {', '.join(map(repr, one.where))}"
             for one in self.unknown
         ]
-        return "\n".join(lines)
+        return [self.table(), *lines]
 
     def to_json(self) -> str:
         """JSON that `from_json` reads back into an equal analysis."""

@@ -21,7 +21,7 @@ from sparsify.model.signature import InputsLike, check_module
 from sparsify.model.wrappers import unwrapped
 from sparsify.output.files import read_text, replacing
 from sparsify.output.json_values import EXACT_AND_FINITE, from_json_object, json_object, json_text
-from sparsify.output.tables import Column, Table, track
+from sparsify.output.tables import Column, Displayed, Table, track
 from sparsify.quantization.plan import is_quantized
 
 __all__ = ["LossProfile", "loss_profile"]
@@ -48,7 +48,7 @@ LOSS_PROFILE = "loss_profile"
 
 
 @dataclass(frozen=True)
-class LossProfile:
+class LossProfile(Displayed):
     """Loss over compression, one layer at a time, all others as they are. str() is a table.
 
     Attributes:
@@ -139,8 +139,8 @@ class LossProfile:
         title = f"Loss by {what}, {self.of}, {self.method}: base {self.base:.4g}, {self.samples} samples"
         return Table.of(title, rows, [Column("layer", "Layer"), *(Column(title, title, ".4g") for title in titles)])
 
-    def __str__(self) -> str:
-        return self.table().text()
+    def _parts(self) -> list[Table | str]:
+        return [self.table()]
 
 
 def loss_profile(

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from sparsify.errors import DataError
 from sparsify.output.files import read_text, replacing
 from sparsify.output.json_values import EXACT, from_json_object, json_object, json_text
-from sparsify.output.tables import Column, Table
+from sparsify.output.tables import Column, Displayed, Table
 
 __all__ = ["LayerPerformance", "PerformanceProfile"]
 
@@ -48,7 +48,7 @@ class LayerPerformance:
 
 
 @dataclass(frozen=True)
-class PerformanceProfile:
+class PerformanceProfile(Displayed):
     """Times of a whole model and of its layers. `str()` is three tables: the model, by operator, by layer.
 
     The profiler costs time itself, so what it saw (`profiled_ms`) is more than what the model takes (`total_ms`). The
@@ -200,10 +200,10 @@ class PerformanceProfile:
         shown = [column for column in columns if any(row[column.field] is not None for row in rows)]
         return Table.of("By layer, under the profiler (onnxruntime itself skips no zeros)", rows, shown)
 
-    def __str__(self) -> str:
-        said = [table.text() for table in self.tables()]
-        said += [f"{what}: not measured: {why}" for what, why in self.notes.items()]
-        return "\n\n".join(said)
+    _between = "\n\n"
+
+    def _parts(self) -> list[Table | str]:
+        return [*self.tables(), *(f"{what}: not measured: {why}" for what, why in self.notes.items())]
 
     def to_json(self) -> str:
         """JSON that `from_json` reads back into an equal profile."""

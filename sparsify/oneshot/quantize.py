@@ -29,7 +29,7 @@ from sparsify.onnx.export import export_onnx
 from sparsify.onnx.exported import ExportedModel
 from sparsify.onnx.verify import Verification, verify_onnx
 from sparsify.output.files import replacing
-from sparsify.output.tables import Column, Table, track
+from sparsify.output.tables import Column, Displayed, DisplayedText, Table, track
 from sparsify.quantization.calibration import EMPTY, SAMPLES, calibrate, materialized, samples_in
 from sparsify.quantization.conversion import quantizers
 from sparsify.quantization.forward_ops import operation_places, switch_off_all, switched_off
@@ -45,7 +45,7 @@ Ranges = Literal["mse", "min_max", "percentile", "entropy"]
 
 
 @dataclass(frozen=True)
-class QuantizedModel:
+class QuantizedModel(Displayed):
     """A quantized model in eval mode, ready for `export_onnx`, and what was done to it. str() is a table."""
 
     model: nn.Module
@@ -60,7 +60,7 @@ class QuantizedModel:
         """{what stays in float: why}."""
         return {left.what: left.why for left in self.plan.left}
 
-    def __str__(self) -> str:
+    def _parts(self) -> list[Table | str]:
         columns = (
             Column("layer", "Layer"),
             Column("bits", "Bits"),
@@ -69,11 +69,11 @@ class QuantizedModel:
             Column("error_nearest", "Nearest", ".2e"),
             Column("shift", "Bias", ".2e"),
         )
-        return f"{Table.of(str(self.plan), self.layers, columns).text()}\n{self.samples} samples"
+        return [Table.of(str(self.plan), self.layers, columns), f"{self.samples} samples"]
 
 
 @dataclass(frozen=True)
-class QuantizedFile(os.PathLike[str]):
+class QuantizedFile(DisplayedText, os.PathLike[str]):
     """A written file, what was done to the model, and the proof that both compute the same. Usable as a path."""
 
     exported: ExportedModel

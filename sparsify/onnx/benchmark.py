@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from sparsify.errors import ArgumentError, DataError
 from sparsify.onnx.runtime import open_session, read_model, run_failure, run_session
 from sparsify.output.json_values import EXACT
+from sparsify.output.tables import DisplayedText
 
 if TYPE_CHECKING:
     import numpy as np
@@ -30,7 +31,7 @@ LARGEST_INPUT = 2**31
 
 
 @dataclass(frozen=True)
-class Benchmark:
+class Benchmark(DisplayedText):
     """Latency, throughput and size of a file. Latencies are of one call with the whole batch, in milliseconds."""
 
     __pydantic_config__ = EXACT
@@ -64,7 +65,7 @@ class Benchmark:
 
 
 @dataclass(frozen=True)
-class Comparison:
+class Comparison(DisplayedText):
     """Speed of the second file beside the first: ratios first / second of paired rounds, above 1 is faster."""
 
     first: Path

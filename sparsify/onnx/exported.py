@@ -12,6 +12,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from sparsify.output.tables import DisplayedText
+
 if TYPE_CHECKING:
     from onnx import ModelProto, ValueInfoProto
 
@@ -19,7 +21,7 @@ __all__: list[str] = []
 
 
 @dataclass(frozen=True)
-class ExportedModel(os.PathLike[str]):
+class ExportedModel(DisplayedText, os.PathLike[str]):
     """A written file and what is in it. Usable wherever a path is: `onnxruntime.InferenceSession(exported)`."""
 
     path: Path

@@ -24,6 +24,7 @@ from sparsify.model.wrappers import unwrapped
 from sparsify.onnx.export import deployed_copy, without_adapters
 from sparsify.onnx.own_process import check_survival
 from sparsify.onnx.runtime import open_session, read_model, run_session
+from sparsify.output.tables import DisplayedText
 from sparsify.quantization.qdq_ops import QUANTIZE_DEQUANTIZE
 
 if TYPE_CHECKING:
@@ -74,7 +75,7 @@ class Difference:
 
 
 @dataclass(frozen=True)
-class Verification:
+class Verification(DisplayedText):
     """Findings of `verify_onnx`. True where `ok`."""
 
     path: Path

@@ -19,7 +19,7 @@ from sparsify.model.wrappers import unwrapped
 from sparsify.onnx.runtime import open_session, read_model
 from sparsify.optimize.latency_tables import ModelTables
 from sparsify.optimize.widths import Choice
-from sparsify.output.tables import Column, Table
+from sparsify.output.tables import Column, Displayed, Table
 from sparsify.quantization.plan import is_quantized
 
 if TYPE_CHECKING:
@@ -49,7 +49,7 @@ class LatencyRound:
 
 
 @dataclass(frozen=True)
-class LatencyPlan:
+class LatencyPlan(Displayed):
     """The channels and bits of each layer with which the model takes at most `goal_ms`. `str()` is a table.
 
     Attributes:
@@ -132,8 +132,8 @@ class LatencyPlan:
         )
         return Table.of(title, rows, columns)
 
-    def __str__(self) -> str:
-        return "\n".join([self.table().text(), *(f"note: {note}" for note in self.notes)])
+    def _parts(self) -> list[Table | str]:
+        return [self.table(), *(f"note: {note}" for note in self.notes)]
 
     def to_json(self) -> str:
         return dumps(asdict(self), indent=1)

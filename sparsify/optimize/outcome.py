@@ -15,7 +15,7 @@ from sparsify.model.signature import check_module
 from sparsify.model.targets import named_modules, named_parameters
 from sparsify.model.wrappers import unwrapped
 from sparsify.onnx.benchmark import benchmark_onnx
-from sparsify.output.tables import Column, Table
+from sparsify.output.tables import Column, Displayed, Table
 from sparsify.quantization.fake_quantize import FakeQuantize
 from sparsify.recipe.evidence import Evidence
 
@@ -53,7 +53,7 @@ class Prediction:
 
 
 @dataclass(frozen=True)
-class Outcome:
+class Outcome(Displayed):
     """All figures that were predicted, of the model and of each layer. str() is a table.
 
     Attributes:
@@ -112,9 +112,10 @@ class Outcome:
         )
         return Table.of("Sparsity by layer", rows, columns)
 
-    def __str__(self) -> str:
-        tables = [self.table(), *([self.layer_table()] if self.layers else [])]
-        return "\n\n".join([*(table.text() for table in tables), *self.notes])
+    _between = "\n\n"
+
+    def _parts(self) -> list[Table | str]:
+        return [self.table(), *([self.layer_table()] if self.layers else []), *self.notes]
 
 
 def score_prediction(

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from sparsify.errors import ArgumentError
 from sparsify.output.files import replacing
-from sparsify.output.tables import Column, Table
+from sparsify.output.tables import Column, Displayed, Table
 
 __all__ = ["Plan", "PlannedMoment"]
 
@@ -50,7 +50,7 @@ class PlannedMoment:
 
 
 @dataclass(frozen=True)
-class Plan:
+class Plan(Displayed):
     """A recipe laid out over the epochs of training.
 
     Attributes:
@@ -141,11 +141,9 @@ class Plan:
         shown = [c for c in columns if c.field != "channels" or any(row["channels"] is not None for row in rows)]
         return Table.of("Layers", rows, shown)
 
-    def __str__(self) -> str:
-        said = [self.table().text()]
-        said += [f"warning: {text}" for text in self.warnings]
-        said += [f"note: {text}" for text in self.notes]
-        return "\n".join(said)
+    def _parts(self) -> list[Table | str]:
+        notes = [*(f"warning: {text}" for text in self.warnings), *(f"note: {text}" for text in self.notes)]
+        return [self.table(), *notes]
 
     def to_json(self) -> str:
         """Everything, as JSON; what is not known is null."""

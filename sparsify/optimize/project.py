@@ -33,7 +33,7 @@ from sparsify.optimize.pruning_profiles import PruningSettings
 from sparsify.optimize.stages import OriginalTraining
 from sparsify.output.files import read_text, replacing
 from sparsify.output.json_values import EXACT, from_json_object, json_object, json_text
-from sparsify.output.tables import Column, Table
+from sparsify.output.tables import Column, Displayed, Table
 from sparsify.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -87,7 +87,7 @@ class Optimization:
     """The recipe as it is written, comments and all."""
 
 
-class Project:
+class Project(Displayed):
     """A folder that holds everything about compressing one model. Made by `create` and `open`.
 
     Everything is read from the disk when it is asked for, and everything added is on the disk when the call returns.
@@ -361,8 +361,8 @@ class Project:
         columns = (Column("what", "What"), Column("name", "Name", left=True), Column("said", "It says", left=True))
         return Table.of(f"{self._settings.name} in {self._folder}", rows, columns)
 
-    def __str__(self) -> str:
-        return self.table().text()
+    def _parts(self) -> list[Table | str]:
+        return [self.table()]
 
     # ------------------------------------------------------------------ files
 

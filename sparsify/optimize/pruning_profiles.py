@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from sparsify.output.json_values import EXACT
+from sparsify.output.tables import Column, Displayed, Table
 
 __all__ = ["LayerChoice", "PruningProfile", "PruningSettings"]
 
@@ -55,7 +56,7 @@ class LayerChoice:
 
 
 @dataclass(frozen=True)
-class PruningProfile:
+class PruningProfile(Displayed):
     """An average sparsity spread over layers, with the figures expected of it. Units are those of LayerCurve.
 
     Attributes:
@@ -80,3 +81,19 @@ class PruningProfile:
     parameters_before: float
     parameters_after: float
     notes: tuple[str, ...]
+
+    def table(self) -> Table:
+        """One row for each layer: sparsity, speed-up, recovery, and why it is dense or was set by hand."""
+        columns = [
+            Column("name", "Layer"),
+            Column("sparsity", "Zeros", ".1%"),
+            Column("speedup", "Speed-up", ".2f"),
+            Column("recovery", "Recovery", ".3f"),
+            Column("parameters", "Parameters left", ",.0f"),
+            Column("why", "Why", left=True),
+        ]
+        title = f"{self.sparsity:.1%} zeros on average, recovery {self.recovery:.3f}, {self.speedup:.2f} times as fast"
+        return Table.of(f"{title} where zeros are skipped", self.layers, columns)
+
+    def _parts(self) -> list[Table | str]:
+        return [self.table(), *(f"note: {note}" for note in self.notes)]

@@ -6,6 +6,7 @@ rich draws the bar of progress where it is installed (`pip install sparsify[repo
 from __future__ import annotations
 
 import dataclasses
+import html
 import json
 import math
 import os
@@ -116,6 +117,26 @@ class Table:
         body = [f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in row)} |" for row in self.cells()]
         return "\n".join([f"**{self.title}**", "", f"| {head} |", f"|{rule}|", *body])
 
+    def html(self) -> str:
+        """A table of HTML under its title.
+
+        >>> print(Table.of("Runs", [{"name": "<a>"}], [Column("name", "Run")]).html())
+        <table><caption>Runs</caption><tr><th>Run</th></tr><tr><td style="text-align: left">&lt;a&gt;</td></tr></table>
+        """
+        head = "".join(f"<th>{html.escape(column.title)}</th>" for column in self.columns)
+        sides = ["left" if column.left or not i else "right" for i, column in enumerate(self.columns)]
+        rows = ""
+        for row in self.cells():
+            cells = (
+                f'<td style="text-align: {side}">{html.escape(cell)}</td>'
+                for side, cell in zip(sides, row, strict=True)
+            )
+            rows += f"<tr>{''.join(cells)}</tr>"
+        return f"<table><caption>{html.escape(self.title)}</caption><tr>{head}</tr>{rows}</table>"
+
+    def _repr_html_(self) -> str:
+        return self.html()
+
     def json(self) -> str:
         """{"title": ..., "rows": [{field: value}]}; a value that JSON does not know (nan, inf) becomes null."""
         return json.dumps({"title": self.title, "rows": [plain(row) for row in self.rows]}, indent=2)
@@ -134,6 +155,30 @@ class Table:
             )
         with replacing(path) as temporary:
             temporary.write_text(forms[suffix]() + "\n", encoding="utf-8")
+
+
+class DisplayedText:
+    """Shows an object in a notebook as its text."""
+
+    def _repr_html_(self) -> str:
+        return f"<pre>{html.escape(str(self))}</pre>"
+
+
+class Displayed:
+    """Shows an object as text, and in a notebook with its tables as tables of HTML. `_parts` gives tables and lines."""
+
+    _between = "\n"
+
+    def _parts(self) -> Sequence[Table | str]:
+        raise NotImplementedError
+
+    def __str__(self) -> str:
+        return self._between.join(part if isinstance(part, str) else part.text() for part in self._parts())
+
+    def _repr_html_(self) -> str:
+        return "".join(
+            f"<p>{html.escape(part)}</p>" if isinstance(part, str) else part.html() for part in self._parts()
+        )
 
 
 def track(work: Iterable[Item], what: str, total: int | None = None, *, progress: bool | None = True) -> Iterator[Item]:

@@ -14,6 +14,7 @@ from torch import nn
 
 from sparsify.model.signature import SampleInputs, check_module
 from sparsify.model.wrappers import is_distributed, unwrapped
+from sparsify.output.tables import DisplayedText
 from sparsify.pruning.dry_run import RemovalCheck, find_groups
 from sparsify.pruning.group_masks import dead_channels
 from sparsify.pruning.removal import PrunedChannels, Removal, parameter_count, plan_removal, remove
@@ -22,7 +23,7 @@ __all__ = ["Shrunk", "shrink"]
 
 
 @dataclass(frozen=True)
-class Shrunk:
+class Shrunk(DisplayedText):
     """The result of `shrink`. `str()` is a table.
 
     Attributes:

@@ -18,6 +18,7 @@ import sparsify.modifiers  # noqa: F401
 from sparsify.errors import ArgumentError, RecipeError, RecipeFileError, SparsifyWarning
 from sparsify.modifiers.base import Modifier
 from sparsify.output.files import replacing
+from sparsify.output.tables import DisplayedText
 from sparsify.recipe import compose, grammar, schema, writer
 from sparsify.recipe.conflicts import conflict, in_order
 from sparsify.recipe.evidence import Evidence
@@ -41,7 +42,7 @@ class HasRecipe(Protocol):
     def recipe(self) -> Recipe: ...
 
 
-class Recipe(BaseModel):
+class Recipe(DisplayedText, BaseModel):
     """Variables, metadata, and stages of modifiers. Frozen, and equal to what it saves.
 
     Reading, writing and checking touch no model; one recipe can drive many.

@@ -18,6 +18,7 @@ from sparsify.model.wrappers import unwrapped
 from sparsify.modifiers.base import Modifier
 from sparsify.modifiers.run_log import ScalarWriter
 from sparsify.modifiers.schedule import Clock
+from sparsify.output.tables import DisplayedText
 from sparsify.recipe import Recipe, read_recipe
 from sparsify.recipe.recipe import Modifiers, Source, Variables
 from sparsify.training.applied_recipes import note_recipe
@@ -34,7 +35,7 @@ __all__ = ["ScheduledModifierManager"]
 Teacher = nn.Module | Literal["self"] | None
 
 
-class ScheduledModifierManager:
+class ScheduledModifierManager(DisplayedText):
     """Applies a recipe to a model while it trains.
 
     ::
@@ -98,8 +99,7 @@ class ScheduledModifierManager:
         Args:
             base: a manager, a recipe, a path or text.
             additional: the same, for what comes after.
-            keep_original_epochs: True: `additional` says its own epochs already; False: they are shifted by the end of
-                `base`.
+            keep_original_epochs: False: epochs of `additional` are shifted by the end of `base`; True: they are not.
 
         Raises:
             RecipeError: the stages do not fit together.
