@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from sparsify.errors import DataError, DataFileError, first_line
+from sparsify.errors import DataError, first_line
+from sparsify.experiments.images import decoded
 from sparsify.experiments.samples import AskedQuestion, BoxedImage, LabelledText, OutlinedImage, TaggedWords
 from sparsify.experiments.tasks import TaskBatch
 
@@ -74,28 +75,10 @@ class ImagePreprocessing:
         Raises:
             DataError: it cannot be read.
         """
-        image = opened_image(path).resize((self.width, self.height), self.resample)
+        image = decoded(path).resize((self.width, self.height), self.resample)
         values = np.asarray(image, np.float32) / 255.0
         found: np.ndarray = (values - np.array(self.mean, np.float32)) / np.array(self.std, np.float32)
         return np.ascontiguousarray(found.transpose(2, 0, 1))
-
-
-def opened_image(path: Path) -> Any:
-    """An image in RGB, turned as its EXIF data say.
-
-    Raises:
-        DataError: it is missing, damaged or none.
-    """
-    from PIL import Image, ImageOps
-
-    try:
-        with Image.open(path) as file:
-            turned = ImageOps.exif_transpose(file)
-            return turned.convert("RGB")
-    except FileNotFoundError as error:
-        raise DataFileError(f"{path}: there is no such file any more.") from error
-    except Exception as error:  # pillow raises many types for a broken file.
-        raise DataError(f"{path}: cannot be read as an image: {first_line(error)}") from error
 
 
 class BatchMaker(ABC):
@@ -179,6 +162,17 @@ class TextBatches(BatchMaker):
             return self.tokenizer(list(sample.words), is_split_into_words=True, truncation=True, **common)
         return self.tokenizer(sample.text, sample.second, truncation=True, **common)
 
+    def word_ids(self, sample: TaggedWords) -> Sequence[int | None]:
+        """The word of each token; None of one that is of no word."""
+        found: Sequence[int | None] = self.encoded(sample).word_ids()
+        return found
+
+    def spans(self, sample: AskedQuestion) -> list[tuple[int, int] | None]:
+        """First character of each token in the context, and the one behind its last; None of others."""
+        found = self.encoded(sample, return_offsets_mapping=True)
+        pairs = zip(found.sequence_ids(0), found["offset_mapping"], strict=True)
+        return [(int(left), int(right)) if side == 1 else None for side, (left, right) in pairs]
+
     def _row(self, sample: Any) -> tuple[dict[str, list[int]], dict[str, Any]]:
         known = self._memory.get(id(sample))
         if known is None:
@@ -214,7 +208,7 @@ def _answer_tokens(sample: AskedQuestion, found: Any) -> tuple[int, int]:
     if not sample.answers:
         return 0, 0
     answer = sample.answers[0]
-    sequence, offsets = found.sequence_ids(0) if hasattr(found, "sequence_ids") else [], found["offset_mapping"]
+    sequence, offsets = found.sequence_ids(0), found["offset_mapping"]
     inside = [
         number
         for number, (side, (left, right)) in enumerate(zip(sequence, offsets, strict=True))

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from sparsify.analysis.analyze import analyze_model
 from sparsify.errors import ArgumentError, DataError
+from sparsify.optimize.layer_curves import TABLES
 from sparsify.optimize.levels import optim_level
 from sparsify.optimize.pruning_profiles import PruningSettings
 from sparsify.optimize.recipe_creation import create_recipe
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor, nn
 
+    from sparsify.analysis.layers import ModelAnalysis
     from sparsify.experiments.settings import ExperimentSettings
     from sparsify.experiments.tasks import RunTask
 
@@ -94,10 +96,11 @@ def compression_of(
     dense = {} if settings.structured else _kept_dense(task, fresh)
     prunable = {info.name for info in analysis.layers if info.prunable}
     dense = {name: why for name, why in dense.items() if name in prunable}
+    share = level.sparsity * _free_share(analysis, dense)
     recipe = create_recipe(
         task.model,
         inputs,
-        settings=PruningSettings(sparsity=level.sparsity, overrides=dict.fromkeys(dense, 0.0)),
+        settings=PruningSettings(sparsity=share, overrides=dict.fromkeys(dense, 0.0)),
         analysis=analysis,
         structured=settings.structured,
         **given,
@@ -142,6 +145,16 @@ def _kept_dense(task: RunTask, fresh: Sequence[str]) -> dict[str, str]:
     if not found and layers:
         found[layers[-1][0]] = "it gives the labels"
     return found
+
+
+def _free_share(analysis: ModelAnalysis, dense: Mapping[str, str]) -> float:
+    """Weights that are pruned, as a share of those that the average of a profile is over: the ones kept dense count."""
+    layers = [info for info in analysis.layers if info.prunable and info.groups == 1]
+    if layers and layers[0].type not in TABLES:
+        layers = layers[1:]
+    counted = [info for info in layers if info.type not in TABLES]
+    total = sum(info.weights for info in counted)
+    return sum(info.weights for info in counted if info.name not in dense) / total if total else 1.0
 
 
 def _check_zeros(model: nn.Module, settings: ExperimentSettings) -> None:

@@ -58,7 +58,8 @@ def summary_lines(metric: str, found: Mapping[str, Any], *, structured: bool) ->
     elif zeros:
         all_ = found["sparsity"]["of_all_weights"]
         lines.append(
-            f"what brought it: integers bring the speed; zeros ({zeros:.1%} of the pruned weights, {all_:.1%} of all) "
+            f"what brought it: integers bring {'the speed' if ratio > 1.05 else 'no speed here'}; "
+            f"zeros ({zeros:.1%} of the pruned weights, {all_:.1%} of all) "
             "make the file smaller under compression alone, since onnxruntime does not skip them. --structured removes "
             "channels instead."
         )

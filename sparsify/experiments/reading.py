@@ -6,8 +6,10 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from sparsify.errors import ArgumentError
+from sparsify.experiments.batches import ImageBatches, TextBatches
 from sparsify.experiments.hub_data import data_at
 from sparsify.experiments.images import read_image_folder
+from sparsify.experiments.scoring import box_scores, class_scores, question_scores, region_scores, tag_scores
 from sparsify.experiments.splits import SeededSplit
 from sparsify.experiments.text import read_questions, read_tags, read_texts
 from sparsify.experiments.yolo import MissingLabels, read_boxes, read_outlines
@@ -56,8 +58,22 @@ def metrics_of(
     samples: Sequence[Any],
     labels: Sequence[str],
 ) -> dict[str, float]:
-    """Figures of quality by name; larger is better."""
-    import numpy as np
+    """Figures of quality by name; larger is better.
 
-    logits = next(iter(outputs.values()))
-    return {"accuracy": float(np.mean(logits.argmax(-1) == np.array([s.label for s in samples])))}
+    Args:
+        case: the use case.
+        maker: made the batches that the outputs are of.
+        outputs: by name, all samples along axis 0.
+        samples: in the same order.
+        labels: names of the classes.
+    """
+    if case.reads in ("images", "texts"):
+        return class_scores(outputs, samples, len(labels))
+    if case.reads == "boxes":
+        return box_scores(outputs, samples, len(labels))
+    if isinstance(maker, ImageBatches):
+        return region_scores(outputs, samples, maker.regions, len(labels))
+    assert isinstance(maker, TextBatches)
+    if case.reads == "questions":
+        return question_scores(outputs, samples, maker.spans)
+    return tag_scores(outputs, samples, maker.word_ids, labels, case.name == "nlp-named_entity_recognition")

@@ -111,7 +111,7 @@ class WeightShares:
 def by_layers(settings: PruningSettings, given: PruningProfile | None, found: Sources) -> WeightShares:
     """Prunes single weights, layer by layer."""
     assert found.loss is not None
-    layers = curves(found.analysis, found.performance, found.loss)
+    layers = curves(found.analysis, found.performance, found.loss, tables=settings.overrides)
     profile = given or pruning_profile(layers, settings)
     weights = weights_by_layer(found.analysis)
     _check_names(profile, weights)

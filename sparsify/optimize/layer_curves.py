@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Container
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
 __all__ = ["LayerCurve", "curves"]
 
 
+TABLES = frozenset({"Embedding", "EmbeddingBag", "embedding", "embedding_bag"})
+"""Types of layers that look rows up."""
 REST = "(all else)"
 """The name of the curve of what belongs to no layer."""
 
@@ -51,7 +54,11 @@ class LayerCurve:
 
 
 def curves(
-    analysis: ModelAnalysis, performance: PerformanceProfile | None, loss: LossProfile
+    analysis: ModelAnalysis,
+    performance: PerformanceProfile | None,
+    loss: LossProfile,
+    *,
+    tables: Container[str] = (),
 ) -> tuple[LayerCurve, ...]:
     """The curves of a model's layers for `pruning_profile`, from the model's profiles.
 
@@ -63,6 +70,8 @@ def curves(
         analysis: the layers, in the order of the model.
         performance: measured times of the same model; None: by MACs.
         loss: a profile of pruning single weights of the same model.
+        tables: names of embedding tables that may be pruned. Others stay dense: zeros in a table of words, positions
+            or token types save no time, and cost more than those of any other layer.
 
     Raises:
         ArgumentError: the loss profile is one of quantization, or of channels.
@@ -77,6 +86,8 @@ def curves(
         why = layer.why_not_prunable
         if not why and layer.name not in loss.losses:
             why = "the loss profile does not know it"
+        table = not why and layer.type in TABLES and layer.name not in tables
+        why = "an embedding table" if table else why
         levels = tuple(loss.levels) if not why else (0.0,)
         timed = known.get(layer.name)
         if timed is None:
@@ -100,7 +111,8 @@ def curves(
                 times=times,
             )
         )
-        first = first and bool(why)
+        # A table before it is what reads the input: then no other layer is the first.
+        first = first and bool(why) and not table
     parameters = analysis.parameters - sum(layer.parameters for layer in analysis.layers)
     rest = 0.0 if performance is None else math.fsum(performance.others.values())
     if parameters > 0 or rest > 0:

@@ -97,7 +97,7 @@ class Report:
         """
         return cls(
             analysis=analysis,
-            curves=curves(analysis, performance, loss),
+            curves=curves(analysis, performance, loss, tables=settings.overrides if settings else ()),
             settings=settings or PruningSettings(),
             training=training,
             performance=performance,
