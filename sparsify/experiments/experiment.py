@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
@@ -65,9 +65,44 @@ def run_experiment(
         StateError: a run that cannot go on, since its arguments or its data are others.
         ExportError: the model cannot be exported.
     """
+    import torch
+
+    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+        return _experiment(
+            kind,
+            use_case,
+            model,
+            data,
+            optim_level=optim_level,
+            working_dir=working_dir,
+            experiment_id=experiment_id,
+            resume=resume,
+            check=check,
+            registry=registry,
+            register=register,
+            say=say or (lambda line: None),
+            options=options,
+        )
+
+
+def _experiment(
+    kind: Experiment,
+    use_case: str | UseCase,
+    model: str | None,
+    data: str | None,
+    *,
+    optim_level: float,
+    working_dir: str | os.PathLike[str],
+    experiment_id: str | None,
+    resume: str | os.PathLike[str] | None,
+    check: bool,
+    registry: str | os.PathLike[str] | None,
+    register: str | None,
+    say: Callable[[str], None],
+    options: Mapping[str, Any],
+) -> ExperimentResult:
     from sparsify.experiments.running import ExperimentRun
 
-    tell: Callable[[str], None] = say or (lambda line: None)
     if resume is not None:
         folder = ExperimentFolder(Path(resume).resolve())
         saved = folder.saved()["arguments"]
@@ -75,7 +110,7 @@ def run_experiment(
             raise StateError(f"{folder.path} is complete: there is nothing to go on with.")
         settings = ExperimentSettings.from_plain(saved)
         given = use_case if isinstance(use_case, UseCase) else None
-        return _under_seed(ExperimentRun(settings, given, tell, registry, register), folder)
+        return _carried_out(ExperimentRun(settings, given, say, registry, register), folder)
     unknown = sorted(set(options) - set(ExperimentSettings.__dataclass_fields__))
     if unknown:
         raise ArgumentError(f"run_experiment: {unknown[0]!r} is no option.")
@@ -85,7 +120,7 @@ def run_experiment(
     settings = ExperimentSettings(
         kind=kind, use_case=name, model=model, data=data, optim_level=optim_level, **options
     ).checked()
-    run = ExperimentRun(settings, use_case if isinstance(use_case, UseCase) else None, tell, registry, register)
+    run = ExperimentRun(settings, use_case if isinstance(use_case, UseCase) else None, say, registry, register)
     place = Path(working_dir)
     if experiment_id is not None:
         target = place / check_experiment_id(experiment_id)
@@ -93,7 +128,7 @@ def run_experiment(
             folder = ExperimentFolder(target)
             if folder.is_complete:
                 raise ArgumentError(f"{target} is complete and is not overwritten: give another --experiment-id.")
-            return _under_seed(run, folder)
+            return _carried_out(run, folder)
         if target.exists() and (not target.is_dir() or any(target.iterdir())):
             raise ArgumentError(f"{target} is there already and is not overwritten: give another --experiment-id.")
     run.prepare()
@@ -102,14 +137,12 @@ def run_experiment(
     if experiment_id is None:
         target = place / folder_name(kind, run.task.short, datetime.now())
     folder = ExperimentFolder.create(target, run.settings, run.about())
-    return _under_seed(run, folder)
+    return _carried_out(run, folder)
 
 
-def _under_seed(run: Any, folder: ExperimentFolder) -> ExperimentResult:
-    """Carries the run out; the caller's random numbers and threads are afterwards as they were."""
-    import torch
-
-    with folder.held(), torch.random.fork_rng(devices=range(torch.cuda.device_count())), _threads(run.settings.threads):
+def _carried_out(run: Any, folder: ExperimentFolder) -> ExperimentResult:
+    """Carries the run out; torch's threads are afterwards as they were."""
+    with folder.held(), _threads(run.settings.threads):
         result: ExperimentResult = run.carry_out(folder)
     return result
 

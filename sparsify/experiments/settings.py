@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from sparsify.errors import ArgumentError, DataError, DataFileError, did_you_mean
+from sparsify.experiments.use_cases import use_case_named
 from sparsify.optimize.levels import Experiment, optim_level
 
 __all__: list[str] = []
@@ -92,6 +93,8 @@ class ExperimentSettings:
         known = get_args(Experiment)
         if self.kind not in known:
             raise ArgumentError(f"{self.kind!r} is none of {', '.join(known)}.{did_you_mean(str(self.kind), known)}")
+        if ":" not in self.use_case:
+            use_case_named(self.use_case)
         level = optim_level(self.optim_level, self.kind).level
         for name, least in _WHOLE.items():
             value = getattr(self, name)
