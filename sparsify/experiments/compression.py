@@ -61,7 +61,6 @@ def compression_of(
 
     Raises:
         RecipeError: the recipe file cannot be read, or does not fit.
-        DataError: sparse transfer from a model without zeros.
     """
     level = optim_level(settings.optim_level, settings.kind)
     teaches = bool(task.teaches) and settings.distill > 0 and settings.teacher != "none" and settings.kind != "one-shot"
@@ -84,8 +83,6 @@ def compression_of(
     distill: Any = {"hardness": settings.distill, "teacher_input_keys": list(inputs), **keys} if teaches else False
     given: dict[str, Any] = {"experiment": settings.kind, "training": training, "distill": distill, "quantize": True}
     if settings.kind == "sparse-transfer":
-        if level.sparse:
-            _check_zeros(task.model, settings)
         return Compression(
             create_recipe(task.model, inputs, optim_level=settings.optim_level, **given), None, {}, teaches
         )
@@ -157,10 +154,16 @@ def _free_share(analysis: ModelAnalysis, dense: Mapping[str, str]) -> float:
     return sum(info.weights for info in counted if info.name not in dense) / total if total else 1.0
 
 
-def _check_zeros(model: nn.Module, settings: ExperimentSettings) -> None:
-    """Refuses a base without zeros where the level promises them."""
+def check_zeros(model: nn.Module, settings: ExperimentSettings) -> None:
+    """Refuses a base without zeros where the level of sparse transfer promises them.
+
+    Raises:
+        DataError: it has none.
+    """
     from torch import nn
 
+    if settings.kind != "sparse-transfer" or not optim_level(settings.optim_level, settings.kind).sparse:
+        return
     weights = [m.weight for m in model.modules() if isinstance(m, nn.Linear | nn.Conv1d | nn.Conv2d)]
     zeros = sum(int((weight == 0).sum()) for weight in weights) / max(1, sum(weight.numel() for weight in weights))
     if zeros < LEAST_ZEROS:

@@ -126,7 +126,7 @@ def _of_transformers(source: str, case: KnownUseCase, labels: Sequence[str], off
     fresh = tuple(name for name in known if name in missing)
     notes = []
     if fresh:
-        notes.append(f"new weights, trained dense first: {', '.join(fresh[:4])}{', ...' if len(fresh) > 4 else ''}")
+        notes.append(f"new weights: {', '.join(fresh[:4])}{', ...' if len(fresh) > 4 else ''}")
     elif labels and before and before != list(labels):
         notes += _matched_labels(model, before, labels)
     return LoadedModel(model.float(), fresh, True, source, tuple(notes))
@@ -221,7 +221,7 @@ def _fitted(model: Any, case: KnownUseCase, labels: Sequence[str], source: str) 
     new = nn.Linear(last.in_features, len(labels), bias=last.bias is not None)
     parent, _, own = name.rpartition(".")
     setattr(model.get_submodule(parent), own, new.to(last.weight.dtype))
-    note = f"{name} gave {last.out_features} classes, the data have {len(labels)}: a new one, trained dense first"
+    note = f"{name} gave {last.out_features} classes, the data have {len(labels)}: it is a new one"
     fresh = tuple(f"{name}.{parameter}" for parameter, _ in new.named_parameters())
     with torch.no_grad():
         nn.init.normal_(new.weight, std=0.01)

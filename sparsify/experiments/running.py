@@ -10,7 +10,7 @@ import torch
 
 from sparsify.errors import ArgumentError, DataError, StateError, first_line
 from sparsify.experiments.checkpoints import CheckpointFile
-from sparsify.experiments.compression import Compression, compression_of
+from sparsify.experiments.compression import Compression, check_zeros, compression_of
 from sparsify.experiments.deployment import (
     SAMPLE_COUNT,
     WrittenModel,
@@ -138,6 +138,8 @@ class ExperimentRun:
         self.settings = replace(self.settings, **open_)
         assert self.settings.eval_metric is not None
         self.task.metric = self.settings.eval_metric
+        if self.settings.recipe is None:
+            check_zeros(self.task.model, self.settings)
         self._try_one_batch()
         self._prepared = True
 
