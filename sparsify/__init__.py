@@ -15,6 +15,7 @@ from sparsify.onnx.export import *
 from sparsify.onnx.packing import *
 from sparsify.onnx.verify import *
 from sparsify.pruning.shrinking import *
+from sparsify.quantization.integer_exact import *
 from sparsify.recipe import *
 from sparsify.training.manager import *
 from sparsify.training.phases import *
@@ -30,6 +31,7 @@ __version__ = "0.1.0"
 
 _AT_ONCE = ["errors", "modifiers", "recipe", "training.manager", "training.phases", "pruning.shrinking"]
 _AT_ONCE += ["training.saved_model", "onnx.export", "onnx.verify", "onnx.benchmark", "onnx.packing"]
+_AT_ONCE += ["quantization.integer_exact"]
 _LATER = ["oneshot", "analysis", "optimize", "experiments"]
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from sparsify.errors import DataError
+from sparsify.errors import DataError, StateError
 from sparsify.model.copies import deep_copied
 from sparsify.model.targets import is_finite
 from sparsify.model.wrappers import unwrapped
@@ -154,21 +154,43 @@ class DeployedQuantize(FakeQuantize):
     gate_zero_point: Tensor
 
     def _compute(self, x: Tensor) -> Tensor:
-        with torch._C.DisableTorchFunction():
-            if self.gate is not None:
-                gate = gate_of(x, self.gate)
-                if self.enabled:
-                    gate = quantize_dequantize(gate.float(), self.gate_scale, self.gate_zero_point).to(x.dtype)
-                x = x * gate
-            x = self._rectified(x)
-            if not self.enabled:
-                return x
-            limits = torch.iinfo(self.zero_point.dtype)
-            if (self.first, self.last) != (limits.min, limits.max):
-                # Fewer integers than the type holds: the operator would not clip to them.
-                low, high = ((edge - self.zero_point.float()) * self.scale for edge in (self.first, self.last))
-                x = x.clamp(low, high)
-            return quantize_dequantize(x.float(), self.scale, self.zero_point).to(x.dtype)
+        gate = None if self.gate is None else (self.gate_scale, self.gate_zero_point)
+        return rounded_as_deployed(self, x, gate)
+
+
+def rounded_as_deployed(quantizer: FakeQuantize, x: Tensor, gate: tuple[Tensor, Tensor] | None) -> Tensor:
+    """`x` through a quantizer as it stands in a file: the operators that are exported, one by one.
+
+    Args:
+        quantizer: its grid is that of its buffers.
+        x: any shape.
+        gate: `gate_grid` of the quantizer.
+    """
+    with torch._C.DisableTorchFunction():
+        if quantizer.gate is not None:
+            factor = gate_of(x, quantizer.gate)
+            if quantizer.enabled and gate is not None:
+                factor = quantize_dequantize(factor.float(), *gate).to(x.dtype)
+            x = x * factor
+        x = quantizer.rectified(x)
+        if not quantizer.enabled:
+            return x
+        limits = torch.iinfo(quantizer.zero_point.dtype)
+        if (quantizer.first, quantizer.last) != (limits.min, limits.max):
+            # Fewer integers than the type holds: the operator would not clip to them.
+            low, high = (
+                (edge - quantizer.zero_point.float()) * quantizer.scale for edge in (quantizer.first, quantizer.last)
+            )
+            x = x.clamp(low, high)
+        return quantize_dequantize(x.float(), quantizer.scale, quantizer.zero_point).to(x.dtype)
+
+
+def gate_grid(quantizer: FakeQuantize) -> tuple[Tensor, Tensor] | None:
+    """(scale, zero point) of the gate of a quantizer that does an activation; None without one."""
+    if quantizer.gate is None:
+        return None
+    scale = torch.tensor(GATES[quantizer.gate], dtype=torch.float32, device=quantizer.scale.device)
+    return scale, torch.zeros_like(quantizer.zero_point)
 
 
 _DEPLOYED: dict[type[nn.Module], type[nn.Module]] = {
@@ -190,13 +212,15 @@ def deployment_copy(model: nn.Module) -> nn.Module:
     """A copy of `model` in eval mode in which quantized layers hold integers; of a model without any, a plain copy.
 
     Raises:
-        StateError: a quantizer never observed anything.
+        StateError: a quantizer never observed anything, or `integer_exact` is entered.
         DataError: a range, a weight, or a statistic of a BatchNorm is not finite.
     """
-    _check_finite(model)
+    if any("_compute" in quantizer.__dict__ for quantizer in quantizers(model)):
+        raise StateError("integer_exact is entered for this model; leave it before the model is exported or verified.")
+    require_deployable(model)
     deployed = deep_copied(unwrapped(model)).eval()
     # First all integers: a layer is made of its BatchNorm and of the quantizer before it.
-    integers = {layer: layer.deployed_integers() for layer in deployed.modules() if _holds_integers(layer)}
+    integers = {layer: layer.deployed_integers() for layer in deployed.modules() if holds_integers(layer)}
     own = {layer: own_integers(layer) for layer in integers if wiring_of(layer).read and wiring_of(layer).norm}
     for layer, found in integers.items():
         _store_integers(layer, found)
@@ -213,7 +237,7 @@ def deployment_copy(model: nn.Module) -> nn.Module:
     return deployed
 
 
-def _check_finite(model: nn.Module) -> None:
+def require_deployable(model: nn.Module) -> None:
     """Refuses ranges that were never observed, and values of which no integers can be made."""
     for quantizer in quantizers(model):
         if quantizer.enabled:
@@ -229,7 +253,7 @@ def _check_finite(model: nn.Module) -> None:
                 )
 
 
-def _holds_integers(module: nn.Module) -> TypeGuard[Converted]:
+def holds_integers(module: nn.Module) -> TypeGuard[Converted]:
     """True if the weights of a module are deployed as integers."""
     if isinstance(module, QuantizedNorm):
         return module.is_layer()
@@ -285,10 +309,9 @@ def _fix_grid(quantizer: FakeQuantize) -> None:
         quantizer._parameters.pop(name, None)
     quantizer._buffers.pop("least", None)
     quantizer.__class__ = DeployedQuantize
-    if quantizer.gate is not None:
-        gate_scale = torch.tensor(GATES[quantizer.gate], dtype=torch.float32, device=quantizer.scale.device)
-        quantizer.register_buffer("gate_scale", gate_scale)
-        quantizer.register_buffer("gate_zero_point", torch.zeros_like(quantizer.zero_point))
+    if (grid := gate_grid(quantizer)) is not None:
+        quantizer.register_buffer("gate_scale", grid[0])
+        quantizer.register_buffer("gate_zero_point", grid[1])
 
 
 def _clear(norm: nn.Module) -> None:

@@ -130,6 +130,10 @@ class FakeQuantize(nn.Module):
         # A tensor that layers share for a moment is nothing to copy or to save.
         return {**self.__dict__, "_held": None}
 
+    def drop_held(self) -> None:
+        """Forgets the tensor that layers share for a moment."""
+        self._held = None
+
     @property
     def producer(self) -> nn.Module | None:
         """The module that gives the tensor."""
@@ -145,7 +149,8 @@ class FakeQuantize(nn.Module):
         Raises:
             DataError: the values to observe hold NaN or infinity.
         """
-        if self.readers > 1 and not torch.compiler.is_compiling():
+        # A tensor of inference mode does not say whether it was overwritten since.
+        if self.readers > 1 and not torch.compiler.is_compiling() and not x.is_inference():
             held = self._held
             if held is not None and held[0]() is x and held[1] == x._version and held[2] == torch.is_grad_enabled():
                 self._held = (*held[:4], held[4] - 1) if held[4] > 1 else None
@@ -168,7 +173,7 @@ class FakeQuantize(nn.Module):
 
     def evaluate(self, x: Tensor) -> Tensor:
         """`x` as eval mode gives it, whatever the mode: on the grid as it stands."""
-        x = self._rectified(x)
+        x = self.rectified(x)
         if not self.enabled:
             return x
         y = on_grid(x, self.scale, self.zero_point, self.first, self.last)
@@ -189,7 +194,7 @@ class FakeQuantize(nn.Module):
             self._observe(low, high, x)
         buffers: Any = self._buffers
         if self.calibrating or not self.enabled or not buffers["batches"].item():
-            return self._rectified(x)
+            return self.rectified(x)
         scale = buffers["scale"].item()
         alone = self._producer is None or not self._producer[0]._forward_hooks
         in_place = self.in_place and alone and not (x.requires_grad and x.is_leaf) and not x._is_view()
@@ -203,7 +208,7 @@ class FakeQuantize(nn.Module):
                 x.detach().mul_(1.0 / scale).round_().mul_(scale)
                 return x
             return apply_function(Unclipped, x, scale)
-        return apply_function(Clipped, self._rectified(x), scale, lowest, highest)
+        return apply_function(Clipped, self.rectified(x), scale, lowest, highest)
 
     def _gated(self, x: Tensor, gate: str) -> Tensor:
         """`x` through the activation; its gate on the grid wherever anything is rounded."""
@@ -214,7 +219,8 @@ class FakeQuantize(nn.Module):
         y = apply_function(Gated, x.float(), gate).to(x.dtype)
         return y if self.training or readable(x) else torch.where(self.batches > 0, y, plain(x))
 
-    def _rectified(self, x: Tensor) -> Tensor:
+    def rectified(self, x: Tensor) -> Tensor:
+        """`x` through the ReLU before the quantizer, where there is one."""
         if not self.relu:
             return x
         return torch.clamp(x, 0.0, self.ceiling) if math.isfinite(self.ceiling) else torch.relu(x)
@@ -242,7 +248,7 @@ class FakeQuantize(nn.Module):
         self._require_finite(batch_low, batch_high)
         low, high = min(batch_low, 0.0), min(max(batch_high, 0.0), self.ceiling)
         if self.observer in observers.HISTOGRAMS:
-            found = self._observe_histogram(self._rectified(x))
+            found = self._observe_histogram(self.rectified(x))
             if found is None:
                 return
             low, high = found[0].item(), found[1].item()
@@ -289,7 +295,7 @@ class FakeQuantize(nn.Module):
         )
 
     def _train_on_device(self, x: Tensor, watching: bool) -> Tensor:
-        x = self._rectified(x)
+        x = self.rectified(x)
         if watching:
             with torch.no_grad():
                 if self.observer in observers.HISTOGRAMS:

@@ -200,9 +200,9 @@ class LearnedQuantize(FakeQuantize):
         if watching and x.numel():
             self._start(x)
         if self.calibrating or not self.enabled or not self._has_started():
-            return self._rectified(x)
+            return self.rectified(x)
         if self.relu:
-            x = self._rectified(x)
+            x = self.rectified(x)
         grid = self._grid()
         learns = self.observing and x.numel() > 0
         step = self.step if learns else self.step.detach()
@@ -222,7 +222,7 @@ class LearnedQuantize(FakeQuantize):
             )
         if self._has_started() and not self.calibrating:
             return
-        x = self._rectified(x)
+        x = self.rectified(x)
         low = x.amin().clamp(max=0.0)
         if self.offset is None:
             step = first_step(x.reshape(1, -1), self.last)[0]

@@ -40,3 +40,4 @@ def test_what_was_trained_is_what_runs(name: str, tmp_path: Path) -> None:
         assert tensor.torch is None or tensor.torch.share <= 0.02, tensor
     if name in INTEGER:
         assert found.exact and found.unfused == (), str(found)
+        assert passed.exactly == 0.0

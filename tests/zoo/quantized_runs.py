@@ -13,8 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sparsify import ScheduledModifierManager, export_onnx, verify_onnx
-from sparsify.model.signature import named_outputs
+from sparsify import ScheduledModifierManager, export_onnx, integer_exact, verify_onnx
+from sparsify.model.signature import SampleInputs, named_outputs
+from sparsify.onnx.runtime import open_session, run_session
 from sparsify.onnx.verify import Verification
 from tests.zoo.architectures import ARCHITECTURES
 
@@ -74,6 +75,8 @@ class QatRun:
     verification: Verification
     seconds: float
     """Of the verification."""
+    exactly: float
+    """The largest difference between the outputs of the model in `integer_exact` and those of onnxruntime."""
 
     @property
     def kernels(self) -> Counter[str]:
@@ -109,4 +112,26 @@ def run_qat(name: str, path: Path) -> QatRun:
     start = time.perf_counter()
     verification = verify_onnx(model, path, architecture.inputs())
     seconds = time.perf_counter() - start
-    return QatRun(name, len(exported.quantized), len(exported.floating), exported.size_bytes, verification, seconds)
+    return QatRun(
+        name,
+        len(exported.quantized),
+        len(exported.floating),
+        exported.size_bytes,
+        verification,
+        seconds,
+        exactly=largest_gap(model, path, architecture.inputs()),
+    )
+
+
+def largest_gap(model: nn.Module, path: Path, inputs: Any) -> float:
+    """Between the outputs in `integer_exact` and those of the file in onnxruntime, as a fraction of the largest."""
+    given = SampleInputs.of(model, inputs).inputs
+    session = open_session(path, optimized=True, float_inputs=True)
+    found = run_session(session, {value.name: given[value.name].numpy() for value in session.get_inputs()})
+    with integer_exact(model):
+        exact = named_outputs(call(model, inputs))[0]
+    gaps = [
+        (mine - torch.from_numpy(file)).abs().max() for mine, file in zip(exact.values(), found.values(), strict=True)
+    ]
+    largest = [abs(file).max() for file in found.values()]
+    return max(float(gap) / float(size or 1) for gap, size in zip(gaps, largest, strict=True))
