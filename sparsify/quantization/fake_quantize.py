@@ -294,6 +294,22 @@ class FakeQuantize(nn.Module):
             percentile=self.percentile,
         )
 
+    @torch.no_grad()
+    def choose_range(self, observer: str, percentile: float) -> None:
+        """Takes the range that an observer of `observers.HISTOGRAMS` chooses out of the histogram that is there."""
+        self.observer, self.percentile = observer, percentile
+        low, high = observers.range_of(
+            observer,
+            self.histogram,
+            self.extent,
+            bits=self.bits,
+            symmetric=self.symmetric,
+            percentile=percentile,
+        )
+        self.low.copy_(low)
+        self.high.copy_(high.clamp(max=self.ceiling))
+        self._set_scale()
+
     def _train_on_device(self, x: Tensor, watching: bool) -> Tensor:
         x = self.rectified(x)
         if watching:
@@ -329,6 +345,9 @@ class FakeQuantize(nn.Module):
                 self.low.copy_(torch.lerp(self.low, low, share))
                 self.high.copy_(torch.lerp(self.high, high, share))
         self.batches.add_(1)
+        self._set_scale()
+
+    def _set_scale(self) -> None:
         if self.symmetric:
             self.scale.copy_(torch.maximum(-self.low, self.high).clamp(min=TINY) / self.last)
         else:
