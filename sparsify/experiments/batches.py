@@ -154,7 +154,23 @@ class TextBatches(BatchMaker):
         return TaskBatch(inputs, targets, samples)
 
     def encoded(self, sample: Any, **options: Any) -> Any:
-        """A sample as the tokenizer gives it, cut and padded."""
+        """A sample as the tokenizer gives it, cut and padded.
+
+        Raises:
+            DataError: it cannot be cut: its question alone is too long.
+        """
+        try:
+            return self._encoded(sample, **options)
+        except Exception as error:  # tokenizers raise a bare Exception
+            raise DataError(
+                f"{sample.where}: cannot be cut to {self.max_length} tokens: {first_line(error)}"
+            ) from error
+
+    def is_cut(self, sample: Any) -> bool:
+        """True if a sample has more tokens than fit in."""
+        return bool(self.encoded(sample).encodings[0].overflowing)
+
+    def _encoded(self, sample: Any, **options: Any) -> Any:
         common = {"padding": "max_length", "max_length": self.max_length, **options}
         if isinstance(sample, AskedQuestion):
             return self.tokenizer(sample.question, sample.context, truncation="only_second", **common)
@@ -176,12 +192,7 @@ class TextBatches(BatchMaker):
     def _row(self, sample: Any) -> tuple[dict[str, list[int]], dict[str, Any]]:
         known = self._memory.get(id(sample))
         if known is None:
-            try:
-                found = self.encoded(sample, return_offsets_mapping=isinstance(sample, AskedQuestion))
-            except Exception as error:  # "only_second" fails where a question alone is too long.
-                raise DataError(
-                    f"{sample.where}: cannot be cut to {self.max_length} tokens: {first_line(error)}"
-                ) from error
+            found = self.encoded(sample, return_offsets_mapping=isinstance(sample, AskedQuestion))
             inputs = {name: list(found[name]) for name in self._names if name in found}
             # The sample is kept with it: its id is not given to another one.
             known = self._memory[id(sample)] = (sample, inputs, _text_targets(sample, found))

@@ -76,7 +76,17 @@ def built_task(case: KnownUseCase, settings: ExperimentSettings) -> BuiltTask:
         names = list(inspect.signature(loaded.model.forward).parameters)
         maker = ImageBatches(preprocessing, "pixel_values" if loaded.is_of_transformers else names[0])
     task = KnownTask(case, data, loaded, maker)
-    return BuiltTask(task, data, settings, data.labels, loaded.fresh, loaded.notes)
+    notes = loaded.notes + (_cut_note(maker, data) if isinstance(maker, TextBatches) else ())
+    return BuiltTask(task, data, settings, data.labels, loaded.fresh, notes)
+
+
+def _cut_note(maker: TextBatches, data: DataSet[Any]) -> tuple[str, ...]:
+    """A note on texts of which the model does not see the end, of the first 1,000 of both parts."""
+    looked = [*data.train[:1000], *data.val[:1000]]
+    cut = sum(map(maker.is_cut, looked))
+    return (
+        (f"{cut} of {len(looked)} texts are longer than {maker.max_length} tokens and are cut there.",) if cut else ()
+    )
 
 
 def _text_batches(
