@@ -99,6 +99,12 @@ def _sizes(path: Path, model: ModelProto, given: InputsLike | None, batch: int) 
     inputs = {name: value.type.tensor_type.shape.dim for name, value in GraphView(model.graph).inputs.items()}
     if given is not None:
         return _of_samples(path, list(inputs), given)
+    for name, value in GraphView(model.graph).inputs.items():
+        if not value.type.tensor_type.HasField("shape"):
+            raise ArgumentError(
+                f"{path}: input {name!r} has no shape in the file. Give sample_inputs, a dictionary with an array for "
+                f"each of {', '.join(inputs)}."
+            )
     free = next(
         (dims[0].dim_param for dims in inputs.values() if len(dims) and not dims[0].HasField("dim_value")), None
     )

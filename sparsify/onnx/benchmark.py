@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sparsify.errors import ArgumentError, DataError
+from sparsify.errors import ArgumentError, DataError, ExportError
 from sparsify.onnx.runtime import open_session, read_model, run_failure, run_session
 from sparsify.output.json_values import EXACT
 from sparsify.output.tables import DisplayedText
@@ -119,7 +119,7 @@ def benchmark_onnx(
 
     model = read_model(path)
     session = open_session(path, threads=threads, model=model)
-    feed, size = random_inputs(model, session, batch_size)
+    feed, size = _running_inputs(model, session, batch_size)
     for _ in range(warmup):
         run_session(session, feed)
     times = [_timed_runs(session, feed) for _ in range(iterations)]
@@ -168,7 +168,7 @@ def compare_onnx(
     for path in (first, second):
         model = read_model(path)
         session = open_session(path, threads=threads, model=model)
-        feed, _ = random_inputs(model, session, batch_size)
+        feed, _ = _running_inputs(model, session, batch_size)
         for _ in range(warmup):
             run_session(session, feed)
         runs.append((session, feed))
@@ -181,17 +181,51 @@ def compare_onnx(
     return Comparison(Path(first), Path(second), statistics.median(ratios), min(ratios), max(ratios), rounds)
 
 
+def _running_inputs(model: ModelProto, session: InferenceSession, batch_size: int) -> tuple[dict[str, np.ndarray], int]:
+    """As `random_inputs`, for files that hold a state of fixed batch beside inputs of any.
+
+    Raises:
+        ArgumentError: another batch size than such a state has.
+        ExportError: onnxruntime cannot run the file.
+    """
+    feed, size = random_inputs(model, session, batch_size)
+    try:
+        run_session(session, feed)
+    except ExportError as error:
+        fixed = {value.name: value.shape for value in session.get_inputs() if _is_fixed(value.shape)}
+        # Of a recurrent state the batch is the second axis.
+        for found in sorted({dim for shape in fixed.values() for dim in shape[:2]} - {batch_size}):
+            other, size = random_inputs(model, session, found)
+            try:
+                run_session(session, other)
+            except ExportError:
+                continue
+            if batch_size == 1:
+                return other, size
+            raise ArgumentError(
+                f"batch_size={batch_size}: this file runs with a batch of {found} only, to which "
+                f"{', '.join(map(repr, fixed))} are fixed; export it with dynamic_batch."
+            ) from error
+        raise
+    return feed, size
+
+
+def _is_fixed(shape: list[int | str | None]) -> bool:
+    return len(shape) > 1 and all(isinstance(dim, int) for dim in shape)
+
+
 def random_inputs(model: ModelProto, session: InferenceSession, batch_size: int) -> tuple[dict[str, np.ndarray], int]:
     """({name: array}, the batch size that they have) for the inputs of a session on `model`.
 
     Raises:
-        DataError: inputs that are no tensors, of a type that is not known, or too large.
+        DataError: inputs that are no tensors, of a type that is not known, without a shape, or too large.
         ArgumentError: another batch size than the one that the file fixes.
     """
     import numpy as np
 
     generator = np.random.default_rng(0)
     rows = _rows_looked_up(model)
+    shapeless = [v.name for v in model.graph.input if not v.type.tensor_type.HasField("shape")]
     feed: dict[str, np.ndarray] = {}
     fixed = None
     for i, value in enumerate(session.get_inputs()):
@@ -199,6 +233,11 @@ def random_inputs(model: ModelProto, session: InferenceSession, batch_size: int)
         dtype = _DTYPES.get(kind)
         if dtype is None:
             raise DataError(f"input {value.name!r} is a {value.type}; only tensors of numbers can be made up.")
+        if value.name in shapeless:
+            raise DataError(
+                f"input {value.name!r} has no shape in the file, so that nothing can be made up for it. Export it with "
+                "one, or write it into graph.input with onnx."
+            )
         shape = [_dimension(dim, axis, len(value.shape), batch_size) for axis, dim in enumerate(value.shape)]
         if i == 0 and shape and isinstance(value.shape[0], int):
             fixed = value.shape[0]

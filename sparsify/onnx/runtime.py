@@ -62,11 +62,30 @@ def read_model(path: str | os.PathLike[str]) -> ModelProto:
             if entry.key == "location" and (os.path.isabs(entry.value) or ".." in Path(entry.value).parts):
                 raise _broken(file, f"{tensor.name!r} has its values in {entry.value!r}, outside the file's folder")
     try:
-        onnx.checker.check_model(str(file) if _external(model) else content)
+        onnx.checker.check_model(str(file) if _external(model) else _with_shapes(model, content))
     except Exception as error:
         raise _broken(file, first_line(error)) from error
     rebuild_weights(model, file.resolve().parent)
     return model
+
+
+def _with_shapes(model: ModelProto, content: bytes) -> bytes:
+    """The content of a file for onnx's checker, which asks for a shape of every input and output.
+
+    The format does not (https://onnx.ai/onnx/repo-docs/IR.html: a tensor without a shape may be of any rank), and
+    onnxruntime 1.31.1 runs such files.
+    """
+    values = [*model.graph.input, *model.graph.output]
+    if all(value.type.tensor_type.HasField("shape") for value in values if not value.type.HasField("sequence_type")):
+        return content
+    filled = type(model)()
+    filled.CopyFrom(model)
+    for value in [*filled.graph.input, *filled.graph.output]:
+        kind = value.type.WhichOneof("value")
+        if kind in (None, "tensor_type") and not value.type.tensor_type.HasField("shape"):
+            value.type.tensor_type.elem_type = value.type.tensor_type.elem_type or 1
+            value.type.tensor_type.shape.SetInParent()
+    return bytes(filled.SerializeToString())
 
 
 @dataclass(frozen=True)

@@ -222,3 +222,49 @@ def test_a_mutated_file_gives_a_result_or_one_kind_of_error(quantized: Path, tmp
             optimized_operators(path)
         except (DataError, ExportError):
             pass
+
+
+def product(path: Path, inputs: list[Any], nodes: list[Any], output: Any) -> Path:
+    weight = helper.make_tensor("weight", TensorProto.FLOAT, [8, 4], [0.1] * 32)
+    graph = helper.make_graph(nodes, "g", inputs, [output], [weight])
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9), path)
+    return path
+
+
+def shapeless(name: str) -> Any:
+    value = helper.make_tensor_value_info(name, TensorProto.FLOAT, [])
+    value.type.tensor_type.ClearField("shape")
+    return value
+
+
+MATMUL = helper.make_node("MatMul", ["x", "weight"], ["y"])
+FREE = helper.make_tensor_value_info("x", TensorProto.FLOAT, ["batch", 8])
+
+
+def test_outputs_need_no_shape(tmp_path: Path) -> None:
+    path = product(tmp_path / "x.onnx", [FREE], [MATMUL], shapeless("y"))
+    assert benchmark_onnx(path, batch_size=3, iterations=2).inputs == {"x": "float32[3, 8]"}
+    assert sparsify.analyze_model(path).layers[0].output_shape == (1, 4)
+    assert sparsify.get_weights_metadata(path, weight_threshold=8)
+
+
+def test_an_input_without_a_shape_is_named_with_the_way_out(tmp_path: Path) -> None:
+    path = product(tmp_path / "x.onnx", [shapeless("x")], [MATMUL], shapeless("y"))
+    with pytest.raises(DataError, match="input 'x' has no shape in the file"):
+        benchmark_onnx(path)
+    with pytest.raises(ArgumentError, match=r"input 'x' has no shape in the file\. Give sample_inputs"):
+        sparsify.analyze_model(path)
+    assert sparsify.analyze_model(path, {"x": torch.zeros(5, 8).numpy()}).layers[0].output_shape == (5, 4)
+    assert sparsify.get_weights_metadata(path, weight_threshold=8)
+
+
+def test_a_state_of_fixed_batch_decides_the_batch(tmp_path: Path) -> None:
+    state = helper.make_tensor_value_info("state", TensorProto.FLOAT, [3, 4])
+    nodes = [MATMUL, helper.make_node("Concat", ["y", "state"], ["z"], axis=1)]
+    path = product(
+        tmp_path / "x.onnx", [FREE, state], nodes, helper.make_tensor_value_info("z", TensorProto.FLOAT, ["batch", 8])
+    )
+    found = benchmark_onnx(path, iterations=2)
+    assert found.batch_size == 3 and found.inputs == {"x": "float32[3, 8]", "state": "float32[3, 4]"}
+    with pytest.raises(ArgumentError, match="runs with a batch of 3 only, to which 'state' are fixed"):
+        benchmark_onnx(path, batch_size=4)
