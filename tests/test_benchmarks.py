@@ -17,6 +17,7 @@ BENCHMARKS = {
         "resnet20  0.9   magnitude",
     ),
     "headline.py": (["--quick", "--threads", "1"], "verify_onnx: agrees"),
+    "integer_exact.py": (["--pairs", "1", "--only", "MLP"], "0.0e+00 |"),
     "loss_profile.py": (["--seeds", "0", "--images", "64"], "data, divergence"),
     "mixed_precision.py": (["--seeds", "0", "--averages", "3", "--roundings", "nearest"], "bar, less than uniform"),
     "qat_stability.py": (["--quick", "--only", "Mobile", "--rates", "0.03"], "MobileNetV2-like  from scratch"),

@@ -39,7 +39,8 @@ def integer_exact(model: ModelType) -> Iterator[ModelType]:
     file compute with the same integers: exact sums in 32 bits, rounded as onnxruntime rounds them, in batches of any
     size, on the device of the model. Of a network in integers from the first layer to the last the outputs are the
     file's, to the bit, and every metric with them. What is in float in the file is computed by torch as ever, which
-    agrees with onnxruntime to float32's precision.
+    agrees with onnxruntime to float32's precision. A product of integers that is read by a quantizer and in float, too,
+    is rounded here as if the quantizer alone read it: a value on the edge, one in some ten thousand, may be a step off.
 
         with integer_exact(model):
             accuracy = evaluate(model, loader)
