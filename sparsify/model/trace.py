@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from sparsify.errors import ArgumentError, first_line
 from sparsify.model.batches import with_known_mappings
+from sparsify.model.channel_affine import AFFINE, channel_affine
 from sparsify.model.preserved import eval_mode_, preserved
 from sparsify.model.sharding import stand_ins
 from sparsify.model.wrappers import clean_name
@@ -181,6 +182,10 @@ class Trace:
             for call in node.stack:
                 numbers[call.path].add(call.number)
         return {path: len(found) for path, found in numbers.items()}
+
+    def is_affine(self, path: str) -> bool:
+        """True if the module at `path` is no BatchNorm and scales and shifts channels as one does."""
+        return any(node.op == AFFINE for node in self.of_module(path))
 
     def of_module(self, path: str) -> tuple[TracedNode, ...]:
         """The nodes that stand directly in the forward of the module at `path`."""
@@ -353,6 +358,11 @@ class ModuleNames:
         self.buffers = {name: buffers[id(b)] for name, b in model.named_buffers(remove_duplicate=False)}
         self._numbers: dict[str, dict[tuple[str, ...], int]] = defaultdict(dict)
 
+    def path(self, stack: dict[str, Any]) -> str:
+        """The clean name of the innermost module that a node stands in."""
+        found = next(reversed(stack.values()), ("", None))[0]
+        return self.modules.get(found, clean_name(found))
+
     def calls(self, stack: dict[str, Any]) -> Iterator[ModuleCall]:
         """The calls of modules that a node stands in; a call is known by the exporter's keys down to it."""
         keys: tuple[str, ...] = ()
@@ -374,7 +384,10 @@ def plain_trace(program: ExportedProgram, names: ModuleNames) -> Trace:
     hidden |= set(getattr(signature, "inputs_to_lifted_custom_objs", {}))
     nodes: list[TracedNode] = []
     outputs: list[str] = []
+    merged, inner = channel_affine(program, names.path, {*parameters, *hidden})
     for node in program.graph.nodes:
+        if node.name in inner:
+            continue
         if node.op == "placeholder":
             if node.name in parameters or node.name in hidden:
                 continue
@@ -395,6 +408,8 @@ def plain_trace(program: ExportedProgram, names: ModuleNames) -> Trace:
         read = list(_in_order(node))
         if op == "mean" and one is not None and is_image_mean(read[0].meta["val"].shape, one.shape):
             kind = "average_pool"
+        if node.name in merged:
+            op, kind, read = AFFINE, "batch_norm", [merged[node.name]]
         shape = tuple(int(n) if isinstance(n, int) else -1 for n in one.shape) if one is not None else None
         nodes.append(
             TracedNode(

@@ -23,16 +23,21 @@ def mean_shift(weight: Tensor, mean: Tensor, rounded: Tensor, mean_rounded: Tens
 
 def can_correct(layer: nn.Module, norm: nn.Module | None) -> bool:
     """True if there is a number to be changed: a bias, or a mean in the BatchNorm that is folded into the layer."""
-    return norm is not None or layer._parameters.get("bias") is not None
+    return _mean(norm) is not None or layer._parameters.get("bias") is not None
 
 
 @torch.no_grad()
 def correct(layer: nn.Module, norm: _BatchNorm | None, shift: Tensor) -> None:
     """Takes `shift` (C,) from what `layer` gives, in place: in its bias, or in the running mean of its BatchNorm."""
-    if norm is not None:
-        assert norm.running_mean is not None  # Else it is not folded.
-        norm.running_mean.add_(shift.to(norm.running_mean.dtype))
+    mean = _mean(norm)
+    if mean is not None:
+        mean.add_(shift.to(mean.dtype))
     else:
         bias = bias_of(layer)
         assert bias is not None  # See `can_correct`.
         bias.sub_(shift.to(bias.dtype))
+
+
+def _mean(norm: nn.Module | None) -> Tensor | None:
+    """The running mean of a BatchNorm; None of a learned scale and bias, which has none."""
+    return None if norm is None else getattr(norm, "running_mean", None)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from sparsify.errors import DataError
+from sparsify.quantization.folding import AffineNorm
 from sparsify.quantization.layers import QuantizedNorm
 from sparsify.quantization.wiring import wiring_of
 
@@ -31,7 +32,7 @@ def simulated_norms(model: nn.Module, seed: int = 0) -> Iterator[None]:
     Raises:
         DataError: there is no BatchNorm, or one without statistics.
     """
-    norms: list[Any] = [module for module in model.modules() if isinstance(module, QuantizedNorm)]
+    norms: list[Any] = [m for m in model.modules() if isinstance(m, QuantizedNorm) and not isinstance(m, AffineNorm)]
     if not norms:
         raise DataError(
             f"{type(model).__name__} has no BatchNorm, so nothing is known of its activations. Give calibration_data."

@@ -92,7 +92,8 @@ def neighbours(model: nn.Module, trace: Trace, folds: Mapping[str, str]) -> tupl
         norm = None
         if maker.kind == "batch_norm":
             norm = maker.owner
-            if norm not in folds.values() or modules[norm].weight is None or modules[norm].bias is None:
+            known = isinstance(modules[norm], _BatchNorm) and norm in folds.values()
+            if not known or modules[norm].weight is None or modules[norm].bias is None:
                 continue
             maker = trace.by_name[maker.inputs[0]]
             if folds.get(maker.owner) != norm or not is_free(maker.owner):

@@ -10,6 +10,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from sparsify.model.sharding import class_before_sharding, fully_sharded_class, is_fully_sharded
 from sparsify.model.targets import named_modules
 from sparsify.quantization.fake_quantize import FakeQuantize
+from sparsify.quantization.folding import AffineNorm
 from sparsify.quantization.layers import (
     CONVERTED,
     NORMS,
@@ -72,7 +73,7 @@ def original_type(module: nn.Module) -> type[nn.Module]:
 def freeze_norms(model: nn.Module, frozen: bool) -> None:
     """Has BatchNorms below `model` train on their running statistics, which stay as they are; or no longer."""
     for module in model.modules():
-        if isinstance(module, QuantizedNorm):
+        if isinstance(module, QuantizedNorm) and not isinstance(module, AffineNorm):
             wiring_of(module).frozen = frozen
 
 
@@ -83,6 +84,12 @@ def is_norm_and_more(module: nn.Module) -> bool:
     """
     own = class_before_sharding(module) not in NORMS
     return own and isinstance(module, _BatchNorm) and not isinstance(module, nn.SyncBatchNorm)
+
+
+def is_channel_affine(module: nn.Module) -> bool:
+    """True for a module of a user's class that can stand for a BatchNorm where a trace calls it `AFFINE`."""
+    known = isinstance(module, (_BatchNorm, Converted)) or type(module).__module__.startswith("torch.nn.")
+    return not known and not any(True for _ in module.children())
 
 
 def is_weighted(module: nn.Module) -> bool:

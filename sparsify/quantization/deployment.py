@@ -20,7 +20,7 @@ from sparsify.quantization.attention import QuantizedMultiheadAttention, Quantiz
 from sparsify.quantization.conversion import original_type, quantized_layers, quantizers
 from sparsify.quantization.fake_quantize import FakeQuantize
 from sparsify.quantization.folding import own_integers
-from sparsify.quantization.forward_ops import WatchedLayer, WatchedNorm, watching_class
+from sparsify.quantization.forward_ops import WatchedAffine, WatchedLayer, WatchedNorm, watching_class
 from sparsify.quantization.layers import (
     NORMS,
     QuantizedConv1d,
@@ -232,7 +232,7 @@ def deployment_copy(model: nn.Module) -> nn.Module:
             _fix_grid(module)
         elif isinstance(module, QuantizedMultiheadAttention) and module.holds_integers(integers):
             module._parameters.update(dict.fromkeys(module._parameters))
-        elif type(module) in NORMS.values() and wiring_of(module).layer is not None and not wiring_of(module).read:
+        elif isinstance(module, (*NORMS.values(), WatchedAffine)) and _is_taken_in(module):
             _clear(module)
     return deployed
 
@@ -297,6 +297,8 @@ def _deploy_class(layer: Converted) -> None:
     converted: nn.Module = layer
     if isinstance(layer, WatchedLayer):
         converted.__class__ = watching_class(original_type(layer), DeployedWatchedLayer)
+    elif isinstance(layer, WatchedAffine):
+        converted.__class__ = DeployedNorm
     elif isinstance(layer, WatchedNorm):
         converted.__class__ = watching_class(original_type(layer), DeployedWatchedNorm)
     else:
@@ -312,6 +314,13 @@ def _fix_grid(quantizer: FakeQuantize) -> None:
     if (grid := gate_grid(quantizer)) is not None:
         quantizer.register_buffer("gate_scale", grid[0])
         quantizer.register_buffer("gate_zero_point", grid[1])
+
+
+def _is_taken_in(norm: nn.Module) -> bool:
+    """True if a BatchNorm is folded, and nobody else reads its numbers."""
+    if isinstance(norm, WatchedNorm):
+        return False
+    return wiring_of(norm).layer is not None and not wiring_of(norm).read
 
 
 def _clear(norm: nn.Module) -> None:

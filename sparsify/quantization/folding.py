@@ -14,8 +14,18 @@ from sparsify.quantization.wiring import Converted, DeployedIntegers, wiring_of
 __all__: list[str] = []
 
 
+class AffineNorm:
+    """A module that is no BatchNorm and computes x * c + d as one in eval mode does, with numbers of each channel."""
+
+    def factor_and_offset(self) -> tuple[Tensor, Tensor]:
+        """c and d, both (C,) or (1,)."""
+        raise NotImplementedError
+
+
 def norm_factor(norm: _BatchNorm) -> tuple[Tensor, Tensor]:
     """BatchNorm in eval mode as x * c + d, both (C,): c = gamma / sqrt(var + eps), d = beta - mean c."""
+    if isinstance(norm, AffineNorm):
+        return norm.factor_and_offset()
     mean, variance = norm.running_mean, norm.running_var
     weight, bias = norm._parameters.get("weight"), norm._parameters.get("bias")
     assert mean is not None and variance is not None  # A BatchNorm without statistics is not folded.
@@ -42,9 +52,9 @@ def layer_integers(layer: Converted) -> DeployedIntegers:
     axis, scale = wiring.axis, spread.reshape(-1) if wiring.axis is not None else spread.reshape(())
     bias = _own_bias(layer)
     if wiring.norm is not None:
-        factor, offset = norm_factor(wiring.norm)
-        bias = offset if bias is None else offset + factor * bias
         axis = channel_axis(layer)
+        factor, offset = (each.expand(q.shape[axis]) for each in norm_factor(wiring.norm))
+        bias = offset if bias is None else offset + factor * bias
         q = q * widened(torch.sign(factor), q, axis, 0)
         scale = scale * factor.abs()
     return _with_bias(q, scale, axis, bias, wiring.source)
@@ -58,6 +68,8 @@ def norm_integers(norm: Converted) -> DeployedIntegers:
     """
     wiring = wiring_of(norm)
     factor, offset = norm_factor(_as_norm(norm))
+    if wiring.channels:
+        factor, offset = factor.expand(wiring.channels), offset.expand(wiring.channels)
     q = (torch.sign(factor) * wiring.q_max).reshape(-1, *[1] * (wiring.rank - 1))
     return _with_bias(q, factor.abs() / wiring.q_max, 0, offset, wiring.source)
 
@@ -136,7 +148,7 @@ def _integers_in_blocks(layer: Converted, q: Tensor, scale: Tensor) -> DeployedI
     axis = channel_axis(layer)
     norm = wiring_of(layer).norm
     if norm is not None:
-        factor, offset = norm_factor(norm)
+        factor, offset = (each.expand(q.shape[axis]) for each in norm_factor(norm))
         bias = offset if bias is None else offset + factor * bias
         q = q * widened(torch.sign(factor), q, axis, 0)
         scale = (scale * widened(factor.abs(), scale, axis, 0)).clamp(min=1e-20)
@@ -155,7 +167,7 @@ def _affine_integers(layer: Converted, q: Tensor, scale: Tensor, zero: Tensor) -
     if not wiring.block:
         scale, zero = (each.reshape(() if axis is None else -1) for each in (scale, zero))
     if wiring.norm is not None:
-        factor, offset = norm_factor(wiring.norm)
+        factor, offset = (each.expand(q.shape[channels]) for each in norm_factor(wiring.norm))
         bias = offset if bias is None else offset + factor * bias
         axis = axis if wiring.block else channels
         size = widened(factor.abs(), scale, channels, 0) if wiring.block else factor.abs()
@@ -190,6 +202,9 @@ def folded(layer: Converted) -> tuple[Tensor, Tensor | None]:
 
 def _dtype(layer: Converted) -> torch.dtype:
     """The type of the weight; of a BatchNorm without one, that of its statistics."""
+    if isinstance(layer, AffineNorm):
+        own = (*layer.parameters(recurse=False), *layer.buffers(recurse=False))
+        return next(each.dtype for each in own if each.is_floating_point())
     if isinstance(layer, _BatchNorm) and layer._parameters.get("weight") is None:
         assert layer.running_mean is not None
         return layer.running_mean.dtype
@@ -200,11 +215,14 @@ def _folded_float(layer: Converted) -> tuple[Tensor, Tensor | None]:
     wiring = wiring_of(layer)
     if wiring.rank:
         factor, offset = norm_factor(_as_norm(layer))
+        if wiring.channels:
+            factor, offset = factor.expand(wiring.channels), offset.expand(wiring.channels)
         return factor.reshape(-1, *[1] * (wiring.rank - 1)), offset
     own, bias = weight_of(layer), bias_of(layer)
     if wiring.norm is None:
         return own, bias
-    factor, offset = norm_factor(wiring.norm)
+    channels = own.shape[channel_axis(layer)]
+    factor, offset = (each.expand(channels) for each in norm_factor(wiring.norm))
     weight = own * widened(factor, own, channel_axis(layer), 0).to(own.dtype)
     bias = offset if bias is None else offset + factor * bias
     return weight, bias.to(own.dtype)

@@ -26,6 +26,7 @@ from sparsify.quantization.calling_places import calling_place
 from sparsify.quantization.conversion import convert_, is_norm_and_more, is_weighted
 from sparsify.quantization.fake_quantize import FakeQuantize
 from sparsify.quantization.fixed_and_shared import SameGrid
+from sparsify.quantization.folding import AffineNorm
 from sparsify.quantization.layers import QuantizedLayer, QuantizedNorm
 from sparsify.quantization.wiring import Converted, Wiring, overwrite, wiring_of
 
@@ -218,6 +219,31 @@ class WatchedNorm(Watched, QuantizedNorm):
 
     timm's BatchNormAct2d (EfficientNet, RegNet, MobileNetV3) is one: BatchNorm, dropout and activation in one forward.
     """
+
+
+class WatchedAffine(Watched, QuantizedNorm, AffineNorm):
+    """A module that scales and shifts channels: FrozenBatchNorm2d, a learned scale and bias.
+
+    It has the place of a BatchNorm: folded into the layer before it, or a layer of its own between integers.
+    """
+
+    def _watch(self, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        (x,) = (*args, *kwargs.values())
+        # Not the operations of whom calls it.
+        with torch._C.DisableTorchFunction():
+            return self._normed(x, lambda y: forward(self, y))
+
+    @torch.no_grad()
+    def factor_and_offset(self) -> tuple[Tensor, Tensor]:
+        own = (*self.parameters(recurse=False), *self.buffers(recurse=False))
+        held = [each for each in own if each.is_floating_point()]
+        channels = max(each.numel() for each in held)
+        # In float64 its numbers come out as they are: it computes with nothing else.
+        ends = held[0].new_tensor([0.0, 1.0], dtype=torch.float64).reshape(2, 1, *[1] * max(self._wiring.rank - 2, 2))
+        with torch._C.DisableTorchFunction():
+            given = wiring_of(self).original.forward(self, ends.expand(2, channels, *ends.shape[2:]))
+        offset, whole = given.reshape(2, channels)
+        return (whole - offset).float(), offset.float()
 
 
 class WatchedLayer(Watched, QuantizedLayer):
@@ -434,10 +460,13 @@ def note_reads(module: Watched, layers: tuple[Converted, ...]) -> None:
 
 
 def watch(
-    module: nn.Module, counts: Mapping[str, int], places: Mapping[str, Mapping[str, int]] = MappingProxyType({})
+    module: nn.Module,
+    counts: Mapping[str, int],
+    places: Mapping[str, Mapping[str, int]] = MappingProxyType({}),
+    form: type[Watched] | None = None,
 ) -> Wiring:
     """Converts a user's module, in place, to one that counts its operations."""
-    wiring = convert_(module, watching_class(type(module), _form(module)))
+    wiring = convert_(module, watching_class(type(module), form or _form(module)))
     overwrite(module, "_counts", dict(counts))
     overwrite(module, "_places", {kind: dict(known) for kind, known in places.items()})
     overwrite(module, "_asleep", [])

@@ -10,7 +10,7 @@ from torch import nn
 from sparsify.model.targets import named_modules
 from sparsify.model.trace import Trace, TracedNode
 from sparsify.quantization.attention import FORMS
-from sparsify.quantization.conversion import is_norm_and_more, is_weighted
+from sparsify.quantization.conversion import is_channel_affine, is_norm_and_more, is_weighted
 from sparsify.quantization.layers import NORMS, PROJECTION, WEIGHTED
 from sparsify.quantization.plan import Unquantized, WeightRead
 from sparsify.quantization.scheme import QuantizationSettings, Scheme, below
@@ -212,9 +212,10 @@ class QuantizedLayers:
             why = pair.why_not
             norm: Any = self.modules.get(pair.norm)
             layer: Any = self.modules[pair.layer]
-            if why is None and type(norm) not in NORMS and not is_norm_and_more(norm):
+            affine = self.trace.is_affine(pair.norm) and is_channel_affine(norm)
+            if why is None and type(norm) not in NORMS and not is_norm_and_more(norm) and not affine:
                 why = f"{type(norm).__name__} is not a BatchNorm of torch"
-            elif why is None and norm.running_mean is None:
+            elif why is None and not affine and norm.running_mean is None:
                 why = "it has no running statistics"
             elif why is None and isinstance(layer, TRANSPOSED) and layer.groups > 1:
                 why = f"output channels of a grouped {type(layer).__name__} share scales"

@@ -15,11 +15,12 @@ from typing import Any
 
 from torch import nn
 
+from sparsify.model.channel_affine import AFFINE
 from sparsify.model.sharding import class_before_sharding
 from sparsify.model.trace import Trace, TracedNode
 from sparsify.quantization.attention import SLOW
 from sparsify.quantization.attention_products import ATTENTION, MATMUL, OPERANDS, operand
-from sparsify.quantization.conversion import is_norm_and_more
+from sparsify.quantization.conversion import is_channel_affine, is_norm_and_more
 from sparsify.quantization.fixed_and_shared import FIXED
 from sparsify.quantization.forward_ops import COUNTED, LAYER, NORM
 from sparsify.quantization.insertion_points import InsertionPoints, QuantizerRole
@@ -84,13 +85,19 @@ class _Planner:
             layers=tuple(self._layer(name, scheme, source.get(name)) for name, scheme in self.layers.items()),
             sites=tuple(sites),
             watched=self._watched(sites, [*self.folds.values(), *self.alone]),
-            norms=tuple(name for name, m in self.modules.items() if type(m) in NORMS or is_norm_and_more(m)),
+            norms=tuple(name for name in self.modules if self._is_norm(name)),
             slow=self._slow(),
             left=tuple(dict.fromkeys(left for left in self.left if left.what not in self.alone)),
             attentions=tuple(self.chosen.attentions),
             reads=self.chosen.reads,
             alone=tuple(
-                NormPlan(name, source[name], len(node.shape or ()), 63 if self.settings.reduce_range else 127)
+                NormPlan(
+                    name,
+                    source[name],
+                    len(node.shape or ()),
+                    63 if self.settings.reduce_range else 127,
+                    (node.shape or (0, 0))[1] if node.op == AFFINE else 0,
+                )
                 for name, node in self.alone.items()
             ),
         )
@@ -306,17 +313,24 @@ class _Planner:
         calls = self._calls_of(node)
         if len(calls) != self.trace.calls.get(node.owner) or len({len(call.shape or ()) for call in calls}) != 1:
             return False
-        known = type(norm) in NORMS or (norm is not None and is_norm_and_more(norm))
+        affine = node.op == AFFINE and is_channel_affine(norm)
+        known = affine or type(norm) in NORMS or (norm is not None and is_norm_and_more(norm))
         scheme = self.settings.per_layer(self.modules[""], [node.owner])[node.owner]
         return (
             known
-            and norm.running_mean is not None
+            and (affine or norm.running_mean is not None)
             and scheme is not None
             and scheme.weights is not None
             and node.shape is not None
             and 3 <= len(node.shape) <= 5
             and not self.chosen.ignores(node)
         )
+
+    def _is_norm(self, name: str) -> bool:
+        """True for a BatchNorm, and for what takes the place of one."""
+        module = self.modules[name]
+        taken = name in self.alone or name in self.folds.values()
+        return type(module) in NORMS or is_norm_and_more(module) or (taken and self.trace.is_affine(name))
 
     def _calls_of(self, node: TracedNode) -> list[TracedNode]:
         """`node` and what its module computes of that kind in its other calls."""
@@ -442,6 +456,11 @@ class _Planner:
             if is_norm_and_more(self.modules[norm]):
                 # A BatchNorm whose forward does not go along with it computes as ever.
                 watched.setdefault(norm, {})[NORM] = 1
+        taken = {*self.folds.values(), *self.alone}
+        for node in self.trace.nodes:
+            if node.op == AFFINE and node.owner not in taken:
+                # Its operations are none of whom calls it.
+                watched.setdefault(node.owner, {})
         placed = {site.module for site in sites}
         for node in self.trace.nodes:
             if (

@@ -23,10 +23,19 @@ from sparsify.model.targets import named_modules
 from sparsify.output.json_values import EXACT, from_json_object
 from sparsify.quantization import read_weights
 from sparsify.quantization.attention import FORMS, disable_fast_path, quantize_attention
-from sparsify.quantization.conversion import convert_, is_norm_and_more, is_weighted, restore_layers
+from sparsify.quantization.conversion import convert_, is_channel_affine, is_norm_and_more, is_weighted, restore_layers
 from sparsify.quantization.fake_quantize import FakeQuantize
 from sparsify.quantization.fixed_and_shared import FIXED, FixedQuantize, SameGrid
-from sparsify.quantization.forward_ops import Watched, asleep, note_reads, reads_of, switch_off, switched_off, watch
+from sparsify.quantization.forward_ops import (
+    Watched,
+    WatchedAffine,
+    asleep,
+    note_reads,
+    reads_of,
+    switch_off,
+    switched_off,
+    watch,
+)
 from sparsify.quantization.layers import WEIGHTED, QuantizedLayer, QuantizedNorm
 from sparsify.quantization.learned_step import LearnedQuantize
 from sparsify.quantization.observers import Observer
@@ -126,6 +135,7 @@ class NormPlan:
         source: the name of the quantizer site that it reads.
         rank: number of dimensions of that tensor, 3 to 5.
         q_max: the largest integer, which every channel has for a weight.
+        channels: number of channels; 0: as many as it has numbers.
     """
 
     __pydantic_config__ = EXACT
@@ -134,6 +144,7 @@ class NormPlan:
     source: str
     rank: int
     q_max: int
+    channels: int = 0
 
 
 @dataclass(frozen=True)
@@ -273,7 +284,7 @@ def _refuse_impossible(plan: QuantizationPlan) -> None:
         if not (0 <= layer.q_max <= 127 and layer.block >= 0 and layer.axis in (None, 0, 1)):
             raise ValueError(f"{layer} is no layer")
     for norm in plan.alone:
-        if not (1 <= norm.q_max <= 127 and 3 <= norm.rank <= 5):
+        if not (1 <= norm.q_max <= 127 and 3 <= norm.rank <= 5 and norm.channels >= 0):
             raise ValueError(f"{norm} is no layer")
 
 
@@ -337,7 +348,9 @@ def apply_plan(model: nn.Module, plan: QuantizationPlan) -> None:
     for path, counts in plan.watched.items():
         watch(modules[path], counts, plan.places.get(path, {}))
     for name in plan.norms:
-        if not is_norm_and_more(modules[name]):
+        if is_channel_affine(modules[name]):
+            watch(modules[name], {}, form=WatchedAffine)
+        elif not is_norm_and_more(modules[name]):
             convert_(modules[name])
         elif name not in plan.watched:
             watch(modules[name], {})
@@ -358,6 +371,7 @@ def apply_plan(model: nn.Module, plan: QuantizationPlan) -> None:
     for norm in plan.alone:
         wiring = wiring_of(modules[norm.name])
         wiring.source, wiring.rank, wiring.q_max = quantizers[norm.source], norm.rank, norm.q_max
+        wiring.channels = norm.channels
     setattr(model, UNQUANTIZED, {left.what: left.why for left in plan.left})
     if added_keys_last not in model._state_dict_hooks.values():
         model._register_state_dict_hook(added_keys_last)  # type: ignore[no-untyped-call]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, TypeGuard
 
 from torch import nn
 
@@ -18,7 +18,7 @@ from sparsify.quantization.attention import SLOW, QuantizedMultiheadAttention
 from sparsify.quantization.conversion import original_type
 from sparsify.quantization.fake_quantize import FakeQuantize
 from sparsify.quantization.fixed_and_shared import FixedQuantize, SameGrid
-from sparsify.quantization.forward_ops import Watched, operation_places, reads_of
+from sparsify.quantization.forward_ops import Watched, WatchedAffine, operation_places, reads_of
 from sparsify.quantization.layers import QuantizedEmbedding, QuantizedLayer, QuantizedNorm
 from sparsify.quantization.plan import (
     LayerPlan,
@@ -61,7 +61,7 @@ def quantization_of(model: nn.Module) -> QuantizationPlan:
     return QuantizationPlan(
         layers=tuple(_layer_plan(name, module, named) for name, module in layers.items()),
         sites=tuple(sites),
-        watched={name: module.operation_counts for name, module in converted.items() if isinstance(module, Watched)},
+        watched={name: module.operation_counts for name, module in converted.items() if _is_watched(module)},
         norms=tuple(norms),
         slow=tuple(slow),
         left=tuple(Unquantized(what, why) for what, why in unquantized(model).items()),
@@ -140,7 +140,7 @@ def _layer_plan(name: str, module: nn.Module, named: _Names) -> LayerPlan:
 
 def _norm_plan(name: str, module: nn.Module, named: _Names) -> NormPlan:
     wiring = wiring_of(module)
-    return NormPlan(name, named.of(wiring.source, name) or "", wiring.rank, wiring.q_max)
+    return NormPlan(name, named.of(wiring.source, name) or "", wiring.rank, wiring.q_max, wiring.channels)
 
 
 def _weight_reads(converted: dict[str, Converted], named: _Names) -> Iterator[WeightRead]:
@@ -156,3 +156,7 @@ def _weight_reads(converted: dict[str, Converted], named: _Names) -> Iterator[We
 def _is_slowed(module: Converted) -> bool:
     original = original_type(module)
     return original in SLOW and SLOW[original][1] in wiring_of(module).overwritten
+
+
+def _is_watched(module: Converted) -> TypeGuard[Watched]:
+    return isinstance(module, Watched) and not isinstance(module, WatchedAffine)

@@ -28,6 +28,7 @@ class Wiring:
         block: number of weights along the inputs, of each channel, that share a scale; 0: all of them.
         affine: whether a scale of weights has a zero point beside it.
         rank: of a BatchNorm that is a layer of its own, the number of dimensions of what it reads.
+        channels: likewise, how many it has; 0: as many as it has numbers.
         source: the quantizer of the tensor that it reads; None: that is float.
         shared: a quantizer for its input that another layer holds; None: it has its own, or none.
         norm: of a layer, the BatchNorm that is folded into it.
@@ -47,6 +48,7 @@ class Wiring:
     block: int = 0
     affine: bool = False
     rank: int = 0
+    channels: int = 0
     source: FakeQuantize | None = None
     shared: FakeQuantize | None = None
     norm: _BatchNorm | None = None
