@@ -109,7 +109,7 @@ class _Planner:
                 for end in (end for end, layer in self.ends.items() if layer == name):
                     self.required[end] = scheme.output_activations
             args = scheme.input_activations
-            nodes = self.chosen.computing(name)
+            nodes = [node for node in self.nodes[name] if node.kind != "embedding"]
             if args is None or not nodes:
                 continue
             # Of a layer that reads a parameter, as learned queries, there is no node.
@@ -249,7 +249,7 @@ class _Planner:
         own: list[tuple[str, ActivationScheme]] = []
         shared: dict[str, list[str]] = {}
         for name, args in self.own:
-            nodes = self.chosen.computing(name)
+            nodes = [node for node in self.nodes[name] if node.kind != "embedding"]
             roots = [self.trace.by_name[self.trace.root(n.inputs[0])] for n in nodes if n.inputs]
             places = [self.points.place(root) for root in roots]
             if len(roots) == len(nodes) and all(root.name in self.blocks for root in roots) and all(places):
