@@ -94,11 +94,13 @@ class Verification(DisplayedText):
     """The largest difference between the outputs of a session without `session.x64quantprecision` and those that were
     checked, as a fraction of the largest value; None where it is within the tolerance of a float file. `ok` does not
     depend on it: the file is right, and the CPU saturates."""
+    parted: tuple[str, str] | None = None
+    """Where an output differs and no tensor before it: (the operator that makes it, of what)."""
 
     @property
     def ok(self) -> bool:
         """Every output within its tolerance, and no tensor that diverges."""
-        return all(output.ok for output in self.outputs) and self.first_divergence is None
+        return all(output.ok for output in self.outputs) and not any(tensor.diverges for tensor in self.tensors)
 
     @property
     def exit_code(self) -> int:
@@ -107,13 +109,16 @@ class Verification(DisplayedText):
 
     @property
     def first_divergence(self) -> str | None:
-        """The first tensor that one kernel makes otherwise than the reference; None where there is none."""
-        return next((tensor.name for tensor in self.tensors if tensor.diverges), None)
+        """The first tensor that one kernel makes otherwise than the reference, or what makes an output that differs;
+        None where there is none."""
+        found = next((tensor.name for tensor in self.tensors if tensor.diverges), None)
+        return found if found is not None or self.parted is None else self.parted[0]
 
     @property
     def why(self) -> str | None:
         """Why that one diverges, in words."""
-        return next((tensor.why for tensor in self.tensors if tensor.diverges), None)
+        found = next((tensor.why for tensor in self.tensors if tensor.diverges), None)
+        return found if found is not None or self.parted is None else self.parted[1]
 
     def __bool__(self) -> bool:
         return self.ok
@@ -242,6 +247,7 @@ def verify_onnx(
             found.append(
                 _difference(name, optimized, values, results[optimized][name], steps.get(name), limit, proof, quantized)
             )
+    wrong = next((output.output for output in found if not output.ok), None)
     return Verification(
         Path(path),
         quantized,
@@ -252,6 +258,31 @@ def verify_onnx(
         exact=proof is not None and all(_same_values(proof.reference[name], results[True][name]) for name in names),
         unproven=unproven,
         stock=stock if stock > _float_tolerance(proto) else None,
+        parted=_parted(proto, wrong) if wrong is not None and proof is not None else None,
+    )
+
+
+def _parted(proto: ModelProto, output: str) -> tuple[str, str]:
+    """(the operator that makes an output, of which quantized tensors and stored values it is made in float)."""
+    from sparsify.onnx.graph import GraphView, all_inputs
+
+    view = GraphView(proto.graph)
+    node = view.producer.get(output)
+    waiting, stored = [output], dict[str, None]()
+    seen = {output}
+    while waiting:
+        made = view.producer.get(waiting.pop())
+        for name in all_inputs(made) if made is not None and made.op_type != "QuantizeLinear" else ():
+            if name in view.initializers and view.initializers[name].dims:
+                stored[name] = None
+            if name not in seen:
+                seen.add(name)
+                waiting.append(name)
+    of = f" from {', '.join(list(stored)[:4])}" if stored else ""
+    return (
+        output if node is None else node.name or node.op_type,
+        f"it makes the output {output!r}{of} in float, and torch makes another: was the model trained, or the file "
+        "edited, after the export?",
     )
 
 

@@ -23,6 +23,7 @@ from sparsify.onnx.verify_kernels import Gap, TensorDifference
 from sparsify.quantization.qdq_ops import quantize_dequantize
 from tests.loops import quantized, train
 from tests.zoo.integer_forms import IntegerEncoder, IntegerResNet
+from tests.zoo.small import written
 
 
 class Net(nn.Module):
@@ -366,3 +367,19 @@ def test_a_float_file_has_no_sums_of_integers(net: Exported, monkeypatch: pytest
 
     monkeypatch.setattr("sparsify.onnx.verify.open_session", opened)
     assert verify_onnx(model, path, x).stock is None
+
+
+def test_an_output_that_differs_behind_equal_integers_names_what_makes_it(path: Path) -> None:
+    torch.manual_seed(0)
+    model = written(
+        lambda self, x: (self.b(self.a(x).relu()), x[:, None] * self.a.weight), a=nn.Linear(6, 4), b=nn.Linear(4, 3)
+    )
+    x = torch.randn(8, 6)
+    quantized(model, x)
+    model(x)
+    export_onnx(model.eval(), x, path)
+    assert verify_onnx(model, path, x).ok
+    change(path, "a.weight", lambda value: value * 2)
+    result = verify_onnx(model, path, x)
+    assert not result.ok and result.why is not None and "a.weight" in result.why and "output_1" in result.why
+    assert str(result.first_divergence) in str(result)
