@@ -159,7 +159,7 @@ def _model_proto(
     """The checked model."""
     import onnx
 
-    from sparsify.onnx import rewrite_float_layers, rewrite_weight_only, rewrites
+    from sparsify.onnx import rewrite_equal_tensors, rewrite_float_layers, rewrite_weight_only, rewrites
 
     name = type(model).__name__
     if any(parameter.dtype == torch.bfloat16 for parameter in model.parameters()):
@@ -213,6 +213,7 @@ def _model_proto(
     rewrite_weight_only.fuse(proto)
     rewrite_float_layers.keep_float_layers(proto)
     rewrites.unique_names(proto)
+    rewrite_equal_tensors.share_equal_tensors(proto, _own_weights(deployed))
     rewrites.name_dimensions(proto, batched)
     _note_weights(proto, deployed)
     proto.producer_name = PRODUCER
@@ -302,6 +303,12 @@ def _batched(call: SampleInputs) -> tuple[list[str], list[Tensor]]:
         for name, tensor in call.inputs.items()
     ]
     return batched, tensors
+
+
+def _own_weights(model: nn.Module) -> set[str]:
+    """Names of parameters, and of what stands for them in integers: "<parameter>_int8", "<parameter>_scale"."""
+    own = {name for name, _ in model.named_parameters()}
+    return own | {name for name, _ in model.named_buffers() if re.search(r"(weight|bias)\w*_(u?int\d+|scale)$", name)}
 
 
 def _note_weights(proto: ModelProto, model: nn.Module) -> None:

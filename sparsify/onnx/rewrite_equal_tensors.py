@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Collection
 
 from onnx import GraphProto, ModelProto, numpy_helper
 
@@ -11,12 +12,17 @@ from sparsify.onnx.graph import remove_unused
 __all__: list[str] = []
 
 
-def share_equal_tensors(model: ModelProto) -> None:
+def share_equal_tensors(model: ModelProto, apart: Collection[str] = ()) -> None:
     """Keeps the first of initializers with the same values, type and shape.
 
     The exporter shares those of up to 1024 values. It folds the transposition of one weight for each of its readers,
     and buffers that every layer has (masks, position tables) come once a layer. A zero point stays its weight's own,
     as `rewrites.state_zero_points` makes it.
+
+    Args:
+        model: changed in place.
+        apart: names that stay: layers that happen to have equal weights, as those of a new nn.TransformerEncoder, are
+            two layers for who reads the file.
     """
     graph = model.graph
     kept = {value.name for value in (*graph.input, *graph.output)}
@@ -29,7 +35,7 @@ def share_equal_tensors(model: ModelProto) -> None:
         if tensor.name not in kept:
             values = tensor.raw_data or numpy_helper.to_array(tensor).tobytes()
             key = tensor.data_type, tuple(tensor.dims), hashlib.sha256(values).digest()
-            if first.setdefault(key, tensor.name) != tensor.name:
+            if first.setdefault(key, tensor.name) != tensor.name and tensor.name not in apart:
                 others[tensor.name] = first[key]
     if others:
         _read_first(graph, others)

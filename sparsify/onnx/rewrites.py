@@ -21,7 +21,6 @@ from sparsify.onnx import rewrite_attention, rewrite_transposed_convs
 from sparsify.onnx.fusion import Fusion
 from sparsify.onnx.graph import PROPAGATED, Graph, copied, integer, like, only_moves, remove_unused
 from sparsify.onnx.rewrite_activations import hard_sigmoid_as_add, numbers_as_integers, tanh_as_sigmoid
-from sparsify.onnx.rewrite_equal_tensors import share_equal_tensors
 
 __all__: list[str] = []
 
@@ -50,7 +49,6 @@ def rewrite(model: ModelProto) -> None:
     part_float_results(model)
     part_transposes(model)
     remove_unused(model)
-    share_equal_tensors(model)
 
 
 def clear_traces(model: ModelProto) -> None:

@@ -74,6 +74,8 @@ def test_equal_tensors_are_stored_once_whatever_their_size() -> None:
         return [value.tobytes() for value in run_session(session, {"x": large}).values()]
 
     before = outputs()
-    share_equal_tensors(model)
+    share_equal_tensors(model, {"a", "b", "r"})
+    assert {tensor.name for tensor in model.graph.initializer} == set(values)
+    share_equal_tensors(model, {"a"})
     assert {tensor.name for tensor in model.graph.initializer} == set(values) - {"b", "r"}
     assert outputs() == before
