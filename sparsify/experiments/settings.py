@@ -106,6 +106,10 @@ class ExperimentSettings:
                 continue
             if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= most:
                 raise ArgumentError(f"{name}: {value!r} lies not between 0 and {most:g}.")
+        if self.kind == "sparse-transfer" and self.dense_epochs:
+            raise ArgumentError(
+                "dense_epochs: training without a recipe fills the zeros that sparse-transfer keeps; 0."
+            )
         if self.learning_rate == 0:
             raise ArgumentError("learning_rate: 0 trains nothing; give a rate above 0.")
         if self.optimizer not in OPTIMIZERS:

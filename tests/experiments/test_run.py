@@ -176,3 +176,84 @@ def test_an_image_that_is_none_ends_the_run_before_it_begins(images: Path) -> No
     written(images / "data", {"cat/9.png": b"no image", "cat/10.png": picture(99)})
     with pytest.raises(DataError, match=r"9\.png"):
         run_experiment("training-aware", "cv-classification", str(images / "model"), str(images / "data"))
+
+
+WORDS = ["the", "film", "was", "a", "story", "with", "good", "great", "bad", "awful", "actors"]
+
+
+@pytest.fixture(scope="module")
+def encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A BERT of two narrow layers, trained for nothing, with its tokenizer."""
+    transformers, tokenizers = pytest.importorskip("transformers"), pytest.importorskip("tokenizers")
+    marks = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
+    rows = {word: row for row, word in enumerate([*marks.values(), *WORDS])}
+    made = tokenizers.Tokenizer(tokenizers.models.WordLevel(rows, unk_token="[UNK]"))
+    made.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    made.post_processor = tokenizers.processors.TemplateProcessing(
+        single="[CLS] $A [SEP]",
+        pair="[CLS] $A [SEP] $B:1 [SEP]:1",
+        special_tokens=[("[CLS]", rows["[CLS]"]), ("[SEP]", rows["[SEP]"])],
+    )
+    folder = tmp_path_factory.mktemp("encoder")
+    names = ["input_ids", "token_type_ids", "attention_mask"]
+    fast = transformers.PreTrainedTokenizerFast(tokenizer_object=made, model_input_names=names, **marks)
+    fast.save_pretrained(folder)
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = transformers.BertConfig(vocab_size=len(rows), max_position_embeddings=32, **sizes)
+    transformers.BertForMaskedLM(config).save_pretrained(folder)
+    return folder
+
+
+def sentences(count: int) -> list[list[str]]:
+    draw = np.random.default_rng(0)
+    return [[WORDS[n] for n in draw.integers(0, len(WORDS), 5)] for _ in range(count)]
+
+
+ROWS = {
+    "nlp-sentiment_analysis": [{"text": " ".join(w), "label": "pos" if "good" in w else "neg"} for w in sentences(40)],
+    "nlp-token_classification": [
+        {"tokens": w, "tags": ["A" if x in WORDS[5:9] else "O" for x in w]} for w in sentences(40)
+    ],
+    "nlp-named_entity_recognition": [
+        {"tokens": w, "ner_tags": ["B-GOOD" if x == "good" else "O" for x in w]} for w in sentences(40)
+    ],
+    "nlp-question_answering": [
+        {
+            "id": str(n),
+            "question": "good film",
+            "context": " ".join(w),
+            "answers": {"text": [w[2]], "answer_start": [len(" ".join(w[:2])) + 1]},
+        }
+        for n, w in enumerate(sentences(40))
+    ],
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", ROWS)
+def test_texts_are_measured_alike_in_torch_and_onnxruntime(tmp_path: Path, encoder: Path, case: str) -> None:
+    written(tmp_path, {"data.jsonl": lines(ROWS[case])})
+    done = run_experiment(
+        "training-aware", case, str(encoder), str(tmp_path / "data.jsonl"), working_dir=tmp_path / "runs", **SMALL
+    )
+    assert done.figures["compressed"]["torch"] == done.figures["compressed"]["onnxruntime"]
+    assert done.figures["sparsity"]["of_the_pruned"] == pytest.approx(0.7, abs=0.01) and not done.short
+    pruned = done.figures["sparsity"]["layers"]
+    assert pruned and not [name for name in pruned if "embeddings" in name or "pooler" in name or "encoder" not in name]
+
+
+@pytest.mark.slow
+def test_a_sparse_model_is_filed_and_transferred_with_its_zeros(tmp_path: Path, encoder: Path) -> None:
+    written(tmp_path, {"data.jsonl": lines(ROWS["nlp-sentiment_analysis"])})
+    data, case = str(tmp_path / "data.jsonl"), "nlp-sentiment_analysis"
+    where: dict[str, Any] = {"working_dir": tmp_path / "runs", "registry": tmp_path / "registry"}
+    with pytest.raises(DataError, match="keeps the zeros of a sparse model"):
+        run_experiment("sparse-transfer", case, str(encoder), data, **where, **{**SMALL, "dense_epochs": 0})
+    run_experiment("training-aware", case, str(encoder), data, register="small", **where, **SMALL)
+    with pytest.raises(SparsifyError, match="fills the zeros"):
+        run_experiment("sparse-transfer", case, None, data, optim_level=0.8, **where, **SMALL)
+    short = {**SMALL, "dense_epochs": 0}
+    done = run_experiment("sparse-transfer", case, None, data, optim_level=0.8, **where, **short)
+    assert done.figures["sparsity"]["of_the_pruned"] > 0.5 and not done.short
+    once = run_experiment("one-shot", case, str(tmp_path / "registry" / "small"), data, **where)
+    assert once.figures["sparsity"]["of_the_pruned"] >= 0.51 and not once.short
