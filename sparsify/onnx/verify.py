@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from onnx import ModelProto
 
     from sparsify.onnx.fusion import Unfused
+    from sparsify.onnx.ties import ScoreOrder
     from sparsify.onnx.verify_kernels import Proof, TensorDifference
 
 __all__ = ["verify_onnx"]
@@ -67,6 +68,10 @@ class Difference:
     local: float | None
     """Kernel by kernel: how far either side is from what the reference makes of its integers, as `relative`."""
     ok: bool
+    tied: int = 0
+    """Places of equal scores behind a top-k or a sort, which were compared as sets: their order is nobody's."""
+    cut: int = 0
+    """Those of them at the end of a top-k that leaves out others of the same score: not compared."""
 
     @property
     def steps(self) -> float | None:
@@ -136,6 +141,10 @@ class Verification(DisplayedText):
             steps = "-" if output.steps is None else f"{output.steps:.1f}"
             figures = f"{output.max_abs:9.3g}  {output.relative:9.3g}  {output.rms:9.3g}  {output.share:9.2%}"
             lines.append(f"{output.output:{width}}  {how:11}  {figures}  {steps:>5}{'' if output.ok else '  <--'}")
+        for output in self.outputs:
+            if output.tied and output.optimized:
+                left = f"; {output.cut} at the end, where others have the same score, were not" if output.cut else ""
+                lines.append(f"{output.output}: {output.tied} places of equal scores were compared as sets{left}")
         if self.unproven:
             lines.append(f"not proven kernel by kernel: {self.unproven}")
         if self.tensors:
@@ -229,24 +238,44 @@ def verify_onnx(
                 f"output {name!r} has the shape {list(results[False][name].shape)} in onnxruntime and "
                 f"{list(values.shape)} in torch; something in forward was fixed to the sample inputs."
             )
+    from sparsify.onnx.ties import rankings
+    from sparsify.onnx.verify_kernels import computed_as_written, prove
+
+    behind = rankings(proto)
+    ranked = [name for each in behind.values() for name in (each.scores, each.best)]
     proof, unproven, stock = None, None, 0.0
     if quantized:
         others = run_session(open_session(path, optimized=True, model=proto, float_inputs=True, exact=False), feed)
         stock = max((_relative(results[True][name], others[name]) for name in names), default=0.0)
         recorded = _recorded(model, call)
         try:
-            from sparsify.onnx.verify_kernels import prove
-
-            proof = prove(proto, path, feed, recorded, results[True])
+            proof = prove(proto, path, feed, recorded, results[True], keep=ranked)
         except ExportError as error:
             unproven = str(error)
     limit = tolerance or (UNPROVEN_TOLERANCE if unproven else _float_tolerance(proto))
-    found: list[Difference] = []
-    for name, values in zip(names, expected.values(), strict=True):
-        for optimized in (False, True):
-            found.append(
-                _difference(name, optimized, values, results[optimized][name], steps.get(name), limit, proof, quantized)
-            )
+    scores = dict(feed)
+    if behind:
+        scores.update(
+            proof.reference
+            if proof
+            else computed_as_written(proto, path, feed, [each for each in ranked if each not in feed])
+        )
+    found = [
+        _difference(
+            name,
+            optimized,
+            values,
+            results[optimized][name],
+            steps.get(name),
+            limit,
+            proof,
+            quantized,
+            behind.get(name),
+            scores,
+        )
+        for name, values in zip(names, expected.values(), strict=True)
+        for optimized in (False, True)
+    ]
     wrong = next((output.output for output in found if not output.ok), None)
     return Verification(
         Path(path),
@@ -355,9 +384,19 @@ def _difference(
     tolerance: float,
     proof: Proof | None,
     quantized: bool,
+    ranking: ScoreOrder | None,
+    scores: Mapping[str, np.ndarray],
 ) -> Difference:
     import numpy as np
 
+    from sparsify.onnx.ties import in_one_order
+
+    places = cut = 0
+    mine, theirs = expected, found
+    if ranking is not None:
+        local_scores = {**scores, **proof.local["torch"]} if proof else scores
+        tied = in_one_order(expected, found, ranking, local_scores)
+        expected, found, places, cut = tied.expected, tied.found, tied.places, tied.cut
     gap, largest = _apart(expected, found)
     finite = expected[np.isfinite(expected)].astype(np.float64)
     max_abs = float(gap.max(initial=0.0))
@@ -367,15 +406,20 @@ def _difference(
     share = float(np.mean(gap > 1e-5 * largest)) if gap.size else 0.0
     local = None
     if proof is not None:
-        sides = (("torch", expected), ("optimized" if optimized else "written", found))
-        local = max(_relative(proof.local[side].get(name, proof.reference[name]), value) for side, value in sides)
+        local = 0.0
+        for side, value in (("torch", mine), ("optimized" if optimized else "written", theirs)):
+            made = proof.local[side].get(name, proof.reference[name])
+            if ranking is not None:
+                tied = in_one_order(made, value, ranking, {**scores, **proof.local[side]})
+                made, value = tied.expected, tied.found
+            local = max(local, _relative(made, value))
         ok = local <= tolerance
     elif quantized:
         within = share <= tolerance if found.dtype.kind in "iub" else rms <= tolerance
         ok = within and (step is None or max_abs <= (UNPROVEN_STEPS + 0.5) * step)
     else:
         ok = max_abs == 0 if found.dtype.kind in "iub" else relative <= tolerance
-    return Difference(name, optimized, max_abs, relative, rms, share, step, local, ok)
+    return Difference(name, optimized, max_abs, relative, rms, share, step, local, ok, places, cut)
 
 
 def _apart(expected: np.ndarray, found: np.ndarray) -> tuple[np.ndarray, float]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -130,6 +130,7 @@ def prove(
     feed: dict[str, np.ndarray],
     recorded: Mapping[str, np.ndarray],
     expected: dict[str, np.ndarray],
+    keep: Collection[str] = (),
 ) -> Proof:
     """Compares kernel by kernel.
 
@@ -139,6 +140,7 @@ def prove(
         feed: the inputs by name.
         recorded: {node that quantizes: integers} in torch.
         expected: the outputs of onnxruntime with optimizations; looking inside must not have changed them.
+        keep: inner values that the findings hold beside the outputs.
 
     Raises:
         ExportError: the reference cannot run the file.
@@ -149,17 +151,17 @@ def prove(
     tensors = _compared_tensors(reference, proto)
     quantized = [node.output[0] for node in proto.graph.node if node.op_type == "QuantizeLinear"]
     moved = {name: _moved(reference.fusion.view, name) for name in quantized if tensors[name].name in recorded}
-    end_to_end = reference.run(feed, keep=[*tensors, *(name for names in moved.values() for name in names)])
+    end_to_end = reference.run(feed, keep=[*tensors, *keep, *(name for names in moved.values() for name in names)])
     optimized, kernels = _inside(proto, path, feed, quantized, list(tensors), expected)
     torch_values, places = _torch_values({name: recorded[tensors[name].name] for name in moved}, moved, end_to_end)
 
     def side(values: Mapping[str, np.ndarray], places: Mapping[str, str] | None = None) -> _Side:
-        local = reference.run(feed, given=values, keep=list(values)) if values else {}
+        local = reference.run(feed, given=values, keep=[*values, *keep]) if values else {}
         return _Side(values, local, places or {})
 
     sides = {
         "torch": side(torch_values, places),
-        "written": side(_computed_as_written(proto, path, feed, quantized)),
+        "written": side(computed_as_written(proto, path, feed, quantized)),
         "optimized": side(optimized),
     }
     differences = [
@@ -170,7 +172,7 @@ def prove(
         tuple(differences),
         tuple(_unfused(reference, kernels)),
         {name: each.local for name, each in sides.items()},
-        {name: end_to_end[name] for name in reference.outputs},
+        {name: end_to_end[name] for name in [*reference.outputs, *keep] if name in end_to_end},
     )
 
 
@@ -256,7 +258,7 @@ def _unfused(reference: Reference, kernels: Mapping[str, str]) -> list[Unfused]:
     return found
 
 
-def _computed_as_written(
+def computed_as_written(
     proto: ModelProto, path: str | os.PathLike[str], feed: dict[str, np.ndarray], names: list[str]
 ) -> dict[str, np.ndarray]:
     mine = copy.deepcopy(proto)
