@@ -36,6 +36,7 @@ MOVERS: dict[str, tuple[tuple[int, ...], list[Any], dict[str, Any]]] = {
     "Expand": (ROWS, [[3, 6, 4]], {}),
     "Tile": (ROWS, [[2, 1]], {}),
     "Resize": (IMAGE, [None, np.asarray([1, 1, 2, 2], np.float32)], {"mode": "nearest"}),
+    "Pad": (IMAGE, [[0, 0, 1, 2, 0, 0, 2, 1]], {"mode": "reflect"}),
 }
 """{operator: shape that it reads, its other inputs, its attributes}."""
 
