@@ -24,7 +24,7 @@ from sparsify.model.at_work import runs_on
 from sparsify.model.signature import InputsLike, SampleInputs, check_module, named_outputs
 from sparsify.model.wrappers import clean_name, unwrapped
 from sparsify.onnx.exported import ExportedModel, bytes_text, exported_model
-from sparsify.onnx.exporter import exact_constants, kept_registry
+from sparsify.onnx.exporter import exact_constants, kept_registry, missing_translations
 from sparsify.onnx.model_files import MOST_BYTES
 from sparsify.onnx.names import checked_output_names, name_values, with_input_names
 from sparsify.onnx.packing import pack_onnx
@@ -191,7 +191,7 @@ def _model_proto(
                     program,
                     dynamo=True,
                     opset_version=opset,
-                    custom_translation_table=qdq_ops.translations(opset),
+                    custom_translation_table={**missing_translations(opset), **qdq_ops.translations(opset)},
                     verbose=False,
                 )
         except Exception as error:

@@ -1,4 +1,4 @@
-"""Two things that an export needs otherwise than torch's exporter does them: speed, and exact constants."""
+"""Speed, exact constants, and two more operators for torch's exporter."""
 
 from __future__ import annotations
 
@@ -72,6 +72,25 @@ def exact_constants() -> Iterator[None]:
         yield
     finally:
         setattr(rewriter, REWRITE_RULES, _default_rules())
+
+
+def missing_translations(opset: int) -> dict[Callable[..., Any], Callable[..., Any]]:
+    """Translations of operators for which torch's exporter has none, for `custom_translation_table`.
+
+    `torch._check` of tensors, in 129 of the modelling files of transformers 5, calls the first; seen in torch 2.13.0.
+    """
+    from onnx import TensorProto
+    from onnxscript import onnx_opset
+
+    op: Any = onnx_opset.all_opsets["", opset]
+
+    def all_true(x: Any) -> Any:
+        return op.Cast(op.ReduceMin(op.Cast(x, to=TensorProto.INT32), keepdims=0), to=TensorProto.BOOL)
+
+    def any_true(x: Any) -> Any:
+        return op.Cast(op.ReduceMax(op.Cast(x, to=TensorProto.INT32), keepdims=0), to=TensorProto.BOOL)
+
+    return {torch.ops.aten._is_all_true.default: all_true, torch.ops.aten._is_any_true.default: any_true}
 
 
 @cache

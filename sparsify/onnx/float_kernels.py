@@ -5,18 +5,21 @@ They agree with onnxruntime's to float32's precision, not to the bit: a quantize
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from onnx import NodeProto, helper
 
+from sparsify.onnx.graph import like
 from sparsify.onnx.integer_kernels import convolution, taps
 
 __all__: list[str] = []
 
 FloatArray = NDArray[Any]
+ALWAYS = "sparsify/always"
+"""The name of a condition that is true."""
 
 
 def compute(node: NodeProto, inputs: list[FloatArray | None], opset: int) -> list[FloatArray]:
@@ -27,7 +30,17 @@ def compute(node: NodeProto, inputs: list[FloatArray | None], opset: int) -> lis
         result = kernel(inputs, attributes)
         if result is not None:
             return [result]
-    return _by_onnx(node, inputs, opset)
+    given = zip(node.input, inputs, strict=False)
+    return _by_onnx(node, {name: value for name, value in given if name and value is not None}, opset)
+
+
+def compute_with_graphs(node: NodeProto, values: Mapping[str, FloatArray], opset: int) -> list[FloatArray]:
+    """The outputs of a node that holds graphs (If, Loop, Scan); `values`: those that it and its graphs read."""
+    if node.op_type == "Loop" and not node.input[1]:
+        # onnx 1.23.2 takes a condition that is left out for one that is false.
+        node = like(node, [node.input[0], ALWAYS, *node.input[2:]], node.output)
+        values = {**values, ALWAYS: np.asarray(True)}
+    return _by_onnx(node, values, opset)
 
 
 def spatial_attributes(attributes: dict[str, Any], spatial: tuple[int, ...], kernel: tuple[int, ...]) -> dict[str, Any]:
@@ -165,11 +178,10 @@ _OWN: dict[str, Callable[[list[FloatArray | None], dict[str, Any]], FloatArray |
 }
 
 
-def _by_onnx(node: NodeProto, inputs: list[FloatArray | None], opset: int) -> list[FloatArray]:
+def _by_onnx(node: NodeProto, values: Mapping[str, FloatArray], opset: int) -> list[FloatArray]:
     """One node in onnx's reference evaluator."""
     from onnx.reference import ReferenceEvaluator
 
-    values = {name: value for name, value in zip(node.input, inputs, strict=False) if name and value is not None}
     infos = [
         helper.make_tensor_value_info(name, helper.np_dtype_to_tensor_dtype(value.dtype), value.shape)
         for name, value in values.items()
@@ -177,5 +189,5 @@ def _by_onnx(node: NodeProto, inputs: list[FloatArray | None], opset: int) -> li
     named = [name for name in node.output if name]
     graph = helper.make_graph([node], "node", infos, [helper.make_empty_tensor_value_info(name) for name in named])
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)])
-    results = dict(zip(named, ReferenceEvaluator(model).run(None, values), strict=True))
+    results = dict(zip(named, ReferenceEvaluator(model).run(None, dict(values)), strict=True))
     return [np.asarray(results[name]) if name else np.empty(0) for name in node.output]

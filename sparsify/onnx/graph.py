@@ -329,6 +329,11 @@ def all_inputs(node: NodeProto) -> list[str]:
     return names
 
 
+def has_graphs(node: NodeProto) -> bool:
+    """True for If, Loop and Scan, which hold graphs of their own."""
+    return any(attribute.HasField("g") or bool(attribute.graphs) for attribute in node.attribute)
+
+
 def like(node: NodeProto, inputs: Iterable[str], outputs: Iterable[str]) -> NodeProto:
     copy = copied(node)
     del copy.input[:], copy.output[:]

@@ -13,11 +13,11 @@ import numpy as np
 from numpy.typing import NDArray
 from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
-from sparsify.errors import ArgumentError, ExportError
+from sparsify.errors import ArgumentError, ExportError, first_line
 from sparsify.onnx import integer_kernels as kernels
-from sparsify.onnx.float_kernels import compute, spatial_attributes
+from sparsify.onnx.float_kernels import compute, compute_with_graphs, spatial_attributes
 from sparsify.onnx.fusion import Fused, Fusion
-from sparsify.onnx.graph import all_inputs
+from sparsify.onnx.graph import all_inputs, has_graphs
 from sparsify.onnx.integer_kernels import QuantizationGrid, Quantized
 
 __all__: list[str] = []
@@ -100,15 +100,22 @@ class Reference:
                 return [self._dequantize(node, values)]
             if node.domain not in ("", "ai.onnx"):
                 raise ExportError(f"{node.name or node.op_type}: {node.op_type} of {node.domain!r} is not known.")
+            if has_graphs(node):
+                read = {name: _as_floats(values[name]) for name in all_inputs(node) if name in values}
+                return list(compute_with_graphs(node, read, self.opset))
             inputs = [_as_floats(values[name]) if name else None for name in node.input]
             return list(compute(node, inputs, self.opset))
         except ExportError:
             raise
         # onnx's evaluator raises whatever its operators raise.
         except Exception as error:
-            raise ExportError(
-                f"{node.name or node.op_type} cannot be computed: {type(error).__name__}: {error}"
-            ) from error
+            name = node.name or node.op_type
+            if has_graphs(node):
+                raise ExportError(
+                    f"{name}: the reference evaluator does not run the graphs inside of {node.op_type}: "
+                    f"{type(error).__name__}: {first_line(error)}"
+                ) from error
+            raise ExportError(f"{name} cannot be computed: {type(error).__name__}: {first_line(error)}") from error
 
     def _grid(self, node: NodeProto, values: dict[str, Array | Quantized]) -> QuantizationGrid:
         scale = _as_floats(values[node.input[1]])

@@ -8,11 +8,13 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor, nn
 from torch.onnx._internal.exporter._registration import ONNXRegistry
 
 from sparsify.onnx import exporter
 from sparsify.onnx.export import export_onnx
 from sparsify.onnx.exporter import kept_registry
+from sparsify.onnx.verify import verify_onnx
 from tests.zoo.small import perceptron
 
 
@@ -69,3 +71,28 @@ def test_operators_that_were_registered_since_are_seen() -> None:
         library.define("twice(Tensor x) -> Tensor")
         ONNXRegistry.from_torchlib(opset_version=20)
         assert len(exporter._kept) == kept + 1
+
+
+class Checked(nn.Module):
+    """Asks about values of a tensor in the forward, as `torch._check` does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.fc(x)
+        small = torch.ops.aten._is_all_true(y < 1)
+        large = torch.ops.aten._is_any_true(y > 2)
+        return torch.where(small, y, -y) + torch.where(large, 1.0, 0.0)
+
+
+@pytest.mark.parametrize("factor", [0.0, 100.0])
+def test_questions_about_all_values_have_a_translation(factor: float, tmp_path: Path) -> None:
+    model, x = Checked().eval(), torch.ones(2, 4)
+    with torch.no_grad():
+        model.fc.weight.abs_().mul_(factor)
+        model.fc.bias.zero_()
+    assert bool(model(x).lt(0).any()) == (factor > 0)
+    export_onnx(model, (x,), tmp_path / "model.onnx")
+    assert verify_onnx(model, tmp_path / "model.onnx", (x,)).ok

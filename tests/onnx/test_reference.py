@@ -371,3 +371,43 @@ def float_input(model: ModelProto) -> None:
 def test_why_an_operator_stays_in_float_is_said(case: str, edit: Callable[[ModelProto], None], why: str) -> None:
     said = changed(CASES[case], edit)
     assert len(said) == 1 and said[0].startswith("layer (") and re.search(why, said[0]), said
+
+
+def loop(operator: str) -> ModelProto:
+    """x, and three times `operator` of it and the square of x, which lies outside of the loop."""
+    body = helper.make_graph(
+        [
+            helper.make_node(operator, ["sum_in", "outer"], ["sum_out"]),
+            helper.make_node("Identity", ["go_in"], ["go_out"]),
+        ],
+        "body",
+        [
+            helper.make_tensor_value_info("i", TensorProto.INT64, []),
+            helper.make_tensor_value_info("go_in", TensorProto.BOOL, []),
+            helper.make_tensor_value_info("sum_in", TensorProto.FLOAT, [2]),
+        ],
+        [
+            helper.make_tensor_value_info("go_out", TensorProto.BOOL, []),
+            helper.make_tensor_value_info("sum_out", TensorProto.FLOAT, [2]),
+        ],
+    )
+    graph = helper.make_graph(
+        [
+            helper.make_node("Mul", ["x", "x"], ["outer"]),
+            helper.make_node("Loop", ["count", "", "x"], ["y"], name="beams", body=body),
+        ],
+        "loop",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, [2])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, [2])],
+        [numpy_helper.from_array(np.asarray(3, np.int64), "count")],
+    )
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
+
+
+def test_a_loop_reads_values_from_outside_and_what_fails_in_it_is_one_line() -> None:
+    feed = {"x": np.asarray([1.0, 2.0], np.float32)}
+    assert Reference(loop("Add")).run(feed)["y"].tolist() == [4.0, 14.0]
+    with pytest.raises(ExportError) as caught:
+        Reference(loop("MatMulInteger")).run(feed)
+    assert str(caught.value).startswith("beams: the reference evaluator does not run the graphs inside of Loop: ")
+    assert "\n" not in str(caught.value)
