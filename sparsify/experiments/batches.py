@@ -170,6 +170,10 @@ class TextBatches(BatchMaker):
         """True if a sample has more tokens than fit in."""
         return bool(self.encoded(sample).encodings[0].overflowing)
 
+    def loses_answer(self, sample: Any) -> bool:
+        """True if the first answer to a question lies, if only in part, where the context is cut off."""
+        return isinstance(sample, AskedQuestion) and bool(sample.answers) and not self._row(sample)[1]["end_positions"]
+
     def _encoded(self, sample: Any, **options: Any) -> Any:
         common = {"padding": "max_length", "max_length": self.max_length, **options}
         if isinstance(sample, AskedQuestion):

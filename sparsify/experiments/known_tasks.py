@@ -83,10 +83,16 @@ def built_task(case: KnownUseCase, settings: ExperimentSettings) -> BuiltTask:
 def _cut_note(maker: TextBatches, data: DataSet[Any]) -> tuple[str, ...]:
     """A note on texts of which the model does not see the end, of the first 1,000 of both parts."""
     looked = [*data.train[:1000], *data.val[:1000]]
-    cut = sum(map(maker.is_cut, looked))
-    return (
-        (f"{cut} of {len(looked)} texts are longer than {maker.max_length} tokens and are cut there.",) if cut else ()
-    )
+    cut, lost = sum(map(maker.is_cut, looked)), sum(map(maker.loses_answer, looked))
+    notes = []
+    if cut:
+        notes.append(f"{cut} of {len(looked)} texts are longer than {maker.max_length} tokens and are cut there.")
+    if lost:
+        notes.append(
+            f"{lost} of {len(looked)} answers are cut off with them: these questions are trained as if they had none. "
+            "Give a larger --max-length."
+        )
+    return tuple(notes)
 
 
 def _text_batches(

@@ -9,7 +9,7 @@ import pytest
 
 from sparsify.errors import DataError
 from sparsify.experiments.batches import TextBatches
-from sparsify.experiments.samples import AskedQuestion, LabelledText, TaggedWords
+from sparsify.experiments.samples import Answer, AskedQuestion, LabelledText, TaggedWords
 
 FILE = Path("d.csv")
 
@@ -51,3 +51,22 @@ def test_a_text_is_cut_if_it_has_more_tokens_than_fit(batches: TextBatches, samp
 def test_a_question_that_is_too_long_by_itself_is_an_error_with_its_place(batches: TextBatches) -> None:
     with pytest.raises(DataError, match=r"d\.csv:3: cannot be cut to 8 tokens"):
         batches.is_cut(asked("a b c d e f g h", "c d"))
+
+
+@pytest.mark.parametrize(
+    ("context", "answer", "start", "lost"),
+    [
+        ("c d e", "e", 4, False),
+        ("c d e f g", "e", 4, False),
+        ("c d e f g", "e f", 4, True),
+        ("c d e f g", "g", 8, True),
+        ("c d e f g", "", 0, False),
+    ],
+)
+def test_an_answer_is_lost_where_the_context_is_cut_off(
+    batches: TextBatches, context: str, answer: str, start: int, lost: bool
+) -> None:
+    answers = (Answer(answer, start),) if answer else ()
+    sample = AskedQuestion(FILE, 3, "k", "a b", context, answers)
+    assert batches.loses_answer(sample) is lost
+    assert not batches.loses_answer(LabelledText(FILE, 1, "a b c d e f g", None, 0))
