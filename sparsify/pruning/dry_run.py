@@ -225,6 +225,9 @@ def _randomize_constants_(model: nn.Module) -> None:
         for tensor in {id(t): t for t in tensors(model).values()}.values():
             if not tensor.is_floating_point() or not tensor.numel():
                 continue
+            # A number of its own hides no channel unless it is 0, and may be an exponent: of any base 2 can be one.
+            if tensor.numel() == 1 and bool(tensor.any()):
+                continue
             # One value everywhere, or few of them: a bias, a norm, a table that begins with zeros.
             if tensor.dim() <= 1 or bool((tensor == tensor.flatten()[0]).all()):
                 # On the CPU: the same on every device. Positive, for variances.

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from sparsify.errors import ArgumentError, StateError
 from sparsify.pruning import removal as removals
+from sparsify.pruning.dry_run import find_groups
 from sparsify.pruning.group_masks import deletion_masks
 from sparsify.pruning.groups import ChannelGroup, ChannelGroups, GroupMember, find_unchecked_groups
 from sparsify.pruning.masker import Masker
@@ -312,3 +313,35 @@ def test_places_of_two_channel_groups_in_one_tensor_are_both_cut() -> None:
     channel_groups = ChannelGroups({n: ChannelGroup(n, "linear", 2, (p,)) for n, p in zip("ab", weight, strict=True)})
     plan = plan_removal(nn.Linear(3, 4, bias=False), channel_groups, {"a": [0], "b": [1]})
     assert plan.keep["weight"][0].tolist() == [1, 2]
+
+
+class Power(nn.Module):
+    """A GELU by its tanh formula: exponent and factor are numbers of the model. A gate begins at 0."""
+
+    def __init__(self, where: str) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(6, 8), nn.Linear(8, 3)
+        self.gate = nn.Parameter(torch.zeros(1))
+        for name, value in (("exponent", 3.0), ("factor", 0.044715)):
+            number = torch.tensor(value)
+            if where == "buffer":
+                self.register_buffer(name, number)
+            else:
+                setattr(self, name, nn.Parameter(number.reshape(1)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        x = 0.5 * x * (1 + torch.tanh(0.8 * (x + self.factor * torch.pow(x, self.exponent))))
+        result: Tensor = self.second(x + self.gate * x)
+        return result
+
+
+@pytest.mark.parametrize("where", ["buffer", "parameter"])
+def test_numbers_of_a_model_keep_their_values_where_removal_is_tried(where: str) -> None:
+    model, x = Power(where), torch.randn(4, 6)
+    found = find_groups(model, (x,))
+    assert found.groups["first.weight"].size == 8 and "first.weight" not in found.whole
+    smaller = copy.deepcopy(model)
+    remove(smaller, plan_removal(smaller, found, {"first.weight": [0, 5]}))
+    assert smaller.first.out_features == 6 and smaller(x).isfinite().all()
+    assert not model.gate.any() and bool(torch.as_tensor(model.exponent).eq(3.0).all())
