@@ -1,8 +1,9 @@
 """Compress PyTorch models while they train: a recipe says what to prune and quantize, an int8 ONNX file comes out.
 
 A name is public where it stands in the `__all__` of its file; from there it is carried here. Importing this imports
-neither onnx nor onnxruntime, and has no side effects. Analysis, optimization and compression without training are
-imported when a name of theirs is first asked for: a training job needs none of them. Imports every room.
+neither onnx nor onnxruntime, and has no side effects. Analysis, optimization, compression without training, packing and
+`integer_exact` are imported when a name of theirs is first asked for: a training job needs none of them. Imports every
+room.
 """
 
 from importlib import import_module
@@ -12,10 +13,8 @@ from sparsify.errors import *
 from sparsify.modifiers import *
 from sparsify.onnx.benchmark import *
 from sparsify.onnx.export import *
-from sparsify.onnx.packing import *
 from sparsify.onnx.verify import *
 from sparsify.pruning.shrinking import *
-from sparsify.quantization.integer_exact import *
 from sparsify.recipe import *
 from sparsify.training.manager import *
 from sparsify.training.phases import *
@@ -25,14 +24,15 @@ if TYPE_CHECKING:
     from sparsify.analysis import *
     from sparsify.experiments import *
     from sparsify.oneshot import *
+    from sparsify.onnx.packing import *
     from sparsify.optimize import *
+    from sparsify.quantization.integer_exact import *
 
 __version__ = "0.1.0"
 
 _AT_ONCE = ["errors", "modifiers", "recipe", "training.manager", "training.phases", "pruning.shrinking"]
-_AT_ONCE += ["training.saved_model", "onnx.export", "onnx.verify", "onnx.benchmark", "onnx.packing"]
-_AT_ONCE += ["quantization.integer_exact"]
-_LATER = ["oneshot", "analysis", "optimize", "experiments"]
+_AT_ONCE += ["training.saved_model", "onnx.export", "onnx.verify", "onnx.benchmark"]
+_LATER = ["onnx.packing", "quantization.integer_exact", "oneshot", "analysis", "optimize", "experiments"]
 
 
 def _public() -> list[str]:

@@ -27,7 +27,6 @@ from sparsify.onnx.exported import ExportedModel, bytes_text, exported_model
 from sparsify.onnx.exporter import exact_constants, kept_registry, missing_translations
 from sparsify.onnx.model_files import MOST_BYTES
 from sparsify.onnx.names import checked_output_names, name_values, with_input_names
-from sparsify.onnx.packing import pack_onnx
 from sparsify.onnx.runtime import FILE_WEIGHTS, PRODUCER
 from sparsify.onnx.written_values import compare_written
 from sparsify.output.files import replacing
@@ -109,6 +108,8 @@ def export_onnx(
         temporary.write_bytes(content)
         size, plain_bytes = len(content), None
         if packed:
+            from sparsify.onnx.packing import pack_onnx
+
             names = [value.name for value in proto.graph.input]
             arrays = [tensor.detach().cpu().numpy() for tensor in call.inputs.values()]
             found = pack_onnx(temporary, temporary, inputs=dict(zip(names, arrays, strict=True)))
