@@ -35,6 +35,7 @@ def _image_in(path: Path) -> Iterator[Image]:
 
     try:
         with warnings.catch_warnings():
+            # pillow warns of odd metadata that is not read here; of images that are too large it must not warn alone.
             warnings.simplefilter("ignore")
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with Image.open(path) as image:

@@ -104,7 +104,7 @@ def _of_transformers(source: str, case: KnownUseCase, labels: Sequence[str], off
         if folder.is_dir() and not _has_weights(folder):
             try:
                 model = auto.from_config(config)
-            except Exception as error:
+            except Exception as error:  # A config may be of another task, or of no model that is known.
                 raise ArgumentError(f"model: {source}: no model for {case.name}: {first_line(error)}") from error
             names = tuple(name for name, _ in model.named_parameters())
             note = f"{source} has a config and no weights: the model begins with random ones."
@@ -118,7 +118,7 @@ def _of_transformers(source: str, case: KnownUseCase, labels: Sequence[str], off
                 ignore_mismatched_sizes=True,
                 output_loading_info=True,
             )
-        except Exception as error:
+        except Exception as error:  # As above; a broken file of weights, too.
             raise ArgumentError(f"model: {source}: no model for {case.name}: {first_line(error)}") from error
     missing = {entry if isinstance(entry, str) else next(iter(entry)) for entry in info.get("mismatched_keys", ())}
     missing |= set(info.get("missing_keys", ()))
@@ -167,7 +167,7 @@ def _of_timm(name: str, classes: int, offline: bool) -> Any:
         raise ArgumentError(f"model: timm:{name}: timm cannot be imported: {first_line(error)}") from error
     try:
         return timm.create_model(name, pretrained=not offline, num_classes=classes)
-    except Exception as error:
+    except Exception as error:  # A name or a network, in many types.
         raise ArgumentError(f"model: timm:{name}: {first_line(error)}") from error
 
 
@@ -187,7 +187,7 @@ def _from_weights(path: Path, factory: str | None) -> Any:
         saved = saved[key] if isinstance(saved, dict) and isinstance(saved.get(key), dict) else saved
     try:
         model.load_state_dict(saved)
-    except Exception as error:
+    except Exception as error:  # `saved` may be any object.
         raise DataError(f"{path}: the weights do not fit what {factory} builds: {first_line(error)}") from error
     return model
 
@@ -243,7 +243,7 @@ def probe(model: nn.Module, inputs: dict[str, Tensor], source: str) -> Any:
             return model(**inputs)
     except SparsifyError:
         raise
-    except Exception as error:
+    except Exception as error:  # Any code may stand in a forward.
         shapes = ", ".join(f"{name} {list(value.shape)}" for name, value in inputs.items())
         raise ArgumentError(f"model: {source} fails on a batch of the data ({shapes}): {first_line(error)}") from error
     finally:

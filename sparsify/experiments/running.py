@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -240,7 +241,7 @@ class ExperimentRun:
                     manager=manager,
                     teacher=self._teacher(done),
                     parts=parts,
-                    report=lambda epoch: self._report(folder, epoch),
+                    report=partial(self._report, folder),
                     at_end=keep_float,
                 )
                 manager.finalize(task.model)
@@ -268,7 +269,7 @@ class ExperimentRun:
             return
         if settings.dense_epochs:
             self._say(f"dense: {settings.dense_epochs} epochs, since weights are new")
-            report = lambda epoch: self._report(folder, epoch)  # noqa: E731
+            report = partial(self._report, folder)
             train(task, settings, "dense", settings.dense_epochs, checkpoint, parts=parts, report=report)
         with replacing(place) as temporary:
             torch.save(task.model.state_dict(), temporary)

@@ -24,7 +24,7 @@ class KnownUseCase:
         auto_class: the class of transformers that builds its models.
         metric: the one that runs are compared by; larger is better.
         teaches: outputs that a teacher and its student are compared by; empty where a teacher is not used unasked.
-        epochs: of the run by a recipe, where none are given.
+        epochs: of the run by a recipe, where none are given. These and what follows are those of an encoder of texts.
         dense_epochs: of the training before it, where the head is new.
         learning_rate: the highest, for AdamW.
         batch_size: samples of one optimizer step.
@@ -36,9 +36,9 @@ class KnownUseCase:
     auto_class: str
     metric: str
     teaches: tuple[str, ...]
-    epochs: int
-    dense_epochs: int
-    learning_rate: float
+    epochs: int = 6
+    dense_epochs: int = 2
+    learning_rate: float = 1e-4
     batch_size: int = 32
 
     @property
@@ -104,9 +104,6 @@ USE_CASES: tuple[KnownUseCase, ...] = (
         "AutoModelForQuestionAnswering",
         "f1",
         ("start_logits", "end_logits"),
-        epochs=6,
-        dense_epochs=2,
-        learning_rate=1e-4,
     ),
     KnownUseCase(
         "nlp-text_classification",
@@ -115,9 +112,6 @@ USE_CASES: tuple[KnownUseCase, ...] = (
         _TEXT,
         "accuracy",
         _LOGITS,
-        epochs=6,
-        dense_epochs=2,
-        learning_rate=1e-4,
     ),
     KnownUseCase(
         "nlp-sentiment_analysis",
@@ -126,9 +120,6 @@ USE_CASES: tuple[KnownUseCase, ...] = (
         _TEXT,
         "accuracy",
         _LOGITS,
-        epochs=6,
-        dense_epochs=2,
-        learning_rate=1e-4,
     ),
     KnownUseCase(
         "nlp-token_classification",
@@ -137,9 +128,6 @@ USE_CASES: tuple[KnownUseCase, ...] = (
         _TOKENS,
         "accuracy",
         _LOGITS,
-        epochs=6,
-        dense_epochs=2,
-        learning_rate=1e-4,
     ),
     KnownUseCase(
         "nlp-named_entity_recognition",
@@ -148,9 +136,6 @@ USE_CASES: tuple[KnownUseCase, ...] = (
         _TOKENS,
         "f1",
         _LOGITS,
-        epochs=6,
-        dense_epochs=2,
-        learning_rate=1e-4,
     ),
 )
 
