@@ -3,7 +3,7 @@
     python examples/transformer_rows.py [--quick]
 
 Each image is a sentence of eight rows, each row a token of eight pixels. All linear layers become 75 % zeros in blocks
-of four, then int8. Needs transformers, which is part of `pip install sparsify[test]`.
+of four, then int8. Needs transformers, which is part of `pip install "sparsify-recipes[test]"`.
 """
 
 from __future__ import annotations

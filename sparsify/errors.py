@@ -83,6 +83,19 @@ class SparsifyWarning(UserWarning):
     """Something works, but not as its user may expect; said once."""
 
 
+DISTRIBUTION = "sparsify-recipes"
+"""The name that pip knows this package by. `sparsify` on PyPI is another product with the same import name."""
+
+
+def install_line(extra: str) -> str:
+    """The command that installs what an extra of ours needs.
+
+    >>> install_line("report")
+    'pip install "sparsify-recipes[report]"'
+    """
+    return f'pip install "{DISTRIBUTION}[{extra}]"'
+
+
 def did_you_mean(name: str, known: Iterable[str], count: int = 3) -> str:
     """The end of an error message that names what `name` may have meant; empty where nothing comes near.
 

@@ -23,7 +23,8 @@ FLOORS = [
     ["training", "analysis"],
     ["optimize", "integrations"],
     ["experiments"],
-    ["cli", "__init__"],
+    ["__init__"],
+    ["cli"],
     ["__main__", "run"],
 ]
 FLOOR = {room: number for number, rooms in enumerate(FLOORS, 1) for room in rooms}

@@ -11,8 +11,10 @@ import warnings
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Sequence
 
+from sparsify import __version__
 from sparsify.cli import commands
 from sparsify.cli.commands import FINE
+from sparsify.cli.doctor import other_product, run_doctor
 from sparsify.errors import SparsifyError
 from sparsify.experiments.command import add_flags, run_arguments
 
@@ -30,6 +32,9 @@ def main(words: Sequence[str] | None = None) -> int:
     """
     parser = _parser()
     arguments = parser.parse_args(words)
+    other = other_product()
+    if other is not None:
+        print(f"warning: {other}", file=sys.stderr)
     with warnings.catch_warnings():
         warnings.simplefilter("default")
         warnings.showwarning = _warn
@@ -61,6 +66,7 @@ def _parser() -> ArgumentParser:
         epilog="A model is package.module:function (called without arguments; the working folder is searched too) or "
         "an ONNX file. Inputs are shapes like 1x3x224x224 or 1x128:int<30522, or package.module:function.",
     )
+    parser.add_argument("--version", action="version", version=f"sparsify {__version__}")
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     def command(
@@ -187,4 +193,7 @@ def _parser() -> ArgumentParser:
     made = command("unpack", commands.run_unpack, "The plain file that a packed one was made of.")
     made.add_argument("file", help="a packed ONNX file")
     made.add_argument("--output", required=True, metavar="FILE")
+
+    made = command("doctor", run_doctor, "Versions, processor and threads here, and what has to be mended.")
+    as_json(made)
     return parser

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sparsify.errors import ArgumentError, DataError, DataFileError, SparsifyError, first_line
+from sparsify.errors import ArgumentError, DataError, DataFileError, SparsifyError, first_line, install_line
 from sparsify.experiments.use_cases import KnownUseCase
 from sparsify.optimize.references import called
 
@@ -254,7 +254,7 @@ def _imported() -> Any:
     try:
         import transformers
     except ImportError as error:
-        raise ArgumentError("transformers is not installed: pip install sparsify[experiments]") from error
+        raise ArgumentError(f"transformers is not installed: {install_line('experiments')}") from error
     return transformers
 
 

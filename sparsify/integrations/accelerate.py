@@ -10,7 +10,7 @@ from typing import Any, SupportsIndex
 from torch import nn
 from torch.utils.data import DataLoader
 
-from sparsify.errors import ArgumentError, SparsifyWarning
+from sparsify.errors import ArgumentError, SparsifyWarning, install_line
 from sparsify.integrations.refused import refuse_cuts, refuse_foreign_weights
 from sparsify.integrations.state_file import read_state, write_state
 from sparsify.model.optimizer_hooks import innermost_optimizer
@@ -21,7 +21,7 @@ try:
     from accelerate import Accelerator, DistributedType
 except ImportError as error:  # pragma: no cover
     raise ImportError(
-        f'sparsify.integrations.accelerate needs accelerate 1.0 or newer: pip install "sparsify[accelerate]" ({error}).'
+        f"sparsify.integrations.accelerate needs accelerate 1.0 or newer: {install_line('accelerate')} ({error})."
     ) from error
 
 __all__ = ["prepare"]

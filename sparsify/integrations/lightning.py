@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from sparsify.errors import ArgumentError, StateError
+from sparsify.errors import ArgumentError, StateError, install_line
 from sparsify.integrations.finished_model import export_finished, moved_tensors
 from sparsify.integrations.lightning_checkpoint import (
     RECORDS,
@@ -67,7 +67,7 @@ else:
     except ImportError:
         pass
     if not _classes:
-        raise ImportError('sparsify.integrations.lightning needs Lightning: pip install "sparsify[lightning]"')
+        raise ImportError(f"sparsify.integrations.lightning needs Lightning: {install_line('lightning')}")
     TrainerCallback = type("TrainerCallback", tuple(_classes), {})
 
 __all__ = ["SparsifyCallback", "apply_checkpoint_structure"]

@@ -13,7 +13,7 @@ from typing import Any, Literal, SupportsIndex
 import torch
 from torch import Tensor, nn
 
-from sparsify.errors import ArgumentError, SparsifyWarning, StateError
+from sparsify.errors import ArgumentError, SparsifyWarning, StateError, install_line
 from sparsify.integrations.data_inputs import inputs_of_data
 from sparsify.integrations.finished_model import export_finished
 from sparsify.integrations.method_around import MethodAround
@@ -39,8 +39,8 @@ try:
     from sparsify.integrations.trainer_search import tell_of_additions, trainer_with
 except ImportError as error:  # pragma: no cover
     raise ImportError(
-        f'sparsify.integrations.transformers needs transformers 4.50 or newer: pip install "sparsify[transformers]" '
-        f"({error})."
+        "sparsify.integrations.transformers needs transformers 4.50 or newer: "
+        f"{install_line('transformers')} ({error})."
     ) from error
 
 __all__ = ["SparsifyCallback", "SparsifyTrainerMixin"]

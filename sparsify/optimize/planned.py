@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from sparsify.errors import ArgumentError
+from sparsify.errors import ArgumentError, install_line
 from sparsify.output.files import replacing
 from sparsify.output.tables import Column, Displayed, Table
 
@@ -188,7 +188,7 @@ def _draw(plan: Plan, path: Path) -> Path:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise ArgumentError("a plot needs matplotlib: pip install sparsify[report]") from error
+        raise ArgumentError(f"a plot needs matplotlib: {install_line('report')}") from error
     if path.suffix not in (".png", ".pdf", ".svg"):
         raise ArgumentError(f"{path}: a plot is written as .png, .pdf or .svg, not as {path.suffix or 'no ending'}")
     lanes = [(label, start, end) for label, start, end in plan.spans if start < plan.max_epochs or start == end]

@@ -1,6 +1,6 @@
 """Value objects as a table in plain text, JSON or Markdown, and progress on the terminal.
 
-rich draws the bar of progress where it is installed (`pip install sparsify[report]`).
+rich draws the bar of progress where it is installed (the extra `report`).
 """
 
 from __future__ import annotations

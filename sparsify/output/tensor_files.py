@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparsify.errors import ArgumentError, DataError, DataFileError
+from sparsify.errors import ArgumentError, DataError, DataFileError, install_line
 
 __all__: list[str] = []
 
@@ -156,5 +156,5 @@ def _safetensors(name: str) -> ModuleType:
         return import_module(name)
     except ImportError as error:
         raise ArgumentError(
-            "saved models need the package safetensors, which is not installed: pip install 'sparsify[safetensors]'."
+            f"saved models need the package safetensors, which is not installed: {install_line('safetensors')}."
         ) from error

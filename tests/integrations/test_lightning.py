@@ -754,7 +754,7 @@ def test_without_lightning_the_error_says_what_to_install(monkeypatch: pytest.Mo
     monkeypatch.setitem(sys.modules, "pytorch_lightning", None)
     spec = importlib.util.spec_from_file_location("without", sys.modules[SparsifyCallback.__module__].__file__ or "")
     assert spec is not None and spec.loader is not None
-    with pytest.raises(ImportError, match=r'pip install "sparsify\[lightning\]"'):
+    with pytest.raises(ImportError, match=r'pip install "sparsify-recipes\[lightning\]"'):
         spec.loader.exec_module(importlib.util.module_from_spec(spec))
 
 

@@ -573,6 +573,6 @@ def test_without_safetensors_the_extra_is_named(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setitem(sys.modules, "safetensors", None)
     monkeypatch.setitem(sys.modules, "safetensors.torch", None)
     for call in (lambda: save_model(nn.Linear(2, 2), tmp_path / "b"), lambda: load_model(folder, nn.Linear(2, 2))):
-        with pytest.raises(ArgumentError, match=r"pip install 'sparsify\[safetensors\]'"):
+        with pytest.raises(ArgumentError, match=r'pip install "sparsify-recipes\[safetensors\]"'):
             call()
     assert os.listdir(tmp_path) == ["saved"]
