@@ -28,8 +28,8 @@ INT8_FEATURES = {
     "i8mm": "Arm int8 matrix products",
 }
 """Flags of /proc/cpuinfo that onnxruntime's int8 kernels look for, and what makers call them."""
-OPTIONAL = "rich matplotlib safetensors transformers accelerate lightning pytorch-lightning timm pillow scipy".split()
-OPTIONAL += ["faster-coco-eval", "tensorboard"]
+OPTIONAL = ["rich", "matplotlib", "safetensors", "transformers", "accelerate", "lightning", "pytorch-lightning", "timm"]
+OPTIONAL += ["pillow", "scipy", "faster-coco-eval", "tensorboard"]
 
 
 @dataclass(frozen=True)
