@@ -38,6 +38,18 @@ def run_analyze(arguments: Namespace) -> int:
     return FINE
 
 
+def run_report(arguments: Namespace) -> int:
+    from sparsify.experiments.run_page import report_page
+    from sparsify.experiments.run_report import experiment_report
+
+    found = experiment_report(arguments.folders)
+    if arguments.html is not None:
+        with replacing(arguments.html) as temporary:
+            temporary.write_text(report_page(found), encoding="utf-8")
+    _say(arguments, found.to_json, lambda: str(found))
+    return FINE
+
+
 def run_optimize(arguments: Namespace) -> int:
     from sparsify.optimize.measured_recipe import Measurements, recipe_from_measurements
     from sparsify.optimize.references import called, inputs_of, resolve, torch_model

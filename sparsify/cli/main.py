@@ -128,6 +128,11 @@ def _parser() -> ArgumentParser:
     made = command("run", run_arguments, "An experiment: a model and data in, a smaller, verified ONNX file out.")
     add_flags(made)
 
+    made = command("report", commands.run_report, "Runs of `sparsify run` side by side: metric, zeros, size, speed.")
+    made.add_argument("folders", nargs="+", metavar="FOLDER", help="of a run, or in which runs are")
+    made.add_argument("--html", metavar="FILE", help="a page with the same table")
+    as_json(made)
+
     made = command("plan", commands.run_plan, "Lays a recipe out over the epochs, without training.")
     recipe(made)
     model(made, optional=True)

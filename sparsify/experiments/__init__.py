@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from sparsify.experiments.experiment import *
 from sparsify.experiments.result import *
+from sparsify.experiments.run_report import *
 from sparsify.experiments.tasks import *
 
 if not TYPE_CHECKING:  # mypy 2.4.1 takes all that is imported by star, and follows no computed list

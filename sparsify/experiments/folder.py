@@ -27,6 +27,7 @@ __all__: list[str] = []
 
 ASKED = "experiment.yaml"
 COMPLETE = "COMPLETE"
+RUN_PAGE = "report.html"
 _VERSIONS = ("sparsify", "torch", "transformers", "onnx", "onnxruntime")
 
 
@@ -43,6 +44,7 @@ class ExperimentFolder:
         deployment/          model.onnx, labels, run.py, README.md
         logs/log.jsonl       a line for each epoch
         metrics.yaml
+        report.html          figures, curves and layers on a page
         COMPLETE             written last
 
     Args:
@@ -135,10 +137,17 @@ class ExperimentFolder:
             raise DataError(f"{path} is damaged: it holds a {type(found).__name__}.")
         return found
 
+    def write_page(self, text: str) -> None:
+        """Writes `report.html`."""
+        with replacing(self.path / RUN_PAGE) as temporary:
+            temporary.write_text(text, encoding="utf-8")
+
     def log(self, entry: Mapping[str, Any]) -> None:
-        """Adds a line to the log."""
-        with (self.path / "logs" / "log.jsonl").open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"time": round(time.time(), 3), **plain(entry)}) + "\n")
+        """Adds a line to the log; one that a kill cut off is ended first."""
+        path = self.path / "logs" / "log.jsonl"
+        cut = path.is_file() and not path.read_bytes().endswith(b"\n")
+        with path.open("a", encoding="utf-8") as file:
+            file.write("\n" * cut + json.dumps({"time": round(time.time(), 3), **plain(entry)}) + "\n")
 
     def finish(self, summary: str) -> None:
         """Writes COMPLETE, the last file."""

@@ -26,6 +26,8 @@ from sparsify.experiments.model_card import summary_lines, write_card
 from sparsify.experiments.models import load_experiment_model, probe
 from sparsify.experiments.registry import Registry
 from sparsify.experiments.result import ExperimentResult
+from sparsify.experiments.run_page import run_page
+from sparsify.experiments.run_report import record_of
 from sparsify.experiments.tasks import UseCase
 from sparsify.experiments.use_cases import use_case_named
 from sparsify.optimize.levels import optim_level
@@ -255,6 +257,7 @@ class ExperimentRun:
         folder.write_yaml("metrics.yaml", found)
         if self._register is not None:
             self._registry.add(self._register, task, settings, folder.path, found)
+        folder.write_page(run_page(replace(record_of(folder.path), short=tuple(short))))
         for line in (*summary_lines(task.metric, found, structured=settings.structured), *short):
             self._say(line)
         folder.finish("\n".join(short) or "ok")

@@ -14,7 +14,7 @@ import yaml
 from torch import Tensor, nn
 from torch.nn import functional
 
-from sparsify import DataError, SparsifyError, StateError, UseCase, run_experiment
+from sparsify import DataError, SparsifyError, StateError, UseCase, experiment_report, run_experiment
 from sparsify.experiments.command import run_command_line
 from sparsify.experiments.use_cases import USE_CASES, use_case_named
 from tests.data_folders import class_folders, lines, picture, written
@@ -72,6 +72,10 @@ def test_a_run_that_was_stopped_ends_as_one_that_was_not(tmp_path: Path) -> None
     assert resumed.figures["compressed"] == whole.figures["compressed"]
     assert resumed.figures["compressed"]["torch"] == resumed.figures["compressed"]["onnxruntime"]
     assert whole.figures["sparsity"]["of_the_pruned"] == pytest.approx(0.7, abs=0.02)
+    report = experiment_report([tmp_path])
+    assert [record.state for record in report.records] == ["complete"] * 2 and not report.notes
+    assert len(report.records[0].epochs) == 5 == len(report.records[1].epochs)
+    assert "0.01" in (tmp_path / "whole" / "report.html").read_text()
     with pytest.raises(SparsifyError, match="complete and is not overwritten"):
         run_experiment("training-aware", Sums(), experiment_id="whole", **options)
     with pytest.raises(StateError, match="is complete"):
