@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import gc
 import warnings
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
@@ -19,7 +18,7 @@ from sparsify.modifiers.base import Active, Epoch, Modifier, ModifierKind, Param
 from sparsify.modifiers.schedule import Clock
 from sparsify.output.field_errors import FieldProblem
 from sparsify.quantization.calibration import SAMPLES, calibrate, materialized
-from sparsify.quantization.conversion import freeze_norms, is_weighted, original_type, quantizers
+from sparsify.quantization.conversion import freeze_norms, is_weighted, quantizers
 from sparsify.quantization.forward_ops import asleep, operation_places, put_to_sleep, switch_off_all, switched_off
 from sparsify.quantization.layers import WEIGHTED
 from sparsify.quantization.learned_step import freeze_steps, learned_parameters
@@ -41,8 +40,6 @@ __all__ = ["QuantizationModifier"]
 
 LAYER_KINDS = (*(cls.__name__ for cls in WEIGHTED), "MultiheadAttention")
 """What can be quantized, by type."""
-AVERAGES = frozenset({"AveragedModel", "ModelEma", "ModelEmaV2", "ModelEmaV3", "EMA"})
-"""Classes of torch, timm and ema_pytorch that hold a copy of a model and average its weights."""
 SHOWN = 10
 """Layers in float that a warning names."""
 
@@ -333,7 +330,6 @@ class Quantization(Active):
             self._restore()
             raise
         self._plan = dataclasses.replace(plan, places=operation_places(model))
-        _warn_of_averages(model)
         log.text("quantization", str(plan))
         self._freeze()
         self._warn_of(plan)
@@ -462,23 +458,6 @@ class Quantization(Active):
     def detach(self) -> None:
         """Leaves quantized layers in place, ready for export; the optimizer has its own groups again."""
         self._added.remove()
-
-
-def _warn_of_averages(model: nn.Module) -> None:
-    """Names averages of the weights that were made of `model` while it was in float."""
-    for thing in gc.get_objects():
-        # type(), not isinstance: asking lazy proxies for their __class__ would import what they stand for.
-        if not issubclass(type(thing), nn.Module) or type(thing).__name__ not in AVERAGES:
-            continue
-        copies = [part for part in thing.modules() if type(part) is original_type(model) and part is not model]
-        if copies and not is_quantized(thing) and model not in list(thing.modules()):
-            warnings.warn(
-                f"{type(thing).__name__} averages the weights of a {original_type(model).__name__} and was made before "
-                "its layers were quantized: it pairs tensors by position, and these are more now. Make it anew, "
-                "or give its copy the same structure: manager.apply_structure(copy, state=manager.state_dict()).",
-                SparsifyWarning,
-                stacklevel=2,
-            )
 
 
 def _refuse_infinite(model: nn.Module, plan: QuantizationPlan) -> None:

@@ -52,6 +52,14 @@ def quantizers(model: nn.Module) -> Iterator[FakeQuantize]:
             yield module
 
 
+def copy_ranges(source: nn.Module, copy: nn.Module) -> None:
+    """Gives the quantizers of `copy`, a model of the same structure, the ranges of those of `source`."""
+    for theirs, mine in zip(quantizers(source), quantizers(copy), strict=True):
+        for name, buffer in theirs.named_buffers():
+            mine.get_buffer(name).copy_(buffer)
+        mine.drop_held()
+
+
 def quantized_layers(model: nn.Module) -> Iterator[tuple[str, Converted]]:
     """(clean name, layer) of every layer below `model` that computes with integer weights; "" is the model itself."""
     for name, module in {"": model, **named_modules(model)}.items():

@@ -93,7 +93,7 @@ class Session:
         reshard(self.model)
         self.timer = timer
         self.hooks: list[StepHooks] = []
-        self._given = given
+        self._given, self._seal = given, seal
         self._optimizers = () if given is None else tuple(innermost_optimizer(one) for one in given.optimizers)
         self._optimizer = None if given is None else self._optimizers[given.counting]
         self._handles: list[RemovableHandle] = []
@@ -116,7 +116,7 @@ class Session:
         parts = [] if given is None else [part for one in given.optimizers for part in parts_with_state(one)]
         self._stateful = tuple({id(part.state): part for part in parts}.values())
         self.masker = Masker(self.model, self._stateful)
-        self.averages = Averages(self.model, self.masker)
+        self.averages = Averages(self.model, self.masker, self._give_structure)
         self.inputs = TracingInputs(
             self.model,
             None if sample_inputs is None else call_arguments(sample_inputs, self.model),
@@ -127,7 +127,8 @@ class Session:
         self.channels = ChannelRemoval(
             self.model, self._modifiers, self.masker, self._stateful, self.inputs, self._resized
         )
-        self.watch = Watch(self.model, self.masker, timer, modifiers, self._optimizers, lambda: self.paused)
+        seen = (self.model, self.masker, self.averages)
+        self.watch = Watch(*seen, timer, modifiers, self._optimizers, lambda: self.paused)
         self.carried = CarriedState(self, self.model, self._optimizer, seal)
         self.agreement = Agreement(self._place, lambda: self.carried.structure_checksum)
         self._run = run = Run(
@@ -373,6 +374,12 @@ class Session:
                     )
         for key, active in self.actives.items():
             active.structure(epoch, None if state is None else state["modifiers"].get(key))
+
+    def _give_structure(self, copy: nn.Module) -> None:
+        parts = (self._modifiers, self._modifiers_in_order, copy, None, Timer(None))
+        Session(*parts, seal=self._seal, forward_comes=False).structure(
+            self.timer.clock().epoch, self.structure_state()
+        )
 
     def structure_state(self) -> dict[str, Any]:
         """The part of the state that tells the model's structure."""

@@ -10,6 +10,7 @@ import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -20,6 +21,7 @@ from sparsify.model.targets import named_parameters
 from sparsify.modifiers.base import Modifier
 from sparsify.modifiers.schedule import Clock
 from sparsify.pruning.masker import Masker
+from sparsify.training.averages import Averages
 from sparsify.training.timer import Timer
 
 __all__: list[str] = []
@@ -43,6 +45,7 @@ class Watch:
     Args:
         model: the user's module.
         masker: its masks.
+        averages: those of its weights.
         timer: the clock.
         modifiers: those of the recipe.
         optimizers: the objects whose steps are seen; none: nothing is trained.
@@ -53,13 +56,14 @@ class Watch:
         self,
         model: nn.Module,
         masker: Masker,
+        averages: Averages,
         timer: Timer,
         modifiers: Sequence[Modifier],
         optimizers: Sequence[Any],
         paused: Callable[[], bool],
     ) -> None:
         self._model, self._masker, self._timer, self._modifiers = model, masker, timer, list(modifiers)
-        self._optimizers, self._paused = list(optimizers), paused
+        self._optimizers, self._paused, self._averages = list(optimizers), paused, averages
         self._steps = self._losses = self._most_losses = 0
         self._inside = self._had_gradients = self._loaded = False
         self._said: set[str] = set()
@@ -206,7 +210,7 @@ class Watch:
 
     def _say_moved(self) -> None:
         values, step = self._values, self._values_step
-        if step == self._steps and not self._loaded and any(_values_moved(p, before) for p, before in values):
+        if step == self._steps and not self._loaded and any(self._moved(p, before) for p, before in values):
             self._say(
                 "moved",
                 f"the weights moved, but no step of the optimizer was seen meanwhile. {self._so_far()} Was it rebuilt, "
@@ -214,6 +218,13 @@ class Watch:
                 "steps, and train with what modify() returns.",
             )
         self.note_values()
+
+    def _moved(self, parameter: Tensor, before: Tensor) -> bool:
+        """True if a parameter has moved, and not because it and its average were swapped, or it became its average."""
+        if not _values_moved(parameter, before):
+            return False
+        ends = [before, _first_values(parameter)]
+        return not any(torch.equal(_first_values(a).to(end), end) for a in self._averages.of(parameter) for end in ends)
 
     def _say_losses(self) -> None:
         self._say(

@@ -12,9 +12,20 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from sparsify.errors import StateError, TargetError
+from sparsify.errors import SparsifyWarning, StateError, TargetError
+from sparsify.modifiers import EpochRangeModifier, QuantizationModifier
+from sparsify.modifiers.base import Modifier
+from sparsify.quantization.plan import is_quantized
 from sparsify.training.manager import ScheduledModifierManager
-from tests.loops import gradual_pruning, masks_of, regress, regression_model, zeros_of
+from tests.loops import (
+    channel_pruning,
+    gradual_pruning,
+    masks_of,
+    regress,
+    regression_batch,
+    regression_model,
+    zeros_of,
+)
 
 FINAL = {"0.weight": 48, "2.weight": 32}
 Average = tuple[nn.Module, Callable[[nn.Module], Any]]
@@ -154,3 +165,85 @@ def test_averages_are_not_kept_alive() -> None:
     found: Tensor = average.module.get_parameter("0.weight")
     del average, found
     assert len(manager._session.averages._known) == 0
+
+
+def _own(model: nn.Module) -> Average:
+    average = OwnAverage(model)
+    return average.shadow, average.update
+
+
+def at_work(model: nn.Module, modifiers: list[Modifier]) -> tuple[torch.optim.Optimizer, ScheduledModifierManager]:
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+    manager = ScheduledModifierManager([EpochRangeModifier(start_epoch=0.0, end_epoch=3.0), *modifiers])
+    manager.modify(model, optimizer, steps_per_epoch=5, sample_inputs=regression_batch(0)[0])
+    return optimizer, manager
+
+
+@pytest.mark.parametrize("first", ["updated before", "first updated after"])
+@pytest.mark.parametrize("name", [*MAKERS, "own"])
+def test_an_average_made_before_layers_are_quantized_is_quantized_with_them(name: str, first: str) -> None:
+    model = regression_model()
+    make = {**MAKERS, "own": _own}[name]
+    make(regression_model())
+    average, update = make(model)
+    optimizer, manager = at_work(model, [QuantizationModifier(start_epoch=1.0), gradual_pruning()])
+    if name == "own":
+        manager.follow(average)
+    begin = 0 if first == "updated before" else 8
+    regress(model, optimizer, range(15), lambda step: update(model) if step >= begin else None)
+    assert is_quantized(average) and list(average.state_dict()) == list(model.state_dict())
+    manager.finalize(model)
+    x = regression_batch(3)[0]
+    with torch.no_grad():
+        for one in (model, average):
+            one.eval()
+        # The same weights then give the same outputs: ranges are the model's.
+        for mine, theirs in zip(average.parameters(), model.parameters(), strict=True):
+            assert not torch.equal(mine, theirs) or mine.numel() == 1 or name == "own"
+            mine.copy_(theirs)
+        assert torch.equal(average(x), model(x))
+
+
+def test_an_average_made_before_channels_are_removed_has_them_removed() -> None:
+    model = regression_model()
+    average = AveragedModel(model)
+    optimizer, manager = at_work(model, [channel_pruning(start_epoch=0.0, end_epoch=1.0, shrink=True), QuantizationModifier(start_epoch=2.0)])
+    regress(model, optimizer, range(15), lambda _: average.update_parameters(model))
+    manager.finalize(model)
+    shapes = {name: p.shape for name, p in model.named_parameters()}
+    assert shapes["0.weight"] != regression_model().get_parameter("0.weight").shape
+    assert {name: p.shape for name, p in average.module.named_parameters()} == shapes and is_quantized(average)
+
+
+def test_an_average_of_another_model_of_the_class_is_not_quantized() -> None:
+    model, other = regression_model(), regression_model()
+    stranger = AveragedModel(other)
+    optimizer, manager = at_work(model, [QuantizationModifier(start_epoch=1.0)])
+    regress(model, optimizer, range(15), lambda _: stranger.update_parameters(other))
+    manager.finalize(model)
+    assert not is_quantized(stranger)
+
+
+def test_weights_that_were_swapped_with_their_average_have_not_moved_by_an_unseen_step() -> None:
+    model = regression_model()
+    average = AveragedModel(model)
+    optimizer, manager = at_work(model, [gradual_pruning()])
+    regress(model, optimizer, range(8), lambda _: average.update_parameters(model))
+    for mine, theirs in zip(average.module.parameters(), model.parameters(), strict=True):
+        mine.data, theirs.data = theirs.data, mine.data
+    manager.state_dict()
+    with torch.no_grad():
+        model.get_parameter("0.weight").mul_(1.5)
+    with pytest.warns(SparsifyWarning, match="the weights moved, but no step"):
+        manager.state_dict()
+
+
+def test_weights_that_became_their_average_have_not_moved_by_an_unseen_step() -> None:
+    model = regression_model()
+    average = AveragedModel(model)
+    optimizer, manager = at_work(model, [gradual_pruning()])
+    regress(model, optimizer, range(15), lambda _: average.update_parameters(model))
+    with torch.no_grad():
+        for mine, theirs in zip(average.module.parameters(), model.parameters(), strict=True):
+            theirs.copy_(mine)
+    manager.finalize(model)

@@ -350,13 +350,10 @@ def test_a_state_dict_is_in_the_order_it_had_where_quantization_is_undone() -> N
     assert len(parts["model"]._state_dict_hooks) == 1
 
 
-def test_an_average_made_before_quantization_is_named_and_can_be_brought_along() -> None:
+def test_an_average_can_be_given_the_structure_by_hand() -> None:
     parts = at_work(Residual, recipe=[QuantizationModifier(start_epoch=1.0)])
     average = torch.optim.swa_utils.AveragedModel(parts["model"])
-    go_on(parts, range(2))
-    average.update_parameters(parts["model"])
-    with pytest.warns(SparsifyWarning, match=r"AveragedModel averages the weights of a Residual.*apply_structure"):
-        go_on(parts, range(2, 4))
+    go_on(parts, range(4))
     manager = parts["manager"]
     manager.apply_structure(average.module, state=manager.state_dict())
     average.update_parameters(parts["model"])
