@@ -207,7 +207,9 @@ def test_an_average_made_before_layers_are_quantized_is_quantized_with_them(name
 def test_an_average_made_before_channels_are_removed_has_them_removed() -> None:
     model = regression_model()
     average = AveragedModel(model)
-    optimizer, manager = at_work(model, [channel_pruning(start_epoch=0.0, end_epoch=1.0, shrink=True), QuantizationModifier(start_epoch=2.0)])
+    optimizer, manager = at_work(
+        model, [channel_pruning(start_epoch=0.0, end_epoch=1.0, shrink=True), QuantizationModifier(start_epoch=2.0)]
+    )
     regress(model, optimizer, range(15), lambda _: average.update_parameters(model))
     manager.finalize(model)
     shapes = {name: p.shape for name, p in model.named_parameters()}
