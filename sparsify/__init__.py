@@ -26,13 +26,22 @@ if TYPE_CHECKING:
     from sparsify.oneshot import *
     from sparsify.onnx.packing import *
     from sparsify.optimize import *
+    from sparsify.palettization.config import *
     from sparsify.quantization.integer_exact import *
 
 __version__ = "0.1.0"
 
 _AT_ONCE = ["errors", "modifiers", "recipe", "training.manager", "training.phases", "pruning.shrinking"]
 _AT_ONCE += ["training.saved_model", "onnx.export", "onnx.verify", "onnx.benchmark"]
-_LATER = ["onnx.packing", "quantization.integer_exact", "oneshot", "analysis", "optimize", "experiments"]
+_LATER = [
+    "palettization.config",
+    "onnx.packing",
+    "quantization.integer_exact",
+    "oneshot",
+    "analysis",
+    "optimize",
+    "experiments",
+]
 
 
 def _public() -> list[str]:
