@@ -59,6 +59,19 @@ class ChannelRemoval:
         self._claims: list[tuple[Modifier, Mapping[str, Iterable[str]]]] = []
         self._removing: Removal | None = None
 
+    def masks_left(self, masks: Mapping[str, Any], anew: str) -> Mapping[str, Any]:
+        """Saved masks without those of channels that are chosen anew, which cover more than the weights that changed.
+
+        Args:
+            masks: the masker's state.
+            anew: the key, in a state, of a modifier that takes nothing over; masks stay where it masks no channels.
+        """
+        if not any(type(m).__name__ == anew.partition("#")[0] and m.whole_channels for m in self._modifiers):
+            return masks
+        others = [m for m in self._modifiers if m.kind == "pruning" and not m.whole_channels]
+        names = {name for modifier in others for name in modifier.targets(self._model)}
+        return {**masks, "masks": {name: mask for name, mask in masks["masks"].items() if name in names}}
+
     def groups(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> ChannelGroups:
         """The channel groups that a dry run on these inputs found to be exact; found once, until `rerouted`."""
         if self._groups is None:

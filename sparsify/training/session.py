@@ -473,7 +473,7 @@ class Session:
             StateError: something in it does not fit.
         """
         left: list[str] = []
-        shapes = self.channels.shapes()
+        shapes, masks = self.channels.shapes(), state["masks"]
         saved = {key: state["modifiers"][key] for key in self.actives if key in state["modifiers"]}
         removals: list[Removal] = []
         try:
@@ -500,15 +500,16 @@ class Session:
             else:
                 reason = self.actives[key].take_over(one)
                 left += [] if reason is None else [f"{key}: {reason}"]
+                masks = masks if reason is None else self.channels.masks_left(masks, key)
         # The optimizer's own state says what it remembers of masked weights, whether it is loaded before or after this.
         self.masker.bind(None)
         try:
-            self.masker.load_state_dict(state["masks"], strict=strict)
+            self.masker.load_state_dict(masks, strict=strict)
         finally:
             self.masker.bind(self._stateful)
         if left:
-            text = "\n  ".join(left)
-            warnings.warn(f"of the state was left out what does not fit:\n  {text}", SparsifyWarning, stacklevel=4)
+            text = "\n  ".join(["of the state was left out what does not fit:", *left])
+            warnings.warn(text, SparsifyWarning, stacklevel=4)
         self.update()
 
     # ------------------------------------------------------------------ what can go wrong
