@@ -23,8 +23,10 @@ def layers_of_nodes(graph: GraphProto, analysis: ModelAnalysis) -> list[tuple[st
     that `analyze_model` gives it.
     """
     names = {layer.name for layer in analysis.layers}
-    producer = {name: node for node in graph.node for name in node.output}
-    stored = {tensor.name: tensor for tensor in graph.initializer}
+    from sparsify.onnx.graph import GraphView
+
+    view = GraphView(graph)
+    producer, stored = view.producer, view.constants()
     owners = [_owner(node, names, producer, set(stored)) for node in graph.node]
     # Products without a module of their own, in the order of their module's forward.
     products: dict[str, list[str]] = defaultdict(list)

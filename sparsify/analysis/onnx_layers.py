@@ -18,7 +18,8 @@ import numpy as np
 from sparsify.analysis.layers import LayerInfo, ModelAnalysis, UnknownOperator
 from sparsify.analysis.macs import TensorShape, einsum_macs
 from sparsify.analysis.onnx_weights import Stored, StoredWeights
-from sparsify.errors import ArgumentError
+from sparsify.errors import ArgumentError, DataError
+from sparsify.onnx.file_inputs import file_inputs, input_sizes, samples_by_name
 from sparsify.onnx.runtime import open_session, read_model, run_session
 
 if TYPE_CHECKING:
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 __all__: list[str] = []
 
 NO_STORED_WEIGHT = "it has no weight of its own"
+IN_A_BRANCH = "it is computed in a branch or a loop, in which nothing is quantized"
 SCAN_STEPS = "it computes its steps in one operator, in which nothing can be quantized"
 
 _OPERATOR_WORDS = """
@@ -72,7 +74,10 @@ def analyze_file(
     if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
         raise ArgumentError(f"batch_size={batch_size!r}: give a positive int.")
     model = _inlined(read_model(path))
-    shapes = _Shapes(path, model, _sizes(Path(path), model, sample_inputs, batch_size))
+    inputs = file_inputs(model)
+    samples = {} if sample_inputs is None else samples_by_name(inputs, sample_inputs, path)
+    sizes = input_sizes(inputs, {name: value.shape for name, value in samples.items()}, batch_size, path, ask=True)
+    shapes = _Shapes(path, model, sizes, samples)
     file = _File(model, shapes, StoredWeights(model, Path(path).parent))
     batch = next((shape[0] for shape in shapes.inputs.values() if shape), 1)
     return ModelAnalysis(
@@ -92,57 +97,20 @@ def _inlined(model: ModelProto) -> ModelProto:
     return inliner.inline_local_functions(model)
 
 
-def _sizes(path: Path, model: ModelProto, given: InputsLike | None, batch: int) -> dict[str, TensorShape]:
-    """The shape of every input: of the samples, or as the file has it, with the first free axis 0 as the batch."""
-    from sparsify.onnx.graph import GraphView
-
-    inputs = {name: value.type.tensor_type.shape.dim for name, value in GraphView(model.graph).inputs.items()}
-    if given is not None:
-        return _of_samples(path, list(inputs), given)
-    for name, value in GraphView(model.graph).inputs.items():
-        if not value.type.tensor_type.HasField("shape"):
-            raise ArgumentError(
-                f"{path}: input {name!r} has no shape in the file. Give sample_inputs, a dictionary with an array for "
-                f"each of {', '.join(inputs)}."
-            )
-    free = next(
-        (dims[0].dim_param for dims in inputs.values() if len(dims) and not dims[0].HasField("dim_value")), None
-    )
-    found: dict[str, TensorShape] = {}
-    for name, dims in inputs.items():
-        shape: list[int] = []
-        for axis, dim in enumerate(dims):
-            if dim.HasField("dim_value") and dim.dim_value > 0:
-                shape.append(dim.dim_value)
-            elif axis == 0 or (free and dim.dim_param == free):
-                shape.append(batch)
-            else:
-                raise ArgumentError(
-                    f"{path}: axis {axis} of input {name!r} is {dim.dim_param or 'of any length'!r}. Give "
-                    f"sample_inputs, a dictionary with an array for each of {', '.join(inputs)}."
-                )
-        found[name] = tuple(shape)
-    return found
-
-
-def _of_samples(path: Path, names: list[str], given: InputsLike) -> dict[str, TensorShape]:
-    if not isinstance(given, Mapping):
-        arrays = given if isinstance(given, (tuple, list)) else [given]
-        if len(arrays) != len(names):
-            raise ArgumentError(f"{path}: {len(arrays)} sample inputs for {len(names)} inputs: {', '.join(names)}.")
-        given = dict(zip(names, arrays, strict=True))
-    if set(given) != set(names):
-        raise ArgumentError(f"{path}: sample_inputs are {', '.join(map(str, given))}, the inputs {', '.join(names)}.")
-    return {name: tuple(int(size) for size in np.shape(given[name])) for name in names}
-
-
 class _Shapes:
     """Shapes of all values for one batch."""
 
-    def __init__(self, path: str | os.PathLike[str], model: ModelProto, inputs: dict[str, TensorShape]) -> None:
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        model: ModelProto,
+        inputs: Mapping[str, TensorShape],
+        samples: Mapping[str, np.ndarray],
+    ) -> None:
         from onnx import shape_inference
 
         self.inputs = inputs
+        self._samples = samples
         self._path = path
         self._fixed = type(model)()
         self._fixed.CopyFrom(model)
@@ -171,18 +139,18 @@ class _Shapes:
         """Finds the shapes of these values, by a run where they were not inferred.
 
         Raises:
-            DataError: onnxruntime cannot run the file on zeros.
+            ExportError: onnxruntime cannot run the file, on zeros where there are no samples.
+            DataError: an input is no tensor of numbers.
         """
         missing = sorted({name for name in names if name and name not in self.known})
         if not missing:
             return
-        from onnx import helper
-
-        kinds = {value.name: value.type.tensor_type.elem_type for value in self._fixed.graph.input}
-        # Zeros are ids inside any embedding.
-        arrays = {
-            name: np.zeros(shape, helper.tensor_dtype_to_np_dtype(kinds[name])) for name, shape in self.inputs.items()
-        }
+        arrays = dict(self._samples)
+        for name, one in file_inputs(self._fixed).items():
+            if name not in arrays and one.dtype is None:
+                raise DataError(f"{self._path}: input {name!r} is a {one.kind}; give sample_inputs.")
+            # Zeros are ids inside any embedding.
+            arrays.setdefault(name, np.zeros(self.inputs[name], one.dtype))
         own = {output.name for output in self._fixed.graph.output}
         session = open_session(
             self._path, optimized=False, extra_outputs=[n for n in missing if n not in own], model=self._fixed
@@ -202,6 +170,8 @@ class _OnnxLayer:
     bias: int
     macs: int = 0
     calls: int = 0
+    inside: bool = False
+    """In a branch or a loop."""
 
 
 @dataclass
@@ -214,13 +184,16 @@ class _File:
 
     def __post_init__(self) -> None:
         costly: list[NodeProto] = []
+        costly_inside: list[NodeProto] = []
         for node in self.model.graph.node:
             kind = _operator_name(node)
             if kind in CONTRACTING or kind == "Einsum" or self.weights.table(node) is not None:
                 costly.append(node)
             elif kind in ("If", "Loop", "Scan"):
-                if any(_operator_name(inner) not in FREE_OPERATORS for inner in _inner(node)):
+                inside = list(_inner(node))
+                if any(_operator_name(inner) not in FREE_OPERATORS for inner in inside):
                     self._unknown[kind].append(node.name)
+                costly_inside += [one for one in inside if self._has_weight(one)]
             elif kind not in FREE_OPERATORS:
                 self._unknown[kind].append(node.name)
         self.shapes.need(
@@ -230,6 +203,8 @@ class _File:
         numbers: Counter[str] = Counter()
         for node, name in zip(costly, names, strict=True):
             self._add(node, name, numbers)
+        for node in costly_inside:
+            self._add_inside(node)
 
     def unknown(self) -> tuple[UnknownOperator, ...]:
         return tuple(
@@ -246,6 +221,31 @@ class _File:
         if self.model.producer_name == "sparsify" and slash:
             return layer if not path or layer == path or weight.parameter.startswith(f"{path}.") else path
         return layer if weight.parameter.endswith("weight") and layer else node.name or _first_tensor(node.output)
+
+    def _has_weight(self, node: NodeProto) -> bool:
+        kind = _operator_name(node)
+        if kind in ("LSTM", "GRU", "RNN"):
+            return True
+        multiplies = kind in CONTRACTING or kind == "Einsum" or self.weights.table(node) is not None
+        return multiplies and self._weight(node) is not None
+
+    def _add_inside(self, node: NodeProto) -> None:
+        """A layer in a branch or a loop: how often it runs, and on what, only a run can tell, so its MACs are 0."""
+        kind = _operator_name(node)
+        held = {self._name(node) or "": self._weight(node)}
+        if kind in ("LSTM", "GRU", "RNN"):
+            full = node.name or _first_tensor(node.output)
+            held = {
+                f"{full}.{short}": self.weights.behind(node.input[index])
+                for index, short in ((1, "weight_ih"), (2, "weight_hh"))
+            }
+        for name, weight in held.items():
+            taken = self._found.get(name)
+            if taken is not None and taken.weight is not None and taken.weight is not weight:
+                name = _first_tensor(node.output)
+            groups = next((int(one.i) for one in node.attribute if one.name == "group"), 1)
+            bias = self.weights.bias(node)
+            self._found.setdefault(name, _OnnxLayer(kind, weight, (), (), groups, bias, inside=True))
 
     def _weight(self, node: NodeProto) -> Stored | None:
         if _operator_name(node) in ("LSTM", "GRU", "RNN"):
@@ -322,7 +322,11 @@ class _File:
                     sparsity=weight.sparsity if weight is not None else 0.0,
                     bits=weight.bits if weight is not None else 32,
                     why_not_prunable=why,
-                    why_not_quantizable=SCAN_STEPS if layer.kind in ("LSTM", "GRU", "RNN") else why,
+                    why_not_quantizable=IN_A_BRANCH
+                    if layer.inside
+                    else SCAN_STEPS
+                    if layer.kind in ("LSTM", "GRU", "RNN")
+                    else why,
                 )
             )
         return tuple(found)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from sparsify.errors import DataError
+from sparsify.errors import DataError, first_line
 from sparsify.onnx.runtime import FILE_ELEMENTS, FILE_WEIGHTS
 
 if TYPE_CHECKING:
@@ -78,17 +78,22 @@ class Stored:
 
 
 class StoredWeights:
-    """All weights of a file, found by the values that nodes read."""
+    """All weights of a file, found by the values that nodes read; those in branches and loops too.
+
+    Args:
+        model: as it was read; values of branches get other names where two branches use the same.
+        folder: where external data lies.
+    """
 
     def __init__(self, model: ModelProto, folder: Path) -> None:
-        from sparsify.onnx.graph import GraphView
+        from sparsify.onnx.graph import GraphView, with_inner_graphs
 
         self._folder = folder
-        self.nodes = list(model.graph.node)
-        self._view = GraphView(model.graph)
+        self._view = GraphView(with_inner_graphs(model))
+        self.nodes = list(self._view.nodes)
         self.tensors = self._view.constants()
-        self._parameters: dict[str, str] = _noted(model, FILE_WEIGHTS)
-        self._elements: dict[str, int] = _noted(model, FILE_ELEMENTS)
+        self._parameters: dict[str, str] = _noted(model, FILE_WEIGHTS, str)
+        self._elements: dict[str, int] = _noted(model, FILE_ELEMENTS, int)
         self._found: dict[str, Stored] = {}
 
     def behind(self, value: str) -> Stored | None:
@@ -206,10 +211,26 @@ class StoredWeights:
         )
 
 
-def _noted(model: ModelProto, key: str) -> dict[str, Any]:
-    """The notes of `export_onnx` about initializers; empty for a file of another exporter."""
-    noted = next((entry.value for entry in model.metadata_props if entry.key == key), "{}")
+def _noted(model: ModelProto, key: str, kind: type[str] | type[int]) -> dict[str, Any]:
+    """The notes of `export_onnx` about initializers; empty for a file of another exporter.
+
+    Raises:
+        DataError: they are not as `export_onnx` writes them.
+    """
+    text = next((entry.value for entry in model.metadata_props if entry.key == key), "{}")
     try:
-        return dict(json.loads(noted))
-    except (ValueError, TypeError):
-        return {}
+        noted = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise _foreign_note(key, first_line(error)) from error
+    if not isinstance(noted, dict):
+        raise _foreign_note(key, f"it is a {type(noted).__name__}")
+    for name, value in noted.items():
+        if type(value) is not kind or value == "" or (isinstance(value, int) and not 0 <= value < 2**40):
+            raise _foreign_note(key, f"{name[:60]!r} is {str(value)[:60]!r}")
+    return noted
+
+
+def _foreign_note(key: str, why: str) -> DataError:
+    return DataError(
+        f"the file's note {key!r} was edited: {why}. Remove it from its metadata, or export the model again."
+    )

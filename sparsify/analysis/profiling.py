@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -33,14 +34,14 @@ from sparsify.analysis.variants import Form, cuttable, export, exported_forms
 from sparsify.errors import ArgumentError, DataError, StateError
 from sparsify.model.signature import SampleInputs, check_module
 from sparsify.model.wrappers import unwrapped
-from sparsify.onnx.benchmark import random_inputs
+from sparsify.onnx.benchmark import running_inputs
+from sparsify.onnx.file_inputs import file_inputs, samples_by_name
 from sparsify.onnx.runtime import open_session, read_model, run_session
 from sparsify.output.tables import track
 from sparsify.pruning.groups import ChannelGroups
 from sparsify.quantization.plan import is_quantized
 
 if TYPE_CHECKING:
-    import numpy as np
     from onnx import ModelProto
     from onnxruntime import InferenceSession
 
@@ -77,7 +78,8 @@ def performance_profile(
     Args:
         model: a torch module that was not quantized before, or an ONNX file, of which the times as it is are measured.
         sample_inputs: a tensor, a tuple of arguments or a dictionary of keywords, as the model is called with: batches
-            are made of its items, so token ids stay inside their tables. None for a file: inputs are made up.
+            are made of its items, so token ids stay inside their tables. Of a file: arrays as `benchmark_onnx` takes
+            them; None: they are made up.
         batch_sizes, threads: layers are measured at the first of each, the whole model at all combinations.
         quantized: whether int8 is measured; ranges come from the sample inputs, which is good enough for times only.
         widths: fractions of the channels that stay, 1.0 first; None: not measured.
@@ -102,9 +104,7 @@ def performance_profile(
     )
     folder = _cache_folder(cache)
     if isinstance(model, (str, os.PathLike)):
-        if sample_inputs is not None:
-            raise ArgumentError("sample_inputs: inputs of a file are made up from what it says; leave them out.")
-        return profile_of_file(Path(model), settings, folder, progress)
+        return profile_of_file(Path(model), sample_inputs, settings, folder, progress)
     return profile_of_model(model, sample_inputs, settings, folder, progress)
 
 
@@ -180,19 +180,31 @@ def profile_of_model(
 
 
 def profile_of_file(
-    path: Path, settings: ProfileSettings, cache: Path | None, progress: bool | None
+    path: Path, sample_inputs: InputsLike | None, settings: ProfileSettings, cache: Path | None, progress: bool | None
 ) -> PerformanceProfile:
     proto = read_model(path)
     session = open_session(path, model=proto)
-    feeds = {size: random_inputs(proto, session, size)[0] for size in settings.batch_sizes}
+    declared = file_inputs(proto)
+    given = {} if sample_inputs is None else samples_by_name(declared, sample_inputs, path)
+
+    def items(size: int) -> dict[str, np.ndarray]:
+        free = {name for name, one in declared.items() if one.shape and not isinstance(one.shape[0], int)}
+        return {name: array[np.arange(size) % len(array)] if name in free else array for name, array in given.items()}
+
+    feeds = {size: running_inputs(proto, session, size, items(size), path=path)[0] for size in settings.batch_sizes}
     content, versions = _content(proto, feeds, settings)
     if (kept := _cached(cache, content)) is not None:
         return kept
-    analysis = analyze_model(path)
+    analysis = analyze_model(path, feeds[settings.batch_sizes[0]])
     found = Bench(analysis, feeds, settings).measure_all({("float", 1.0): Form(path)}, progress)
     why = "a file is measured as it is; give the torch model for int8 and widths"
     notes = {"int8": why} if settings.quantized else {}
     notes |= {"widths": why} if settings.widths else {}
+    from sparsify.onnx.graph import has_graphs
+
+    inner = [node.name or node.op_type for node in proto.graph.node if has_graphs(node)]
+    if inner and any(not layer.calls for layer in analysis.layers):
+        notes["layers in branches and loops"] = f"they count to the nodes that hold them: {', '.join(inner)}"
     profile = _assembled(path.name, analysis, found, set(), settings, content, versions, notes)
     _cache(cache, profile)
     return profile

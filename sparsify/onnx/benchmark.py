@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import gzip
-import math
 import os
 import statistics
 import time
-from collections.abc import Mapping
+import zlib
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, TypeGuard
 
-from sparsify.errors import ArgumentError, DataError, ExportError
+from sparsify.errors import ArgumentError, ExportError
+from sparsify.onnx.file_inputs import FileInput, Size, file_inputs, made_up_inputs, samples_by_name
+from sparsify.onnx.model_files import files_beside
 from sparsify.onnx.runtime import open_session, read_model, run_failure, run_session
 from sparsify.output.json_values import EXACT
 from sparsify.output.tables import DisplayedText
@@ -23,11 +24,6 @@ if TYPE_CHECKING:
     from onnxruntime import InferenceSession
 
 __all__ = ["benchmark_onnx"]
-
-FILL = {"sequence": 128, "image": 224}
-"""Sizes for dynamic dimensions other than the batch: image for axes 2 and up of rank 4 and 5."""
-LARGEST_INPUT = 2**31
-"""Bytes of random inputs: a broken file may ask for any number."""
 
 
 @dataclass(frozen=True)
@@ -89,12 +85,14 @@ def benchmark_onnx(
     threads: int | None = None,
     warmup: int = 5,
     iterations: int = 50,
+    inputs: object = None,
+    shapes: Mapping[str, Sequence[int]] | None = None,
 ) -> Benchmark:
-    """Times a file in onnxruntime on the CPU, on random inputs.
+    """Times a file in onnxruntime on the CPU, on random inputs or on given ones.
 
-    Inputs fit their types: floats are normal, whole numbers that look rows up (token ids) lie within the table, those
-    called masks and all others are ones. Axis 0 gets `batch_size` where it is dynamic; other dynamic axes get 224 (axes
-    2 and up of images) or 128.
+    Random inputs fit their types: floats are normal, whole numbers that look rows up (token ids) lie within the table,
+    those called masks and all others are ones. Axis 0 gets `batch_size` where it is dynamic; other dynamic axes get 224
+    (axes 2 and up of images) or 128. A size with a name in the file is the same wherever the name stands.
 
     Args:
         path: an ONNX file, also one that sparsify did not write.
@@ -103,12 +101,14 @@ def benchmark_onnx(
         threads: None leaves the number to onnxruntime.
         warmup: calls that are not timed, >= 0.
         iterations: timed calls, >= 1.
+        inputs: arrays to feed: one, a tuple in the file's order, or a mapping by name, which may leave some to chance.
+        shapes: {input: its sizes}, for inputs of free size that are made up.
 
     Raises:
         DataFileError: the file is missing or unreadable.
         DataError: it is not an ONNX model, or a broken one.
         ExportError: a valid file that onnxruntime cannot run.
-        ArgumentError: a wrong argument, or a `batch_size` that a fixed batch contradicts.
+        ArgumentError: a wrong argument, a `batch_size` that a fixed batch contradicts, inputs that do not fit.
     """
     _check_whole("batch_size", batch_size, 1)
     _check_whole("warmup", warmup, 0)
@@ -119,12 +119,12 @@ def benchmark_onnx(
 
     model = read_model(path)
     session = open_session(path, threads=threads, model=model)
-    feed, size = _running_inputs(model, session, batch_size)
+    feed, size = running_inputs(model, session, batch_size, inputs, shapes, path)
     for _ in range(warmup):
         run_session(session, feed)
     times = [_timed_runs(session, feed) for _ in range(iterations)]
     mean = statistics.fmean(times)
-    content = Path(path).read_bytes()
+    size_bytes, gzip_bytes = _sizes_on_disk([Path(path), *files_beside(model, path)])
     return Benchmark(
         path=Path(path),
         batch_size=size,
@@ -134,8 +134,8 @@ def benchmark_onnx(
         latency_p95_ms=float(np.percentile(times, 95)) * 1e3,
         latency_mean_ms=mean * 1e3,
         throughput=size / mean,
-        size_bytes=len(content),
-        gzip_bytes=len(gzip.compress(content, 6, mtime=0)),
+        size_bytes=size_bytes,
+        gzip_bytes=gzip_bytes,
         inputs={name: f"{value.dtype}{list(value.shape)}" for name, value in feed.items()},
         versions={"onnxruntime": onnxruntime.__version__, "onnx": onnx.__version__},
         providers=tuple(session.get_providers()),
@@ -151,24 +151,27 @@ def compare_onnx(
     warmup: int = 5,
     rounds: int = 20,
     iterations: int = 5,
+    inputs: object = None,
+    shapes: Mapping[str, Sequence[int]] | None = None,
 ) -> Comparison:
     """Compares the speed of two files, in rounds that run `iterations` calls of each in turn, so that noise hits both.
 
     Which one goes first alternates from round to round; a round counts with the median of its calls, which a single
-    call that was held up does not move.
+    call that was held up does not move. Both get the same inputs, as far as they take inputs of the same names.
 
     Raises:
-        As `benchmark_onnx`.
+        As `benchmark_onnx`; ArgumentError: inputs of one name have another size or type in the other file.
     """
     _check_whole("batch_size", batch_size, 1)
     _check_whole("warmup", warmup, 0)
     _check_whole("rounds", rounds, 1)
     _check_whole("iterations", iterations, 1)
-    runs = []
+    files = []
     for path in (first, second):
         model = read_model(path)
-        session = open_session(path, threads=threads, model=model)
-        feed, _ = _running_inputs(model, session, batch_size)
+        files.append((path, model, open_session(path, threads=threads, model=model)))
+    runs = []
+    for (_, _, session), feed in zip(files, same_inputs(files, batch_size, inputs, shapes), strict=True):
         for _ in range(warmup):
             run_session(session, feed)
         runs.append((session, feed))
@@ -181,21 +184,73 @@ def compare_onnx(
     return Comparison(Path(first), Path(second), statistics.median(ratios), min(ratios), max(ratios), rounds)
 
 
-def _running_inputs(model: ModelProto, session: InferenceSession, batch_size: int) -> tuple[dict[str, np.ndarray], int]:
-    """As `random_inputs`, for files that hold a state of fixed batch beside inputs of any.
+def same_inputs(
+    files: Sequence[tuple[str | os.PathLike[str], ModelProto, InferenceSession]],
+    batch_size: int,
+    inputs: object = None,
+    shapes: Mapping[str, Sequence[int]] | None = None,
+) -> list[dict[str, np.ndarray]]:
+    """Inputs of two files, equal where their names are: those of one, the more fixed, serve the other too.
 
     Raises:
-        ArgumentError: another batch size than such a state has.
+        ArgumentError: neither file takes what the other takes.
+    """
+    refused: ArgumentError | None = None
+    for order in (1, -1):
+        (path, model, session), (other, twin, second) = files[::order]
+        try:
+            feed, size = running_inputs(model, session, batch_size, inputs, shapes, path)
+            mine, others = file_inputs(model), file_inputs(twin)
+            taken = {name: value for name, value in feed.items() if _alike(mine[name], others.get(name))}
+            rest = {name: value for name, value in (shapes or {}).items() if name not in taken}
+            fed, _ = running_inputs(twin, second, size, taken, rest, other)
+        except ArgumentError as error:
+            refused = refused or error
+            continue
+        return [feed, fed][::order]
+    assert refused is not None
+    raise ArgumentError(f"the two files do not do the same work: {refused}") from refused
+
+
+def _alike(one: FileInput, other: FileInput | None) -> bool:
+    """True if inputs of two files are meant to get the same: they differ in the batch at most."""
+    if other is None or one.dtype is None or other.dtype is None or one.dtype[:3] != other.dtype[:3]:
+        return False
+    if one.shape is None or other.shape is None:
+        return True
+    fixed = [(a, b) for a, b in zip(one.shape[1:], other.shape[1:], strict=False) if isinstance(a, int)]
+    return len(one.shape) == len(other.shape) and all(a == b or not isinstance(b, int) for a, b in fixed)
+
+
+def running_inputs(
+    model: ModelProto,
+    session: InferenceSession,
+    batch_size: int,
+    inputs: object = None,
+    shapes: Mapping[str, Sequence[int]] | None = None,
+    path: str | os.PathLike[str] = "the file",
+) -> tuple[dict[str, np.ndarray], int]:
+    """As `made_up_inputs`, for files that hold a state of fixed batch beside inputs of any.
+
+    Raises:
+        ArgumentError: another batch size than such a state has; inputs that do not fit the file.
         ExportError: onnxruntime cannot run the file.
     """
-    feed, size = random_inputs(model, session, batch_size)
+    declared = file_inputs(model)
+    samples = {} if inputs is None else samples_by_name(declared, inputs, path)
+    _check_shapes(shapes, [name for name in declared if name not in samples])
+
+    def made_up(batch: int) -> tuple[dict[str, np.ndarray], int]:
+        return made_up_inputs(model, batch, samples=samples, shapes=shapes, path=path)
+
+    feed, size = made_up(batch_size)
     try:
         run_session(session, feed)
     except ExportError as error:
-        fixed = {value.name: value.shape for value in session.get_inputs() if _is_fixed(value.shape)}
+        fixed = {} if samples or shapes else {n: one.shape for n, one in declared.items() if _is_fixed(one.shape)}
         # Of a recurrent state the batch is the second axis.
         for found in sorted({dim for shape in fixed.values() for dim in shape[:2]} - {batch_size}):
-            other, size = random_inputs(model, session, found)
+            other, size = made_up(found)
             try:
                 run_session(session, other)
             except ExportError:
@@ -206,106 +261,23 @@ def _running_inputs(model: ModelProto, session: InferenceSession, batch_size: in
                 f"batch_size={batch_size}: this file runs with a batch of {found} only, to which "
                 f"{', '.join(map(repr, fixed))} are fixed; export it with dynamic_batch."
             ) from error
+        if len(samples) < len(declared):
+            raise ExportError(f"{error} Inputs were made up: give inputs or shapes that the file runs with.") from error
         raise
     return feed, size
 
 
-def _is_fixed(shape: list[int | str | None]) -> bool:
-    return len(shape) > 1 and all(isinstance(dim, int) for dim in shape)
+def _check_shapes(shapes: Mapping[str, Sequence[int]] | None, names: Sequence[str]) -> None:
+    for name, sizes in (shapes or {}).items():
+        if name not in names:
+            raise ArgumentError(f"shapes: {name!r} is no input that is made up; those are {', '.join(names)}.")
+        whole = isinstance(sizes, Sequence) and not isinstance(sizes, str)
+        if not whole or not all(isinstance(one, int) and not isinstance(one, bool) and one >= 0 for one in sizes):
+            raise ArgumentError(f"shapes: {name!r}: {sizes!r} is no list of whole numbers, 0 or more.")
 
 
-def random_inputs(model: ModelProto, session: InferenceSession, batch_size: int) -> tuple[dict[str, np.ndarray], int]:
-    """({name: array}, the batch size that they have) for the inputs of a session on `model`.
-
-    Raises:
-        DataError: inputs that are no tensors, of a type that is not known, without a shape, or too large.
-        ArgumentError: another batch size than the one that the file fixes.
-    """
-    import numpy as np
-
-    generator = np.random.default_rng(0)
-    rows = _rows_looked_up(model)
-    shapeless = [v.name for v in model.graph.input if not v.type.tensor_type.HasField("shape")]
-    feed: dict[str, np.ndarray] = {}
-    fixed = None
-    for i, value in enumerate(session.get_inputs()):
-        kind = value.type.removeprefix("tensor(").removesuffix(")")
-        dtype = _DTYPES.get(kind)
-        if dtype is None:
-            raise DataError(f"input {value.name!r} is a {value.type}; only tensors of numbers can be made up.")
-        if value.name in shapeless:
-            raise DataError(
-                f"input {value.name!r} has no shape in the file, so that nothing can be made up for it. Export it with "
-                "one, or write it into graph.input with onnx."
-            )
-        shape = [_dimension(dim, axis, len(value.shape), batch_size) for axis, dim in enumerate(value.shape)]
-        if i == 0 and shape and isinstance(value.shape[0], int):
-            fixed = value.shape[0]
-        if math.prod(shape) * np.dtype(dtype).itemsize > LARGEST_INPUT:
-            raise DataError(f"input {value.name!r} has the shape {shape}, more than {LARGEST_INPUT} bytes.")
-        feed[value.name] = _random(value.name, np.dtype(dtype), shape, rows.get(value.name), generator)
-    if fixed is not None and batch_size not in (1, fixed):
-        raise ArgumentError(
-            f"batch_size={batch_size}: this file has a fixed batch of {fixed}; export it with dynamic_batch."
-        )
-    return feed, batch_size if fixed is None else fixed
-
-
-_DTYPES = {
-    "float": "float32",
-    "float16": "float16",
-    "double": "float64",
-    "int8": "int8",
-    "int16": "int16",
-    "int32": "int32",
-    "int64": "int64",
-    "uint8": "uint8",
-    "uint16": "uint16",
-    "uint32": "uint32",
-    "uint64": "uint64",
-    "bool": "bool",
-}
-
-
-def _rows_looked_up(model: ModelProto) -> dict[str, int]:
-    """{input: rows of the smallest table that it indexes}."""
-    from sparsify.onnx.graph import STORAGE, GraphView, integer, only_moves
-
-    view = GraphView(model.graph)
-    rows: dict[str, int] = {}
-    for node in model.graph.node:
-        if node.op_type != "Gather" or len(node.input) < 2:
-            continue
-        stored = view.initializers.get(view.origin(node.input[0], lambda each: each.op_type in STORAGE))
-        table, axis = [] if stored is None else list(stored.dims), integer(node, "axis", 0)
-        if table and -len(table) <= axis < len(table):
-            source = view.origin(node.input[1], lambda each: only_moves(each) or each.op_type == "Cast")
-            rows[source] = min(rows.get(source, table[axis]), table[axis])
-    return rows
-
-
-def _dimension(dim: int | str | None, axis: int, rank: int, batch_size: int) -> int:
-    if isinstance(dim, int) and dim >= 0:
-        return dim
-    if axis == 0:
-        return batch_size
-    if rank >= 4:
-        return 3 if axis == 1 else FILL["image"]
-    return FILL["sequence"]
-
-
-def _random(
-    name: str, dtype: np.dtype[Any], shape: list[int], rows: int | None, generator: np.random.Generator
-) -> np.ndarray:
-    import numpy as np
-
-    if dtype.kind == "f":
-        return generator.standard_normal(shape).astype(dtype)
-    if rows is not None and "mask" not in name.lower():
-        return generator.integers(0, max(rows, 1), shape).astype(dtype)
-    if dtype == np.uint8:
-        return generator.integers(0, 256, shape).astype(dtype)
-    return np.ones(shape, dtype)
+def _is_fixed(shape: tuple[Size, ...] | None) -> TypeGuard[tuple[int, ...]]:
+    return shape is not None and len(shape) > 1 and all(isinstance(dim, int) for dim in shape)
 
 
 def _timed_runs(session: InferenceSession, feed: dict[str, np.ndarray]) -> float:
@@ -316,6 +288,17 @@ def _timed_runs(session: InferenceSession, feed: dict[str, np.ndarray]) -> float
         return time.perf_counter() - start
     except Exception as error:
         raise run_failure(error, feed) from error
+
+
+def _sizes_on_disk(files: Sequence[Path]) -> tuple[int, int]:
+    """Bytes of files together, and gzipped as one; read piece by piece, since they may be larger than memory."""
+    gzipped, size, left = zlib.compressobj(6, wbits=31), 0, 0
+    for path in files:
+        with path.open("rb") as file:
+            while piece := file.read(2**24):
+                size += len(piece)
+                left += len(gzipped.compress(piece))
+    return size, left + len(gzipped.flush())
 
 
 def _check_whole(name: str, value: int, least: int) -> None:

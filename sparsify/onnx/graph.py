@@ -72,22 +72,28 @@ def only_moves(node: NodeProto) -> bool:
 class GraphView:
     """Producers and consumers of the values of a graph, and its constants.
 
+    Args:
+        graph: one, or several in which names differ: the first, and those in its branches and loops.
+
     Attributes:
+        nodes: all nodes, in order.
         initializers: {name: stored tensor}.
         inputs: {name: input}, without those that only give an initializer its type.
         outputs: names of the graph's outputs.
         producer: {value: node that makes it}.
     """
 
-    def __init__(self, graph: GraphProto) -> None:
-        self.initializers: dict[str, TensorProto] = {tensor.name: tensor for tensor in graph.initializer}
+    def __init__(self, graph: GraphProto | list[GraphProto]) -> None:
+        graphs = graph if isinstance(graph, list) else [graph]
+        self.initializers: dict[str, TensorProto] = {one.name: one for each in graphs for one in each.initializer}
         self.inputs: dict[str, ValueInfoProto] = {
-            value.name: value for value in graph.input if value.name not in self.initializers
+            value.name: value for value in graphs[0].input if value.name not in self.initializers
         }
-        self.outputs: set[str] = {value.name for value in graph.output}
+        self.outputs: set[str] = {value.name for value in graphs[0].output}
+        self.nodes = [node for each in graphs for node in each.node]
         self.producer: dict[str, NodeProto] = {}
         self._consumers: dict[str, list[NodeProto]] = defaultdict(list)
-        for node in graph.node:
+        for node in self.nodes:
             self.add(node)
 
     def add(self, node: NodeProto) -> None:
@@ -257,6 +263,44 @@ class Graph:
             self.initializers[name] = tensor
             self.names.add(name)
         return name
+
+
+def with_inner_graphs(model: ModelProto) -> list[GraphProto]:
+    """The graph of a model and those in it (branches, loops), with names that differ.
+
+    Two branches may call different values alike. Those of the later one are renamed, in the model itself.
+    """
+    taken: set[str] = set()
+    found: list[GraphProto] = []
+
+    def take(graph: GraphProto, outside: dict[str, str]) -> None:
+        names = dict(outside)
+        made = [value.name for value in [*graph.input, *graph.initializer]]
+        made += [name for node in graph.node for name in node.output if name]
+        for name in dict.fromkeys(made):
+            new, number = name, 2
+            while new in taken:
+                new, number = f"{name}_{number}", number + 1
+            taken.add(new)
+            names.pop(name, None)
+            if new != name:
+                names[name] = new
+        if names:
+            for infos in (graph.input, graph.output, graph.initializer, graph.value_info):
+                for info in infos:
+                    info.name = names.get(info.name, info.name)
+        found.append(graph)
+        for node in graph.node:
+            if names:
+                for values in (node.input, node.output):
+                    for i, name in enumerate(values):
+                        values[i] = names.get(name, name)
+            for attribute in node.attribute:
+                for inner in [attribute.g] if attribute.HasField("g") else attribute.graphs:
+                    take(inner, names)
+
+    take(model.graph, {})
+    return found
 
 
 def remove_unused(model: ModelProto) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sparsify.errors import DataFileError
-from sparsify.onnx.rebuilt_weights import graphs_of, loaded
+from sparsify.onnx.rebuilt_weights import graphs_of, loaded, tensors_of
 from sparsify.output.files import replacing
 
 if TYPE_CHECKING:
@@ -45,6 +45,20 @@ def external_bytes(tensor: TensorProto) -> int:
 def model_bytes(model: ModelProto) -> int:
     """Bytes of a model with its external data."""
     return int(model.ByteSize()) + sum(external_bytes(tensor) for tensor in _stored_tensors(model))
+
+
+def files_beside(model: ModelProto, path: str | os.PathLike[str]) -> list[Path]:
+    """The files in which values of the model at `path` lie, each once, in order; `read_model` has seen that they are in
+    its folder."""
+    folder = Path(path).resolve().parent
+    places = {
+        entry.value: folder / entry.value
+        for tensor in tensors_of(model)
+        if tensor.data_location == tensor.EXTERNAL
+        for entry in tensor.external_data
+        if entry.key == "location"
+    }
+    return list(places.values())
 
 
 @contextmanager

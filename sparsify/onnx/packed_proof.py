@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from sparsify.errors import ArgumentError, DataError, ExportError, first_line
-from sparsify.onnx.benchmark import random_inputs
+from sparsify.onnx.file_inputs import made_up_inputs
 from sparsify.onnx.model_files import MOST_BYTES, model_bytes
 from sparsify.onnx.rebuilt_weights import graphs_of, loaded, rebuilt_value
 from sparsify.onnx.runtime import SessionSettings, run_session, start_session
@@ -117,7 +117,7 @@ def _proof_inputs(
             raise ArgumentError(f"inputs={sorted(inputs)!r}: the file takes {', '.join(names)}.")
         return dict(inputs), None
     try:
-        return random_inputs(model, session, 1)[0], None
+        return made_up_inputs(model)[0], None
     except (DataError, ArgumentError) as error:
         return None, first_line(error)
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -77,6 +77,33 @@ def graphs_of(graph: GraphProto) -> Iterator[GraphProto]:
         for attribute in node.attribute:
             for inner in [attribute.g] if attribute.HasField("g") else attribute.graphs:
                 yield from graphs_of(inner)
+
+
+def tensors_of(model: ModelProto) -> Iterator[TensorProto]:
+    """Every stored tensor of a model: initializers and constants, at any depth, and those of its local functions."""
+    for graph in graphs_of(model.graph):
+        yield from graph.initializer
+        for sparse in graph.sparse_initializer:
+            yield from (sparse.values, sparse.indices)
+        yield from _constants_in(graph.node)
+    for function in model.functions:
+        yield from _constants_in(function.node)
+        for node in function.node:
+            for attribute in node.attribute:
+                for inner in [attribute.g] if attribute.HasField("g") else attribute.graphs:
+                    for graph in graphs_of(inner):
+                        yield from graph.initializer
+                        yield from _constants_in(graph.node)
+
+
+def _constants_in(nodes: Iterable[NodeProto]) -> Iterator[TensorProto]:
+    for node in nodes:
+        for attribute in node.attribute:
+            if attribute.HasField("t"):
+                yield attribute.t
+            if attribute.HasField("sparse_tensor"):
+                yield from (attribute.sparse_tensor.values, attribute.sparse_tensor.indices)
+            yield from attribute.tensors
 
 
 def rebuilding_nodes(graph: GraphProto, name: str) -> tuple[list[int], set[str]]:

@@ -43,6 +43,7 @@ def read_model(path: str | os.PathLike[str]) -> ModelProto:
     """
     import onnx
 
+    from sparsify.onnx.file_faults import check_stored
     from sparsify.onnx.rebuilt_weights import rebuild_weights
 
     file = _existing(path)
@@ -57,26 +58,31 @@ def read_model(path: str | os.PathLike[str]) -> ModelProto:
         raise _broken(file, "it cannot be parsed") from error
     if not model.graph.node and not model.graph.output:
         raise _broken(file, "it holds no graph")
-    for tensor in model.graph.initializer:
-        for entry in tensor.external_data:
-            if entry.key == "location" and (os.path.isabs(entry.value) or ".." in Path(entry.value).parts):
-                raise _broken(file, f"{tensor.name!r} has its values in {entry.value!r}, outside the file's folder")
     try:
-        onnx.checker.check_model(str(file) if _external(model) else _with_shapes(model, content))
+        external = check_stored(model, file)
+    except DataError as error:
+        raise _broken(file, str(error)) from error
+    try:
+        onnx.checker.check_model(_checkable(model, content, external))
     except Exception as error:
         raise _broken(file, first_line(error)) from error
     rebuild_weights(model, file.resolve().parent)
     return model
 
 
-def _with_shapes(model: ModelProto, content: bytes) -> bytes:
+def _checkable(model: ModelProto, content: bytes, external: bool) -> bytes:
     """The content of a file for onnx's checker, which asks for a shape of every input and output.
 
     The format does not (https://onnx.ai/onnx/repo-docs/IR.html: a tensor without a shape may be of any rank), and
-    onnxruntime 1.31.1 runs such files.
+    onnxruntime 1.31.1 runs such files. Values in other files, which `check_stored` has seen, are left out.
     """
+    from sparsify.onnx.rebuilt_weights import tensors_of
+
     values = [*model.graph.input, *model.graph.output]
-    if all(value.type.tensor_type.HasField("shape") for value in values if not value.type.HasField("sequence_type")):
+    shaped = all(
+        value.type.tensor_type.HasField("shape") for value in values if not value.type.HasField("sequence_type")
+    )
+    if shaped and not external:
         return content
     filled = type(model)()
     filled.CopyFrom(model)
@@ -85,6 +91,11 @@ def _with_shapes(model: ModelProto, content: bytes) -> bytes:
         if kind in (None, "tensor_type") and not value.type.tensor_type.HasField("shape"):
             value.type.tensor_type.elem_type = value.type.tensor_type.elem_type or 1
             value.type.tensor_type.shape.SetInParent()
+    for tensor in tensors_of(filled) if external else ():
+        if tensor.data_location == tensor.EXTERNAL:
+            tensor.ClearField("data_location")
+            tensor.ClearField("external_data")
+            tensor.dims[:] = [0]
     return bytes(filled.SerializeToString())
 
 
@@ -342,7 +353,3 @@ def _existing(path: str | os.PathLike[str]) -> Path:
 
 def _broken(file: Path, why: str) -> DataError:
     return DataError(f"{file}: not a usable ONNX model: {why}. Export it again.")
-
-
-def _external(model: ModelProto) -> bool:
-    return any(tensor.external_data for tensor in model.graph.initializer)

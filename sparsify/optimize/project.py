@@ -29,6 +29,8 @@ from sparsify.analysis.performance import PerformanceProfile
 from sparsify.errors import ArgumentError, DataError, DataFileError, StateError, did_you_mean
 from sparsify.onnx.benchmark import Benchmark
 from sparsify.onnx.export import export_onnx
+from sparsify.onnx.model_files import files_beside
+from sparsify.onnx.runtime import read_model
 from sparsify.optimize.pruning_profiles import PruningSettings
 from sparsify.optimize.stages import OriginalTraining
 from sparsify.output.files import read_text, replacing
@@ -116,9 +118,9 @@ class Project(Displayed):
 
         Args:
             folder: must not exist yet, or be empty.
-            model: a torch model, which is exported, or an ONNX file, which is copied.
+            model: a torch model, which is exported, or an ONNX file, which is copied, with the files of its values.
             settings: None: the folder's name, and defaults.
-            sample_inputs: of a torch model.
+            sample_inputs: of a torch model; of a file, arrays, where it leaves sizes free.
 
         Raises:
             ArgumentError: the folder holds something, or a torch model comes without inputs.
@@ -146,8 +148,13 @@ class Project(Displayed):
                 analysis = analyze_model(model, sample_inputs)
                 export_onnx(model, sample_inputs, made / "model.onnx")
             else:
-                analysis = analyze_model(Path(model))
+                analysis = analyze_model(Path(model), sample_inputs)
                 shutil.copyfile(model, made / "model.onnx")
+                folder = Path(model).resolve().parent
+                for values in files_beside(read_model(model), model):
+                    place = made / values.relative_to(folder)
+                    place.parent.mkdir(parents=True, exist_ok=True)
+                    shutil.copyfile(values, place)
             project = cls(made, settings)
             project._write("analysis.json", analysis.to_json())
             project.save()

@@ -14,9 +14,10 @@ import torch
 from onnx import TensorProto, helper, numpy_helper
 from torch import nn
 
-from sparsify import export_onnx, quantize_model
+from sparsify import benchmark_onnx, export_onnx, get_weights_metadata, performance_profile, quantize_model
 from sparsify.analysis import ModelAnalysis, analyze_model
 from sparsify.errors import ArgumentError, DataError, DataFileError
+from sparsify.onnx.runtime import FILE_ELEMENTS, FILE_WEIGHTS
 from tests.zoo.architectures import ARCHITECTURES
 
 # What is looked up at constant positions is a constant of the file.
@@ -312,3 +313,100 @@ def test_importing_the_analysis_imports_no_onnx() -> None:
     script = "import sys, sparsify.analysis.onnx_layers; print([m for m in sys.modules if m.startswith('onnx')])"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def branching(path: Path) -> Path:
+    """A file whose weights lie in Constant nodes of two branches, under the same names."""
+
+    def branch(scale: float) -> onnx.GraphProto:
+        weight = numpy_helper.from_array(scale * floats(64, 64))
+        nodes = [
+            helper.make_node("Constant", [], ["w"], value=weight),
+            helper.make_node("MatMul", ["x", "w"], ["b"], name="product"),
+        ]
+        return helper.make_graph(nodes, "branch", [], [helper.make_tensor_value_info("b", TensorProto.FLOAT, None)])
+
+    node_ = node("If", ["condition"], name="choice", then_branch=branch(1.0), else_branch=branch(0.0))
+    return build([node_], {"x": ["batch", 64]}, {"condition": np.array(True)}, path)
+
+
+def test_weights_in_branches_are_listed_and_counted(tmp_path: Path) -> None:
+    path = branching(tmp_path / "model.onnx")
+    analysis = analyze_model(path)
+    assert [(layer.name, layer.weight, layer.sparsity) for layer in analysis.layers] == [
+        ("product", "w", 1.0),
+        ("b_2", "w_2", 0.0),
+    ]
+    assert analysis.parameters == 2 * 64 * 64 and not analysis.layers[0].quantizable
+    assert analysis.macs == 0 and "not counted: If" in str(analysis)
+    assert set(get_weights_metadata(path)) == {"w", "w_2"}
+    profile = performance_profile(path, iterations=1, warmup=0)
+    assert "choice" in profile.notes["layers in branches and loops"] and profile.others["choice"] > 0
+
+
+def tensor(**fields: Any) -> TensorProto:
+    return TensorProto(name="w", data_type=TensorProto.FLOAT, **fields)
+
+
+def outside(location: str, **more: str) -> TensorProto:
+    made = tensor(dims=[4, 5], data_location=TensorProto.EXTERNAL)
+    for key, value in {"location": location, **more}.items():
+        made.external_data.add(key=key, value=value)
+    return made
+
+
+@pytest.mark.parametrize(
+    ("stored", "message"),
+    [
+        (tensor(dims=[4, 5], raw_data=b"12"), r"shape \[4, 5\] needs 80 bytes, and has 2"),
+        (tensor(dims=[4, 5], float_data=[1.0]), "needs 20 values, and has 1"),
+        (tensor(dims=[-4, 5], raw_data=b""), "absurd shape"),
+        (tensor(dims=[2**40, 2**40]), "absurd shape"),
+        (outside("../w.bin"), "outside the file's folder"),
+        (outside("w.bin", offset="x"), "at offset 'x', which is no number"),
+        (outside("w.bin", offset="-1"), "at offset '-1'"),
+        (outside("w.bin", offset="1000"), "needs 80 bytes at 1000 of 'w.bin', which has 80"),
+        (outside("w.bin", length="8"), "needs 80 bytes, and 8 of 'w.bin' are said"),
+        (outside("none.bin"), "which is no file beside it"),
+        (outside("link.bin"), "a link that leads outside"),
+    ],
+)
+@pytest.mark.parametrize("inside", [False, True])
+def test_values_that_do_not_fit_are_refused(stored: TensorProto, message: str, inside: bool, tmp_path: Path) -> None:
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    (folder / "w.bin").write_bytes(b"1234" * 20)
+    (tmp_path / "other.bin").write_bytes(b"1234" * 20)
+    (folder / "link.bin").symlink_to(tmp_path / "other.bin")
+    path = build([node("MatMul", ["x", "w"])], {"x": [2, 4]}, {"w": floats(4, 5)}, folder / "m.onnx")
+    model = onnx.load(path)
+    if inside:
+        del model.graph.initializer[:]
+        model.graph.node.insert(0, helper.make_node("Constant", [], ["w"], value=stored))
+    else:
+        model.graph.initializer[0].CopyFrom(stored)
+    path.write_bytes(model.SerializeToString())
+    for call in (analyze_model, get_weights_metadata, benchmark_onnx):
+        with pytest.raises(DataError, match=message):
+            call(path)
+
+
+def test_names_that_are_no_text_are_said(tmp_path: Path) -> None:
+    path = build([node("MatMul", ["x", "weight"])], {"x": [2, 4]}, {"weight": floats(4, 5)}, tmp_path / "m.onnx")
+    path.write_bytes(path.read_bytes().replace(b"weight", b"wei\xff\xfet"))
+    with pytest.raises(DataError, match="no UTF-8"):
+        analyze_model(path)
+
+
+@pytest.mark.parametrize(
+    "note", ["[]", "5", "{", '{"w": 3}', '{"w": null}', '{"w": ""}', "[" * 100000, '{"w": {"a": []}}']
+)
+def test_notes_of_ours_that_were_edited_are_refused(note: str, tmp_path: Path) -> None:
+    path = build([node("MatMul", ["x", "w"])], {"x": [2, 4]}, {"w": floats(4, 5)}, tmp_path / "m.onnx")
+    model = onnx.load(path)
+    for key in (FILE_WEIGHTS, FILE_ELEMENTS) if note != '{"w": 3}' else (FILE_WEIGHTS,):
+        del model.metadata_props[:]
+        model.metadata_props.add(key=key, value=note)
+        onnx.save(model, path)
+        with pytest.raises(DataError, match=f"note '{key}' was edited"):
+            analyze_model(path)

@@ -295,8 +295,9 @@ def test_a_file_is_measured_as_it_is(tmp_path: Path) -> None:
     sums_up(profile)
     assert {"stem", "conv1", "conv2", "head"} <= {one.name for one in profile.layers if one.ms > 0}
     assert profile.total_int8_ms is None and "torch model" in profile.notes["int8"]
-    with pytest.raises(ArgumentError, match="sample_inputs"):
-        performance_profile(path, IMAGES, **FEW)
+    assert performance_profile(path, IMAGES, batch_sizes=(2,), **FEW).batch_size == 2
+    with pytest.raises(ArgumentError, match="sample_inputs: 'x' has the shape"):
+        performance_profile(path, IMAGES[:, :2], **FEW)
     with pytest.raises(DataFileError, match="no such file"):
         performance_profile(tmp_path / "none.onnx", **FEW)
 

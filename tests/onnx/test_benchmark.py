@@ -9,17 +9,19 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx
 import onnxruntime
 import pytest
 import torch
-from onnx import TensorProto, helper
+from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor, nn
 
 import sparsify
 from sparsify.errors import ArgumentError, DataError, DataFileError, ExportError
-from sparsify.onnx.benchmark import benchmark_onnx, compare_onnx, random_inputs
+from sparsify.onnx.benchmark import benchmark_onnx, compare_onnx, same_inputs
 from sparsify.onnx.export import export_onnx
+from sparsify.onnx.file_inputs import made_up_inputs
 from sparsify.onnx.runtime import open_session, optimized_operators, read_model
 from tests.zoo.integer_forms import IntegerResNet
 
@@ -72,7 +74,7 @@ def test_token_ids_lie_in_their_tables_and_masks_are_ones(tmp_path: Path) -> Non
     ids = torch.zeros(2, 6, dtype=torch.long)
     export_onnx(Tokens(), (ids, torch.ones_like(ids), ids), path)
     model = read_model(path)
-    feed, size = random_inputs(model, open_session(path), 8)
+    feed, size = made_up_inputs(model, 8)
     assert size == 8 and {name: value.shape for name, value in feed.items()} == dict.fromkeys(feed, (8, 6))
     assert 20 < feed["input_ids"].max() < 37 and feed["input_ids"].min() >= 0
     assert set(feed["token_type_ids"].reshape(-1)) == {0, 1}
@@ -268,3 +270,93 @@ def test_a_state_of_fixed_batch_decides_the_batch(tmp_path: Path) -> None:
     assert found.batch_size == 3 and found.inputs == {"x": "float32[3, 8]", "state": "float32[3, 4]"}
     with pytest.raises(ArgumentError, match="runs with a batch of 3 only, to which 'state' are fixed"):
         benchmark_onnx(path, batch_size=4)
+
+
+def test_one_name_is_one_size(tmp_path: Path) -> None:
+    inputs = [
+        helper.make_tensor_value_info("state", TensorProto.FLOAT, [2, "batch", 4]),
+        helper.make_tensor_value_info("x", TensorProto.FLOAT, ["batch", 8]),
+    ]
+    nodes = [MATMUL, helper.make_node("Add", ["y", "state"], ["z"])]
+    path = product(
+        tmp_path / "x.onnx", inputs, nodes, helper.make_tensor_value_info("z", TensorProto.FLOAT, [2, "b", 4])
+    )
+    found = benchmark_onnx(path, batch_size=3, **FAST)
+    assert found.inputs == {"state": "float32[2, 3, 4]", "x": "float32[3, 8]"}
+    assert sparsify.analyze_model(path, batch_size=3).batch_size == 2
+    with pytest.raises(
+        ArgumentError, match=r"'x' has the shape \[5, 8\], so that 'batch' is 5 on axis 0; it is 3 on axis 1"
+    ):
+        benchmark_onnx(path, inputs=(np.zeros((2, 3, 4)), np.zeros((5, 8))), **FAST)
+
+
+def test_inputs_and_shapes_can_be_given(tmp_path: Path) -> None:
+    path = write(tmp_path / "add.onnx", ["n", 3, "height", "width"])
+    assert benchmark_onnx(path, shapes={"x": (2, 3, 10, 20)}, **FAST).inputs == {"x": "float32[2, 3, 10, 20]"}
+    found = benchmark_onnx(path, inputs=torch.zeros(4, 3, 5, 5), **FAST)
+    assert (found.batch_size, found.inputs) == (4, {"x": "float32[4, 3, 5, 5]"})
+    profile = sparsify.performance_profile(path, np.zeros((2, 3, 5, 5)), iterations=1, warmup=0)
+    assert profile.total_ms > 0 and list(profile.others) == ["Add_0"]
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"inputs": {"z": np.zeros(3)}}, "sample_inputs are z, the inputs x"),
+        ({"inputs": (1, 2)}, "2 sample inputs for 1 inputs"),
+        (
+            {"inputs": np.zeros((2, 4))},
+            r"'x' has the shape \[2, 4\]; the file takes \['n', 3\], of which axis 1 is fixed to 3",
+        ),
+        ({"inputs": np.zeros(3)}, r"'x' has the shape \[3\]; the file takes"),
+        ({"inputs": np.zeros((2, 3), np.int64)}, "holds int64; the file takes float32"),
+        ({"inputs": "text"}, "holds <U4; the file takes float32"),
+        ({"inputs": np.zeros((2, 3)), "batch_size": 4}, "batch_size=4: the inputs that were given have a batch of 2"),
+        ({"shapes": {"z": (1, 3)}}, "shapes: 'z' is no input that is made up; those are x"),
+        ({"shapes": {"x": (1, -3)}}, "is no list of whole numbers"),
+        ({"shapes": {"x": (1, 4)}}, "axis 1 is fixed to 3"),
+    ],
+)
+def test_inputs_that_do_not_fit_are_refused(tmp_path: Path, given: dict[str, Any], message: str) -> None:
+    with pytest.raises(ArgumentError, match=message):
+        benchmark_onnx(write(tmp_path / "add.onnx", ["n", 3]), **given)
+
+
+def test_ids_are_taken_if_they_fit_the_type(tmp_path: Path) -> None:
+    path = write(tmp_path / "add.onnx", ["n", 3], TensorProto.INT8)
+    assert benchmark_onnx(path, inputs=np.full((1, 3), 5), **FAST).inputs == {"x": "int8[1, 3]"}
+    with pytest.raises(ArgumentError, match="holds 0 to 500; the file takes int8"):
+        benchmark_onnx(path, inputs=np.array([[0, 1, 500]]), **FAST)
+
+
+def test_rows_of_tables_in_constant_nodes_are_known(tmp_path: Path) -> None:
+    table = helper.make_node(
+        "Constant", [], ["table"], value=helper.make_tensor("", TensorProto.FLOAT, [5, 2], [0.0] * 10)
+    )
+    ids = helper.make_tensor_value_info("ids", TensorProto.INT64, ["n", "?", "?"])
+    graph = helper.make_graph(
+        [table, helper.make_node("Gather", ["table", "ids"], ["y"])], "g", [ids], [shapeless("y")]
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9)
+    feed, _ = made_up_inputs(model, shapes={"ids": (2, 30, 40)})
+    assert feed["ids"].max() == 4 and feed["ids"].min() == 0
+
+
+def test_two_files_get_the_same_work(tmp_path: Path) -> None:
+    free, fixed = write(tmp_path / "free.onnx", ["n", 3]), write(tmp_path / "fixed.onnx", [8, 3])
+    for pair in ((free, fixed), (fixed, free)):
+        files = [(path, read_model(path), open_session(path)) for path in pair]
+        feeds = same_inputs(files, 1)
+        assert [feed["x"].shape for feed in feeds] == [(8, 3)] * 2 and (feeds[0]["x"] == feeds[1]["x"]).all()
+    with pytest.raises(ArgumentError, match="the two files do not do the same work"):
+        compare_onnx(fixed, write(tmp_path / "other.onnx", [4, 3]))
+
+
+def test_values_beside_the_file_count(tmp_path: Path) -> None:
+    path = product(tmp_path / "x.onnx", [FREE], [MATMUL], shapeless("y"))
+    whole, model = benchmark_onnx(path, **FAST).size_bytes, onnx.load(path)
+    model.graph.initializer[0].CopyFrom(numpy_helper.from_array(np.full((8, 4), 0.1, np.float32), "weight"))
+    onnx.save(model, path, save_as_external_data=True, location="x.data", size_threshold=0)
+    assert (
+        benchmark_onnx(path, **FAST).size_bytes == path.stat().st_size + (tmp_path / "x.data").stat().st_size >= whole
+    )
