@@ -12,12 +12,13 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
+from sparsify.analysis.file_module import FileModule, module_or_file, refuse_file
 from sparsify.analysis.layers import ModelAnalysis
 from sparsify.analysis.torch_layers import analyze_module
 from sparsify.analysis.trials import Batch, Loss, Trials, collected_batches
 from sparsify.analysis.units import Layers, Of, Unit, layer_weights, weights_of_channel_groups
 from sparsify.errors import ArgumentError, DataError, StateError, did_you_mean
-from sparsify.model.signature import InputsLike, check_module
+from sparsify.model.signature import InputsLike
 from sparsify.model.wrappers import unwrapped
 from sparsify.output.files import read_text, replacing
 from sparsify.output.json_values import EXACT_AND_FINITE, from_json_object, json_object, json_text
@@ -144,7 +145,7 @@ class LossProfile(Displayed):
 
 
 def loss_profile(
-    model: nn.Module,
+    model: nn.Module | str | os.PathLike[str],
     data: Iterable[Any] | None = None,
     loss: Loss | None = None,
     *,
@@ -173,7 +174,8 @@ def loss_profile(
       times the level, s = (V_in + V_out) / parameters * max(V_in / V_out, V_out / V_in). Of quantization: s / 4^bits.
 
     Args:
-        model: it may be wrapped in DistributedDataParallel or torch.compile.
+        model: a module, wrapped in DistributedDataParallel or torch.compile, too; or the path of an ONNX file, whose
+            losses on `data` are those of its outputs in onnxruntime ("fisher" and `structured` need the module).
         data: batches, kept in memory while this works: tensors, tuples, dicts of arguments by name. None: without data.
         loss: gives one number, a mean over the batch, from (outputs, target). The target is the last of a tuple,
             and not given to the model; of a dict it is the whole dict, of a tensor the tensor itself. None: the
@@ -198,9 +200,13 @@ def loss_profile(
         StateError: quantization of a model that is quantized.
     """
     method = _checked_method(of, method, data, loss, structured)
-    check_module(model, LOSS_PROFILE)
     steps = _checked_levels(of, levels, method)
-    model = unwrapped(model)
+    model = unwrapped(module_or_file(model, LOSS_PROFILE))
+    if method == "fisher" or structured:
+        refuse_file(model, f"{LOSS_PROFILE}: {'structured=True' if structured else 'method=' + repr(method)}")
+    own = isinstance(model, FileModule) and layers is None
+    if isinstance(model, FileModule) and layers is None:
+        layers = model.analysis()
     if of == "quantization" and is_quantized(model):
         raise StateError(
             f"{LOSS_PROFILE}: {type(model).__name__} holds quantized layers already; give the float model."
@@ -222,13 +228,16 @@ def loss_profile(
         return LossProfile(method, of, steps, losses, 0.0, 0)
     if method == "shape":
         analysis = layers
-        if not isinstance(analysis, ModelAnalysis):
+        if not isinstance(analysis, ModelAnalysis) or own:
             first = next(iter([*sample, *given]), None)
             if first is None:
                 raise ArgumentError(
                     f"{LOSS_PROFILE}: method='shape' needs sample_inputs, or the layers of an analysis."
                 )
-            analysis = analyze_module(model, first.args, first.kwargs)
+            if isinstance(model, FileModule):
+                analysis = model.analysis(first.kwargs or first.args)
+            else:
+                analysis = analyze_module(model, first.args, first.kwargs)
         return LossProfile(method, of, steps, _shapes(analysis, units, of, steps), 0.0, 0)
     trials = Trials(model, given, loss, where=LOSS_PROFILE)
     if method == "fisher":

@@ -73,7 +73,7 @@ def analyze_file(
     """
     if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
         raise ArgumentError(f"batch_size={batch_size!r}: give a positive int.")
-    model = _inlined(read_model(path))
+    model = inlined(read_model(path))
     inputs = file_inputs(model)
     samples = {} if sample_inputs is None else samples_by_name(inputs, sample_inputs, path)
     sizes = input_sizes(inputs, {name: value.shape for name, value in samples.items()}, batch_size, path, ask=True)
@@ -89,7 +89,38 @@ def analyze_file(
     )
 
 
-def _inlined(model: ModelProto) -> ModelProto:
+@dataclass(frozen=True)
+class FileLayer:
+    """A layer of a file, and the stored tensor of its weight.
+
+    Attributes:
+        info: without shapes and MACs.
+        stored: None for layers without a weight.
+        transposed: True if torch stores this weight, of a linear layer, the other way round.
+    """
+
+    info: LayerInfo
+    stored: Stored | None
+    transposed: bool
+
+
+def file_layers(path: str | os.PathLike[str], model: ModelProto) -> list[FileLayer]:
+    """The layers of a file, for which no sizes of its inputs are needed.
+
+    Args:
+        path: of the file.
+        model: what `inlined(read_model(path))` gave; values of its branches get names that differ.
+    """
+    file = _File(model, None, StoredWeights(model, Path(path).resolve().parent))
+    return [
+        FileLayer(info, file.stored(info.name), file.is_transposed(info.name))
+        for info in file.layers()
+        if info.weight is not None
+    ]
+
+
+def inlined(model: ModelProto) -> ModelProto:
+    """The model with its local functions in the places where they are called."""
     if not model.functions:
         return model
     from onnx import inliner
@@ -172,12 +203,15 @@ class _OnnxLayer:
     calls: int = 0
     inside: bool = False
     """In a branch or a loop."""
+    node: NodeProto | None = None
+    """The first that computes it."""
 
 
 @dataclass
 class _File:
     model: ModelProto
-    shapes: _Shapes
+    shapes: _Shapes | None
+    """None: shapes and MACs are left out."""
     weights: StoredWeights
     _found: dict[str, _OnnxLayer] = field(default_factory=dict)
     _unknown: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
@@ -196,9 +230,10 @@ class _File:
                 costly_inside += [one for one in inside if self._has_weight(one)]
             elif kind not in FREE_OPERATORS:
                 self._unknown[kind].append(node.name)
-        self.shapes.need(
-            [name for node in costly for name in [*(node.input[i] for i in _factors(node)), _first_tensor(node.output)]]
-        )
+        if self.shapes is not None:
+            self.shapes.need(
+                [n for node in costly for n in [*(node.input[i] for i in _factors(node)), _first_tensor(node.output)]]
+            )
         names = [self._name(node) for node in costly]
         numbers: Counter[str] = Counter()
         for node, name in zip(costly, names, strict=True):
@@ -245,7 +280,21 @@ class _File:
                 name = _first_tensor(node.output)
             groups = next((int(one.i) for one in node.attribute if one.name == "group"), 1)
             bias = self.weights.bias(node)
-            self._found.setdefault(name, _OnnxLayer(kind, weight, (), (), groups, bias, inside=True))
+            self._found.setdefault(name, _OnnxLayer(kind, weight, (), (), groups, bias, inside=True, node=node))
+
+    def _shape(self, value: str) -> TensorShape:
+        return () if self.shapes is None else self.shapes.known[value]
+
+    def stored(self, layer: str) -> Stored | None:
+        """The stored tensor of a layer's weight."""
+        return self._found[layer].weight
+
+    def is_transposed(self, layer: str) -> bool:
+        """True if the weight of a linear layer is stored as (in, out)."""
+        found = self._found[layer]
+        if found.node is None or found.weight is None or len(found.weight.shape) != 2 or found.kind == "Gather":
+            return False
+        return found.kind in ("MatMul", "Gemm") and self.weights.is_input_first(found.node, found.weight)
 
     def _weight(self, node: NodeProto) -> Stored | None:
         if _operator_name(node) in ("LSTM", "GRU", "RNN"):
@@ -254,18 +303,20 @@ class _File:
         return next((one for one in reversed(found) if one is not None and len(one.shape) > 1), None)
 
     def _add(self, node: NodeProto, name: str | None, numbers: Counter[str]) -> None:
-        kind, output = _operator_name(node), self.shapes.known[_first_tensor(node.output)]
-        operands = [self.shapes.known[node.input[index]] for index in _factors(node)]
+        kind, output = _operator_name(node), self._shape(_first_tensor(node.output))
+        operands = [self._shape(node.input[index]) for index in _factors(node)]
         path = node.name.rpartition("/")[0]
         if kind in ("LSTM", "GRU", "RNN"):
             steps = math.prod(operands[0][:-1])
             for index, short in ((1, "weight_ih"), (2, "weight_hh")):
                 stored = self.weights.behind(node.input[index])
                 full = f"{path or node.name}.{short}"
-                self._note(full, kind, stored, (operands[0],), output, steps * math.prod(operands[index]), 1, 0)
+                macs = 0 if self.shapes is None else steps * math.prod(operands[index])
+                self._note(full, kind, stored, (operands[0],), output, macs, 1, 0)
             return
         weight = self._weight(node)
-        macs, groups = _node_macs(node, operands, output)
+        groups = next((int(one.i) for one in node.attribute if one.name == "group"), 1)
+        macs = 0 if self.shapes is None else _node_macs(node, operands, output)[0]
         if weight is None or name is None:
             short = kind.lower()
             full = f"{path}.{short}" if path else short
@@ -277,11 +328,12 @@ class _File:
         if taken is not None and (taken.weight is None or taken.weight.parameter != weight.parameter):
             name = node.name or _first_tensor(node.output)
         inputs = tuple(
-            self.shapes.known[node.input[index]]
+            self._shape(node.input[index])
             for index in _factors(node)
             if self.weights.behind(node.input[index]) is not weight
         )
         self._note(name, kind, weight, inputs, output, macs, groups, self.weights.bias(node))
+        self._found[name].node = self._found[name].node or node
 
     def _note(
         self,

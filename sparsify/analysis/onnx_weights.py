@@ -121,6 +121,18 @@ class StoredWeights:
             )
         return self._found[value]
 
+    def is_input_first(self, node: NodeProto, weight: Stored) -> bool:
+        """True if a product with a stored matrix has its inputs along the first axis, as it is stored."""
+        at = next(i for i, name in enumerate(node.input) if self.behind(name) is weight)
+        attributes = {attribute.name: attribute.i for attribute in node.attribute}
+        turned = bool(attributes.get(("transA", "transB")[at] if at < 2 else "", 0)) != (at == 0)
+        value = node.input[at]
+        while value != weight.name:
+            made = self._view.producer[value]
+            turned ^= made.op_type == "Transpose"
+            value = made.input[0]
+        return not turned
+
     def elements(self, name: str) -> int:
         """Number of the model's values that a stored tensor holds."""
         return int(self._elements.get(name, math.prod(self.tensors[name].dims)))

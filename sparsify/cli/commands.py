@@ -31,9 +31,11 @@ FINE, SHORT = 0, 1
 
 def run_analyze(arguments: Namespace) -> int:
     from sparsify.analysis import analyze_model
-    from sparsify.optimize.references import inputs_of, model_of
+    from sparsify.optimize.references import file_samples, inputs_of, model_of
 
-    found = analyze_model(model_of(arguments.model), inputs_of(arguments.input))
+    model = model_of(arguments.model)
+    inputs = file_samples(model, arguments.input) if isinstance(model, Path) else inputs_of(arguments.input)
+    found = analyze_model(model, inputs)
     _say(arguments, found.to_json, lambda: str(found))
     return FINE
 
@@ -52,11 +54,12 @@ def run_report(arguments: Namespace) -> int:
 
 def run_optimize(arguments: Namespace) -> int:
     from sparsify.optimize.measured_recipe import Measurements, recipe_from_measurements
-    from sparsify.optimize.references import called, inputs_of, resolve, torch_model
+    from sparsify.optimize.references import called, file_samples, inputs_of, model_of, resolve
 
     if Path(arguments.output).exists() and not arguments.force:
         raise ArgumentError(f"{arguments.output} is there already; give another --output, or --force to replace it.")
-    model, inputs = torch_model(arguments.model), inputs_of(arguments.input)
+    model = model_of(arguments.model)
+    inputs = file_samples(model, arguments.input) if isinstance(model, Path) else inputs_of(arguments.input)
     settings, training = _pruning_settings(arguments), _original_training(arguments)
     if inputs is None and (arguments.measure or arguments.goal_ms is not None):
         raise ArgumentError("--measure and --goal-ms run the model: give --input.")
@@ -202,11 +205,16 @@ def run_compose(arguments: Namespace) -> int:
 def run_benchmark(arguments: Namespace) -> int:
     from sparsify.onnx.benchmark import benchmark_onnx, compare_onnx
 
+    inputs = None
+    if arguments.input:
+        from sparsify.optimize.references import file_samples
+
+        inputs = file_samples(arguments.file, arguments.input)
     options = {"batch_size": arguments.batch_size, "threads": arguments.threads, "iterations": arguments.iterations}
-    found = benchmark_onnx(arguments.file, **options)
+    found = benchmark_onnx(arguments.file, **options, inputs=inputs)
     ratio = None
     if arguments.compare is not None:
-        ratio = compare_onnx(arguments.compare, arguments.file, **options)
+        ratio = compare_onnx(arguments.compare, arguments.file, **options, inputs=inputs)
     said = {"benchmark": plain(found), "compared": None if ratio is None else plain(ratio)}
     lines = [str(found), *([] if ratio is None else [str(ratio)])]
     _say(arguments, lambda: json.dumps(said, indent=2), lambda: "\n".join(lines))

@@ -162,6 +162,7 @@ def _parser() -> ArgumentParser:
 
     made = command("benchmark", commands.run_benchmark, "Latency and throughput of an ONNX file in onnxruntime.")
     made.add_argument("file", help="an ONNX file")
+    made.add_argument("--input", action="append", metavar="INPUT", help="a shape, NAME=SHAPE or FILE.npz")
     made.add_argument("--batch-size", type=int, default=1)
     made.add_argument("--threads", type=int)
     made.add_argument("--iterations", type=int, default=50)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sparsify.analysis.analyze import analyze_model
@@ -53,7 +54,7 @@ class Measurements:
 class MeasuredRecipe:
     """A recipe with the analysis and the profiles that it was created from."""
 
-    model: nn.Module
+    model: nn.Module | Path
     recipe: Recipe
     structured: bool
     settings: PruningSettings | None
@@ -97,7 +98,7 @@ class MeasuredRecipe:
 
 
 def recipe_from_measurements(
-    model: nn.Module,
+    model: nn.Module | Path,
     sample_inputs: InputsLike | None,
     measurements: Measurements,
     *,
@@ -109,7 +110,7 @@ def recipe_from_measurements(
     """The recipe that `create_recipe` makes of `model` after these measurements; the model is not touched.
 
     Args:
-        model: the dense model.
+        model: the dense model, or an ONNX file.
         sample_inputs: as the model is called with; None: no times can be measured and no MACs are counted.
         measurements: those to make.
         settings, training, structured: as in `create_recipe`.
@@ -118,6 +119,8 @@ def recipe_from_measurements(
     Raises:
         ArgumentError: as in `create_recipe`, `loss_profile`, `performance_profile` and `latency_plan`.
     """
+    if isinstance(model, Path) and (structured or measurements.goal_ms is not None):
+        raise ArgumentError(f"channels are removed from a torch model; {model} is a file.")
     loss = performance = latency = None
     by_latency = measurements.goal_ms is not None
     if measurements.data is not None:
@@ -129,6 +132,7 @@ def recipe_from_measurements(
             model, sample_inputs, batch_sizes=(measurements.batch_size,), threads=(measurements.threads,)
         )
     if measurements.goal_ms is not None:
+        assert not isinstance(model, Path)
         assert sample_inputs is not None  # performance_profile has refused None
         latency = latency_plan(
             model,

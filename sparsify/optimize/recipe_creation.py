@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from sparsify.analysis.file_module import FileModule, module_or_file, refuse_file
 from sparsify.analysis.loss import loss_profile
 from sparsify.errors import ArgumentError, SparsifyWarning
-from sparsify.model.signature import check_module
 from sparsify.model.wrappers import unwrapped
 from sparsify.modifiers.base import Modifier
 from sparsify.modifiers.distillation import DistillationModifier
@@ -54,7 +55,7 @@ UNKNOWN = OriginalTraining(90)
 
 
 def create_recipe(
-    model: nn.Module,
+    model: nn.Module | str | os.PathLike[str],
     sample_inputs: InputsLike | None = None,
     *,
     optim_level: float | None = None,
@@ -83,7 +84,8 @@ def create_recipe(
     back as an equal recipe.
 
     Args:
-        model: the dense model; for sparse transfer the one to transfer from.
+        model: the dense model; for sparse transfer the one to transfer from. Or the path of an ONNX file: of one that
+            `export_onnx` wrote the recipe is that of the model, of others it names initializers, and says so.
         sample_inputs: as the model is called with them. Without them MACs are not known, and channels cannot go.
         optim_level: 0 to 1; see `optim_level`.
         experiment: "training-aware", "one-shot" or "sparse-transfer"; see `optim_level`.
@@ -104,7 +106,6 @@ def create_recipe(
         ArgumentError: an argument that cannot be meant, or two that contradict one another.
         TargetError: a name is not in the model, or nothing in it can be pruned.
     """
-    check_module(model)
     said = GoalArguments(
         level=optim_level,
         experiment=experiment,
@@ -118,10 +119,15 @@ def create_recipe(
     )
     goal = goal_of(said)
     _check_arguments(goal, training, learning_rate, distill, sample_inputs, loss)
-    model = unwrapped(model)
+    model = unwrapped(module_or_file(model))
+    if goal.structured or latency_plan is not None:
+        refuse_file(model, "create_recipe: the removal of channels")
+    known = analysis
+    if isinstance(model, FileModule) and known is None:
+        known = model.analysis(sample_inputs)
     if loss is None and goal.prunes:
-        loss = loss_profile(model, progress=False)
-    found = Sources.of(model, sample_inputs, analysis, performance, loss, latency_plan)
+        loss = loss_profile(model, progress=False, layers=known if isinstance(model, FileModule) else None)
+    found = Sources.of(model, sample_inputs, known, performance, loss, latency_plan)
     chosen = WeightShares()
     if latency_plan is not None:
         chosen = by_latency_plan(latency_plan, model, found)
@@ -130,6 +136,8 @@ def create_recipe(
             chosen = by_channel_groups(model, sample_inputs, goal.settings, pruning_profile, found)
         else:
             chosen = by_layers(goal.settings, pruning_profile, found)
+    if isinstance(model, FileModule) and model.foreign:
+        chosen.notes.append(model.note)
     draft = _Draft()
     stages = _lay_out(draft, model, goal, chosen, training, learning_rate, distill)
     figures = expected(

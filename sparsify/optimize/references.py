@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sparsify.errors import ArgumentError, DataFileError, did_you_mean
+from sparsify.onnx.file_inputs import file_inputs, made_up_inputs, read_samples
+from sparsify.onnx.runtime import read_model
 from sparsify.optimize.code_generation import check_reference
 
 if TYPE_CHECKING:
@@ -120,3 +122,37 @@ def inputs_of(texts: Iterable[str] | None) -> Any:
         else:
             tensors.append(torch.randn(sizes, generator=generator))
     return tuple(tensors)
+
+
+def file_samples(path: str | os.PathLike[str], texts: Iterable[str] | None) -> Any:
+    """Sample inputs of an ONNX file, of the types that it has; None where nothing is said.
+
+    A shape is that of the next input, or after NAME= of this one; inputs that are not named are made up. One .npz file,
+    or one "package.module:function", gives the arrays themselves.
+
+    Raises:
+        ArgumentError: what cannot be read, or does not fit the file. DataError: the file, or the .npz file, is broken.
+    """
+    texts = list(texts or ())
+    if not texts:
+        return None
+    if len(texts) == 1 and texts[0].endswith(".npz"):
+        return read_samples(texts[0])
+    if len(texts) == 1 and ":" in texts[0] and not _INPUT.fullmatch(texts[0].rpartition("=")[2]):
+        return called(texts[0], "input")
+    model = read_model(path)
+    inputs = file_inputs(model)
+    shapes: dict[str, tuple[int, ...]] = {}
+    for text in texts:
+        name, equals, sizes = text.rpartition("=")
+        match = _INPUT.fullmatch(sizes)
+        if match is None:
+            raise ArgumentError(
+                f"input: {text!r} is no shape. Write 1x3x224x224, NAME=1x3x224x224 or "
+                "FILE.npz, or package.module:function."
+            )
+        left = [one for one in inputs if one not in shapes]
+        if (equals and name not in inputs) or not left:
+            raise ArgumentError(f"input: {text!r}: the inputs of {path} are {', '.join(inputs)}.")
+        shapes[name if equals else left[0]] = tuple(int(size) for size in match["sizes"].split("x"))
+    return made_up_inputs(model, shapes=shapes, path=path)[0]

@@ -574,8 +574,10 @@ def test_weights_that_are_not_finite_and_models_without_layers_are_refused() -> 
         loss_profile(model, GOOD)
     with pytest.raises(TargetError, match="no layer that can be compressed"):
         loss_profile(nn.ReLU())
-    with pytest.raises(ArgumentError, match="model is a str"):
-        loss_profile("model.onnx")  # type: ignore[arg-type]
+    with pytest.raises(ArgumentError, match="model is a int: give a torch.nn.Module, or the path of an ONNX file"):
+        loss_profile(3)  # type: ignore[arg-type]
+    with pytest.raises(DataError, match=r"model\.onnx: no such file"):
+        loss_profile("model.onnx")
     with pytest.raises(TargetError, match="no channels that can be removed"):
         loss_profile(nn.Sequential(nn.Linear(3, 2)), [torch.randn(2, 3)], structured=True)
 

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -246,3 +247,24 @@ def test_the_module_is_the_command() -> None:
     assert done.returncode == 0 and json.loads(done.stdout)["title"] == "Recipe"
     wrong = run("frobnicate")
     assert wrong.returncode == BAD and b"frobnicate" in wrong.stderr
+
+
+def test_inputs_of_a_file_are_given_by_shape_name_or_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    onnx = pytest.importorskip("onnx")
+    ids = onnx.helper.make_tensor_value_info("ids", onnx.TensorProto.INT64, ["n", "length"])
+    table = onnx.numpy_helper.from_array(np.zeros((5, 3), np.float32), "table.weight")
+    result = onnx.helper.make_tensor_value_info("y", onnx.TensorProto.FLOAT, ["n", "length", 3])
+    graph = onnx.helper.make_graph(
+        [onnx.helper.make_node("Gather", ["table.weight", "ids"], ["y"])], "g", [ids], [result], [table]
+    )
+    path = tmp_path / "model.onnx"
+    onnx.save(onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 17)], ir_version=9), path)
+    np.savez(tmp_path / "ids.npz", ids=np.array([[0, 4]]))
+    for words, shape in ((["2x7"], "2x7x3"), (["ids=3x4"], "3x4x3"), ([str(tmp_path / "ids.npz")], "1x2x3")):
+        given = [word for text in words for word in ("--input", text)]
+        assert main(["analyze", str(path), *given]) == 0 and shape in capsys.readouterr().out
+        assert main(["benchmark", str(path), *given, "--iterations", "1", "--threads", "1"]) == 0
+        assert "int64" in capsys.readouterr().out
+    for text in ("2xq", "other=2x7", "2x7x8", "none.npz", str(path)):
+        assert main(["benchmark", str(path), "--input", text]) == 2
+        assert capsys.readouterr().err.startswith("error: ")
