@@ -574,7 +574,7 @@ def test_weights_that_are_not_finite_and_models_without_layers_are_refused() -> 
         loss_profile(model, GOOD)
     with pytest.raises(TargetError, match="no layer that can be compressed"):
         loss_profile(nn.ReLU())
-    with pytest.raises(ArgumentError, match="model is a int: give a torch.nn.Module, or the path of an ONNX file"):
+    with pytest.raises(ArgumentError, match=r"model is a int: give a torch\.nn\.Module, or the path of an ONNX file"):
         loss_profile(3)  # type: ignore[arg-type]
     with pytest.raises(DataError, match=r"model\.onnx: no such file"):
         loss_profile("model.onnx")
