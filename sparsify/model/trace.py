@@ -74,6 +74,7 @@ _KINDS: dict[str, OperationKind] = {
     **dict.fromkeys(("matmul", "bmm", "mm", "addmm", "baddbmm", "einsum", "scaled_dot_product_attention"), "matmul"),
     **dict.fromkeys(("avg_pool1d", "avg_pool2d", "adaptive_avg_pool1d", "adaptive_avg_pool2d"), "average_pool"),
     **dict.fromkeys(("max_pool1d", "max_pool2d", "max_pool3d", "adaptive_max_pool2d"), "max_pool"),
+    **dict.fromkeys(("max_pool2d_with_indices", "max_pool3d_with_indices", "adaptive_max_pool1d"), "max_pool"),
     "embedding": "embedding",
     **dict.fromkeys(("layer_norm", "group_norm", "instance_norm", "rms_norm", "native_layer_norm"), "norm"),
     **dict.fromkeys(
@@ -206,11 +207,17 @@ class Trace:
         return node.name
 
     def users(self, name: str) -> tuple[TracedNode, ...]:
-        """Who computes with the values of node `name`: its readers, data movement and max pooling followed downward."""
+        """Who computes with the values of node `name`: its readers, data movement and max pooling followed downward.
+
+        Not who reads where a max pooling found them (`return_indices`).
+        """
         found: dict[str, TracedNode] = {}
         waiting = [name]
         while waiting:
-            for reader in self.readers[waiting.pop()]:
+            above = self.by_name[waiting.pop()]
+            for reader in self.readers[above.name]:
+                if above.kind == "max_pool" and reader.op == "getitem" and not reader.is_float:
+                    continue
                 if reader.kind in ("move", "max_pool"):
                     waiting.append(reader.name)
                 else:

@@ -28,6 +28,8 @@ def compute(node: NodeProto, inputs: list[FloatArray | None], opset: int) -> lis
     kernel = _OWN.get(node.op_type)
     if kernel is not None:
         result = kernel(inputs, attributes)
+        if result is not None and node.op_type == "MaxPool" and len(node.output) > 1:
+            return [result, _places(inputs[0], attributes, result)]
         if result is not None:
             return [result]
     given = zip(node.input, inputs, strict=False)
@@ -74,7 +76,7 @@ def _max_pool(inputs: list[FloatArray | None], attributes: dict[str, Any]) -> Fl
     assert x is not None
     kernel = tuple(attributes["kernel_shape"])
     geometry = spatial_attributes(attributes, x.shape[2:], kernel)
-    if any(dilation != 1 for dilation in geometry["dilations"]):
+    if any(dilation != 1 for dilation in geometry["dilations"]) or attributes.get("storage_order", 0):
         return None
     lowest = -np.inf if x.dtype.kind == "f" else np.iinfo(x.dtype).min
     result: FloatArray | None = None
@@ -82,6 +84,19 @@ def _max_pool(inputs: list[FloatArray | None], attributes: dict[str, Any]) -> Fl
         masked = np.where(inside, taken, np.asarray(lowest, x.dtype))
         result = masked if result is None else np.maximum(result, masked)
     return result
+
+
+def _places(x: FloatArray | None, attributes: dict[str, Any], largest: FloatArray) -> FloatArray:
+    """The second result of MaxPool: where in all of `x`, flat, the largest value of a window stands first."""
+    assert x is not None
+    kernel = tuple(attributes["kernel_shape"])
+    geometry = spatial_attributes(attributes, x.shape[2:], kernel)
+    window = (kernel, geometry["strides"], geometry["pads"], bool(attributes.get("ceil_mode", 0)))
+    found = np.full(largest.shape, -1, np.int64)
+    numbers = np.arange(x.size, dtype=np.int64).reshape(x.shape)
+    for (taken, inside), (number, _) in zip(taps(x, *window), taps(numbers, *window), strict=True):
+        found = np.where((found < 0) & inside & (taken == largest), number, found)
+    return found
 
 
 def _average_pool(inputs: list[FloatArray | None], attributes: dict[str, Any]) -> FloatArray | None:

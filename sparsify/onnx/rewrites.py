@@ -218,8 +218,8 @@ def dequantize_after_movement(model: ModelProto) -> None:
     """MaxPool, Flatten, Reshape, Transpose and the like move the integers; DequantizeLinear follows them.
 
     The same as a pair of QuantizeLinear and DequantizeLinear with the scale repeated after each, with less to fuse.
-    Exact: they only move values, and the maximum does not care about a positive scale. A Pad with 0 pads integers with
-    the zero point.
+    Exact: they only move values, and the maximum and its place do not care about a positive scale. A Pad with 0 pads
+    integers with the zero point.
     """
     graph = Graph(model)
     pending = [node for node in model.graph.node if node.op_type == "DequantizeLinear"]
@@ -231,14 +231,16 @@ def dequantize_after_movement(model: ModelProto) -> None:
             padded = _pads_with_zero(graph, reader)
             if not (padded or only_moves(reader)) or reader.input[0] != dequantize.output[0] or not all(reader.output):
                 continue
-            moved = [graph.fresh(f"{name}_int") for name in reader.output]
+            # The second result of MaxPool is no value but its place, an integer of its own.
+            values = reader.output[:1] if reader.op_type == "MaxPool" else reader.output
+            moved = [graph.fresh(f"{name}_int") for name in values]
             others = list(reader.input[1:])
             if reader.op_type == "Pad":
                 # The number that it puts in; other modes have none, and the type must be that of the integers.
                 others[1:2] = [dequantize.input[2] if len(dequantize.input) > 2 else ""]
-            mover = like(reader, [dequantize.input[0], *others], moved)
+            mover = like(reader, [dequantize.input[0], *others], [*moved, *reader.output[len(moved) :]])
             behind = []
-            for number, (integers, name) in enumerate(zip(moved, reader.output, strict=True)):
+            for number, (integers, name) in enumerate(zip(moved, values, strict=True)):
                 after = like(dequantize, [integers, *dequantize.input[1:]], [name])
                 after.name = f"{reader.name}/DequantizeLinear{f'_{number}' if number else ''}"
                 behind.append(after)
