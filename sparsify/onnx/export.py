@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 import torch
@@ -36,6 +36,8 @@ from sparsify.quantization.plan import is_quantized, unquantized
 
 if TYPE_CHECKING:
     from onnx import ModelProto
+
+    from sparsify.onnx.importing import ImportedModel
 
 __all__ = ["export_onnx", "floating_layers"]
 
@@ -102,8 +104,14 @@ def export_onnx(
     if input_names is not None:
         call = with_input_names(call, input_names)
     # The temporary file is there before the work starts: a path that cannot be written costs nobody a minute.
+    from sparsify.onnx.importing import ImportedModel
+
     with replacing(path) as temporary:
-        proto = _model_proto(model, call, opset, dynamic_batch, output_names)
+        if isinstance(model, ImportedModel):
+            proto = _given_proto(model, call)
+            opset = next(each.version for each in proto.opset_import if each.domain in ("", "ai.onnx"))
+        else:
+            proto = _model_proto(model, call, opset, dynamic_batch, output_names)
         content = proto.SerializeToString()
         temporary.write_bytes(content)
         size, plain_bytes = len(content), None
@@ -227,6 +235,47 @@ def _model_proto(
         ) from error
     compare_written(adapter, proto, tensors, [key in batched for key in call.inputs])
     return proto
+
+
+def _given_proto(model: ImportedModel, call: SampleInputs) -> ModelProto:
+    """The checked model of a graph that was imported: with all that it had, and the weights and integers of now."""
+    import onnx
+
+    from sparsify.onnx import rewrite_equal_tensors, rewrite_float_layers, rewrite_weight_only, rewrites
+    from sparsify.onnx.writing import written_graph
+
+    deployed = deployed_copy(model)
+    tensors = [tensor.detach().cpu() for tensor in call.inputs.values()]
+    args, kwargs = call.arguments(tensors)
+    inputs = model.inputs_of(args, kwargs)
+    proto = written_graph(cast("ImportedModel", deployed), inputs)
+    if is_quantized(model):
+        rewrites.rewrite_graph(proto)
+        rewrite_weight_only.fuse(proto)
+        rewrite_float_layers.keep_float_layers(proto)
+        rewrites.unique_names(proto)
+        rewrite_equal_tensors.share_equal_tensors(proto, set())
+    try:
+        onnx.checker.check_model(proto, full_check=False)
+    except Exception as error:
+        raise ExportError(f"what was made of the file does not pass onnx's checker: {first_line(error)}") from error
+    order = [
+        tensors[list(call.inputs).index(name)] if name in call.inputs else inputs[name] for name in model.given.inputs
+    ]
+    compare_written(_Ordered(cast("ImportedModel", deployed)), proto, order, [False] * len(order))
+    return proto
+
+
+class _Ordered(nn.Module):
+    """An imported graph as a function of its inputs in a row, which returns its outputs in a row."""
+
+    def __init__(self, model: ImportedModel) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        outputs = self.model(*tensors)
+        return tuple(outputs.values()) if isinstance(outputs, dict) else (outputs,)
 
 
 def deployed_copy(model: nn.Module) -> nn.Module:

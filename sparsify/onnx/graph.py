@@ -368,8 +368,13 @@ def all_inputs(node: NodeProto) -> list[str]:
     names = [name for name in node.input if name]
     for attribute in node.attribute:
         for graph in [attribute.g, *attribute.graphs]:
-            for inner in graph.node:
-                names += all_inputs(inner)
+            if not graph.node and not graph.output:
+                continue
+            inside = {value.name for value in [*graph.input, *graph.initializer]}
+            inside |= {name for inner in graph.node for name in inner.output}
+            read = [name for inner in graph.node for name in all_inputs(inner)]
+            read += [value.name for value in graph.output]
+            names += [name for name in read if name not in inside]
     return names
 
 

@@ -31,6 +31,11 @@ BATCH = "batch"
 def rewrite(model: ModelProto) -> None:
     """Runs all of them; removes the metadata of tracing (stack traces with the paths of the exporting machine)."""
     clear_traces(model)
+    rewrite_graph(model)
+
+
+def rewrite_graph(model: ModelProto) -> None:
+    """Runs all that change the graph alone."""
     rewrite_attention.transpose_keys(model)
     rewrite_attention.drop_guards(model)
     reduce_mean_to_global_average_pool(model)

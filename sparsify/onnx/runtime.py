@@ -105,6 +105,8 @@ class SessionSettings:
 
     optimized: bool = True
     """False runs the graph as it stands, node by node."""
+    basic: bool = False
+    """True only folds what is constant and drops what changes nothing; all operators stay standard ones."""
     threads: int | None = 1
     """None leaves the number to onnxruntime."""
     float_inputs: bool = False
@@ -127,6 +129,8 @@ class SessionSettings:
         options = onnxruntime.SessionOptions()
         level = onnxruntime.GraphOptimizationLevel
         options.graph_optimization_level = level.ORT_ENABLE_ALL if self.optimized else level.ORT_DISABLE_ALL
+        if self.basic:
+            options.graph_optimization_level = level.ORT_ENABLE_BASIC
         if self.threads is not None:
             options.intra_op_num_threads = self.threads
             options.inter_op_num_threads = 1

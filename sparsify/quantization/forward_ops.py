@@ -239,7 +239,10 @@ class WatchedAffine(Watched, QuantizedNorm, AffineNorm):
         held = [each for each in own if each.is_floating_point()]
         channels = max(each.numel() for each in held)
         # In float64 its numbers come out as they are: it computes with nothing else.
-        ends = held[0].new_tensor([0.0, 1.0], dtype=torch.float64).reshape(2, 1, *[1] * max(self._wiring.rank - 2, 2))
+        # Numbers of shape (C, 1) or (1, C, 1) are those of a tensor of three dimensions.
+        ranks = [each.dim() + (each.shape[0] != 1) for each in held if each.dim() > 1]
+        rank = self._wiring.rank or max(ranks, default=4)
+        ends = held[0].new_tensor([0.0, 1.0], dtype=torch.float64).reshape(2, 1, *[1] * (rank - 2))
         with torch._C.DisableTorchFunction():
             given = wiring_of(self).original.forward(self, ends.expand(2, channels, *ends.shape[2:]))
         offset, whole = given.reshape(2, channels)
