@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from onnx import ModelProto, NodeProto, TensorProto
 
     from sparsify.onnx.node_layers import StoredWeight
-    from sparsify.onnx.one_node import Value
+    from sparsify.onnx.one_node import EdgeValue
 
 __all__: list[str] = []
 
@@ -72,7 +72,9 @@ class ImportedModel(nn.Module):
 
     given: Given
 
-    def run(self, inputs: Mapping[str, Value]) -> Iterator[tuple[Step, nn.Module, list[Value], list[Value]]]:
+    def run(
+        self, inputs: Mapping[str, EdgeValue]
+    ) -> Iterator[tuple[Step, nn.Module, list[EdgeValue], list[EdgeValue]]]:
         """Runs node by node: (step, its module, what it was called with, what it gave); ends with all values in
         `inputs`, which is written to."""
         values = cast("dict[str, Any]", inputs)
@@ -140,14 +142,14 @@ def import_onnx(source: str | os.PathLike[str] | ModelProto) -> ImportedModel:
     proto = _normalized(source if isinstance(source, ModelProto) else read_model(source), path)
     given, modules = _Importer(proto).import_all()
     names = given.inputs
-    model = _class_of(names)()
+    model = _class_with_inputs(names)()
     model.given = given
     for name, module in modules.items():
-        _place(model, name, module)
+        _put_module(model, name, module)
     return model.eval()
 
 
-LEAST_OPSET = 13
+LEAST_IMPORTED_OPSET = 13
 """From here on a scale may lie along an axis."""
 
 
@@ -168,12 +170,12 @@ def _normalized(model: ModelProto, path: Path | None) -> ModelProto:
     graph.input.extend(kept)
     proto.ir_version = max(proto.ir_version, 4)
     opset = next((each.version for each in proto.opset_import if each.domain in ("", "ai.onnx")), 1)
-    if opset < LEAST_OPSET:
+    if opset < LEAST_IMPORTED_OPSET:
         try:
-            proto = onnx.version_converter.convert_version(proto, LEAST_OPSET)
+            proto = onnx.version_converter.convert_version(proto, LEAST_IMPORTED_OPSET)
         except Exception as error:
             raise ExportError(
-                f"the file is of opset {opset}, and onnx's converter cannot raise it to {LEAST_OPSET}, where "
+                f"the file is of opset {opset}, and onnx's converter cannot raise it to {LEAST_IMPORTED_OPSET}, where "
                 f"quantization begins: {first_line(error)}"
             ) from error
     names: Counter[str] = Counter()
@@ -280,7 +282,7 @@ class _Importer:
         from sparsify.onnx.node_functions import NodeFunction
         from sparsify.onnx.one_node import OneNode
 
-        return NodeFunction(OneNode(_copied(node), self.stored, self.opsets, self.proto.ir_version))
+        return NodeFunction(OneNode(_node_copy(node), self.stored, self.opsets, self.proto.ir_version))
 
     def _add(self, nodes: list[NodeProto], module: nn.Module, weight: StoredWeight | None) -> None:
         from sparsify.onnx.node_functions import NodeFunction
@@ -297,7 +299,7 @@ class _Importer:
         self.steps.append(Step(name, numbers, tuple(inputs), tuple(last.output), weight))
 
 
-def _copied(node: NodeProto) -> NodeProto:
+def _node_copy(node: NodeProto) -> NodeProto:
     from onnx import NodeProto as Node
 
     copy = Node()
@@ -315,7 +317,7 @@ def _path_of(name: str, taken: Mapping[str, Any]) -> str:
     return found
 
 
-def _place(model: nn.Module, path: str, module: nn.Module) -> None:
+def _put_module(model: nn.Module, path: str, module: nn.Module) -> None:
     *around, last = path.split(".")
     for name in around:
         if name not in model._modules:
@@ -336,7 +338,7 @@ def _as_tensor(value: Any) -> Any:
     return torch.from_numpy(np.array(value)) if isinstance(value, np.ndarray) else value
 
 
-def _class_of(names: list[str]) -> type[ImportedModel]:
+def _class_with_inputs(names: list[str]) -> type[ImportedModel]:
     """A class whose forward takes the inputs by their names."""
 
     def forward(self: ImportedModel, *args: Any, **kwargs: Any) -> Any:

@@ -11,7 +11,7 @@ from onnx import NodeProto, TensorProto, helper
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from sparsify.onnx.one_node import OneNode, Value, array_of, run_in_torch
+from sparsify.onnx.one_node import EdgeValue, OneNode, array_of, run_in_torch
 
 __all__: list[str] = []
 
@@ -54,7 +54,7 @@ class NodeFunction(nn.Module):
         self.op = runner.node.op_type
         self.attributes = attributes_of(runner.node)
         self.names = list(runner.node.input)
-        self.in_onnxruntime = runner.node.domain not in ("", "ai.onnx") or self.op not in FUNCTIONS
+        self.in_onnxruntime = runner.node.domain not in ("", "ai.onnx") or self.op not in TORCH_CALLS
         """Whether torch has no call for it; noted where one turns out to be missing, too."""
         if len(runner.outputs) > 1 and self.op != "Split":
             self.in_onnxruntime = True
@@ -65,7 +65,7 @@ class NodeFunction(nn.Module):
                     nn.Parameter(torch.from_numpy(np.array(array_of(tensor))), requires_grad=False),
                 )
 
-    def forward(self, *read: Value) -> Any:
+    def forward(self, *read: EdgeValue) -> Any:
         first = read[0] if read else None
         if self.op == "Shape" and isinstance(first, Tensor):
             shape = np.asarray([int(size) for size in first.shape], np.int64)
@@ -79,12 +79,12 @@ class NodeFunction(nn.Module):
             given = dict(zip(self.runner.reads, read, strict=True))
             values = [self._value(i, given.get(name)) for i, name in enumerate(self.names)]
             try:
-                return FUNCTIONS[self.op](self.attributes, values)
+                return TORCH_CALLS[self.op](self.attributes, values)
             except NoCall:
                 self.in_onnxruntime = True
         return self._given(run_in_torch(self.runner, list(read)))
 
-    def _value(self, index: int, value: Value) -> Any:
+    def _value(self, index: int, value: EdgeValue) -> Any:
         """A value as torch computes with it: stored floats as the parameter, a single one as a number."""
         name = self.names[index]
         if name in self.runner.constants:
@@ -102,18 +102,18 @@ class NodeFunction(nn.Module):
         return found[0] if len(found) == 1 else found
 
 
-def _tensor(value: Any) -> Tensor:
+def _tensor_of(value: Any) -> Tensor:
     return value if isinstance(value, Tensor) else torch.from_numpy(np.array(value))
 
 
-def _ints(value: Any) -> list[int]:
+def _known_ints(value: Any) -> list[int]:
     """Numbers that are known before a run."""
     if value is None or isinstance(value, Tensor):
         raise NoCall
     return [int(one) for one in np.asarray(value).reshape(-1)]
 
 
-def _floats(*values: Any) -> None:
+def _only_floats(*values: Any) -> None:
     """Only tensors of floats, and numbers, are computed with here: those of integers have rules of their own."""
     if any(isinstance(value, Tensor) and not value.is_floating_point() for value in values):
         raise NoCall
@@ -122,38 +122,38 @@ def _floats(*values: Any) -> None:
 
 
 def _operand(value: Any) -> Any:
-    return value if isinstance(value, float) else _tensor(value)
+    return value if isinstance(value, float) else _tensor_of(value)
 
 
-def _two(function: Callable[[Any, Any], Any]) -> Callable[[Attributes, list[Any]], Any]:
+def _of_two(function: Callable[[Any, Any], Any]) -> Callable[[Attributes, list[Any]], Any]:
     def call(_: Attributes, values: list[Any]) -> Any:
-        _floats(*values)
+        _only_floats(*values)
         return function(_operand(values[0]), _operand(values[1]))
 
     return call
 
 
-def _one(function: Callable[[Any], Any]) -> Callable[[Attributes, list[Any]], Any]:
+def _of_one(function: Callable[[Any], Any]) -> Callable[[Attributes, list[Any]], Any]:
     def call(_: Attributes, values: list[Any]) -> Any:
-        _floats(*values)
-        return function(_tensor(values[0]))
+        _only_floats(*values)
+        return function(_tensor_of(values[0]))
 
     return call
 
 
-def _clip(attributes: Attributes, values: list[Any]) -> Any:
+def _call_clip(attributes: Attributes, values: list[Any]) -> Any:
     low, high = (values[i] if len(values) > i else None for i in (1, 2))
     low, high = attributes.get("min", low), attributes.get("max", high)
     if any(isinstance(edge, Tensor) for edge in (low, high)):
         raise NoCall
-    _floats(values[0])
+    _only_floats(values[0])
     low, high = (None if edge is None else float(np.asarray(edge).reshape(())) for edge in (low, high))
     if (low, high) == (0.0, 6.0):
         return F.relu6(values[0])
     return F.relu(values[0]) if low == 0.0 and high is None else torch.clamp(values[0], low, high)
 
 
-def _hard_sigmoid(attributes: Attributes, values: list[Any]) -> Any:
+def _call_hard_sigmoid(attributes: Attributes, values: list[Any]) -> Any:
     x = values[0]
     # One operation: a product and a sum would look like those that are quantized.
     line = torch.addcdiv(
@@ -162,13 +162,13 @@ def _hard_sigmoid(attributes: Attributes, values: list[Any]) -> Any:
     return torch.clamp(line, 0.0, 1.0)
 
 
-def _softmax(attributes: Attributes, values: list[Any]) -> Any:
+def _call_softmax(attributes: Attributes, values: list[Any]) -> Any:
     return F.softmax(values[0], attributes.get("axis", -1))
 
 
-def _reshape(attributes: Attributes, values: list[Any]) -> Any:
-    shape = _ints(values[1])
-    x = _tensor(values[0])
+def _call_reshape(attributes: Attributes, values: list[Any]) -> Any:
+    shape = _known_ints(values[1])
+    x = _tensor_of(values[0])
     if attributes.get("allowzero", 0) and 0 in shape:
         raise NoCall
     return x.reshape([x.shape[i] if size == 0 else size for i, size in enumerate(shape)])
@@ -177,54 +177,54 @@ def _reshape(attributes: Attributes, values: list[Any]) -> Any:
 def _axes(attributes: Attributes, values: list[Any], at: int = 1) -> list[int]:
     if "axes" in attributes:
         return list(attributes["axes"])
-    return _ints(values[at]) if len(values) > at and values[at] is not None else []
+    return _known_ints(values[at]) if len(values) > at and values[at] is not None else []
 
 
-def _squeeze(attributes: Attributes, values: list[Any]) -> Any:
-    x = _tensor(values[0])
+def _call_squeeze(attributes: Attributes, values: list[Any]) -> Any:
+    x = _tensor_of(values[0])
     axes = _axes(attributes, values) or [i for i, size in enumerate(x.shape) if size == 1]
     for axis in sorted((axis % x.dim() for axis in axes), reverse=True):
         x = x.squeeze(axis)
     return x
 
 
-def _unsqueeze(attributes: Attributes, values: list[Any]) -> Any:
-    x = _tensor(values[0])
+def _call_unsqueeze(attributes: Attributes, values: list[Any]) -> Any:
+    x = _tensor_of(values[0])
     axes = _axes(attributes, values)
     for axis in sorted(axis % (x.dim() + len(axes)) for axis in axes):
         x = x.unsqueeze(axis)
     return x
 
 
-def _flatten(attributes: Attributes, values: list[Any]) -> Any:
+def _call_flatten(attributes: Attributes, values: list[Any]) -> Any:
     x, axis = values[0], attributes.get("axis", 1)
     if axis != 1 or x.dim() < 2:
         raise NoCall
     return torch.flatten(x, 1)
 
 
-def _transpose(attributes: Attributes, values: list[Any]) -> Any:
+def _call_transpose(attributes: Attributes, values: list[Any]) -> Any:
     x = values[0]
     return x.permute(attributes.get("perm", list(range(x.dim()))[::-1]))
 
 
-def _cast(attributes: Attributes, values: list[Any]) -> Any:
+def _call_cast(attributes: Attributes, values: list[Any]) -> Any:
     wanted = _TORCH_TYPES.get(attributes["to"])
-    x = _tensor(values[0])
+    x = _tensor_of(values[0])
     if wanted is None or not (wanted.is_floating_point or x.dtype in (torch.bool, torch.int32, torch.int64)):
         raise NoCall
     return x if x.dtype == wanted else x.to(wanted)
 
 
-def _slice(attributes: Attributes, values: list[Any]) -> Any:
-    x = _tensor(values[0])
+def _call_slice(attributes: Attributes, values: list[Any]) -> Any:
+    x = _tensor_of(values[0])
     if "starts" in attributes:
         starts, ends = list(attributes["starts"]), list(attributes["ends"])
         axes, steps = list(attributes.get("axes", range(len(starts)))), [1] * len(starts)
     else:
-        starts, ends = _ints(values[1]), _ints(values[2])
-        axes = _ints(values[3]) if len(values) > 3 and values[3] is not None else list(range(len(starts)))
-        steps = _ints(values[4]) if len(values) > 4 and values[4] is not None else [1] * len(starts)
+        starts, ends = _known_ints(values[1]), _known_ints(values[2])
+        axes = _known_ints(values[3]) if len(values) > 3 and values[3] is not None else list(range(len(starts)))
+        steps = _known_ints(values[4]) if len(values) > 4 and values[4] is not None else [1] * len(starts)
     if any(step < 1 for step in steps):
         raise NoCall
     for start, end, axis, step in zip(starts, ends, axes, steps, strict=True):
@@ -234,18 +234,18 @@ def _slice(attributes: Attributes, values: list[Any]) -> Any:
     return x
 
 
-def _split(attributes: Attributes, values: list[Any]) -> Any:
-    x, axis = _tensor(values[0]), attributes.get("axis", 0)
+def _call_split(attributes: Attributes, values: list[Any]) -> Any:
+    x, axis = _tensor_of(values[0]), attributes.get("axis", 0)
     sizes = attributes.get("split")
     if sizes is None and len(values) > 1 and values[1] is not None:
-        sizes = _ints(values[1])
+        sizes = _known_ints(values[1])
     if sizes is None:
         raise NoCall
     return torch.split(x, list(sizes), axis)
 
 
-def _gather(attributes: Attributes, values: list[Any]) -> Any:
-    x, axis = _tensor(values[0]), attributes.get("axis", 0)
+def _call_gather(attributes: Attributes, values: list[Any]) -> Any:
+    x, axis = _tensor_of(values[0]), attributes.get("axis", 0)
     if isinstance(values[1], Tensor):
         raise NoCall
     index = np.asarray(values[1])
@@ -257,18 +257,18 @@ def _gather(attributes: Attributes, values: list[Any]) -> Any:
     return x.index_select(axis, torch.from_numpy(index.astype(np.int64)))
 
 
-def _concat(attributes: Attributes, values: list[Any]) -> Any:
-    return torch.cat([_tensor(value) for value in values], attributes["axis"])
+def _call_concat(attributes: Attributes, values: list[Any]) -> Any:
+    return torch.cat([_tensor_of(value) for value in values], attributes["axis"])
 
 
-def _expand(_: Attributes, values: list[Any]) -> Any:
-    x, shape = _tensor(values[0]), _ints(values[1])
+def _call_expand(_: Attributes, values: list[Any]) -> Any:
+    x, shape = _tensor_of(values[0]), _known_ints(values[1])
     return x.expand(np.broadcast_shapes(tuple(x.shape), tuple(shape)))
 
 
-def _pad(attributes: Attributes, values: list[Any]) -> Any:
-    x, mode = _tensor(values[0]), attributes.get("mode", "constant")
-    pads = list(attributes["pads"]) if "pads" in attributes else _ints(values[1])
+def _call_pad(attributes: Attributes, values: list[Any]) -> Any:
+    x, mode = _tensor_of(values[0]), attributes.get("mode", "constant")
+    pads = list(attributes["pads"]) if "pads" in attributes else _known_ints(values[1])
     number = values[2] if len(values) > 2 and values[2] is not None else attributes.get("value", 0.0)
     if isinstance(number, Tensor) or (len(values) > 3 and values[3] is not None):
         raise NoCall
@@ -295,7 +295,7 @@ def pool_geometry(attributes: Attributes) -> tuple[list[int], list[int], list[in
     return kernel, list(attributes.get("strides", [1] * rank)), pads[:rank]
 
 
-def _max_pool(attributes: Attributes, values: list[Any]) -> Any:
+def _call_max_pool(attributes: Attributes, values: list[Any]) -> Any:
     kernel, stride, padding = pool_geometry(attributes)
     if (
         len(kernel) > 3
@@ -308,7 +308,7 @@ def _max_pool(attributes: Attributes, values: list[Any]) -> Any:
     return pool(values[0], kernel, stride, padding, dilation, ceil)
 
 
-def _average_pool(attributes: Attributes, values: list[Any]) -> Any:
+def _call_average_pool(attributes: Attributes, values: list[Any]) -> Any:
     kernel, stride, padding = pool_geometry(attributes)
     if len(kernel) > 2 or any(one != 1 for one in attributes.get("dilations", [1])) or attributes.get("ceil_mode", 0):
         raise NoCall
@@ -328,9 +328,9 @@ def _global_maximum(_: Attributes, values: list[Any]) -> Any:
     return torch.amax(values[0], tuple(range(2, values[0].dim())), keepdim=True)
 
 
-def _reduce(function: Callable[..., Any]) -> Callable[[Attributes, list[Any]], Any]:
+def _over_axes(function: Callable[..., Any]) -> Callable[[Attributes, list[Any]], Any]:
     def call(attributes: Attributes, values: list[Any]) -> Any:
-        _floats(values[0])
+        _only_floats(values[0])
         axes = _axes(attributes, values)
         if not axes and attributes.get("noop_with_empty_axes", 0):
             raise NoCall
@@ -339,7 +339,7 @@ def _reduce(function: Callable[..., Any]) -> Callable[[Attributes, list[Any]], A
     return call
 
 
-def _layer_norm(attributes: Attributes, values: list[Any]) -> Any:
+def _call_layer_norm(attributes: Attributes, values: list[Any]) -> Any:
     x, axis = values[0], attributes.get("axis", -1)
     bias = values[2] if len(values) > 2 else None
     if any(isinstance(each, np.ndarray) for each in values):
@@ -347,11 +347,11 @@ def _layer_norm(attributes: Attributes, values: list[Any]) -> Any:
     return F.layer_norm(x, tuple(x.shape[axis:]), values[1], bias, attributes.get("epsilon", 1e-5))
 
 
-def _instance_norm(attributes: Attributes, values: list[Any]) -> Any:
+def _call_instance_norm(attributes: Attributes, values: list[Any]) -> Any:
     return F.instance_norm(values[0], weight=values[1], bias=values[2], eps=attributes.get("epsilon", 1e-5))
 
 
-def _resize(attributes: Attributes, values: list[Any]) -> Any:
+def _call_resize(attributes: Attributes, values: list[Any]) -> Any:
     x, mode = values[0], attributes.get("mode", "nearest")
     where = attributes.get("coordinate_transformation_mode", "half_pixel")
     scales = values[2] if len(values) > 2 else None
@@ -359,7 +359,7 @@ def _resize(attributes: Attributes, values: list[Any]) -> Any:
     if x.dim() != 4 or attributes.get("axes") is not None or attributes.get("antialias", 0):
         raise NoCall
     if sizes is not None and not isinstance(sizes, Tensor):
-        size = _ints(sizes)
+        size = _known_ints(sizes)
     elif scales is not None and not isinstance(scales, Tensor) and np.asarray(scales).size:
         size = [int(np.floor(n * f)) for n, f in zip(x.shape, np.asarray(scales).reshape(-1).tolist(), strict=True)]
     else:
@@ -380,78 +380,78 @@ def _resize(attributes: Attributes, values: list[Any]) -> Any:
     raise NoCall
 
 
-def _depth_to_space(attributes: Attributes, values: list[Any]) -> Any:
+def _call_depth_to_space(attributes: Attributes, values: list[Any]) -> Any:
     if attributes.get("mode", "DCR") != "CRD":
         raise NoCall
     return F.pixel_shuffle(values[0], attributes["blocksize"])
 
 
-def _prelu(_: Attributes, values: list[Any]) -> Any:
-    x, slope = values[0], _tensor(values[1])
+def _call_prelu(_: Attributes, values: list[Any]) -> Any:
+    x, slope = values[0], _tensor_of(values[1])
     return torch.where(x >= 0, x, x * slope)
 
 
-def _power(_: Attributes, values: list[Any]) -> Any:
-    _floats(values[0])
+def _call_power(_: Attributes, values: list[Any]) -> Any:
+    _only_floats(values[0])
     power = values[1]
     if isinstance(power, np.ndarray) and power.ndim == 0:
         power = float(power)
-    return torch.pow(values[0] if isinstance(values[0], Tensor) else _tensor(values[0]), _operand(power))
+    return torch.pow(values[0] if isinstance(values[0], Tensor) else _tensor_of(values[0]), _operand(power))
 
 
 def _idle(_: Attributes, values: list[Any]) -> Any:
     return values[0]
 
 
-FUNCTIONS: dict[str, Callable[[Attributes, list[Any]], Any]] = {
-    "Add": _two(lambda a, b: torch.add(a, b) if isinstance(a, Tensor) else torch.add(b, a)),
-    "Sub": _two(lambda a, b: a - b),
-    "Mul": _two(lambda a, b: torch.mul(a, b) if isinstance(a, Tensor) else torch.mul(b, a)),
-    "Div": _two(lambda a, b: a / b),
-    "MatMul": _two(torch.matmul),
-    "Pow": _power,
-    "Abs": _one(torch.abs),
-    "Neg": _one(torch.neg),
-    "Exp": _one(torch.exp),
-    "Log": _one(torch.log),
-    "Sqrt": _one(torch.sqrt),
-    "Erf": _one(torch.erf),
-    "Sin": _one(torch.sin),
-    "Cos": _one(torch.cos),
-    "Reciprocal": _one(torch.reciprocal),
-    "Softplus": _one(F.softplus),
-    "Mish": _one(F.mish),
+TORCH_CALLS: dict[str, Callable[[Attributes, list[Any]], Any]] = {
+    "Add": _of_two(lambda a, b: torch.add(a, b) if isinstance(a, Tensor) else torch.add(b, a)),
+    "Sub": _of_two(lambda a, b: a - b),
+    "Mul": _of_two(lambda a, b: torch.mul(a, b) if isinstance(a, Tensor) else torch.mul(b, a)),
+    "Div": _of_two(lambda a, b: a / b),
+    "MatMul": _of_two(torch.matmul),
+    "Pow": _call_power,
+    "Abs": _of_one(torch.abs),
+    "Neg": _of_one(torch.neg),
+    "Exp": _of_one(torch.exp),
+    "Log": _of_one(torch.log),
+    "Sqrt": _of_one(torch.sqrt),
+    "Erf": _of_one(torch.erf),
+    "Sin": _of_one(torch.sin),
+    "Cos": _of_one(torch.cos),
+    "Reciprocal": _of_one(torch.reciprocal),
+    "Softplus": _of_one(F.softplus),
+    "Mish": _of_one(F.mish),
     "LeakyRelu": lambda a, v: F.leaky_relu(v[0], a.get("alpha", 0.01)),
     "Elu": lambda a, v: F.elu(v[0], a.get("alpha", 1.0)),
     "Gelu": lambda a, v: F.gelu(v[0], approximate=a.get("approximate", "none")),
-    "HardSigmoid": _hard_sigmoid,
-    "PRelu": _prelu,
-    "Clip": _clip,
-    "Softmax": _softmax,
-    "Concat": _concat,
-    "Reshape": _reshape,
-    "Squeeze": _squeeze,
-    "Unsqueeze": _unsqueeze,
-    "Flatten": _flatten,
-    "Transpose": _transpose,
+    "HardSigmoid": _call_hard_sigmoid,
+    "PRelu": _call_prelu,
+    "Clip": _call_clip,
+    "Softmax": _call_softmax,
+    "Concat": _call_concat,
+    "Reshape": _call_reshape,
+    "Squeeze": _call_squeeze,
+    "Unsqueeze": _call_unsqueeze,
+    "Flatten": _call_flatten,
+    "Transpose": _call_transpose,
     "Identity": _idle,
-    "Cast": _cast,
-    "Slice": _slice,
-    "Split": _split,
-    "Gather": _gather,
-    "Expand": _expand,
-    "Pad": _pad,
-    "MaxPool": _max_pool,
-    "AveragePool": _average_pool,
+    "Cast": _call_cast,
+    "Slice": _call_slice,
+    "Split": _call_split,
+    "Gather": _call_gather,
+    "Expand": _call_expand,
+    "Pad": _call_pad,
+    "MaxPool": _call_max_pool,
+    "AveragePool": _call_average_pool,
     "GlobalAveragePool": _global_average,
     "GlobalMaxPool": _global_maximum,
-    "ReduceMean": _reduce(torch.mean),
-    "ReduceSum": _reduce(torch.sum),
-    "ReduceMax": _reduce(torch.amax),
-    "ReduceMin": _reduce(torch.amin),
-    "LayerNormalization": _layer_norm,
-    "InstanceNormalization": _instance_norm,
-    "Resize": _resize,
-    "DepthToSpace": _depth_to_space,
+    "ReduceMean": _over_axes(torch.mean),
+    "ReduceSum": _over_axes(torch.sum),
+    "ReduceMax": _over_axes(torch.amax),
+    "ReduceMin": _over_axes(torch.amin),
+    "LayerNormalization": _call_layer_norm,
+    "InstanceNormalization": _call_instance_norm,
+    "Resize": _call_resize,
+    "DepthToSpace": _call_depth_to_space,
 }
 """{operator: its torch call, of attributes and values; `NoCall` where it has none for these}."""

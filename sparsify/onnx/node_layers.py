@@ -21,7 +21,7 @@ CONVS: dict[str, tuple[type[nn.Module], ...]] = {
     "Conv": (nn.Conv1d, nn.Conv2d, nn.Conv3d),
     "ConvTranspose": (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d),
 }
-NORMS = {2: nn.BatchNorm1d, 3: nn.BatchNorm1d, 4: nn.BatchNorm2d, 5: nn.BatchNorm3d}
+NORM_LAYERS = {2: nn.BatchNorm1d, 3: nn.BatchNorm1d, 4: nn.BatchNorm2d, 5: nn.BatchNorm3d}
 _SIXTH = 1e-6
 
 
@@ -100,19 +100,19 @@ def layer_of(
         return None
     try:
         if node.op_type in CONVS:
-            return _conv(node, constants)
+            return _conv_layer(node, constants)
         if node.op_type in ("Gemm", "MatMul"):
-            return _linear(node, constants)
+            return _linear_layer(node, constants)
         if node.op_type == "Gather":
-            return _embedding(node, constants)
+            return _embedding_layer(node, constants)
         if node.op_type == "BatchNormalization":
-            return _norm(node, constants, rank)
+            return _norm_layer(node, constants, rank)
     except NoCall:
         pass
     return None
 
 
-def _floats(constants: Mapping[str, TensorProto], name: str) -> Tensor:
+def _stored_floats(constants: Mapping[str, TensorProto], name: str) -> Tensor:
     """A stored tensor of float32."""
     tensor = constants.get(name)
     if tensor is None or tensor.data_type != TensorProto.FLOAT:
@@ -138,11 +138,14 @@ def _filled(layer: nn.Module, **values: Tensor | None) -> nn.Module:
     return layer.eval()
 
 
-def _conv(node: NodeProto, constants: Mapping[str, TensorProto]) -> tuple[nn.Module, StoredWeight]:
-    weight = _floats(constants, node.input[1])
-    bias = _floats(constants, node.input[2]) if len(node.input) > 2 and node.input[2] else None
+def _conv_layer(node: NodeProto, constants: Mapping[str, TensorProto]) -> tuple[nn.Module, StoredWeight]:
+    weight = _stored_floats(constants, node.input[1])
+    bias = _stored_floats(constants, node.input[2]) if len(node.input) > 2 and node.input[2] else None
     attributes = attributes_of(node)
     rank = weight.dim() - 2
+    # Without one there would be no place for what rounding shifts; a kernel of integers adds it for nothing.
+    outputs = weight.shape[0] if node.op_type == "Conv" else weight.shape[1] * attributes.get("group", 1)
+    bias = torch.zeros(outputs) if bias is None else bias
     if not 1 <= rank <= 3:
         raise NoCall
     stride = tuple(attributes.get("strides", [1] * rank))
@@ -150,7 +153,7 @@ def _conv(node: NodeProto, constants: Mapping[str, TensorProto]) -> tuple[nn.Mod
     groups = attributes.get("group", 1)
     kernel = tuple(weight.shape[2:])
     cls: Any = CONVS[node.op_type][rank - 1]
-    options: dict[str, Any] = {"stride": stride, "dilation": dilation, "groups": groups, "bias": bias is not None}
+    options: dict[str, Any] = {"stride": stride, "dilation": dilation, "groups": groups}
     if node.op_type == "ConvTranspose":
         _, _, padding = pool_geometry({"kernel_shape": kernel, **attributes})
         if attributes.get("output_shape"):
@@ -179,8 +182,8 @@ def _conv(node: NodeProto, constants: Mapping[str, TensorProto]) -> tuple[nn.Mod
     return _filled(layer, weight=weight, bias=bias), StoredWeight(node.input[1])
 
 
-def _linear(node: NodeProto, constants: Mapping[str, TensorProto]) -> tuple[nn.Module, StoredWeight]:
-    weight = _floats(constants, node.input[1])
+def _linear_layer(node: NodeProto, constants: Mapping[str, TensorProto]) -> tuple[nn.Module, StoredWeight]:
+    weight = _stored_floats(constants, node.input[1])
     attributes = attributes_of(node)
     stored_out_first = bool(attributes.get("transB", 0)) and node.op_type == "Gemm"
     if weight.dim() != 2 or node.input[0] in constants or attributes.get("transA", 0):
@@ -208,20 +211,22 @@ def bias_vector(constants: Mapping[str, TensorProto], name: str, size: int) -> T
     return torch.from_numpy(np.array(array_of(tensor))).reshape(size)
 
 
-def _embedding(node: NodeProto, constants: Mapping[str, TensorProto]) -> tuple[nn.Module, StoredWeight]:
-    weight = _floats(constants, node.input[0])
+def _embedding_layer(node: NodeProto, constants: Mapping[str, TensorProto]) -> tuple[nn.Module, StoredWeight]:
+    weight = _stored_floats(constants, node.input[0])
     if weight.dim() != 2 or attributes_of(node).get("axis", 0) or node.input[1] in constants:
         raise NoCall
     layer = _unfilled(nn.Embedding, *weight.shape)
     return _filled(layer, weight=weight), StoredWeight(node.input[0])
 
 
-def _norm(node: NodeProto, constants: Mapping[str, TensorProto], rank: int | None) -> tuple[nn.Module, StoredWeight]:
-    scale, bias, mean, var = (_floats(constants, name) for name in node.input[1:5])
+def _norm_layer(
+    node: NodeProto, constants: Mapping[str, TensorProto], rank: int | None
+) -> tuple[nn.Module, StoredWeight]:
+    scale, bias, mean, var = (_stored_floats(constants, name) for name in node.input[1:5])
     attributes = attributes_of(node)
-    if rank not in NORMS or attributes.get("training_mode", 0) or sum(map(bool, node.output)) > 1:
+    if rank not in NORM_LAYERS or attributes.get("training_mode", 0) or sum(map(bool, node.output)) > 1:
         raise NoCall
-    layer = NORMS[rank](scale.shape[0], eps=attributes.get("epsilon", 1e-5))
+    layer = NORM_LAYERS[rank](scale.shape[0], eps=attributes.get("epsilon", 1e-5))
     filled = _filled(layer, weight=scale, bias=bias, running_mean=mean, running_var=var)
     return filled, StoredWeight(node.input[1])
 

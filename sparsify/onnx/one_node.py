@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 __all__: list[str] = []
 
-Value = Tensor | np.ndarray | None
+EdgeValue = Tensor | np.ndarray | None
 """What stands on an edge of a graph: a tensor; an array where it is known before a run; None where an input is left
 out."""
 
@@ -47,7 +47,7 @@ class OneNode:
         self.shapes: dict[tuple[Any, ...], list[tuple[tuple[int, ...], torch.dtype]]] = {}
         """Of its results, by the shapes of what it read."""
         self._known: dict[tuple[Any, ...], int] = {}
-        self._arrays: list[list[Value]] = []
+        self._arrays: list[list[EdgeValue]] = []
         self._sessions: dict[tuple[str, ...], InferenceSession] = {}
         self.key = len(_KNOWN)
         _KNOWN.append(self)
@@ -73,7 +73,7 @@ class OneNode:
         except Exception as error:
             raise ExportError(f"{self.node.name} ({self.node.op_type}) failed: {first_line(error)}") from error
 
-    def number_of(self, values: list[Value]) -> int:
+    def number_of(self, values: list[EdgeValue]) -> int:
         """The number under which the arrays among `values` are kept, with None where tensors stand."""
         arrays = [value if isinstance(value, np.ndarray) else None for value in values]
         key = tuple(None if array is None else (str(array.dtype), array.shape, array.tobytes()) for array in arrays)
@@ -101,7 +101,7 @@ class OneNode:
         return start_session(model, SessionSettings(), path=None, changed=True)
 
 
-def run_in_torch(node: OneNode, values: list[Value]) -> list[Tensor]:
+def run_in_torch(node: OneNode, values: list[EdgeValue]) -> list[Tensor]:
     """The results of a node for tensors and arrays; one operator to a tracer, which cannot look inside."""
     tensors = [value for value in values if isinstance(value, Tensor)]
     results: list[Tensor] = _operator()(tensors, node.key, node.number_of(values))
@@ -112,13 +112,13 @@ def _run(tensors: list[Tensor], key: int, number: int) -> list[Tensor]:
     node = _KNOWN[key]
     arrays = node([*node.filled(number, [tensor.detach().cpu().numpy() for tensor in tensors])])
     results = [torch.from_numpy(np.array(array)) for array in arrays]
-    node.shapes[_form(tensors, number)] = [(tuple(result.shape), result.dtype) for result in results]
+    node.shapes[_shapes_of(tensors, number)] = [(tuple(result.shape), result.dtype) for result in results]
     return results
 
 
 def _shaped(tensors: list[Tensor], key: int, number: int) -> list[Tensor]:
     """What a trace, which computes nothing, takes the results to be: as in a run on such tensors, else on zeros."""
-    node, form = _KNOWN[key], _form(tensors, number)
+    node, form = _KNOWN[key], _shapes_of(tensors, number)
     if form not in node.shapes:
         zeros = [np.zeros(tuple(tensor.shape), _numpy_type(tensor.dtype)) for tensor in tensors]
         arrays = node(list(node.filled(number, zeros)))
@@ -127,7 +127,7 @@ def _shaped(tensors: list[Tensor], key: int, number: int) -> list[Tensor]:
     return [tensors[0].new_empty(shape, dtype=kind) for shape, kind in node.shapes[form]]
 
 
-def _form(tensors: list[Tensor], number: int) -> tuple[Any, ...]:
+def _shapes_of(tensors: list[Tensor], number: int) -> tuple[Any, ...]:
     return (number, *(tuple(int(size) for size in tensor.shape) for tensor in tensors))
 
 

@@ -41,7 +41,7 @@ def written_graph(model: ImportedModel, inputs: dict[str, Any]) -> ModelProto:
         ExportError: a quantizer stands where the graph has no value.
     """
     writer = _Writer(model.given.proto)
-    with _watched(model) as calls, torch.no_grad():
+    with _watched_quantizers(model) as calls, torch.no_grad():
         for step, module, operands, results in model.run(inputs):
             writer.write(step, module, operands, results, calls)
             calls.clear()
@@ -49,7 +49,7 @@ def written_graph(model: ImportedModel, inputs: dict[str, Any]) -> ModelProto:
 
 
 @contextmanager
-def _watched(model: nn.Module) -> Iterator[list[Rounded]]:
+def _watched_quantizers(model: nn.Module) -> Iterator[list[Rounded]]:
     """The calls of quantizers while the block runs."""
     calls: list[Rounded] = []
     handles = [
@@ -208,7 +208,8 @@ class _Writer:
             weight, bias = module.weight, getattr(module, "bias", None)
         stored = self._same_or_new(step.weight.name, step.weight.of_torch(weight))
         nodes[0].input[0 if isinstance(module, nn.Embedding) else 1] = stored
-        self._set_bias(nodes, None if bias is None else self._float_bias(nodes, bias.detach().numpy()))
+        without = bias is None or (len(nodes) == 1 and len(nodes[0].input) == 2 and not bias.any())
+        self._set_bias(nodes, None if without else self._float_bias(nodes, bias.detach().numpy()))
         return nodes
 
     def _integer_layer(self, step: Step, module: DeployedLayer, nodes: list[NodeProto]) -> list[NodeProto]:

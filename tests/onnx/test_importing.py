@@ -38,7 +38,7 @@ def files_agree(name: str, folder: Path) -> None:
         torch.testing.assert_close(imported(data[0]), model(data[0]), rtol=1e-5, atol=1e-6)
     outputs, kernels = [], []
     for each in (model, imported):
-        quantized = quantize_model(each, data, least_samples=1, correct_bias=False).model
+        quantized = quantize_model(each, data, least_samples=1).model
         export_onnx(quantized, data[0], folder / "int8.onnx")
         assert verify_onnx(quantized, folder / "int8.onnx", data[0]).ok
         outputs.append(run(folder / "int8.onnx", data[0]))
