@@ -27,6 +27,9 @@ if TYPE_CHECKING:
 __all__: list[str] = []
 
 
+StepRun = tuple["Step", nn.Module, list[Any], list[Any]]
+
+
 @dataclass(frozen=True)
 class Step:
     """One module of an imported graph, and the nodes that it stands for.
@@ -72,11 +75,8 @@ class ImportedModel(nn.Module):
 
     given: Given
 
-    def run(
-        self, inputs: Mapping[str, EdgeValue]
-    ) -> Iterator[tuple[Step, nn.Module, list[EdgeValue], list[EdgeValue]]]:
-        """Runs node by node: (step, its module, what it was called with, what it gave); ends with all values in
-        `inputs`, which is written to."""
+    def run(self, inputs: Mapping[str, EdgeValue]) -> Iterator[StepRun]:
+        """Runs node by node: (step, its module, what it was called with, what it gave). All values go into `inputs`."""
         values = cast("dict[str, Any]", inputs)
         values.update(self.given.constants)
         for step in self.given.steps:

@@ -27,7 +27,7 @@ _SIXTH = 1e-6
 
 @dataclass(frozen=True)
 class StoredWeight:
-    """How the weight of a torch layer lies in the file.
+    """Place and layout in the file of the weight of a torch layer.
 
     Attributes:
         name: of the initializer.

@@ -83,7 +83,7 @@ class OneNode:
         return self._known[key]
 
     def filled(self, number: int, tensors: list[np.ndarray]) -> Iterator[np.ndarray]:
-        """What the node reads: the arrays of this number, and `tensors` between them."""
+        """Arrays that the node reads: those of this number, and `tensors` between them."""
         given = iter(tensors)
         for array in self._arrays[number]:
             yield next(given) if array is None else cast(np.ndarray, array)
@@ -117,7 +117,7 @@ def _run(tensors: list[Tensor], key: int, number: int) -> list[Tensor]:
 
 
 def _shaped(tensors: list[Tensor], key: int, number: int) -> list[Tensor]:
-    """What a trace, which computes nothing, takes the results to be: as in a run on such tensors, else on zeros."""
+    """Results for a trace, which computes nothing: of the shapes of a run on such tensors, else on zeros."""
     node, form = _KNOWN[key], _shapes_of(tensors, number)
     if form not in node.shapes:
         zeros = [np.zeros(tuple(tensor.shape), _numpy_type(tensor.dtype)) for tensor in tensors]

@@ -208,8 +208,9 @@ class _Writer:
             weight, bias = module.weight, getattr(module, "bias", None)
         stored = self._same_or_new(step.weight.name, step.weight.of_torch(weight))
         nodes[0].input[0 if isinstance(module, nn.Embedding) else 1] = stored
-        without = bias is None or (len(nodes) == 1 and len(nodes[0].input) == 2 and not bias.any())
-        self._set_bias(nodes, None if without else self._float_bias(nodes, bias.detach().numpy()))
+        if bias is not None and len(nodes) == 1 and len(nodes[0].input) == 2 and not bias.any():
+            bias = None
+        self._set_bias(nodes, None if bias is None else self._float_bias(nodes, bias.detach().numpy()))
         return nodes
 
     def _integer_layer(self, step: Step, module: DeployedLayer, nodes: list[NodeProto]) -> list[NodeProto]:
