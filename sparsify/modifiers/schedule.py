@@ -103,6 +103,11 @@ class UpdateGrid:
     window: Window
     frequency: float
 
+    def every_step(self, clock: Clock) -> bool:
+        """True if a point is due at every step: it says so, or is far finer, or finer than floats of this size are."""
+        finest = max(EPOCH_TOLERANCE / (clock.steps_per_epoch or 1), 4 * math.ulp(clock.epoch))
+        return self.frequency == -1 or self.frequency <= finest
+
     def latest(self, clock: Clock) -> float | None:
         """The last epoch of the grid that is due at `clock`; None before the start.
 
@@ -117,7 +122,7 @@ class UpdateGrid:
             return None
         if clock.reached(self.window.end):
             return self.window.end
-        if self.frequency == -1:
+        if self.every_step(clock):
             return max(clock.epoch, self.window.start)
         k = math.floor((clock.epoch - self.window.start) / self.frequency)
         # The floor is off by one where the division rounds across a grid point: ask the clock, which has the tolerance.

@@ -17,7 +17,7 @@ from sparsify.model import distributed, gradients, targets
 from sparsify.model.targets import is_finite
 from sparsify.modifiers.base import Active, Run
 from sparsify.modifiers.gradual import Gradual, GradualPruning, ScoreType
-from sparsify.modifiers.schedule import EPOCH_TOLERANCE, Clock, between
+from sparsify.modifiers.schedule import EPOCH_TOLERANCE, Clock, UpdateGrid, between
 from sparsify.output.field_errors import FieldProblem
 from sparsify.pruning import second_order
 from sparsify.pruning.masks import compute_masks
@@ -214,7 +214,9 @@ class _SecondOrder(Gradual, ABC):
             return
         # Where the next update's step is not known ahead, there is a running mean.
         self.collecting = self.nearly = True
-        if clock.steps_per_epoch is None or (self.point is not None and frequency == -1):
+        if clock.steps_per_epoch is None or (
+            self.point is not None and UpdateGrid(window, frequency).every_step(clock)
+        ):
             return
         upcoming = window.start
         if self.point is not None:

@@ -15,7 +15,7 @@ from sparsify.model.optimizer_state import reset_where
 from sparsify.modifiers.base import Active, Run
 from sparsify.modifiers.gradual import Gradual, GradualPruning, ScoreType
 from sparsify.modifiers.moving_masks import Fraction, MaskName, Moving, SparseTraining, taken_over
-from sparsify.modifiers.schedule import EPOCH_TOLERANCE, Clock
+from sparsify.modifiers.schedule import EPOCH_TOLERANCE, Clock, UpdateGrid
 from sparsify.output.field_errors import FieldProblem
 from sparsify.pruning import layer_sparsity
 from sparsify.pruning.selection import mask_lowest
@@ -83,6 +83,8 @@ class ACDCPruningModifier(SparseTraining):
     def _phases_have_a_length(self) -> ACDCPruningModifier:
         if self.update_frequency == -1:
             raise FieldProblem("update_frequency", "-1 (every step) is no length of a phase; give epochs, 5 is usual")
+        if self.update_frequency <= EPOCH_TOLERANCE:
+            raise FieldProblem("update_frequency", f"{self.update_frequency} is no length of a phase; 5 is usual")
         return self
 
     def dense(self, point: float) -> bool:
@@ -280,7 +282,7 @@ class _RigL(Moving):
         if self.run.grad_sampler is not None or self.point is None or self.released or self.point >= window.end:
             return
         # Where the next move's step is not known ahead, the last gradients are kept alone.
-        self.last_alone = frequency == -1 or clock.steps_per_epoch is None
+        self.last_alone = clock.steps_per_epoch is None or UpdateGrid(window, frequency).every_step(clock)
         if self.last_alone:
             self.collecting = self.nearly = True
             return

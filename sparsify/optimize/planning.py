@@ -30,6 +30,10 @@ if TYPE_CHECKING:
 __all__ = ["plan"]
 
 
+MOST_EPOCHS = 1000
+"""Whole epochs at which a plan looks."""
+
+
 def plan(
     recipe: Any,
     model: nn.Module | None = None,
@@ -178,15 +182,19 @@ def _compute_cost(analysis: ModelAnalysis | None) -> dict[str, int]:
 
 
 def _clock(epoch: float, steps_per_epoch: int | None) -> Clock:
-    if steps_per_epoch is None:
-        return Clock(0, epoch)
+    if steps_per_epoch is None or math.isinf(epoch * steps_per_epoch):
+        return Clock(0, epoch, steps_per_epoch)
     step = math.ceil(epoch * steps_per_epoch - 1e-6)
     return Clock(step, step / steps_per_epoch, steps_per_epoch)
 
 
 def _epochs(modifiers: Iterable[Modifier], last: float) -> list[float]:
-    """Whole epochs, and every start, end and cut, up to the end of training."""
-    found = {float(epoch) for epoch in range(math.floor(last) + 1)} | {last}
+    """Whole epochs (of a long training, `MOST_EPOCHS` of them), and every start, end and cut, up to its end."""
+    whole = math.floor(last)
+    found = (
+        {float(whole * i // min(whole, MOST_EPOCHS)) for i in range(min(whole, MOST_EPOCHS) + 1)} if whole else {0.0}
+    )
+    found.add(last)
     for modifier in modifiers:
         found |= {e for e in (modifier.window.start, modifier.window.end, *modifier.cuts()) if e <= last}
     return sorted(found)

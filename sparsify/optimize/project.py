@@ -13,6 +13,8 @@ not at all; nothing is pickled, and nothing is run when a project is opened.
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import json
 import os
 import re
 import shutil
@@ -34,7 +36,7 @@ from sparsify.onnx.runtime import read_model
 from sparsify.optimize.pruning_profiles import PruningSettings
 from sparsify.optimize.stages import OriginalTraining
 from sparsify.output.files import read_text, replacing
-from sparsify.output.json_values import EXACT, from_json_object, json_object, json_text
+from sparsify.output.json_values import EXACT, from_json_object, json_object, json_text, plain
 from sparsify.output.tables import Column, Displayed, Table
 from sparsify.recipe import Recipe
 
@@ -47,6 +49,8 @@ __all__ = ["Optimization", "Project", "ProjectSettings"]
 
 PROJECT_FORMAT = 1
 """The format of project.json; raised when it changes, so that an old one is not misread."""
+MADE_WITH = "settings by the recipe's digest"
+"""The key in the file beside a recipe: a recipe is replaced in one step, and its settings with it."""
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9 ._-]{0,99}")
 
 
@@ -243,14 +247,8 @@ class Project(Displayed):
     def optimizations(self) -> Mapping[str, Optimization]:
         found = {}
         for name, path in self._files("optimizations", ".yaml").items():
-            settings = path.with_suffix(".json")
-            made = None
-            if settings.exists():
-                try:
-                    made = from_json_object(PruningSettings, json_object(read_text(settings)))
-                except ValueError as error:
-                    raise DataError(f"{settings}: these are no settings: {error}") from error
-            found[name] = Optimization(Recipe.load(path), made, read_text(path))
+            text = read_text(path)
+            found[name] = Optimization(Recipe.load(path), _settings_of(path.with_suffix(".json"), text), text)
         return found
 
     @property
@@ -302,13 +300,20 @@ class Project(Displayed):
             raise ArgumentError(f"recipe: a {type(recipe).__name__} is no Recipe; read it with Recipe.load.")
         path = self._free("optimizations", name, ".yaml", replace)
         beside = path.with_suffix(".json")
-        # The recipe is written last: settings without a recipe are ignored.
-        if settings is not None:
+        text = recipe.to_yaml()
+        if settings is not None or beside.exists():
+            # Until the recipe is written, the settings of the old one stand beside the new ones.
+            known = {_recipe_digest(text): settings}
+            if path.exists():
+                old = read_text(path)
+                known = {_recipe_digest(old): _settings_of(beside, old), **known}
+            state = {MADE_WITH: {key: plain(one, finite=False) for key, one in known.items()}}
             with replacing(beside) as temporary:
-                temporary.write_text(json_text(settings, {}, indent=2) + "\n", encoding="utf-8")
-        elif beside.exists():
-            beside.unlink()
-        recipe.save(path)
+                temporary.write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
+        with replacing(path) as temporary:
+            temporary.write_bytes(text.encode())
+        if settings is None:
+            beside.unlink(missing_ok=True)
         return path
 
     def add_benchmark(self, name: str, benchmark: Benchmark, *, replace: bool = False) -> Path:
@@ -397,3 +402,29 @@ class Project(Displayed):
     def _write(self, name: str, text: str) -> None:
         with replacing(self._folder / name) as temporary:
             temporary.write_text(text + "\n", encoding="utf-8")
+
+
+def _recipe_digest(text: str) -> str:
+    return hashlib.sha256(text.encode("utf-8")).hexdigest()[:16]
+
+
+def _settings_of(path: Path, recipe: str) -> PruningSettings | None:
+    """The settings that a recipe was made with, in the file beside it; those of the newest where it was edited.
+
+    Raises:
+        DataError: the file holds something else.
+    """
+    if not path.exists():
+        return None
+    try:
+        state = json_object(read_text(path))
+        if MADE_WITH in state:
+            known = state[MADE_WITH]
+            if not isinstance(known, dict) or not known or len(state) > 1:
+                raise ValueError(f"{MADE_WITH} is {str(known)[:60]}")
+            state = known.get(_recipe_digest(recipe), list(known.values())[-1])
+        return None if state is None else from_json_object(PruningSettings, state)
+    except ValueError as error:
+        if isinstance(error, DataFileError):
+            raise
+        raise DataError(f"{path}: these are no settings: {error}") from error

@@ -13,6 +13,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from sparsify.errors import DataFileError
+from sparsify.output.files import WRITE_FAULTS, lock, sweep
 
 __all__: list[str] = []
 
@@ -38,7 +39,9 @@ def replacing_folder(folder: str | os.PathLike[str], ours: Collection[str] | Non
         raise DataFileError(f"cannot write {folder}: it is a file. Give the path of a folder.")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
+        sweep(target)
         made = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}.", suffix=".tmp"))
+        handle = _opened_folder(made)
     except OSError as error:
         raise DataFileError(
             f"cannot write {folder}: {error.strerror or error}. Give a path in a folder that is writable."
@@ -62,9 +65,27 @@ def replacing_folder(folder: str | os.PathLike[str], ours: Collection[str] | Non
                 f"cannot write {folder}: {error.strerror or error}. Give another path, in a folder that is writable."
             ) from error
         _to_disk(target.parent)
+    except OSError as error:
+        if error.errno not in WRITE_FAULTS or isinstance(error, DataFileError):
+            raise
+        raise DataFileError(
+            f"cannot write {folder}: {error.strerror or error}. What was there is unchanged."
+        ) from error
     finally:
         # The old folder by now, or what an error left.
         shutil.rmtree(made, ignore_errors=True)
+        if handle is not None:
+            os.close(handle)
+
+
+def _opened_folder(folder: Path) -> int | None:
+    """A handle that locks a folder which is being written; None on Windows, which opens no folders."""
+    try:
+        handle = os.open(folder, os.O_RDONLY)
+    except PermissionError:
+        return None
+    lock(handle)
+    return handle
 
 
 @contextmanager

@@ -68,7 +68,10 @@ def json_object(text: str) -> dict[str, Any]:
     Raises:
         ValueError: the text is no JSON, or no object.
     """
-    found = json.loads(text)
+    try:
+        found = json.loads(text)
+    except RecursionError:
+        raise ValueError("it is nested too deep") from None
     if not isinstance(found, dict):
         raise ValueError(f"it is a {type(found).__name__} where an object was expected")
     return found

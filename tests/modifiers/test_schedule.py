@@ -125,3 +125,12 @@ def test_an_empty_window_has_passed() -> None:
     assert Window(3.0, 3.0).progress(3.0) == 1.0
     assert UpdateGrid(Window(3.0, 3.0), 1.0).latest(Clock(3, 3.0, 1)) == 3.0
     assert UpdateGrid(Window(3.0, 3.0), 1.0).latest(Clock(2, 2.0, 1)) is None
+
+
+@pytest.mark.parametrize("frequency", [1e-17, 1e-300, 1e-9])
+def test_updates_finer_than_a_step_come_at_every_step(frequency: float) -> None:
+    for end in (10.0, 1e9, 1e300):
+        grid = UpdateGrid(Window(0.0, end), frequency)
+        assert [grid.latest(Clock(step, step / 4, 4)) for step in range(4)] == pytest.approx([0, 0.25, 0.5, 0.75])
+    # There floats lie 128 apart.
+    assert UpdateGrid(Window(0.0, 1e300), 1e-3).latest(Clock(10**18, 1e18, 1)) == 1e18

@@ -340,3 +340,13 @@ def test_a_wrong_recipe_is_refused() -> None:
 def test_plan_is_a_value() -> None:
     first, second = (plan(recipe(PRUNING["gradual"]), network(), STEPS) for _ in range(2))
     assert isinstance(first, Plan) and first == second
+
+
+@pytest.mark.parametrize("end", ["1e9", "1e300", "1.7e308"])
+def test_the_plan_of_an_endless_training_is_bounded(end: str) -> None:
+    text = f"modifiers: [!EpochRangeModifier {{end_epoch: {end}}}, !SetLearningRateModifier {{learning_rate: 0.1}}]"
+    made = plan(Recipe.from_yaml(text), None, 10)
+    assert made.max_epochs == float(end) and len(made.moments) <= 1003
+    assert made.moments[-1].epoch == pytest.approx(float(end))
+    short = plan(Recipe.from_yaml("modifiers: [!EpochRangeModifier {end_epoch: 3.0}]"), None, 10)
+    assert [moment.epoch for moment in short.moments] == [0.0, 1.0, 2.0, 3.0]

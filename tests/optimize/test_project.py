@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,7 @@ from sparsify.optimize.project import Project, ProjectSettings
 from sparsify.optimize.pruning_profiles import PruningSettings
 from sparsify.optimize.recipe_creation import create_recipe
 from sparsify.optimize.stages import OriginalTraining
+from sparsify.output.files import replacing
 from sparsify.recipe import Recipe
 
 SAMPLE = (torch.zeros(2, 3, 8, 8),)
@@ -234,3 +237,52 @@ def test_profiles_of_another_kind_are_refused(project: Project) -> None:
     path.write_text(json.dumps({"format": 1, "rows": []}))
     with pytest.raises(DataError, match=r"one\.json"):
         _ = project.loss_profiles
+
+
+def test_a_kill_while_an_optimization_is_replaced_leaves_both_or_neither(
+    project: Project, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = Recipe.from_yaml("modifiers: [!EpochRangeModifier {end_epoch: 3.0}]")
+    second = Recipe.from_yaml("modifiers: [!EpochRangeModifier {end_epoch: 5.0}]")
+    pairs = [
+        (first, PruningSettings(0.5)),
+        (second, PruningSettings(0.7)),
+        (first, None),
+        (second, PruningSettings(0.9)),
+    ]
+    project.add_optimization("one", *pairs[0])
+    for before, after in itertools.pairwise(pairs):
+        for writes in range(3):
+            count = itertools.count()
+
+            def dying(path: Path, limit: int = writes, count: Any = count) -> Any:
+                if next(count) >= limit:
+                    raise KeyboardInterrupt
+                return replacing(path)
+
+            monkeypatch.setattr("sparsify.optimize.project.replacing", dying)
+            with contextlib.suppress(KeyboardInterrupt):
+                project.add_optimization("one", *after, replace=True)
+            found = project.optimizations["one"]
+            assert (found.recipe, found.settings) in (before, after)
+        assert (found.recipe, found.settings) == after
+
+
+@pytest.mark.parametrize(
+    "text", ["[" * 100000, "{}", '{"a": 1}', "nul", '{"settings by the recipe\'s digest": 3}', "[]"]
+)
+def test_files_that_were_edited_are_data_errors(project: Project, text: str) -> None:
+    recipe = Recipe.from_yaml("modifiers: [!EpochRangeModifier {end_epoch: 3.0}]")
+    settings = project.add_optimization("one", recipe, PruningSettings()).with_suffix(".json")
+    profile = project.add_profile("one", performance())
+    for path, read in (
+        (settings, lambda: project.optimizations),
+        (profile, lambda: project.performance_profiles),
+        (project.folder / "analysis.json", lambda: project.analysis),
+        (project.folder / "project.json", lambda: Project.open(project.folder)),
+    ):
+        if path == settings and text == "{}":
+            continue  # All have defaults.
+        path.write_text(text)
+        with pytest.raises(DataError):
+            read()

@@ -93,3 +93,37 @@ def test_kill_9_never_leaves_half_a_file(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_kill_9_never_leaves_half_a_file_many_times(tmp_path: Path) -> None:
     _killed_while_writing(tmp_path / "file", 60)
+
+
+def test_what_a_killed_process_left_is_swept_by_the_next_write(tmp_path: Path) -> None:
+    target = tmp_path / "model.bin"
+    with subprocess.Popen([sys.executable, "-c", WRITER, str(target)], stdout=subprocess.PIPE) as writer:
+        assert writer.stdout is not None and writer.stdout.readline() == b"ready\n"
+        while not list(tmp_path.glob(".model.bin.*")):
+            time.sleep(0.001)
+        os.kill(writer.pid, signal.SIGSTOP)
+        left = set(tmp_path.glob(".model.bin.*"))
+        with replacing(target) as path:
+            path.write_bytes(b"new")
+        # What a process writes that lives is left alone.
+        assert set(tmp_path.glob(".model.bin.*")) == left
+        writer.kill()
+    with replacing(target) as path:
+        path.write_bytes(b"newer")
+    assert [one.name for one in tmp_path.iterdir()] == ["model.bin"] and target.read_bytes() == b"newer"
+
+
+def test_a_full_disk_leaves_the_old_file(tmp_path: Path) -> None:
+    target = tmp_path / "model.bin"
+    target.write_bytes(b"old")
+    script = (
+        "import resource, signal, sys\n"
+        "from sparsify.errors import DataFileError\nfrom sparsify.output.files import replacing\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))\n"
+        "try:\n    with replacing(sys.argv[1]) as path:\n        path.write_bytes(bytes(5000))\n"
+        "except DataFileError as error:\n    print(error)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script, str(target)], capture_output=True, text=True, check=True)
+    assert "cannot write" in done.stdout and "File too large. What was there is unchanged." in done.stdout
+    assert [one.name for one in tmp_path.iterdir()] == ["model.bin"] and target.read_bytes() == b"old"
