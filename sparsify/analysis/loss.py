@@ -95,9 +95,12 @@ class LossProfile(Displayed):
         Raises:
             DataFileError: it cannot be written.
         """
-        text = json_text(self, {"format": LOSS_FILE, "version": LOSS_FORMAT}, indent=1, allow_nan=False)
         with replacing(path) as temporary:
-            temporary.write_text(text + "\n", encoding="utf-8")
+            temporary.write_text(self.to_json() + "\n", encoding="utf-8")
+
+    def to_json(self) -> str:
+        """The JSON that `save` writes."""
+        return json_text(self, {"format": LOSS_FILE, "version": LOSS_FORMAT}, indent=1, allow_nan=False)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> LossProfile:

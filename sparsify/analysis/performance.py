@@ -17,7 +17,7 @@ __all__ = ["LayerPerformance", "PerformanceProfile"]
 SPARSITIES = (0.0, 0.4, 0.6, 0.7, 0.8, 0.85, 0.9, 0.95, 0.975, 0.99)
 SKIPPING_FLOOR = 0.1
 """The share of the dense time that a runtime which skips zeros still needs, for reading and writing activations."""
-PERFORMANCE_FORMAT = 1
+PERFORMANCE_FORMAT = 2
 """The format of saved profiles; raised whenever fields or the way of measuring change."""
 
 
@@ -34,6 +34,7 @@ class LayerPerformance:
             nothing of it can be removed.
         width_int8_ms: likewise in int8.
         type: as in `ModelAnalysis`.
+        spread_ms, int8_spread_ms: the lowest and the highest of the measurements that count, of `ms` and `int8_ms`.
     """
 
     __pydantic_config__ = EXACT
@@ -45,6 +46,8 @@ class LayerPerformance:
     width_ms: tuple[float, ...] | None
     width_int8_ms: tuple[float, ...] | None
     type: str = ""
+    spread_ms: tuple[float, float] | None = None
+    int8_spread_ms: tuple[float, float] | None = None
 
 
 @dataclass(frozen=True)
@@ -67,6 +70,11 @@ class PerformanceProfile(Displayed):
         width_total_ms, width_total_int8_ms: the whole model at these widths, without the profiler.
         width_profiled_ms, width_profiled_int8_ms: the same as the profiler saw it.
         notes: what could not be measured, and why: {"int8": ..., "widths": ...}.
+        total_spread_ms, total_int8_spread_ms: the lowest and the highest of the measurements of `total_ms` and
+            `total_int8_ms`.
+        doubtful: {layer: why its times are not believed}, also after measuring again: layers that took different
+            times, or others than layers that compute the same, or are faster in int8 than any kernel is. The machine
+            did something else too.
     """
 
     __pydantic_config__ = EXACT
@@ -90,6 +98,9 @@ class PerformanceProfile(Displayed):
     width_profiled_int8_ms: tuple[float, ...] = ()
     notes: Mapping[str, str] = field(default_factory=dict)
     model: str = ""
+    total_spread_ms: tuple[float, float] | None = None
+    total_int8_spread_ms: tuple[float, float] | None = None
+    doubtful: Mapping[str, str] = field(default_factory=dict)
 
     def layer(self, name: str) -> LayerPerformance:
         """The times of the layer `name`."""
@@ -112,13 +123,13 @@ class PerformanceProfile(Displayed):
     def _summary(self) -> Table:
         rows: list[dict[str, object]] = []
 
-        def add(what: str, ms: float) -> None:
-            speedup = self.total_ms / ms if ms else None
-            rows.append({"what": what, "ms": ms, "items": 1e3 * self.batch_size / ms if ms else None, "x": speedup})
+        def add(what: str, ms: float, spread: tuple[float, float] | None = None) -> None:
+            items, speedup = (1e3 * self.batch_size / ms, self.total_ms / ms) if ms else (None, None)
+            rows.append({"what": what, "ms": ms, "spread": _half(spread, ms), "items": items, "x": speedup})
 
-        add("float", self.total_ms)
+        add("float", self.total_ms, self.total_spread_ms)
         if self.total_int8_ms is not None:
-            add("int8", self.total_int8_ms)
+            add("int8", self.total_int8_ms, self.total_int8_spread_ms)
         for kind, totals in (("float", self.width_total_ms), ("int8", self.width_total_int8_ms)):
             for width, ms in zip(self.widths, totals, strict=False):
                 if width < 1:
@@ -127,6 +138,7 @@ class PerformanceProfile(Displayed):
         columns = (
             Column("what", "Model"),
             Column("ms", "ms per batch", ".3f"),
+            Column("spread", "Spread", ".0%"),
             Column("items", "Items/s", ",.1f"),
             Column("x", "Speed-up", ".2f"),
         )
@@ -167,9 +179,10 @@ class PerformanceProfile(Displayed):
         half = self.widths.index(0.5) if 0.5 in self.widths else None
         rows: list[dict[str, object]] = [
             {
-                "name": layer.name,
+                "name": f"{layer.name} (?)" if layer.name in self.doubtful else layer.name,
                 "type": layer.type,
                 "ms": layer.ms,
+                "spread": _half(layer.spread_ms, layer.ms),
                 "share": layer.ms / self.profiled_ms if self.profiled_ms else None,
                 "int8": layer.int8_ms,
                 "half": layer.width_ms[half] if layer.width_ms and half is not None else None,
@@ -182,6 +195,7 @@ class PerformanceProfile(Displayed):
             "name": "in no layer",
             "type": "",
             "ms": dense,
+            "spread": None,
             "int8": int8,
             "half": None,
             "skip": dense,
@@ -191,6 +205,7 @@ class PerformanceProfile(Displayed):
             Column("name", "Layer"),
             Column("type", "Type", left=True),
             Column("ms", "ms", ".3f"),
+            Column("spread", "Spread", ".0%"),
             Column("share", "Share", ".1%"),
             Column("int8", "int8 ms", ".3f"),
             Column("half", "half as wide", ".3f"),
@@ -203,7 +218,14 @@ class PerformanceProfile(Displayed):
     _between = "\n\n"
 
     def _parts(self) -> list[Table | str]:
-        return [*self.tables(), *(f"{what}: not measured: {why}" for what, why in self.notes.items())]
+        found: list[Table | str] = [
+            *self.tables(),
+            *(f"{what}: not measured: {why}" for what, why in self.notes.items()),
+        ]
+        if self.doubtful:
+            layers = "".join(f"\n  {name} {why}" for name, why in self.doubtful.items())
+            found.append(f"Not believed (?): the machine was busy. Measure again when it is quiet.{layers}")
+        return found
 
     def to_json(self) -> str:
         """JSON that `from_json` reads back into an equal profile."""
@@ -251,6 +273,11 @@ class PerformanceProfile(Displayed):
             return cls.from_json(text)
         except DataError as error:
             raise DataError(f"{path}: {error}") from error
+
+
+def _half(spread: tuple[float, float] | None, ms: float) -> float | None:
+    """Half of the way from the lowest to the highest time, as a share of `ms`."""
+    return (spread[1] - spread[0]) / 2 / ms if spread is not None and ms else None
 
 
 def _layer_operator(label: str) -> str:

@@ -11,7 +11,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -23,6 +23,7 @@ from sparsify.analysis.analyze import analyze_model
 from sparsify.analysis.layers import LayerInfo, ModelAnalysis
 from sparsify.analysis.node_layers import layers_of_nodes
 from sparsify.analysis.node_times import NodeTimes, node_times
+from sparsify.analysis.noise import Spread, spreads, too_fast, twins, unlike_twins, unsteady
 from sparsify.analysis.performance import (
     PERFORMANCE_FORMAT,
     SKIPPING_FLOOR,
@@ -49,6 +50,8 @@ if TYPE_CHECKING:
 
 __all__ = ["performance_profile"]
 
+AGAIN = 3
+"""Further measurements of files with times that cannot be right."""
 WIDTHS = (1.0, 0.875, 0.75, 0.625, 0.5, 0.375, 0.25)
 
 
@@ -127,6 +130,21 @@ class Measured:
     times: NodeTimes
     totals: Mapping[tuple[int, int], float]
     floating: frozenset[str] = frozenset()
+    spreads: Mapping[str, Spread] = field(default_factory=dict)
+    total_spread: Spread = (0.0, 0.0)
+
+    @classmethod
+    def quietest(cls, rounds: Sequence[Measured]) -> Measured:
+        """The quietest of several measurements; the spreads are those of the two quietest."""
+        best = sorted(rounds, key=lambda one: one.times.total)[:2]
+        first = next(iter(best[0].totals))
+        return cls(
+            best[0].times,
+            {which: min(one.totals[which] for one in rounds) for which in best[0].totals},
+            best[0].floating,
+            spreads([one.times.owners for one in best]),
+            spreads([{"": one.totals[first]} for one in sorted(rounds, key=lambda one: one.totals[first])[:2]])[""],
+        )
 
 
 # ---------------------------------------------------------------------- the two ways in
@@ -168,13 +186,14 @@ def profile_of_model(
         forms = exported_forms(
             model, sample_inputs, channel_groups, settings.quantized, settings.widths, folder, path, notes, progress
         )
-        found = Bench(analysis, feeds, settings).measure_all(forms, progress)
+        bench = Bench(analysis, feeds, settings)
+        found = bench.measure_all(forms, progress)
     touched = (
         set()
         if channel_groups is None
         else {member.tensor for one in channel_groups.groups.values() for member in one.members}
     )
-    profile = _assembled(type(model).__name__, analysis, found, touched, settings, content, versions, notes)
+    profile = _assembled(type(model).__name__, bench, found, touched, content, versions, notes)
     _cache(cache, profile)
     return profile
 
@@ -196,7 +215,8 @@ def profile_of_file(
     if (kept := _cached(cache, content)) is not None:
         return kept
     analysis = analyze_model(path, feeds[settings.batch_sizes[0]])
-    found = Bench(analysis, feeds, settings).measure_all({("float", 1.0): Form(path)}, progress)
+    bench = Bench(analysis, feeds, settings)
+    found = bench.measure_all({("float", 1.0): Form(path)}, progress)
     why = "a file is measured as it is; give the torch model for int8 and widths"
     notes = {"int8": why} if settings.quantized else {}
     notes |= {"widths": why} if settings.widths else {}
@@ -205,7 +225,7 @@ def profile_of_file(
     inner = [node.name or node.op_type for node in proto.graph.node if has_graphs(node)]
     if inner and any(not layer.calls for layer in analysis.layers):
         notes["layers in branches and loops"] = f"they count to the nodes that hold them: {', '.join(inner)}"
-    profile = _assembled(path.name, analysis, found, set(), settings, content, versions, notes)
+    profile = _assembled(path.name, bench, found, set(), content, versions, notes)
     _cache(cache, profile)
     return profile
 
@@ -251,21 +271,30 @@ class Bench:
         self, analysis: ModelAnalysis, feeds: Mapping[int, Mapping[str, np.ndarray]], settings: ProfileSettings
     ) -> None:
         self.analysis, self.feeds, self.settings = analysis, feeds, settings
+        self.twins = twins(analysis)
 
     def measure_all(
         self, forms: Mapping[tuple[str, float], Form], progress: bool | None
     ) -> dict[tuple[str, float], Measured]:
-        """Every file at two times, the second time in the opposite order; the quieter of both counts."""
-        found: dict[tuple[str, float], Measured] = {}
-        for key in track([*forms, *reversed(list(forms))], "measuring", progress=progress):
-            form = forms[key]
-            now = self.measure(form.path, form.floating, all_totals=key[1] == 1)
-            if (before := found.get(key)) is not None:
-                times = min(before.times, now.times, key=lambda times: times.total)
-                totals = {which: min(ms, before.totals[which]) for which, ms in now.totals.items()}
-                now = Measured(times, totals, form.floating)
-            found[key] = now
+        """Every file at two times, the second time in the opposite order, and what cannot be right up to three times
+        more; the quietest counts."""
+        rounds: dict[tuple[str, float], list[Measured]] = {key: [] for key in forms}
+        todo, what = [*forms, *reversed(list(forms))], "measuring"
+        for again in range(AGAIN + 1):
+            for key in track(todo, what, progress=progress):
+                form = forms[key]
+                rounds[key].append(self.measure(form.path, form.floating, all_totals=key[1] == 1))
+            found = {key: Measured.quietest(measured) for key, measured in rounds.items()}
+            todo, what = [key for key in forms if self.doubts(found, key)], f"measuring again, {again + 1} of {AGAIN}"
+            if not todo:
+                break
         return found
+
+    def doubts(self, found: Mapping[tuple[str, float], Measured], key: tuple[str, float]) -> dict[str, str]:
+        """{layer: why its time in this file is not believed}."""
+        doubted = unsteady(found[key].spreads) | unlike_twins(self.twins, found[key].spreads)
+        dense, int8 = found.get(("float", key[1])), found.get(("int8", key[1]))
+        return doubted if dense is None or int8 is None else doubted | too_fast(dense.spreads, int8.spreads)
 
     def measure(self, path: Path, floating: frozenset[str] = frozenset(), *, all_totals: bool = False) -> Measured:
         settings = self.settings
@@ -303,15 +332,16 @@ def median_ms(session: InferenceSession, feed: Mapping[str, np.ndarray], warmup:
 
 def _assembled(
     name: str,
-    analysis: ModelAnalysis,
+    bench: Bench,
     found: Mapping[tuple[str, float], Measured],
     touched: set[str],
-    settings: ProfileSettings,
     content: str,
     versions: Mapping[str, str],
     notes: Mapping[str, str],
 ) -> PerformanceProfile:
+    analysis, settings = bench.analysis, bench.settings
     dense, int8 = found["float", 1.0], found.get(("int8", 1.0))
+    doubtful = {name: why for key in found if key[1] == 1 for name, why in bench.doubts(found, key).items()}
     first = (settings.batch_sizes[0], settings.threads[0])
     wide = {kind: [found[kind, w] for w in settings.widths if (kind, w) in found] for kind in ("float", "int8")}
     for kind in wide:
@@ -341,6 +371,8 @@ def _assembled(
             width_ms=at_widths["float"] or None,
             width_int8_ms=None if floating else at_widths["int8"] or None,
             type=info.type,
+            spread_ms=dense.spreads.get(info.name),
+            int8_spread_ms=None if int8 is None or floating else int8.spreads.get(info.name),
         )
 
     others_int8: dict[str, float] = {}
@@ -371,6 +403,9 @@ def _assembled(
         width_profiled_int8_ms=tuple(one.times.total for one in wide["int8"]),
         notes=notes,
         model=name,
+        total_spread_ms=dense.total_spread,
+        total_int8_spread_ms=None if int8 is None else int8.total_spread,
+        doubtful=doubtful,
     )
 
 

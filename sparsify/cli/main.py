@@ -15,6 +15,7 @@ from sparsify import __version__
 from sparsify.cli import commands
 from sparsify.cli.commands import FINE
 from sparsify.cli.doctor import other_product, run_doctor
+from sparsify.cli.profile import add_profile_flags, run_profile
 from sparsify.errors import SparsifyError
 from sparsify.experiments.command import add_flags, run_arguments
 
@@ -123,6 +124,11 @@ def _parser() -> ArgumentParser:
     made.add_argument("--initial-lr", type=float)
     made.add_argument("--final-lr", type=float)
     made.add_argument("--optimizer", default="SGD", help="of the original training")
+    as_json(made)
+
+    made = command("profile", run_profile, "Times of layers in onnxruntime, and losses of compressing each.")
+    model(made)
+    add_profile_flags(made)
     as_json(made)
 
     made = command("run", run_arguments, "An experiment: a model and data in, a smaller, verified ONNX file out.")

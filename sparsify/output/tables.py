@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 __all__: list[str] = []
 
 Item = TypeVar("Item")
+EVERY = 5.0
+"""Seconds between two lines of progress, where there is no terminal."""
 
 
 @dataclass(frozen=True)
@@ -182,7 +184,8 @@ class Displayed:
 
 
 def track(work: Iterable[Item], what: str, total: int | None = None, *, progress: bool | None = True) -> Iterator[Item]:
-    """The items of `work`, with their progress shown on stderr: a bar with rich, otherwise a line at the end.
+    """The items of `work`, with their progress shown on stderr: a bar on a terminal with rich, otherwise a line every
+    few seconds and one at the end.
 
     Args:
         work: the items.
@@ -195,13 +198,25 @@ def track(work: Iterable[Item], what: str, total: int | None = None, *, progress
         return
     if total is None and isinstance(work, Sized):
         total = len(work)
+    if not sys.stderr.isatty():
+        yield from _in_lines(work, what, total)
+        return
     try:
         from rich.console import Console
         from rich.progress import Progress
     except ImportError:
-        start = time.perf_counter()
-        yield from work
-        print(f"{what}: {time.perf_counter() - start:.1f} s", file=sys.stderr)
+        yield from _in_lines(work, what, total)
         return
     with Progress(console=Console(stderr=True)) as bar:
         yield from bar.track(work, total=total, description=what)
+
+
+def _in_lines(work: Iterable[Item], what: str, total: int | None) -> Iterator[Item]:
+    start = said = time.perf_counter()
+    for count, item in enumerate(work, 1):
+        yield item
+        now = time.perf_counter()
+        if now - said >= EVERY and count != total:
+            said, of = now, "" if total is None else f" of {total}"
+            print(f"{what}: {count}{of}, {now - start:.0f} s", file=sys.stderr, flush=True)
+    print(f"{what}: {time.perf_counter() - start:.1f} s", file=sys.stderr)
