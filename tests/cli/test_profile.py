@@ -89,8 +89,8 @@ def test_bad_input_is_a_line(words: str, match: str, capsys: pytest.CaptureFixtu
 
 
 def test_a_file_is_measured_as_it_is(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main("export kiosk:build --input 1x6 --output model.onnx".split()) == 0
-    assert main("profile model.onnx --iterations 2".split()) == 0
+    assert main(["export", "kiosk:build", "--input", "1x6", "--output", "model.onnx"]) == 0
+    assert main(["profile", "model.onnx", "--iterations", "2"]) == 0
     text = capsys.readouterr().out
     assert "model.onnx: batch 1" in text and "Loss by layer" in text
     for wrong in ("--int8", "--widths"):
