@@ -184,7 +184,7 @@ def input_sizes(
                     f"{path}: axis {axis} of input {name!r} is {declared or 'of any length'!r}. Give "
                     f"sample_inputs, a dictionary with an array for each of {', '.join(inputs)}."
                 )
-            shape.append(size if axis == 0 else _filled(axis, len(asked.shape or ())))
+            shape.append(size if axis == 0 else _free_size(axis, len(asked.shape or ())))
             if declared is not None:
                 bound[declared] = shape[-1]
         found[name] = tuple(shape)
@@ -197,7 +197,7 @@ def _batch_name(one: FileInput) -> str | None:
     return first if isinstance(first, str) else None
 
 
-def _filled(axis: int, rank: int) -> int:
+def _free_size(axis: int, rank: int) -> int:
     if rank >= 4:
         return 3 if axis == 1 else FILL["image"]
     return FILL["sequence"]
