@@ -37,6 +37,7 @@ KINDS = {
     "learning_rate": "Learning rates",
     "pruning": "Pruning",
     "quantization": "Quantization",
+    "palettization": "Palettes",
     "distillation": "Distillation",
     "parameters": "Parameters and weight decay",
     "structure": "Structure",

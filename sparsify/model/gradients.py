@@ -226,6 +226,18 @@ def sampled(
             yield found
 
 
+def mean_squares(model: nn.Module, parameters: Parameters, sampler: GradSampler, count: int) -> dict[str, Tensor]:
+    """The mean of the squared gradients of each weight over `count` losses, in float32 or better: the diagonal of the
+    empirical Fisher matrix. Arguments and errors as of `sampled`."""
+    found = {
+        name: torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32)) for name, p in parameters.items()
+    }
+    for grads in sampled(model, parameters, sampler, count):
+        for name, grad in grads.items():
+            found[name] += grad.to(found[name].dtype).square() / count
+    return found
+
+
 def _sampled_losses(model: nn.Module, sampler: GradSampler, options: Mapping[str, Any]) -> Iterator[Any]:
     if callable(sampler):
         yield from sampler(**options)

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from sparsify.errors import ArgumentError, first_line
 from sparsify.model.batches import with_known_mappings
 from sparsify.model.channel_affine import AFFINE, channel_affine
+from sparsify.model.made_weights import plain_weights
 from sparsify.model.preserved import eval_mode_, preserved
 from sparsify.model.sharding import stand_ins
 from sparsify.model.wrappers import clean_name
@@ -286,6 +287,7 @@ def exported(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | N
             _without_cache(model),
             _class_forward(model),
             _quiet_export(),
+            plain_weights(),
         ):
             eval_mode_(model)
             with torch.no_grad():

@@ -1,6 +1,6 @@
 """The modifiers: what a recipe says about one mechanism, and when it happens. One file a subject.
 
-Imports `pruning`, `quantization`, `output`, `model`, `errors`.
+Imports `pruning`, `quantization`, `palettization`, `output`, `model`, `errors`.
 """
 
 from sys import modules
@@ -14,6 +14,7 @@ from sparsify.modifiers.layer_distillation import *
 from sparsify.modifiers.layer_pruning import *
 from sparsify.modifiers.learning_rate import *
 from sparsify.modifiers.magnitude_pruning import *
+from sparsify.modifiers.palettization import *
 from sparsify.modifiers.quantization import *
 from sparsify.modifiers.regularization import *
 from sparsify.modifiers.second_order import *

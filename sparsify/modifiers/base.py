@@ -40,6 +40,7 @@ ModifierKind = Literal[
     "learning_rate",
     "pruning",
     "quantization",
+    "palettization",
     "distillation",
     "parameters",
     "structure",

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from sparsify.errors import DataError, StateError
 from sparsify.model.copies import deep_copied
+from sparsify.model.made_weights import keep_made_weights
 from sparsify.model.targets import is_finite
 from sparsify.model.wrappers import unwrapped
 from sparsify.quantization.attention import QuantizedMultiheadAttention, QuantizedProjection
@@ -219,6 +220,7 @@ def deployment_copy(model: nn.Module) -> nn.Module:
         raise StateError("integer_exact is entered for this model; leave it before the model is exported or verified.")
     require_deployable(model)
     deployed = deep_copied(unwrapped(model)).eval()
+    keep_made_weights(deployed)
     # First all integers: a layer is made of its BatchNorm and of the quantizer before it.
     integers = {layer: layer.deployed_integers() for layer in deployed.modules() if holds_integers(layer)}
     own = {layer: own_integers(layer) for layer in integers if wiring_of(layer).read and wiring_of(layer).norm}

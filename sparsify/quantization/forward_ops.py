@@ -18,6 +18,7 @@ from torch import Tensor, nn, overrides
 from torch.nn import functional as F
 
 from sparsify.errors import SparsifyWarning
+from sparsify.model.made_weights import is_in_use
 from sparsify.model.targets import named_modules
 from sparsify.model.trace import is_idle, is_image_mean
 from sparsify.quantization import attention_products, read_weights
@@ -268,7 +269,7 @@ class WatchedLayer(Watched, QuantizedLayer):
         return self._output(func(*first, *args[len(names) :], **given))
 
     def _is_own(self, weight: object) -> bool:
-        return weight is self._parameters.get("weight")
+        return is_in_use(self, "weight", weight)
 
 
 _OPERATIONS: dict[Any, tuple[str, str, str]] = {

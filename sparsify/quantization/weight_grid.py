@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx
 from torch.nn import functional as F
 
+from sparsify.model.made_weights import weight_in_use
 from sparsify.quantization.learned_step import LearnedStep
 from sparsify.quantization.straight_through import (
     TINY,
@@ -58,8 +59,8 @@ def learned_step(weight: Tensor, wiring: Wiring) -> LearnedStep:
 
 
 def weight_of(layer: nn.Module) -> Tensor:
-    """The weight of a layer: its parameter, or where it holds none, the tensor that stands for it."""
-    return cast(Tensor, layer.weight)
+    """The weight of a layer: its parameter, what is made of it, or where there is none, the tensor in its place."""
+    return weight_in_use(layer, "weight")
 
 
 def bias_of(layer: nn.Module) -> Tensor | None:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
+from sparsify.model.made_weights import makers
 from sparsify.model.wrappers import by_clean_name, unwrapped
 from sparsify.pruning.masker import Masker
 from sparsify.quantization.conversion import copy_ranges
@@ -141,8 +142,12 @@ class Averages:
                     _zero(parameter, mask)
 
 
-def _structure_of(model: nn.Module) -> tuple[bool, dict[str, torch.Size]]:
-    return is_quantized(model), {name: p.shape for name, p in by_clean_name(model.named_parameters()).items()}
+def _structure_of(model: nn.Module) -> tuple[bool, list[str], dict[str, torch.Size]]:
+    return (
+        is_quantized(model),
+        sorted(makers(model)),
+        {name: p.shape for name, p in by_clean_name(model.named_parameters()).items()},
+    )
 
 
 def _zero(parameter: Tensor, mask: Tensor) -> None:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from sparsify.errors import StateError
+from sparsify.model.made_weights import makers
 from sparsify.model.targets import named_modules
 from sparsify.model.wrappers import by_clean_name, clean_name
 from sparsify.output.json_values import EXACT_AND_FINITE
@@ -135,6 +136,11 @@ def structure_of(model: nn.Module) -> SavedStructure:
         StateError: something of it cannot be saved, by name.
     """
     modules = {"": model, **named_modules(model)}
+    if trained := next(iter(makers(model)), None):
+        raise StateError(
+            f"save_model: {trained!r} is on a palette that still trains. Call finalize() of the manager first: weights "
+            "hold the values of their palettes then."
+        )
     sizes = resized_of(model)
     return SavedStructure(
         tensors=_tensors_of(model),

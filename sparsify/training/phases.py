@@ -58,7 +58,7 @@ def settled_epoch(modifiers: Sequence[Modifier]) -> float:
         window = modifier.window
         if modifier.kind == "pruning" and not modifier.holds:
             last = max(last, window.end if window.end < float("inf") else window.start)
-        elif modifier.kind in ("pruning", "quantization", "structure"):
+        elif modifier.kind in ("pruning", "quantization", "palettization", "structure"):
             last = max(last, window.start)
         last = max(last, *modifier.cuts(), 0.0)
     return last

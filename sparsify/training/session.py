@@ -32,7 +32,7 @@ from sparsify.training.channel_removal import ChannelRemoval
 from sparsify.training.checkpoint import Seal, keyed
 from sparsify.training.given_optimizers import GivenOptimizers
 from sparsify.training.model_inputs import TracingInputs
-from sparsify.training.sharded_models import refuse_unshardable
+from sparsify.training.sharded_models import changes_weights, refuse_unshardable
 from sparsify.training.timer import Timer
 from sparsify.training.watch import Ended, Watch
 
@@ -200,7 +200,7 @@ class Session:
         else:
             # Nothing of epoch 0 before it: that would prune weights which have trained on since.
             self.carried.load(state)
-        if self._given is not None and any(m.kind in ("pruning", "quantization", "structure") for m in self._modifiers):
+        if self._given is not None and changes_weights(self._modifiers):
             self.agreement.begin()
         if self.agreement.due:
             begins = ModelCallback(self._forward_begins)

@@ -33,7 +33,7 @@ def refuse_unshardable(
     Raises:
         StateError: a modifier, the teacher or the way of sharding; the message says the way out.
     """
-    working = [m for m in modifiers if m.kind in ("pruning", "quantization", "structure", "regularization")]
+    working = [m for m in modifiers if m.kind in _ON_WEIGHTS]
     flattened = next((name for name, module in model.named_modules() if is_flattened(module)), None)
     if flattened is not None and working:
         raise StateError(
@@ -64,6 +64,12 @@ def refuse_unshardable(
         )
 
 
+def changes_weights(modifiers: Sequence[Modifier]) -> bool:
+    """True if a recipe does something to weights or layers that has to be the same on every rank."""
+    return any(m.kind in _ON_WEIGHTS and m.kind != "regularization" for m in modifiers)
+
+
+_ON_WEIGHTS = ("pruning", "quantization", "palettization", "structure", "regularization")
 _ELSE = "train with DistributedDataParallel, or leave it out."
 _WAY_OUT = {
     "structure": "remove channels or layers on one process before fully_shard, from a checkpoint, or train with "

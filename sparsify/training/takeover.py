@@ -21,7 +21,7 @@ BESIDE = frozenset({"range", "logging"})
 """Kinds of modifiers that are not in one another's way."""
 SHAPING = frozenset({"pruning", "structure"})
 """Kinds of which one that takes whole channels meets all others: which weights hang on them is not known ahead."""
-BY_WEIGHT = frozenset({"pruning", "parameters"})
+BY_WEIGHT = frozenset({"pruning", "parameters", "palettization"})
 """Kinds that are in one another's way where they name the same weights."""
 
 
