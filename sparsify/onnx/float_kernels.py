@@ -29,7 +29,7 @@ def compute(node: NodeProto, inputs: list[FloatArray | None], opset: int) -> lis
     if kernel is not None:
         result = kernel(inputs, attributes)
         if result is not None and node.op_type == "MaxPool" and len(node.output) > 1:
-            return [result, _places(inputs[0], attributes, result)]
+            return [result, _pooled_places(inputs[0], attributes, result)]
         if result is not None:
             return [result]
     given = zip(node.input, inputs, strict=False)
@@ -86,7 +86,7 @@ def _max_pool(inputs: list[FloatArray | None], attributes: dict[str, Any]) -> Fl
     return result
 
 
-def _places(x: FloatArray | None, attributes: dict[str, Any], largest: FloatArray) -> FloatArray:
+def _pooled_places(x: FloatArray | None, attributes: dict[str, Any], largest: FloatArray) -> FloatArray:
     """The second result of MaxPool: where in all of `x`, flat, the largest value of a window stands first."""
     assert x is not None
     kernel = tuple(attributes["kernel_shape"])
