@@ -9,7 +9,7 @@ values to rest run between steps and have no gradient, and the one in the forwar
 nothing (the gradient through the last iteration alone is that of IDKM-JFB, https://arxiv.org/abs/2312.07759).
 
 Memory: shares are computed in chunks of at most `SHARES_AT_ONCE` numbers, and once more in backward, instead of being
-kept. A forward and a backward need the weight twice and about six chunks (of 16 MiB each), whatever the number of values.
+kept. A forward and a backward need the weight twice and about six chunks of 16 MiB each, whatever the number of values.
 """
 
 from __future__ import annotations

@@ -55,7 +55,7 @@ class PaletteLayout:
 
 
 class WeightPalette(nn.Module):
-    """What a weight becomes: `forward(weight)`, in its shape and dtype.
+    """Palettes of one weight: `forward(weight)` is what it becomes, in its shape and dtype.
 
     In training each weight is a sum of the values by its shares in them (`soft_kmeans`), with gradients to the weight
     directly and through the values. In eval mode it is the nearest value. Zeros of the weight stay exactly 0 where a
