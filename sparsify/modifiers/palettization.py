@@ -120,7 +120,10 @@ class PalettizationModifier(Modifier):
         for name, scheme in self.scheme_overrides.items():
             meant = targets.resolve_parameters(model, name, where=f"{where}.scheme_overrides", strict=self.strict)
             chosen |= dict.fromkeys(meant, scheme)
-        axes, recomputed = _axes(model), {m for made in recomputed_weights(model).values() for m in _parts(made)}
+        axes, recomputed = (
+            _channel_axes(model),
+            {m for made in recomputed_weights(model).values() for m in _parts(made)},
+        )
         configs: dict[str, PalettizerConfig] = {}
         left: dict[str, str] = {}
         for name, parameter in found.items():
@@ -218,7 +221,7 @@ class Palettization(Active):
     def __init__(self, modifier: PalettizationModifier, run: Run) -> None:
         self._modifier, self._run = modifier, run
         self._configs = modifier.configs(run.model)[0]
-        self._axes = _axes(run.model)
+        self._axes = _channel_axes(run.model)
         self._palettes: dict[str, WeightPalette] = {}
         self._held = targets.Held(run.model, self._configs)
         self._done = False
@@ -354,7 +357,7 @@ class Palettization(Active):
         self._palettes, self._done = {}, True
 
 
-def _axes(model: nn.Module) -> dict[str, int]:
+def _channel_axes(model: nn.Module) -> dict[str, int]:
     """{name of a parameter: the dimension along which its output channels lie}."""
     return {name: channel_axis(module) if key == "weight" else 0 for name, module, key in targets.owners(model)}
 
