@@ -81,7 +81,7 @@ def palette_name(key: str) -> str:
 
 
 def weight_in_use(module: nn.Module, key: str) -> Tensor:
-    """The weight that `module` computes with as its `key`: also outside of its forward what is made of the parameter."""
+    """The weight that `module` computes with as its `key`, outside of its forward too."""
     found = module.__dict__.get(key)
     if isinstance(found, Tensor):
         return found
