@@ -243,6 +243,45 @@ def run_export(arguments: Namespace) -> int:
     return FINE
 
 
+def run_one_shot(arguments: Namespace) -> int:
+    from sparsify.experiments.compressing import one_shot
+    from sparsify.experiments.settings import image_size_of
+    from sparsify.optimize.references import inputs_of, model_of
+
+    pages = [page for page in (arguments.report_html, arguments.report_json) if page is not None]
+    for page in pages:
+        if not Path(page).resolve().parent.is_dir():
+            raise ArgumentError(f"{page}: there is no folder {Path(page).parent}.")
+    found = one_shot(
+        model_of(arguments.model),
+        arguments.data,
+        path=arguments.output,
+        optim_level=arguments.optim_level,
+        recipe=None if arguments.recipe is None else Path(arguments.recipe),
+        sample_inputs=inputs_of(arguments.input),
+        metric=arguments.metric,
+        ignore=arguments.ignore or (),
+        scheme=arguments.scheme,
+        measure=not arguments.no_measure,
+        packed=not arguments.no_pack,
+        samples=arguments.samples,
+        image_size=None if arguments.image_size is None else image_size_of(arguments.image_size),
+        mean=arguments.mean,
+        std=arguments.std,
+        preprocessor=arguments.preprocessor,
+        tokenizer=arguments.tokenizer,
+        max_length=arguments.max_length,
+        opset=arguments.opset,
+        threads=arguments.threads,
+    )
+    if arguments.report_html is not None:
+        found.to_html(arguments.report_html)
+    if arguments.report_json is not None:
+        _write(arguments.report_json, found.to_json())
+    _say(arguments, found.to_json, lambda: str(found))
+    return FINE
+
+
 def run_pack(arguments: Namespace) -> int:
     from sparsify.onnx.packing import pack_onnx
 

@@ -193,6 +193,35 @@ def _parser() -> ArgumentParser:
     made.add_argument("--opset", type=int)
     made.add_argument("--packed", action="store_true", help="zeros and palettes stored as such, as `pack` does")
 
+    def samples(made: ArgumentParser, count: int) -> None:
+        made.add_argument("--data", metavar="WHERE", help="folder or file of samples, or package.module:function")
+        made.add_argument("--metric", help="accuracy, or package.module:function of (outputs, labels)")
+        made.add_argument("--samples", type=int, default=count, help="at most so many")
+        made.add_argument("--image-size", metavar="SIZE", help="of images: 224, or 480x640")
+        made.add_argument("--mean", type=float, nargs="+", help="of the channels of images, 0 to 1")
+        made.add_argument("--std", type=float, nargs="+")
+        made.add_argument("--preprocessor", metavar="FOLDER", help="with the preprocessor_config.json of images")
+        made.add_argument("--tokenizer", metavar="FOLDER", help="of texts")
+        made.add_argument("--max-length", type=int, help="tokens of a text")
+        made.add_argument("--threads", type=int, default=1, help="of onnxruntime, for the times")
+        as_json(made)
+
+    made = command(
+        "one-shot", commands.run_one_shot, "A trained model or an ONNX file, pruned and in INT8 without training."
+    )
+    model(made)
+    made.add_argument("--output", required=True, metavar="FILE")
+    made.add_argument("--optim-level", type=float, default=0.5, help="0 to 1: how much")
+    made.add_argument("--recipe", metavar="FILE", help="a recipe instead of the level")
+    made.add_argument("--ignore", action="append", metavar="LAYER", help="stays in float and dense; may be repeated")
+    made.add_argument("--scheme", help="of quantization, by its name: weight_only, ...")
+    made.add_argument("--no-measure", action="store_true", help="all that can be is quantized, whatever its time")
+    made.add_argument("--no-pack", action="store_true", help="zeros and palettes stored as other values")
+    made.add_argument("--opset", type=int)
+    made.add_argument("--report-html", metavar="FILE", help="the report as a page")
+    made.add_argument("--report-json", metavar="FILE")
+    samples(made, 256)
+
     made = command("pack", commands.run_pack, "An ONNX file in fewer bytes, with the same outputs to the bit.")
     made.add_argument("file", help="an ONNX file")
     made.add_argument("--output", required=True, metavar="FILE")

@@ -17,6 +17,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from sparsify.errors import DataError
 from sparsify.quantization.folding import AffineNorm
 from sparsify.quantization.layers import QuantizedNorm
+from sparsify.quantization.plan import is_quantized
 from sparsify.quantization.wiring import wiring_of
 
 __all__: list[str] = []
@@ -27,12 +28,14 @@ TOGETHER = 0.5
 
 @contextmanager
 def simulated_norms(model: nn.Module, seed: int = 0) -> Iterator[None]:
-    """Inside, the BatchNorms of a quantized `model` in eval mode give normal values by their statistics.
+    """Inside, the BatchNorms of a `model` in eval mode, quantized or not, give normal values by their statistics.
 
     Raises:
         DataError: there is no BatchNorm, or one without statistics.
     """
     norms: list[Any] = [m for m in model.modules() if isinstance(m, QuantizedNorm) and not isinstance(m, AffineNorm)]
+    if not is_quantized(model):
+        norms = [m for m in model.modules() if isinstance(m, _BatchNorm)]
     if not norms:
         raise DataError(
             f"{type(model).__name__} has no BatchNorm, so nothing is known of its activations. Give calibration_data."
@@ -61,7 +64,7 @@ def _values(norm: _BatchNorm, x: Tensor, generator: torch.Generator) -> Tensor:
     z = torch.randn(x.shape, generator=generator) * (1 - TOGETHER) ** 0.5
     z += torch.randn((*x.shape[:2], *[1] * (x.dim() - 2)), generator=generator) * TOGETHER**0.5
     shape = [1, -1, *[1] * (x.dim() - 2)]
-    if wiring_of(norm).layer is None:
+    if not isinstance(norm, QuantizedNorm) or wiring_of(norm).layer is None:
         mean, deviation = norm.running_mean, (norm.running_var + norm.eps).sqrt()
     else:
         # Folded: it hands its input through.

@@ -78,6 +78,7 @@ class Moments:
     Attributes:
         mean: (G, K), of x in the quantized model, once something was added; so the others.
         mean_float: (G, K), of x in the float model.
+        power: (G, K), the mean of x^2 in the quantized model.
         second: (G, K, K), the mean of x x^T in the quantized model.
         cross: (G, K, K), the mean of x in the quantized model times x^T in the float model; None: not taken.
     """
@@ -89,6 +90,7 @@ class Moments:
         self.rows = 0
         self.mean: Tensor = torch.zeros(())
         self.mean_float: Tensor = torch.zeros(())
+        self.power: Tensor = torch.zeros(())
         self.second: Tensor = torch.zeros(())
         self.cross: Tensor | None = None
 
@@ -103,6 +105,7 @@ class Moments:
         share = count / self.columns
         self.mean = torch.lerp(self.mean.to(found), found.mean(-1), share)
         self.mean_float = self.mean if other is None else torch.lerp(self.mean_float.to(found), other.mean(-1), share)
+        self.power = torch.lerp(self.power.to(found), found.square().mean(-1), share)
         if not self.with_second:
             return
         step = -(-count // ROWS_AT_ONCE)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from sparsify.model.targets import named_modules
 from sparsify.model.trace import Trace
@@ -148,7 +148,7 @@ class WeightRounding:
             power = second
             if cross is not None:
                 cross = cross - moments.mean[:, :, None] * moments.mean_float[:, None, :]
-        target = weight if cross is None else _made_good(weight, second, cross)
+        target = weight if cross is None else rounding.made_good(weight, second, cross)
         importance = second.diagonal(dim1=1, dim2=2)
         shared = layer.axis is None
         scale = rounding.clipped_scale(target, importance, q_max=layer.q_max, shared=shared)
@@ -178,10 +178,3 @@ class WeightRounding:
         if self.plan[name].q_max >= 63:
             return "nearest"
         return "adaround" if isinstance(self.modules[name], (nn.Conv1d, nn.Conv2d)) else "gptq"
-
-
-def _made_good(weight: Tensor, second: Tensor, cross: Tensor) -> Tensor:
-    """The weights that give on quantized inputs what `weight` gives on float ones, by least squares."""
-    damped = rounding.damp(second)
-    change: Tensor = torch.linalg.solve(damped, (cross - second).double() @ weight.double().mT)
-    return weight + change.mT.to(weight.dtype)
