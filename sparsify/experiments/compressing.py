@@ -43,8 +43,10 @@ from sparsify.model.targets import is_prunable_layer
 from sparsify.model.wrappers import unwrapped
 from sparsify.oneshot.pruning import PrunedWeights, prunable_layers, prune_model_
 from sparsify.oneshot.quantize import quantize_model
+from sparsify.onnx.benchmark import running_inputs
 from sparsify.onnx.export import export_onnx, floating_layers
 from sparsify.onnx.packing import pack_onnx
+from sparsify.onnx.runtime import read_model
 from sparsify.onnx.verify import verify_onnx
 from sparsify.optimize.levels import optim_level as level_named
 from sparsify.output.files import replacing
@@ -237,12 +239,7 @@ class _Job:
     def _made_up(self) -> Any:
         import torch
 
-        from sparsify.onnx.benchmark import random_inputs
-
-        runner = FileRunner(self.dense)
-        from sparsify.onnx.runtime import read_model
-
-        feed, _ = random_inputs(read_model(self.dense), runner.session, 1)
+        feed, _ = running_inputs(read_model(self.dense), FileRunner(self.dense).session, 1, None, None, self.dense)
         return {name: torch.from_numpy(value) for name, value in feed.items()}
 
     def _export(self, model: nn.Module, place: Path) -> None:

@@ -14,6 +14,7 @@ import numpy as np
 
 from sparsify.errors import ArgumentError, DataError
 from sparsify.experiments.sample_files import InputForm
+from sparsify.onnx.file_inputs import file_inputs
 from sparsify.onnx.runtime import open_session, read_model, run_session
 from sparsify.optimize.references import resolve
 
@@ -53,22 +54,12 @@ def input_forms(path: str | os.PathLike[str]) -> list[InputForm]:
     Raises:
         DataError: an input that is no tensor of numbers.
     """
-    model = read_model(path)
-    stored = {tensor.name for tensor in model.graph.initializer}
     forms = []
-    from onnx import helper
-
-    for value in model.graph.input:
-        if value.name in stored:
-            continue
-        kind = value.type.tensor_type
-        if not value.type.HasField("tensor_type") or not kind.elem_type:
-            raise DataError(f"{path}: the input {value.name!r} is no tensor, for which no samples can be given.")
-        dtype = np.dtype(helper.tensor_dtype_to_np_dtype(kind.elem_type))
-        shape: tuple[int | None, ...] | None = None
-        if kind.HasField("shape"):
-            shape = tuple(dim.dim_value if dim.HasField("dim_value") else None for dim in kind.shape.dim)
-        forms.append(InputForm(value.name, dtype.name, shape))
+    for name, one in file_inputs(read_model(path)).items():
+        if one.dtype is None:
+            raise DataError(f"{path}: the input {name!r} is a {one.kind}, for which no samples can be given.")
+        shape = None if one.shape is None else tuple(size if isinstance(size, int) else None for size in one.shape)
+        forms.append(InputForm(name, one.dtype, shape))
     return forms
 
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from sparsify.analysis.trials import collected_batches
 from sparsify.errors import ArgumentError
-from sparsify.experiments.sample_files import FileSamples, ImageForm, InputForm, as_batches, evenly, read_samples
+from sparsify.experiments.sample_files import FileSamples, ImageForm, InputForm, as_batches, evenly, samples_from_files
 from sparsify.model.signature import SampleInputs
 from sparsify.optimize.references import called
 from sparsify.quantization.calibration import samples_in
@@ -102,7 +102,7 @@ def given_data(model: nn.Module, data: Given, forms: Sequence[InputForm], readin
         data = found
     if isinstance(data, str | os.PathLike):
         most = reading.samples + MEASURED
-        read = read_samples(
+        read = samples_from_files(
             data, forms, most=most, images=reading.images, tokenizer=reading.tokenizer, max_length=reading.max_length
         )
         return _of_files(read, forms, reading.samples)

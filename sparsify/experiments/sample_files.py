@@ -130,7 +130,7 @@ class FileSamples:
     notes: tuple[str, ...] = ()
 
 
-def read_samples(
+def samples_from_files(
     source: str | os.PathLike[str],
     inputs: Sequence[InputForm],
     *,
@@ -162,7 +162,7 @@ def read_samples(
         if ending in (".npz", ".npy"):
             return _stacked(root, inputs, most)
         if ending in ROW_ENDINGS:
-            return _texts(root, inputs, most, tokenizer, max_length)
+            return _text_samples(root, inputs, most, tokenizer, max_length)
         if is_image(root):
             return _images([root], None, (), inputs, most, images or ImageForm(), root.parent)
         raise DataError(
@@ -180,7 +180,7 @@ def read_samples(
     if pictures:
         return _image_folder(root, pictures, inputs, most, images or ImageForm())
     if any(ending in by_ending for ending in ROW_ENDINGS):
-        return _texts(root, inputs, most, tokenizer, max_length)
+        return _text_samples(root, inputs, most, tokenizer, max_length)
     raise DataError(
         f"{root}: no samples in it, expected input0.npz, input1.npz, ..., .npy files, images, or texts in csv, json or "
         "jsonl."
@@ -384,7 +384,7 @@ def _images(
 # ------------------------------------------------------------------ texts
 
 
-def _texts(
+def _text_samples(
     root: Path,
     inputs: Sequence[InputForm],
     most: int,

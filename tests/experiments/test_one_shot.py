@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from sparsify import ArgumentError, DataError, SparsifyError, StateError, one_shot, quantize_model
 from sparsify.cli.main import main
-from sparsify.experiments.sample_files import ImageForm, InputForm, read_samples
+from sparsify.experiments.sample_files import ImageForm, InputForm, samples_from_files
 from sparsify.onnx.runtime import read_model
 
 
@@ -150,10 +150,10 @@ IMAGE = InputForm("x", "float32", (None, 3, 4, 4))
 def test_samples_keep_their_order_and_fit_the_inputs(tmp_path: Path) -> None:
     for number in range(12):
         np.savez(tmp_path / f"input{number}.npz", x=np.full((3, 4, 4), number, np.float64))
-    read = read_samples(tmp_path, [IMAGE], most=100)
+    read = samples_from_files(tmp_path, [IMAGE], most=100)
     assert [row["x"][0, 0, 0, 0] for row in read.rows] == list(range(12)) and read.labels is None
     assert read.rows[0]["x"].dtype == np.float32 and read.rows[0]["x"].shape == (1, 3, 4, 4)
-    assert [row["x"][0, 0, 0, 0] for row in read_samples(tmp_path, [IMAGE], most=3).rows] == [0, 4, 8]
+    assert [row["x"][0, 0, 0, 0] for row in samples_from_files(tmp_path, [IMAGE], most=3).rows] == [0, 4, 8]
 
 
 @pytest.mark.parametrize(
@@ -177,7 +177,7 @@ def test_a_bad_sample_is_said_with_its_file(content: Any, words: str, tmp_path: 
     else:
         np.savez(bad, **content)
     with pytest.raises(DataError, match=words):
-        read_samples(tmp_path, [IMAGE], most=9)
+        samples_from_files(tmp_path, [IMAGE], most=9)
 
 
 def test_images_in_both_layouts_with_and_without_classes(tmp_path: Path) -> None:
@@ -187,30 +187,30 @@ def test_images_in_both_layouts_with_and_without_classes(tmp_path: Path) -> None
         for each in range(2):
             color = (255, 0, 0) if number else (0, 0, 255)
             pillow.new("RGB", (6, 8), color).save(tmp_path / "data" / name / f"{each}.png")
-    read = read_samples(tmp_path / "data", [IMAGE], most=9)
+    read = samples_from_files(tmp_path / "data", [IMAGE], most=9)
     assert read.labels == (0, 0, 1, 1) and read.names == ("cat", "dog")
     assert read.rows[3]["x"][0, :, 0, 0].tolist() == [1, 0, 0] and "not normalized" in read.notes[0]
     last = InputForm("x", "float32", (1, 4, 4, 3))
     form = ImageForm(mean=(0.5,) * 3, std=(0.5,) * 3)
-    loose = read_samples(tmp_path / "data" / "dog", [last], most=9, images=form)
+    loose = samples_from_files(tmp_path / "data" / "dog", [last], most=9, images=form)
     assert loose.labels is None and loose.rows[0]["x"][0, 0, 0].tolist() == [1, -1, -1]
-    raw = read_samples(tmp_path / "data" / "dog", [InputForm("x", "uint8", (None, None, None, 3))], most=9)
+    raw = samples_from_files(tmp_path / "data" / "dog", [InputForm("x", "uint8", (None, None, None, 3))], most=9)
     assert raw.rows[0]["x"].dtype == np.uint8 and raw.rows[0]["x"].shape == (1, 224, 224, 3)
     (tmp_path / "data" / "dog" / "1.png").write_bytes(b"no image")
     with pytest.raises(DataError, match=r"dog/1\.png"):
-        read_samples(tmp_path / "data", [IMAGE], most=9)
+        samples_from_files(tmp_path / "data", [IMAGE], most=9)
 
 
 def test_one_array_of_all_samples_and_texts_without_a_tokenizer(tmp_path: Path) -> None:
     np.save(tmp_path / "x.npy", np.arange(6, dtype=np.float32).reshape(3, 2))
     np.save(tmp_path / "labels.npy", np.array([0, 1, 1]))
-    read = read_samples(tmp_path / "x.npy", [InputForm("x", "float32", (None, 2))], most=9)
+    read = samples_from_files(tmp_path / "x.npy", [InputForm("x", "float32", (None, 2))], most=9)
     assert read.labels == (0, 1, 1) and read.rows[2]["x"].tolist() == [[4, 5]]
     (tmp_path / "a.csv").write_text("text,label\nfine,1\nbad,0\n")
     with pytest.raises(ArgumentError, match="give tokenizer="):
-        read_samples(tmp_path / "a.csv", [InputForm("input_ids", "int64", (None, None))], most=9)
+        samples_from_files(tmp_path / "a.csv", [InputForm("input_ids", "int64", (None, None))], most=9)
     with pytest.raises(DataError, match="no such file or folder"):
-        read_samples(tmp_path / "nowhere", [IMAGE], most=9)
+        samples_from_files(tmp_path / "nowhere", [IMAGE], most=9)
 
 
 def test_the_command(
