@@ -8,7 +8,6 @@ import tempfile
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,7 +32,7 @@ from sparsify.experiments.file_runs import (
     quality_metric,
     times_in_turn,
 )
-from sparsify.experiments.given_data import DataReading, Given, GivenData, first_item, forms_of_module, given_data
+from sparsify.experiments.given_data import DataLike, DataReading, GivenData, first_item, forms_of_module, given_data
 from sparsify.experiments.one_shot_report import CompressedFile, FileFigures, MeasuredPart
 from sparsify.experiments.sample_files import ImageForm
 from sparsify.experiments.slow_parts import slower_parts
@@ -45,6 +44,7 @@ from sparsify.oneshot.pruning import PrunedWeights, prunable_layers, prune_model
 from sparsify.oneshot.quantize import quantize_model
 from sparsify.onnx.benchmark import running_inputs
 from sparsify.onnx.export import export_onnx, floating_layers
+from sparsify.onnx.importing import import_onnx
 from sparsify.onnx.packing import pack_onnx
 from sparsify.onnx.runtime import read_model
 from sparsify.onnx.verify import verify_onnx
@@ -66,7 +66,7 @@ ROUNDS = 3
 
 def one_shot(
     model: nn.Module | str | os.PathLike[str] | ModelProto,
-    data: Given = None,
+    data: DataLike = None,
     *,
     path: str | os.PathLike[str],
     optim_level: float = 0.5,
@@ -200,7 +200,7 @@ class _Job:
         self.quantized = False
         self.foreign = False
 
-    def take(self, model: Any, data: Given, sample_inputs: Any, reading: DataReading) -> None:
+    def take(self, model: Any, data: DataLike, sample_inputs: Any, reading: DataReading) -> None:
         """The model as a module and as a float file, and its data."""
         if isinstance(model, str | os.PathLike) or type(model).__name__ == "ModelProto":
             self._take_file(model)
@@ -234,7 +234,7 @@ class _Job:
             place.write_bytes(source.SerializeToString())
             source = place
         self.dense = Path(source)
-        self.model = import_module("sparsify.onnx.importing").import_onnx(source)
+        self.model = import_onnx(source)
 
     def _made_up(self) -> Any:
         import torch

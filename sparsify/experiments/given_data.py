@@ -28,7 +28,7 @@ AT_ONCE = 16
 FEWEST = 16
 """Where fewer are left to measure with, all are measured with."""
 
-Given = str | os.PathLike[str] | Iterable[Any] | None
+DataLike = str | os.PathLike[str] | Iterable[Any] | None
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ class DataReading:
         return self
 
 
-def given_data(model: nn.Module, data: Given, forms: Sequence[InputForm], reading: DataReading) -> GivenData:
+def given_data(model: nn.Module, data: DataLike, forms: Sequence[InputForm], reading: DataReading) -> GivenData:
     """The data as batches of a model.
 
     Args:
