@@ -22,7 +22,7 @@ FEWEST_PARTS = 6
 """A model is looked at in so many parts at least, where its modules allow it."""
 SLOWER = 1.05
 """By so much a part has to be slower in integers to be given back to float."""
-LEAST_SHARE = 0.005
+LEAST_LOST = 0.005
 """Of the time of the whole: parts that lose less are noise."""
 
 
@@ -50,7 +50,7 @@ def slower_parts(
     slower = [
         MeasuredPart(name, before.get(name, 0.0), ms)
         for name, ms in after.items()
-        if ms > SLOWER * before.get(name, 0.0) and ms - before.get(name, 0.0) > LEAST_SHARE * total
+        if ms > SLOWER * before.get(name, 0.0) and ms - before.get(name, 0.0) > LEAST_LOST * total
     ]
     return sorted(slower, key=lambda part: part.float_ms - part.int8_ms)
 
