@@ -88,6 +88,14 @@ class BatchMaker(ABC):
     def __call__(self, samples: Sequence[Any]) -> TaskBatch:
         """The samples as tensors."""
 
+    def short(self, samples: Sequence[Any]) -> TaskBatch:
+        """The samples as tensors for one step of training: without padding that none of them needs."""
+        return self(samples)
+
+    def length(self, sample: Any) -> int:
+        """The size by which samples are put together for training; one where all take the same time."""
+        return 1
+
 
 class ImageBatches(BatchMaker):
     """Batches of images with classes, boxes or regions.
@@ -151,6 +159,28 @@ class TextBatches(BatchMaker):
         rows = [self._row(sample) for sample in samples]
         inputs = {name: torch.tensor([row[0][name] for row in rows]) for name in rows[0][0]}
         targets = {name: torch.tensor([row[1][name] for row in rows]) for name in rows[0][1]}
+        return TaskBatch(inputs, targets, samples)
+
+    def length(self, sample: Any) -> int:
+        """Tokens of a sample that are no padding, at most `max_length`."""
+        mask = self._row(sample)[0].get("attention_mask")
+        return self.max_length if mask is None else sum(mask)
+
+    def short(self, samples: Sequence[Any]) -> TaskBatch:
+        """The samples as tensors that are as long as the longest of them, in multiples of 8: what is cut is padding.
+
+        Where the model has no mask of attention, or the tokenizer pads at the left, all have `max_length`.
+        """
+        batch = self(samples)
+        if self.tokenizer.padding_side != "right" or "attention_mask" not in batch.inputs:
+            return batch
+        longest = max(map(self.length, samples))
+        length = min(self.max_length, -(-longest // 8) * 8)
+
+        def cut(value: Tensor) -> Tensor:
+            return value[:, :length] if value.dim() > 1 and value.shape[1] == self.max_length else value
+
+        inputs, targets = ({name: cut(value) for name, value in part.items()} for part in (batch.inputs, batch.targets))
         return TaskBatch(inputs, targets, samples)
 
     def encoded(self, sample: Any, **options: Any) -> Any:

@@ -35,12 +35,14 @@ class WrittenModel:
     Attributes:
         path: of the file.
         batch: samples that it takes at once; None: any number.
+        axes: names of the other axes that may have any size.
         notes: what did not come out as wished, each a line.
         floating: layers and operations that stay in float, with the reason.
     """
 
     path: Path
     batch: int | None
+    axes: tuple[str, ...]
     notes: tuple[str, ...]
     floating: Mapping[str, str]
 
@@ -56,18 +58,36 @@ def write_model(task: RunTask, path: Path) -> WrittenModel:
         ExportError: the model cannot be exported.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    inputs = task.batch(task.val[:SAMPLE_COUNT]).inputs
-    try:
-        if len(inputs[next(iter(inputs))]) < SAMPLE_COUNT:
-            raise ExportError("there is one sample to measure with, and a batch is found on two.")
-        found = export_onnx(task.model, dict(inputs), path)
-        return WrittenModel(path, None, (), _floating(found))
-    except ExportError as error:
-        one = {name: value[:1] for name, value in inputs.items()}
-        note = f"the file takes one sample at a time: {first_line(error)}"
-        found = export_onnx(task.model, one, path, dynamic_batch=False)
-        warnings.warn(note, SparsifyWarning, stacklevel=2)
-        return WrittenModel(path, 1, (note,), _floating(found))
+    inputs = dict(task.batch(task.val[:SAMPLE_COUNT]).inputs)
+    one = {name: value[:1] for name, value in inputs.items()}
+    free = task.free_axes
+    several = len(one[next(iter(one))]) < len(inputs[next(iter(inputs))])
+    # What a user would miss most comes first: any number of samples, then samples of any size.
+    tries = [
+        (batch, axes) for batch in ((True, False) if several else (False,)) for axes in ((free, {}) if free else ({},))
+    ]
+    notes: list[str] = []
+    for batch, axes in tries:
+        try:
+            found = export_onnx(task.model, inputs if batch else one, path, dynamic_batch=batch, dynamic_axes=axes)
+        except ExportError as error:
+            if (batch, axes) == tries[-1]:
+                raise
+            notes.append(first_line(error))
+            continue
+        names = tuple(_names_of(axes))
+        fixed = [] if batch else ["one sample at a time"]
+        fixed += [] if names or not free else [f"samples of one {name}" for name in _names_of(free)]
+        why = f": {notes[-1]}" if notes else ", since there is one to measure with."
+        said = (f"the file takes {' and '.join(fixed)}{why}",) if fixed else ()
+        for note in said:
+            warnings.warn(note, SparsifyWarning, stacklevel=2)
+        return WrittenModel(path, None if batch else 1, names, said, _floating(found))
+    raise AssertionError("the last try raises its error")
+
+
+def _names_of(axes: Mapping[str, Mapping[int, str]]) -> list[str]:
+    return sorted({name for entry in axes.values() for name in entry.values()})
 
 
 def _floating(found: ExportedModel) -> dict[str, str]:
@@ -75,9 +95,18 @@ def _floating(found: ExportedModel) -> dict[str, str]:
 
 
 def verified(task: RunTask, written: WrittenModel) -> Verification:
-    """The file beside the torch model on samples to measure with."""
-    count = written.batch or SAMPLE_COUNT
-    return verify_onnx(task.model, written.path, dict(task.batch(task.val[:count]).inputs))
+    """The file beside the torch model on samples to measure with; where their size is free, also on the front half of
+    them. The first verification that fails is the one that counts."""
+    inputs = dict(task.batch(task.val[: written.batch or SAMPLE_COUNT]).inputs)
+    found = verify_onnx(task.model, written.path, inputs)
+    if found.ok and written.axes:
+        short = dict(inputs)
+        for name, axes in task.free_axes.items():
+            for axis in axes:
+                short[name] = short[name].narrow(axis, 0, max(2, short[name].shape[axis] // 2))
+        half = verify_onnx(task.model, written.path, short)
+        return half if not half.ok or not half.exact else found
+    return found
 
 
 def measured_file(task: RunTask, written: WrittenModel, threads: int | None = None) -> dict[str, float]:
@@ -97,6 +126,8 @@ def as_array(value: Tensor) -> Any:
     return value.detach().cpu().numpy()
 
 
-def speed(dense: WrittenModel, compressed: WrittenModel, threads: int) -> Comparison:
-    """Ratio of times, dense by compressed, one sample at a time, in paired rounds."""
-    return compare_onnx(dense.path, compressed.path, batch_size=1, threads=threads, rounds=10)
+def speed(task: RunTask, dense: WrittenModel, compressed: WrittenModel, threads: int) -> Comparison:
+    """Ratio of times, dense by compressed, one sample of full size at a time, in paired rounds."""
+    wanted = {value.name for value in read_model(dense.path).graph.input}
+    inputs = {name: as_array(value) for name, value in task.batch(task.val[:1]).inputs.items() if name in wanted}
+    return compare_onnx(dense.path, compressed.path, threads=threads, rounds=10, inputs=inputs)

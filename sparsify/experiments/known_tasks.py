@@ -156,8 +156,20 @@ class KnownTask(RunTask):
         self._with_labels = loaded.is_of_transformers
         self.teaches = case.teaches if self._with_labels else ("output",)
 
+    @property
+    def free_axes(self) -> Mapping[str, Mapping[int, str]]:
+        if not isinstance(self.maker, TextBatches):
+            return {}
+        return {name: {1: "length"} for name in self.maker(self.val[:1]).inputs}
+
     def batch(self, samples: Sequence[Any]) -> TaskBatch:
         return self.maker(samples)
+
+    def training_batch(self, samples: Sequence[Any]) -> TaskBatch:
+        return self.maker.short(samples)
+
+    def length(self, sample: Any) -> int:
+        return self.maker.length(sample)
 
     def loss(self, batch: TaskBatch) -> Tensor:
         if self._with_labels:

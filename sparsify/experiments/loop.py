@@ -27,6 +27,8 @@ SAVE_SECONDS = 600.0
 """Between two checkpoints within an epoch."""
 CLIP = 1.0
 """The norm of all gradients together is at most this."""
+GROUPED = 16
+"""Batches among which samples of like sizes are put together."""
 WARM_UP = 0.1
 """The share of a dense stage in which the learning rate rises."""
 
@@ -125,13 +127,13 @@ def train(
         began = time.monotonic()
         first = at.step if epoch == at.epoch else 0
         total = at.loss_sum if epoch == at.epoch else 0.0
-        order = _order(len(task.train), settings.seed, stage, epoch)
+        batches = _batches_of_epoch(task, steps, settings.seed, stage, epoch)
         model.train()
         for step in range(first, steps):
             if manager is None:
                 for group in optimizer.param_groups:
                     group["lr"] = _dense_rate(settings, epoch * steps + step, epochs * steps)
-            chosen = [task.train[i] for i in order[step * len(order) // steps : (step + 1) * len(order) // steps]]
+            chosen = [task.train[i] for i in batches[step]]
             total += _optimizer_step(
                 task, chosen, optimizer, manager, device, at.parts, f"epoch {epoch + 1}, step {step + 1}"
             )
@@ -176,7 +178,7 @@ def _optimizer_step(
         for part in _divided(samples, parts):
             share = len(part) / len(samples)
             with _precision(device):
-                loss = task.loss(on_device(task.batch(part), device))
+                loss = task.loss(on_device(task.training_batch(part), device))
             if not bool(torch.isfinite(loss)):
                 raise DataError(
                     f"{when}: the loss is {float(loss.detach())}: the learning rate is too high, or values of the data "
@@ -264,11 +266,26 @@ def _dense_rate(settings: ExperimentSettings, step: int, steps: int) -> float:
     return settings.learning_rate * min((step + 1) / rise, (steps - step) / max(1.0, steps - rise), 1.0)
 
 
-def _order(count: int, seed: int, stage: str, epoch: int) -> list[int]:
-    """The order of samples of an epoch: of the seed and the epoch alone, so that a resumed run has the same."""
+def _batches_of_epoch(task: RunTask, steps: int, seed: int, stage: str, epoch: int) -> list[list[int]]:
+    """Places of the samples of each step of an epoch: by the data, the seed and the epoch alone, so that a run that
+    goes on has the same.
+
+    Samples are shuffled. Where their sizes differ, those of a few batches that follow one another are ordered by size,
+    and all batches shuffled again: what stands together then needs little padding.
+    """
     number = (seed * 2 + (stage == "recipe")) * 1_000_003 + epoch
     generator = torch.Generator().manual_seed(number)
-    return torch.randperm(count, generator=generator).tolist()
+    order: list[int] = torch.randperm(len(task.train), generator=generator).tolist()
+    batches = [order[step * len(order) // steps : (step + 1) * len(order) // steps] for step in range(steps)]
+    lengths = [task.length(sample) for sample in task.train]
+    if len(set(lengths)) < 2:
+        return batches
+    found: list[list[int]] = []
+    for first in range(0, steps, GROUPED):
+        together = batches[first : first + GROUPED]
+        ordered = iter(sorted((i for batch in together for i in batch), key=lengths.__getitem__))
+        found += [[next(ordered) for _ in batch] for batch in together]
+    return [found[i] for i in torch.randperm(steps, generator=generator).tolist()]
 
 
 def _divided(samples: Sequence[Any], parts: int) -> Iterator[Sequence[Any]]:

@@ -160,12 +160,13 @@ special = json.loads((here / "tokenizer_config.json").read_text(encoding="utf-8"
 tokenizer = Tokenizer.from_file(str(here / "tokenizer.json"))
 pad = special["pad_token"]["content"] if isinstance(special["pad_token"], dict) else special["pad_token"]
 tokenizer.enable_truncation(length, strategy="only_second" if len(sys.argv) > 2 and not labels else "longest_first")
-tokenizer.enable_padding(length=length, pad_id=tokenizer.token_to_id(pad), pad_token=pad)
-text = tokenizer.encode(*sys.argv[1:])
-given = {"input_ids": text.ids, "attention_mask": text.attention_mask, "token_type_ids": text.type_ids}
 options = onnxruntime.SessionOptions()
 options.add_session_config_entry("session.x64quantprecision", "1")
 session = onnxruntime.InferenceSession(here / "model.onnx", options)
+if isinstance(session.get_inputs()[0].shape[1], int):  # a file of one length: shorter texts are padded
+    tokenizer.enable_padding(length=length, pad_id=tokenizer.token_to_id(pad), pad_token=pad)
+text = tokenizer.encode(*sys.argv[1:])
+given = {"input_ids": text.ids, "attention_mask": text.attention_mask, "token_type_ids": text.type_ids}
 feed = {each.name: np.array([given[each.name]], np.int64) for each in session.get_inputs()}
 found = session.run(None, feed)
 if not labels:

@@ -282,11 +282,12 @@ class ExperimentRun:
         place = folder.path / "baseline"
         if (place / "metrics.yaml").is_file():
             saved = folder.read_yaml("baseline/metrics.yaml")
-            return WrittenModel(place / "model.onnx", saved["batch"], (), {}), saved["metrics"]
+            written = WrittenModel(place / "model.onnx", saved["batch"], tuple(saved["axes"]), (), {})
+            return written, saved["metrics"]
         self.task.model.eval()
         written = write_model(self.task, place / "model.onnx")
         found = {"torch": measured(self.task), "onnxruntime": measured_file(self.task, written)}
-        folder.write_yaml("baseline/metrics.yaml", {"batch": written.batch, "metrics": found})
+        folder.write_yaml("baseline/metrics.yaml", {"batch": written.batch, "axes": written.axes, "metrics": found})
         self._say(f"dense: {self.task.metric} {found['onnxruntime'][self.task.metric]:.4f} in onnxruntime")
         return written, found
 
@@ -345,7 +346,7 @@ class ExperimentRun:
 
         task = self.task
         proof = verified(task, written)
-        ratio = speed(baseline, written, self.settings.threads or 1)
+        ratio = speed(task, baseline, written, self.settings.threads or 1)
         weights = {n: p for n, p in task.model.named_parameters() if p.dim() > 1}
         pruned = _pruned_weights(done.recipe, task.model)
         zeros = {name: float((p == 0).float().mean()) for name, p in weights.items()}
@@ -379,6 +380,7 @@ class ExperimentRun:
             },
             "verification": {"agrees": proof.ok, "exact": proof.exact, "why": proof.why},
             "batch": written.batch,
+            "free_axes": list(written.axes),
             "floating": dict(written.floating),
             "notes": [*written.notes],
         }

@@ -118,9 +118,22 @@ class RunTask(ABC):
     teaches: tuple[str, ...]
     eval_batch: int
 
+    @property
+    def free_axes(self) -> Mapping[str, Mapping[int, str]]:
+        """Axes of inputs that shall have any size in the file, beside the batch, by input and axis."""
+        return {}
+
     @abstractmethod
     def batch(self, samples: Sequence[Any]) -> TaskBatch:
         """The samples as tensors on the CPU."""
+
+    def training_batch(self, samples: Sequence[Any]) -> TaskBatch:
+        """The same for one step of training, which may be shorter than what the exported file is measured with."""
+        return self.batch(samples)
+
+    def length(self, sample: Any) -> int:
+        """The size of a sample; samples of like sizes are put together for training."""
+        return 1
 
     @abstractmethod
     def loss(self, batch: TaskBatch) -> Tensor:

@@ -8,7 +8,7 @@ import os
 import re
 import traceback
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,6 +25,7 @@ from sparsify.model.signature import InputsLike, SampleInputs, check_module, nam
 from sparsify.model.wrappers import clean_name, unwrapped
 from sparsify.onnx.exported import ExportedModel, bytes_text, exported_model
 from sparsify.onnx.exporter import exact_constants, kept_registry, missing_translations
+from sparsify.onnx.free_axes import BATCH, at_another_size, check_free, checked_axes
 from sparsify.onnx.model_files import MOST_BYTES
 from sparsify.onnx.names import checked_output_names, name_values, with_input_names
 from sparsify.onnx.runtime import FILE_WEIGHTS, PRODUCER
@@ -53,6 +54,7 @@ def export_onnx(
     *,
     opset: int | None = None,
     dynamic_batch: bool = True,
+    dynamic_axes: Mapping[str, Mapping[int, str]] | None = None,
     input_names: Sequence[str] | None = None,
     output_names: Sequence[str] | None = None,
     packed: bool = False,
@@ -65,13 +67,16 @@ def export_onnx(
 
     Args:
         model: plain, pruned or quantized; wrapped in DistributedDataParallel or torch.compile, too.
-        sample_inputs: a tensor, a tuple of arguments, or a dictionary of keyword arguments. Shapes other than the batch
-            axis are fixed to theirs. Arguments that are no tensors become constants of the file.
+        sample_inputs: a tensor, a tuple of arguments, or a dictionary of keyword arguments. Their sizes become those of
+            the file, but for the batch and `dynamic_axes`. Arguments that are no tensors become constants of the file.
         path: replaced at once when everything went well; on an error what was there stays.
         opset: 18 to 23; None is 20, which the exporter writes without version conversion, and 21 where weights alone
             have four bits or scales of blocks: they are stored as int4 from there on, two in a byte.
         dynamic_batch: axis 0 of the first input, and of the others of that length, may be of any length when the file
             runs; False fixes it.
+        dynamic_axes: further axes of any size, by input and axis: {"input_ids": {1: "length"}, "attention_mask": {1:
+            "length"}}, or {"x": {2: "height", 3: "width"}}. Axes of one name are of one size, 2 or more in the samples.
+            The file is compared with the model at a second size as well.
         input_names, output_names: instead of the names of the parameters of `forward` and of the keys of the output
             ("output" for a tensor, "output_0", "output_1", ... for a tuple).
         packed: True stores zeros and palettes as such, as `pack_onnx` does: the file is smaller, computes the same in
@@ -103,15 +108,18 @@ def export_onnx(
     call = SampleInputs.of(model, sample_inputs)
     if input_names is not None:
         call = with_input_names(call, input_names)
+    axes = checked_axes(call, dynamic_axes, batch=dynamic_batch)
     # The temporary file is there before the work starts: a path that cannot be written costs nobody a minute.
     from sparsify.onnx.importing import ImportedModel
 
     with replacing(path) as temporary:
         if isinstance(model, ImportedModel):
+            if axes:
+                raise ArgumentError("dynamic_axes: the model was read from an ONNX file, whose axes stay as they are.")
             proto = _given_proto(model, call)
             opset = next(each.version for each in proto.opset_import if each.domain in ("", "ai.onnx"))
         else:
-            proto = _model_proto(model, call, opset, dynamic_batch, output_names)
+            proto = _model_proto(model, call, opset, dynamic_batch, axes, output_names)
         content = proto.SerializeToString()
         temporary.write_bytes(content)
         size, plain_bytes = len(content), None
@@ -163,7 +171,12 @@ def floating_layers(model: nn.Module) -> dict[str, str]:
 
 
 def _model_proto(
-    model: nn.Module, call: SampleInputs, opset: int, dynamic_batch: bool, output_names: Sequence[str] | None
+    model: nn.Module,
+    call: SampleInputs,
+    opset: int,
+    dynamic_batch: bool,
+    axes: Mapping[str, Mapping[int, str]],
+    output_names: Sequence[str] | None,
 ) -> ModelProto:
     """The checked model."""
     import onnx
@@ -186,14 +199,19 @@ def _model_proto(
     batched, tensors = _batched(call) if dynamic_batch else ([], list(call.inputs.values()))
     adapter = _Adapter(deployed, call).eval()
     tensors = [tensor.detach().cpu() for tensor in tensors]
-    dynamic = tuple({0: torch.export.Dim.DYNAMIC} if key in batched else None for key in call.inputs)
+    free = {key: {**({0: BATCH} if key in batched else {}), **axes.get(key, {})} for key in call.inputs}
+    dynamic = tuple(dict.fromkeys(free[key], torch.export.Dim.DYNAMIC) or None for key in call.inputs)
     with _quiet_loggers(), torch.no_grad():
         try:
             program = torch.export.export(adapter, tuple(tensors), strict=False, dynamic_shapes=(dynamic,))
         except SparsifyError:
             raise
         except Exception as error:
-            raise ExportError(_why_not_traced(name, error, bool(batched))) from error
+            raise ExportError(
+                _why_not_traced(
+                    name, error, bool(batched), sorted({axis for entry in axes.values() for axis in entry.values()})
+                )
+            ) from error
         try:
             with kept_registry(), exact_constants():
                 exported = torch.onnx.export(
@@ -223,7 +241,8 @@ def _model_proto(
     rewrite_float_layers.keep_float_layers(proto)
     rewrites.unique_names(proto)
     rewrite_equal_tensors.share_equal_tensors(proto, _own_weights(deployed))
-    rewrites.name_dimensions(proto, batched)
+    rewrites.name_dimensions(proto, free)
+    check_free(name, proto, free)
     _note_weights(proto, deployed)
     proto.producer_name = PRODUCER
     proto.producer_version = ""
@@ -234,6 +253,9 @@ def _model_proto(
             f"{name} was exported, but the file does not pass onnx's checker: {first_line(error)}"
         ) from error
     compare_written(adapter, proto, tensors, [key in batched for key in call.inputs])
+    if axes:
+        resized = at_another_size(adapter, dict(zip(call.inputs, tensors, strict=True)), axes)
+        compare_written(adapter, proto, list(resized.values()), [key in batched for key in call.inputs])
     return proto
 
 
@@ -395,11 +417,13 @@ def _equal(one: np.ndarray, other: np.ndarray) -> bool:
     return one.shape == other.shape and np.array_equal(one[:1], other[:1]) and np.array_equal(one, other)
 
 
-def _why_not_traced(name: str, error: Exception, dynamic: bool) -> str:
+def _why_not_traced(name: str, error: Exception, dynamic: bool, axes: Sequence[str]) -> str:
     text = first_line(error)
     place = _place(error)
     message = f"{name} cannot be traced{f' ({place})' if place else ''}: {type(error).__name__}: {text}"
     constrained = any(word in str(error) for word in ("Constraints violated", "specializ", "ConstraintViolation"))
+    if axes and constrained:
+        return f"{message} Its forward fixes the size of {', '.join(axes)}; leave it out of dynamic_axes."
     if dynamic and constrained:
         return f"{message} Its forward fixes the batch size; use x.shape[0] there, or pass dynamic_batch=False."
     return f"{message} Move Python control flow that depends on values out of forward, or export a part of the model."

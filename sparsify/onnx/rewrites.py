@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Mapping
 from typing import cast
 
 import numpy as np
@@ -23,9 +23,6 @@ from sparsify.onnx.graph import PROPAGATED, Graph, copied, integer, like, only_m
 from sparsify.onnx.rewrite_activations import hard_sigmoid_as_add, numbers_as_integers, tanh_as_sigmoid
 
 __all__: list[str] = []
-
-BATCH = "batch"
-"""The name of the dynamic batch axis in a file."""
 
 
 def rewrite(model: ModelProto) -> None:
@@ -101,17 +98,20 @@ def unique_names(model: ModelProto) -> None:
         seen.add(node.name)
 
 
-def name_dimensions(model: ModelProto, batched: Iterable[str]) -> None:
-    """The symbols of axis 0 of the inputs `batched` are called "batch", also within outputs such as "4*batch"."""
-    inputs = {value.name: value for value in model.graph.input}
-    symbols = {inputs[name].type.tensor_type.shape.dim[0].dim_param for name in batched if name in inputs} - {""}
-    if not symbols:
+def name_dimensions(model: ModelProto, free: Mapping[str, Mapping[int, str]]) -> None:
+    """Free axes get their names in `free`, by input and axis; also within axes of outputs, such as "4*batch"."""
+    names: dict[str, str] = {}
+    for value in model.graph.input:
+        for axis, name in free.get(value.name, {}).items():
+            if symbol := value.type.tensor_type.shape.dim[axis].dim_param:
+                names.setdefault(symbol, name)
+    if not names:
         return
-    pattern = re.compile(r"\b(" + "|".join(re.escape(symbol) for symbol in sorted(symbols)) + r")\b")
+    pattern = re.compile(r"\b(" + "|".join(re.escape(symbol) for symbol in sorted(names)) + r")\b")
     for value in [*model.graph.input, *model.graph.output]:
         for dim in value.type.tensor_type.shape.dim:
             if dim.dim_param:
-                dim.dim_param = pattern.sub(BATCH, dim.dim_param)
+                dim.dim_param = pattern.sub(lambda hit: names[hit[0]], dim.dim_param)
 
 
 def reduce_mean_to_global_average_pool(model: ModelProto) -> None:
