@@ -14,6 +14,9 @@ from sparsify.errors import ArgumentError
 from sparsify.model.signature import check_module
 from sparsify.model.targets import named_modules, named_parameters
 from sparsify.model.wrappers import unwrapped
+from sparsify.oneshot.file_weights import FileWeights
+from sparsify.oneshot.module_weights import noted_form
+from sparsify.oneshot.weight_forms import form_bits
 from sparsify.onnx.runtime import read_model
 from sparsify.output.tables import Column, Table
 from sparsify.quantization.attention import QuantizedProjection
@@ -21,9 +24,13 @@ from sparsify.quantization.conversion import original_type, weight_bits
 from sparsify.quantization.layers import QuantizedEmbedding, QuantizedLayer
 
 if TYPE_CHECKING:
+    from onnx import NodeProto
     from torch import Tensor, nn
 
     from sparsify.analysis.onnx_weights import StoredWeights
+    from sparsify.oneshot.module_weights import CandidateWeight
+    from sparsify.oneshot.weight_forms import IntegerWeight
+    from sparsify.palettization.palette import Palette
 
 __all__ = ["ChildOp", "WeightMetadata", "get_weights_metadata", "weights_table"]
 
@@ -48,12 +55,13 @@ class WeightMetadata:
     """One stored weight. Compared by identity: it holds a tensor.
 
     Attributes:
-        val: the parameter itself, a tensor; of a file an array, as it is stored.
+        val: a numpy array: of a parameter on the CPU its own memory (bfloat16: a copy in float32); of a file as it is
+            stored, or of a weight that `linear_quantize_weights` or `palettize_weights` compressed its values.
         sparsity: the fraction of values that are 0, counted one by one, 0 to 1. A quantized value is 0 where it is
             equal to its zero point.
         unique_values: how many values differ.
         child_ops: who reads it, in the order of the model.
-        bits: of a value; of layers that were quantized here, what their quantizers have.
+        bits: of a value; of layers that were quantized here, what their quantizers have; of a palette, of an index.
         zero_rows: the fraction of rows (slices along the first axis) of which every value is 0; a row that only sums
             to 0 is none.
     """
@@ -140,10 +148,13 @@ def _of_module(model: nn.Module, threshold: int) -> dict[str, WeightMetadata]:
             name = name_of[id(parameter)]
             if isinstance(module, (QuantizedLayer, QuantizedEmbedding)) and own == "weight" and weight_bits(module):
                 bits[name] = weight_bits(module)
+            form = noted_form(module, own)
+            if form is not None:
+                bits[name] = form_bits(form)
             children[name].append(ChildOp(kind, path, {own: name}))
     return {
         name: WeightMetadata(
-            val=parameter.detach(),
+            val=_as_array(parameter.detach()),
             child_ops=tuple(children[name]),
             bits=bits.get(name, parameter.dtype.itemsize * 8),
             **_figures(parameter.detach()),
@@ -151,6 +162,12 @@ def _of_module(model: nn.Module, threshold: int) -> dict[str, WeightMetadata]:
         for name, parameter in parameters.items()
         if parameter.numel() > threshold and not parameter.is_meta
     }
+
+
+def _as_array(values: Tensor) -> np.ndarray:
+    import torch
+
+    return (values.float() if values.dtype == torch.bfloat16 else values).cpu().numpy()
 
 
 def _figures(values: Tensor) -> dict[str, Any]:
@@ -171,10 +188,14 @@ def _of_file(path: str | os.PathLike[str], threshold: int) -> dict[str, WeightMe
     model = read_model(path)
     stored = StoredWeights(model, Path(path).parent)
     children = _readers(stored)
+    compressed = FileWeights(model, Path(path).resolve().parent)
     found: dict[str, WeightMetadata] = {}
+    for candidate, form in compressed.compressed():
+        if candidate.elements > threshold:
+            found[candidate.name] = _of_form(candidate, form, compressed.readers(candidate.stored))
     for name, tensor in stored.tensors.items():
         weight = stored.behind(name)
-        if weight is None or weight.elements <= threshold:
+        if weight is None or weight.elements <= threshold or name in compressed.helpers:
             continue
         ops = tuple(
             ChildOp(op.op_type, op.name, {own: weight.parameter for own in op.params_name_mapping})
@@ -200,10 +221,35 @@ def _of_file(path: str | os.PathLike[str], threshold: int) -> dict[str, WeightMe
     return found
 
 
-def _readers(stored: StoredWeights) -> dict[str, list[ChildOp]]:
-    """{initializer: the nodes that compute with it}, where it is dequantized and moved in between, behind that."""
+def _of_form(
+    candidate: CandidateWeight, form: IntegerWeight | Palette, readers: list[tuple[NodeProto, int]]
+) -> WeightMetadata:
+    values = form.values()
+    nonzero = values != 0
+    return WeightMetadata(
+        val=values,
+        sparsity=float(np.mean(~nonzero)),
+        unique_values=int(np.unique(values).size),
+        child_ops=tuple(
+            ChildOp(node.op_type, node.name, {_formal_name(node, index): candidate.name}) for node, index in readers
+        ),
+        bits=form_bits(form),
+        zero_rows=float(np.mean(~nonzero.reshape(len(values), -1).any(1))),
+    )
+
+
+def _formal_name(node: NodeProto, index: int) -> str:
     from onnx import defs
 
+    try:
+        formal = defs.get_schema(node.op_type, domain=node.domain).inputs
+        return str(formal[min(index, len(formal) - 1)].name)
+    except defs.SchemaError:
+        return str(index)
+
+
+def _readers(stored: StoredWeights) -> dict[str, list[ChildOp]]:
+    """{initializer: the nodes that compute with it}, where it is dequantized and moved in between, behind that."""
     from sparsify.onnx.graph import STORAGE
 
     found: dict[str, list[ChildOp]] = {}
@@ -214,10 +260,6 @@ def _readers(stored: StoredWeights) -> dict[str, list[ChildOp]]:
             weight = stored.behind(value) if value else None
             if weight is None:
                 continue
-            try:
-                formal = defs.get_schema(node.op_type, domain=node.domain).inputs
-                own = formal[min(index, len(formal) - 1)].name
-            except defs.SchemaError:
-                own = str(index)
+            own = _formal_name(node, index)
             found.setdefault(weight.name, []).append(ChildOp(node.op_type, node.name, {own: weight.parameter}))
     return found
