@@ -273,9 +273,8 @@ def _from_plain(place: str, fields: object) -> WeightConfig | None:
         )
     kind = fields["type"]
     if kind not in SETTINGS_KINDS:
-        raise ArgumentError(
-            f"OptimizationConfig.{place}.type: {kind!r} is none of {', '.join(SETTINGS_KINDS)}.{did_you_mean(kind, SETTINGS_KINDS)}"
-        )
+        near = did_you_mean(kind, SETTINGS_KINDS)
+        raise ArgumentError(f"OptimizationConfig.{place}.type: {kind!r} is none of {', '.join(SETTINGS_KINDS)}.{near}")
     given = {str(key): value for key, value in fields.items() if key != "type"}
     try:
         return SETTINGS_KINDS[kind](**given)
