@@ -26,8 +26,8 @@ from sparsify.output.tables import Column, Table
 from sparsify.palettization.config import PalettizerConfig, WeightConfig
 
 __all__ = [
-    "CompressedFile",
     "CompressedWeight",
+    "CompressedWeightsFile",
     "compression_report",
     "decompress_weights",
     "linear_quantize_weights",
@@ -68,7 +68,7 @@ class CompressedWeight:
 
 
 @dataclass(frozen=True)
-class CompressedFile(os.PathLike[str]):
+class CompressedWeightsFile(os.PathLike[str]):
     """A file with compressed weights. Usable wherever a path is.
 
     Attributes:
@@ -162,7 +162,7 @@ def decompress_weights(model: Any, path: Any = None) -> Any:
     return _compress("decompress_weights", (), model, OptimizationConfig(), path)
 
 
-def compression_report(model: nn.Module | CompressedFile) -> Table:
+def compression_report(model: nn.Module | CompressedWeightsFile) -> Table:
     """The report of the call that made a module or a file: a line for each weight, and one for all.
 
     Args:
@@ -171,7 +171,7 @@ def compression_report(model: nn.Module | CompressedFile) -> Table:
     Raises:
         ArgumentError: it is something else.
     """
-    if isinstance(model, CompressedFile):
+    if isinstance(model, CompressedWeightsFile):
         return model.report
     report = model.__dict__.get(_REPORT) if isinstance(model, nn.Module) else None
     if not isinstance(report, Table):
@@ -285,7 +285,7 @@ def _compress_module(where: str, model: CompressedModule, config: OptimizationCo
     return copy
 
 
-def _compress_file(where: str, model: Any, config: OptimizationConfig, path: Any) -> CompressedFile:
+def _compress_file(where: str, model: Any, config: OptimizationConfig, path: Any) -> CompressedWeightsFile:
     import onnx
     from onnx import defs
 
@@ -326,7 +326,7 @@ def _compress_file(where: str, model: Any, config: OptimizationConfig, path: Any
     if where == "decompress_weights":
         with replacing_model(plain, folder, path) as (_, size):
             pass
-        return CompressedFile(Path(path), size, report_table(lines), None)
+        return CompressedWeightsFile(Path(path), size, report_table(lines), None)
     packed, tensors, _ = packed_model(plain, folder, exact_unoptimized=False)
     # What it is compared with: the same values as floats.
     floats = onnx.ModelProto()
@@ -339,7 +339,7 @@ def _compress_file(where: str, model: Any, config: OptimizationConfig, path: Any
     ):
         names = {tensor.name for tensor in tensors}
         unproven = prove_packed(floats, reference, packed, temporary, names, None, exact_unoptimized=False)
-    return CompressedFile(Path(path), size, report_table(lines), unproven)
+    return CompressedWeightsFile(Path(path), size, report_table(lines), unproven)
 
 
 def report_table(lines: list[CompressedWeight]) -> Table:
