@@ -6,6 +6,7 @@ A command takes the parsed arguments, prints its result and returns an exit code
 from __future__ import annotations
 
 import json
+import math
 import sys
 import warnings
 from argparse import Namespace
@@ -205,6 +206,10 @@ def run_compose(arguments: Namespace) -> int:
 def run_benchmark(arguments: Namespace) -> int:
     from sparsify.onnx.benchmark import benchmark_onnx, compare_onnx
 
+    if arguments.at_most is not None and not 0 < arguments.at_most < math.inf:
+        raise ArgumentError(f"--at-most: {arguments.at_most:g} is no time in milliseconds, above 0.")
+    if arguments.compare is not None and not Path(arguments.compare).is_file():
+        raise ArgumentError(f"--compare: {arguments.compare}: there is no such file.")
     inputs = None
     if arguments.input:
         from sparsify.optimize.references import file_samples
