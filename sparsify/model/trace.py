@@ -25,6 +25,7 @@ from sparsify.model.made_weights import plain_weights
 from sparsify.model.preserved import eval_mode_, preserved
 from sparsify.model.sharding import stand_ins
 from sparsify.model.wrappers import clean_name
+from sparsify.model.written_activations import written_activations
 
 if TYPE_CHECKING:
     from torch.export import ExportedProgram
@@ -120,6 +121,7 @@ class TracedNode:
         stack: the calls of modules that it stands in, outermost first.
         inputs: the names of the nodes whose tensors it reads, in the order of the arguments.
         parameters: the names of the parameters that it reads.
+        whole: whether it is an activation that its owner writes out in several operations, and all that this computes.
     """
 
     name: str
@@ -130,6 +132,7 @@ class TracedNode:
     parameters: tuple[str, ...]
     shape: tuple[int, ...] | None
     dtype: str | None
+    whole: bool = False
 
     @property
     def owner(self) -> str:
@@ -394,8 +397,9 @@ def plain_trace(program: ExportedProgram, names: ModuleNames) -> Trace:
     nodes: list[TracedNode] = []
     outputs: list[str] = []
     merged, inner = channel_affine(program, names.path, {*parameters, *hidden})
+    written, within = written_activations(program, names.path)
     for node in program.graph.nodes:
-        if node.name in inner:
+        if node.name in inner or node.name in within:
             continue
         if node.op == "placeholder":
             if node.name in parameters or node.name in hidden:
@@ -419,13 +423,18 @@ def plain_trace(program: ExportedProgram, names: ModuleNames) -> Trace:
             kind = "average_pool"
         if node.name in merged:
             op, kind, read = AFFINE, "batch_norm", [merged[node.name]]
+        stack = node.meta.get("nn_module_stack") or {}
+        if node.name in written:
+            op, given, depth = written[node.name]
+            kind, read, stack = "gate", [given], dict(list(stack.items())[:depth])
         shape = tuple(int(n) if isinstance(n, int) else -1 for n in one.shape) if one is not None else None
         nodes.append(
             TracedNode(
                 name=node.name,
                 op=op,
                 kind=kind,  # type: ignore[arg-type]
-                stack=tuple(names.calls(node.meta.get("nn_module_stack") or {})),
+                stack=tuple(names.calls(stack)),
+                whole=node.name in written,
                 inputs=tuple(n.name for n in read if n.name not in parameters and n.name not in hidden),
                 parameters=tuple(dict.fromkeys(parameters[n.name] for n in read if n.name in parameters)),
                 shape=shape,

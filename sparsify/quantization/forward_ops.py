@@ -21,6 +21,7 @@ from sparsify.errors import SparsifyWarning
 from sparsify.model.made_weights import is_in_use
 from sparsify.model.targets import named_modules
 from sparsify.model.trace import is_idle, is_image_mean
+from sparsify.model.written_activations import WRITTEN, activation_of
 from sparsify.quantization import attention_products, read_weights
 from sparsify.quantization.attention_products import MATMUL
 from sparsify.quantization.calling_places import calling_place
@@ -250,6 +251,25 @@ class WatchedAffine(Watched, QuantizedNorm, AffineNorm):
         return (whole - offset).float(), offset.float()
 
 
+class WatchedActivation(Watched):
+    """A user's module that writes out an activation of torch (see `written_activations`), with a quantizer for it.
+
+    It computes that activation by torch's function, of which the file has one operator.
+    """
+
+    _function: Callable[[Tensor], Tensor]
+
+    def _watch(self, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        (x,) = (*args, *kwargs.values())
+        quantizer: Any = self._modules.get("output_quantizer")
+        if quantizer is not None and quantizer.gate is not None:
+            return self._output(x)
+        # Not the operations of whom calls it.
+        with torch._C.DisableTorchFunction():
+            y = self._function(x)
+        return self._output(y)
+
+
 class WatchedLayer(Watched, QuantizedLayer):
     """A layer of a user's class: of its forward, the operation on its weight is that of a quantized layer.
 
@@ -475,6 +495,14 @@ def watch(
     overwrite(module, "_places", {kind: dict(known) for kind, known in places.items()})
     overwrite(module, "_asleep", [])
     return wiring
+
+
+def watch_activation(module: nn.Module) -> None:
+    """Converts a user's module that writes out an activation, in place."""
+    name = activation_of(module.forward)
+    assert name is not None, type(module).__name__
+    watch(module, {}, form=WatchedActivation)
+    overwrite(module, "_function", WRITTEN[name])
 
 
 def operation_places(model: nn.Module) -> dict[str, dict[str, dict[str, int]]]:

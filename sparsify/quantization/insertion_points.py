@@ -56,9 +56,9 @@ class InsertionPoints:
         return owner, child_name(node.kind, self.index(node, owner)), "function"
 
     def is_own_module(self, node: TracedNode) -> bool:
-        """True if `node` is all that a ReLU or a pool computes, called from one place."""
+        """True if `node` is all that a ReLU or a pool computes, called from one place, or a user's activation."""
         module = self.modules.get(node.owner)
-        return type(module) in POINTWISE and self.trace.calls.get(node.owner) == 1
+        return node.whole or (type(module) in POINTWISE and self.trace.calls.get(node.owner) == 1)
 
     def watched_owner(self, node: TracedNode) -> str:
         """The user's module in whose forward the node stands: modules of torch without children are looked through."""

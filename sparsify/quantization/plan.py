@@ -18,8 +18,9 @@ from torch import Tensor, nn
 
 from sparsify.errors import StateError
 from sparsify.model.preserved import eval_mode_, preserved
-from sparsify.model.sharding import call_within
+from sparsify.model.sharding import call_within, class_before_sharding
 from sparsify.model.targets import named_modules
+from sparsify.model.written_activations import WRITTEN, activation_of
 from sparsify.output.json_values import EXACT, from_json_object
 from sparsify.quantization import read_weights
 from sparsify.quantization.attention import FORMS, disable_fast_path, quantize_attention
@@ -35,6 +36,7 @@ from sparsify.quantization.forward_ops import (
     switch_off,
     switched_off,
     watch,
+    watch_activation,
 )
 from sparsify.quantization.layers import WEIGHTED, QuantizedLayer, QuantizedNorm
 from sparsify.quantization.learned_step import LearnedQuantize
@@ -327,7 +329,19 @@ def check_plan(model: nn.Module, plan: QuantizationPlan, *, again: bool = False)
                 f"{', '.join(cls.__name__ for cls in WEIGHTED)}: it is quantized already, or the plan is of another "
                 "model."
             )
+    watched = {*plan.watched, *plan.norms}
     for site in plan.sites:
+        module = modules.get(site.module)
+        if (
+            module is not None
+            and site.module not in watched
+            and _is_users(module)
+            and activation_of(module.forward) is None
+        ):
+            raise StateError(
+                f"{site.module or 'the model'} is a {type(module).__name__}, which computes none of "
+                f"{', '.join(WRITTEN)}: the plan is of another model."
+            )
         if site.module in modules and site.child in modules[site.module]._modules and not again:
             raise StateError(
                 f"{site.name} is there already: {type(model).__name__} is quantized, or the plan is of another model."
@@ -465,6 +479,8 @@ def _made_quantizer(site: QuantizerSite, modules: Mapping[str, nn.Module]) -> Fa
 def _place_quantizer(site: QuantizerSite, modules: Mapping[str, nn.Module], quantizer: FakeQuantize) -> None:
     """Puts the quantizer of one site in its place; where it is that of another site, what leaves the work to it."""
     module = modules[site.module]
+    if _is_users(module):
+        watch_activation(module)
     convert_(module)
     if site.shared_with is not None:
         add_child(module, site.child, SameGrid(quantizer))
@@ -474,6 +490,12 @@ def _place_quantizer(site: QuantizerSite, modules: Mapping[str, nn.Module], quan
         wiring_of(modules[reader]).shared = quantizer
     if site.readers:
         quantizer.readers = 1 + len(site.readers)
+
+
+def _is_users(module: nn.Module) -> bool:
+    """True for a module of a user's class that is no layer, and not watched."""
+    torchs = class_before_sharding(module).__module__.startswith("torch.nn.")
+    return not (torchs or isinstance(module, Converted) or is_weighted(module))
 
 
 def unquantized(model: nn.Module) -> dict[str, str]:

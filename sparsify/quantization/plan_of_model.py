@@ -18,7 +18,7 @@ from sparsify.quantization.attention import SLOW, QuantizedMultiheadAttention
 from sparsify.quantization.conversion import original_type
 from sparsify.quantization.fake_quantize import FakeQuantize
 from sparsify.quantization.fixed_and_shared import FixedQuantize, SameGrid
-from sparsify.quantization.forward_ops import Watched, WatchedAffine, operation_places, reads_of
+from sparsify.quantization.forward_ops import Watched, WatchedActivation, WatchedAffine, operation_places, reads_of
 from sparsify.quantization.layers import QuantizedEmbedding, QuantizedLayer, QuantizedNorm
 from sparsify.quantization.plan import (
     LayerPlan,
@@ -159,4 +159,4 @@ def _is_slowed(module: Converted) -> bool:
 
 
 def _is_watched(module: Converted) -> TypeGuard[Watched]:
-    return isinstance(module, Watched) and not isinstance(module, WatchedAffine)
+    return isinstance(module, Watched) and not isinstance(module, WatchedAffine | WatchedActivation)
