@@ -29,7 +29,7 @@ WRITTEN: dict[str, Callable[[Tensor], Tensor]] = {
     "tanh": torch.tanh,
 }
 """The activations that are known in other words."""
-_POINTWISE = frozenset(
+_OF_EACH_NUMBER = frozenset(
     ("add", "sub", "rsub", "mul", "multiply", "div", "neg", "reciprocal", "exp", "sigmoid", "tanh", "relu", "relu6")
 ) | {"hardtanh", "hardsigmoid", "clamp", "clamp_min", "clamp_max", "minimum", "maximum"}
 """Operators whose results are of each number alone; written in place they end in "_"."""
@@ -82,7 +82,7 @@ def _activation(nodes: list[Node]) -> tuple[str, Node] | None:
         op = str(getattr(node.target, "_opname", ""))
         writes = op.endswith("_") and node.all_input_nodes[:1] == [given]
         numbers = [each for each in (*node.args, *node.kwargs.values()) if not hasattr(each, "op")]
-        if op.rstrip("_") not in _POINTWISE or writes or not all(_is_number(each) for each in numbers):
+        if op.rstrip("_") not in _OF_EACH_NUMBER or writes or not all(_is_plain_number(each) for each in numbers):
             return None
 
     def computed(x: Tensor) -> Tensor:
@@ -113,5 +113,5 @@ def activation_of(function: Callable[[Tensor], Tensor]) -> str | None:
     return next(near, None)
 
 
-def _is_number(value: object) -> bool:
+def _is_plain_number(value: object) -> bool:
     return value is None or (isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value))

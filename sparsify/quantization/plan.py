@@ -335,7 +335,7 @@ def check_plan(model: nn.Module, plan: QuantizationPlan, *, again: bool = False)
         if (
             module is not None
             and site.module not in watched
-            and _is_users(module)
+            and _is_own_class(module)
             and activation_of(module.forward) is None
         ):
             raise StateError(
@@ -479,7 +479,7 @@ def _made_quantizer(site: QuantizerSite, modules: Mapping[str, nn.Module]) -> Fa
 def _place_quantizer(site: QuantizerSite, modules: Mapping[str, nn.Module], quantizer: FakeQuantize) -> None:
     """Puts the quantizer of one site in its place; where it is that of another site, what leaves the work to it."""
     module = modules[site.module]
-    if _is_users(module):
+    if _is_own_class(module):
         watch_activation(module)
     convert_(module)
     if site.shared_with is not None:
@@ -492,7 +492,7 @@ def _place_quantizer(site: QuantizerSite, modules: Mapping[str, nn.Module], quan
         quantizer.readers = 1 + len(site.readers)
 
 
-def _is_users(module: nn.Module) -> bool:
+def _is_own_class(module: nn.Module) -> bool:
     """True for a module of a user's class that is no layer, and not watched."""
     torchs = class_before_sharding(module).__module__.startswith("torch.nn.")
     return not (torchs or isinstance(module, Converted) or is_weighted(module))
