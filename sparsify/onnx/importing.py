@@ -149,8 +149,8 @@ def import_onnx(source: str | os.PathLike[str] | ModelProto) -> ImportedModel:
     return model.eval()
 
 
-LEAST_IMPORTED_OPSET = 13
-"""From here on a scale may lie along an axis."""
+LEAST_IMPORTED_OPSET = 18
+"""As that of `export_onnx`: the rewrites say things that older ones cannot."""
 
 
 def _normalized(model: ModelProto, path: Path | None) -> ModelProto:
@@ -175,8 +175,8 @@ def _normalized(model: ModelProto, path: Path | None) -> ModelProto:
             proto = onnx.version_converter.convert_version(proto, LEAST_IMPORTED_OPSET)
         except Exception as error:
             raise ExportError(
-                f"the file is of opset {opset}, and onnx's converter cannot raise it to {LEAST_IMPORTED_OPSET}, where "
-                f"quantization begins: {first_line(error)}"
+                f"the file is of opset {opset}, and onnx's converter cannot raise it to {LEAST_IMPORTED_OPSET}, which "
+                f"is needed for integers: {first_line(error)}"
             ) from error
     names: Counter[str] = Counter()
     for node in proto.graph.node:

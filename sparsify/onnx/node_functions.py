@@ -59,7 +59,9 @@ class NodeFunction(nn.Module):
         if len(runner.outputs) > 1 and self.op != "Split":
             self.in_onnxruntime = True
         for name, tensor in runner.constants.items():
-            if tensor.data_type == TensorProto.FLOAT and tensor.dims and name in self.names:
+            # A mask may hold -inf, of which no parameter is made.
+            whole = tensor.data_type == TensorProto.FLOAT and bool(np.isfinite(runner.arrays[name]).all())
+            if whole and tensor.dims and name in self.names:
                 self.register_parameter(
                     f"constant_{self.names.index(name)}",
                     nn.Parameter(torch.from_numpy(np.array(array_of(tensor))), requires_grad=False),

@@ -125,7 +125,7 @@ def _unfilled(cls: Any, *sizes: Any, **options: Any) -> Any:
     return cast(Any, nn.utils.skip_init)(cls, *sizes, **options)
 
 
-def _filled(layer: nn.Module, **values: Tensor | None) -> nn.Module:
+def _with_values(layer: nn.Module, **values: Tensor | None) -> nn.Module:
     for name, value in values.items():
         if value is not None and getattr(layer, name).shape != value.shape:
             raise NoCall
@@ -167,7 +167,7 @@ def _conv_layer(node: NodeProto, constants: Mapping[str, TensorProto]) -> tuple[
             output_padding=tuple(attributes.get("output_padding", [0] * rank)),
             **options,
         )
-        return _filled(layer, weight=weight, bias=bias), StoredWeight(node.input[1])
+        return _with_values(layer, weight=weight, bias=bias), StoredWeight(node.input[1])
     channels = (weight.shape[1] * groups, weight.shape[0])
     try:
         _, _, padding = pool_geometry({"kernel_shape": kernel, **attributes})
@@ -179,7 +179,7 @@ def _conv_layer(node: NodeProto, constants: Mapping[str, TensorProto]) -> tuple[
         auto = attributes.get("auto_pad", "NOTSET")
         pads = tuple(attributes.get("pads", [0] * 2 * rank)) if auto == "NOTSET" else None
         layer.sides = Sides(pads, auto == "SAME_LOWER", kernel, stride, dilation)
-    return _filled(layer, weight=weight, bias=bias), StoredWeight(node.input[1])
+    return _with_values(layer, weight=weight, bias=bias), StoredWeight(node.input[1])
 
 
 def _linear_layer(node: NodeProto, constants: Mapping[str, TensorProto]) -> tuple[nn.Module, StoredWeight]:
@@ -198,7 +198,7 @@ def _linear_layer(node: NodeProto, constants: Mapping[str, TensorProto]) -> tupl
         if bias is None:
             raise NoCall
     layer = _unfilled(nn.Linear, weight.shape[1], weight.shape[0], bias=bias is not None)
-    return _filled(layer, weight=weight, bias=bias), StoredWeight(node.input[1], not stored_out_first)
+    return _with_values(layer, weight=weight, bias=bias), StoredWeight(node.input[1], not stored_out_first)
 
 
 def bias_vector(constants: Mapping[str, TensorProto], name: str, size: int) -> Tensor | None:
@@ -216,7 +216,7 @@ def _embedding_layer(node: NodeProto, constants: Mapping[str, TensorProto]) -> t
     if weight.dim() != 2 or attributes_of(node).get("axis", 0) or node.input[1] in constants:
         raise NoCall
     layer = _unfilled(nn.Embedding, *weight.shape)
-    return _filled(layer, weight=weight), StoredWeight(node.input[0])
+    return _with_values(layer, weight=weight), StoredWeight(node.input[0])
 
 
 def _norm_layer(
@@ -227,7 +227,7 @@ def _norm_layer(
     if rank not in NORM_LAYERS or attributes.get("training_mode", 0) or sum(map(bool, node.output)) > 1:
         raise NoCall
     layer = NORM_LAYERS[rank](scale.shape[0], eps=attributes.get("epsilon", 1e-5))
-    filled = _filled(layer, weight=scale, bias=bias, running_mean=mean, running_var=var)
+    filled = _with_values(layer, weight=scale, bias=bias, running_mean=mean, running_var=var)
     return filled, StoredWeight(node.input[1])
 
 
