@@ -377,7 +377,7 @@ class _File:
                     why_not_quantizable=IN_A_BRANCH
                     if layer.inside
                     else SCAN_STEPS
-                    if layer.kind in ("LSTM", "GRU", "RNN")
+                    if layer.kind == "RNN"
                     else why,
                 )
             )

@@ -33,7 +33,7 @@ _BITS = {
 _ZERO_POINTS = {"DequantizeLinear": (0, 2), "QLinearConv": (3, 5), "ConvInteger": (1, 3)}
 _ZERO_POINTS |= {"QLinearMatMul": (3, 5), "MatMulInteger": (1, 3)}
 """Operator -> which of its inputs is the weight, and which its zero point."""
-_SUFFIXES = ("_int8", "_quantized", "_uint8")
+_SUFFIXES = ("_gates_int8", "_gates_uint8", "_int8", "_quantized", "_uint8")
 
 
 @dataclass(frozen=True)
@@ -102,7 +102,8 @@ class StoredWeights:
 
         from sparsify.onnx.graph import STORAGE
 
-        value = self._view.origin(value, lambda node: node.op_type in STORAGE)
+        made = self._view.scaled_integers(value)
+        value = made[0] if made is not None else self._view.origin(value, lambda node: node.op_type in STORAGE)
         if value not in self.tensors:
             return None
         if value not in self._found:
@@ -154,6 +155,10 @@ class StoredWeights:
         looked_up = [reader for node in readers if node.op_type == "Gather" for reader in self._reading(node)]
         for node in [*readers, *looked_up]:
             index, position = _ZERO_POINTS.get(node.op_type, (0, 0))
+            if node.op_type == "Cast":
+                centered = [each for each in self._reading(node) if each.op_type == "Sub" and node in readers]
+                if centered and centered[0].input[1] in self.tensors:
+                    return numpy_helper.to_array(self.tensors[centered[0].input[1]]).astype(np.int64)
             if not position or position >= len(node.input) or node.input[position] not in self.tensors:
                 continue
             if node in readers and node.input[index] != name:
@@ -209,12 +214,17 @@ class StoredWeights:
         """Elements of all stored numbers but scales, zero points, shapes and positions."""
         from onnx import TensorProto
 
+        from sparsify.onnx.graph import RECURRENT_OPERATORS
+
         aside = {
             name
             for node in self.nodes
             if node.op_type in ("DequantizeLinear", "QuantizeLinear")
             for name in node.input[1:]
         }
+        recurrent = [node for node in self.nodes if node.op_type in RECURRENT_OPERATORS]
+        made = [self._view.scaled_integers(name) for node in recurrent for name in node.input[1:3]]
+        aside |= {name for each in made if each is not None for name in each[1]}
         skipped = (TensorProto.INT64, TensorProto.BOOL, TensorProto.STRING)
         return sum(
             self.elements(name)

@@ -25,6 +25,7 @@ from sparsify.quantization.conversion import original_type, weight_bits
 from sparsify.quantization.layers import QuantizedEmbedding, QuantizedLayer
 from sparsify.quantization.placement import make_plan
 from sparsify.quantization.plan import is_quantized
+from sparsify.quantization.recurrent import QuantizedRecurrent
 from sparsify.quantization.scheme import QuantizationSettings
 from sparsify.quantization.wiring import Converted
 
@@ -305,7 +306,7 @@ def _value_bits(module: nn.Module | None, parameter: nn.Parameter | None) -> int
     """Bits of a value of the weight: those of its quantizer, else those of its storage."""
     if parameter is None:
         return 32
-    if isinstance(module, QuantizedLayer | QuantizedEmbedding) and weight_bits(module):
+    if isinstance(module, QuantizedLayer | QuantizedEmbedding | QuantizedRecurrent) and weight_bits(module):
         return weight_bits(module)
     return parameter.dtype.itemsize * 8
 
@@ -358,7 +359,8 @@ class _Reasons:
             return "" if isinstance(module, Converted) else "it was left in float when the model was quantized"
         if self.untraceable:
             return self.untraceable
-        if name in self.layers:
+        # Of a recurrent layer each weight is listed, and all are quantized together.
+        if name in self.layers or (path in self.layers and isinstance(module, nn.RNNBase)):
             return ""
         above = path.rpartition(".")[0]
         kind = type(module).__name__

@@ -22,6 +22,7 @@ from sparsify.output.tables import Column, Table
 from sparsify.quantization.attention import QuantizedProjection
 from sparsify.quantization.conversion import original_type, weight_bits
 from sparsify.quantization.layers import QuantizedEmbedding, QuantizedLayer
+from sparsify.quantization.recurrent import QuantizedRecurrent, weight_names
 
 if TYPE_CHECKING:
     from onnx import NodeProto
@@ -146,7 +147,9 @@ def _of_module(model: nn.Module, threshold: int) -> dict[str, WeightMetadata]:
             if parameter is None or id(parameter) not in name_of:
                 continue
             name = name_of[id(parameter)]
-            if isinstance(module, (QuantizedLayer, QuantizedEmbedding)) and own == "weight" and weight_bits(module):
+            weight = own in weight_names(module) if isinstance(module, QuantizedRecurrent) else own == "weight"
+            layer = isinstance(module, (QuantizedLayer, QuantizedEmbedding, QuantizedRecurrent))
+            if layer and weight and weight_bits(module):
                 bits[name] = weight_bits(module)
             form = noted_form(module, own)
             if form is not None:

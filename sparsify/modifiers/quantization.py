@@ -31,6 +31,7 @@ from sparsify.quantization.plan import (
     is_quantized,
     undo_plan,
 )
+from sparsify.quantization.recurrent import RECURRENT, is_recurrent, weight_names
 from sparsify.quantization.scheme import Bits, Named, QuantizationSettings, Scheme
 
 if TYPE_CHECKING:
@@ -38,7 +39,7 @@ if TYPE_CHECKING:
 
 __all__ = ["QuantizationModifier"]
 
-LAYER_KINDS = (*(cls.__name__ for cls in WEIGHTED), "MultiheadAttention")
+LAYER_KINDS = (*(cls.__name__ for cls in (*WEIGHTED, *RECURRENT)), "MultiheadAttention")
 """What can be quantized, by type."""
 SHOWN = 10
 """Layers in float that a warning names."""
@@ -51,7 +52,8 @@ class QuantizationModifier(Modifier):
     Conv1D (weights and what they read), subclasses of them that compute the same, Embedding (weights), and in
     convolutional blocks what activations, residual adds, products, concatenations and average pools give. BatchNorm
     behind a convolution is folded in eval mode and at export. Of MultiheadAttention the projections are quantized,
-    of self-attention and of cross-attention; LSTM and other recurrent layers stay in float. What stays in float is
+    of self-attention and of cross-attention. Of LSTM and GRU the weights are, by the largest weight of each
+    row of a gate, whatever observer and block size say; they compute their steps in float. What stays in float is
     logged by name, with the reason; what has weights and is not in `ignore` is warned about.
     `floating_layers(model)` gives the list. At its end quantized layers stay, ready for export.
     """
@@ -220,7 +222,7 @@ class QuantizationModifier(Modifier):
         layers = {
             name: module
             for name, module in modules.items()
-            if is_weighted(module) or isinstance(module, nn.MultiheadAttention)
+            if is_weighted(module) or isinstance(module, nn.MultiheadAttention) or is_recurrent(module)
         }
         found = {}
         for name, scheme in settings.per_layer(model, layers).items():
@@ -229,17 +231,19 @@ class QuantizationModifier(Modifier):
         if not found and not is_quantized(model):
             why = "all its layers are left out by the recipe" if layers else f"it has none of {', '.join(LAYER_KINDS)}"
             raise TargetError(f"{type(self).__name__}: nothing in {type(model).__name__} can be quantized: {why}.")
-        return {name: module for name, module in found.items() if is_weighted(module)}
+        return {name: module for name, module in found.items() if is_weighted(module) or is_recurrent(module)}
 
     def foreseen_bits(self, clock: Clock, model: nn.Module) -> dict[str, int]:
         """Those of the scheme, for every layer that could be quantized; which can be is known from the traced model."""
         if not clock.reached(self.window.start):
             return {}
-        layers = {name: module for name, module in named_modules(model).items() if is_weighted(module)}
+        modules = named_modules(model)
+        layers = {name: module for name, module in modules.items() if is_weighted(module) or is_recurrent(module)}
         found = {}
         for name, scheme in self.settings().per_layer(model, layers).items():
             if scheme is not None and scheme.weights is not None:
-                found[f"{name}.weight"] = scheme.weights.num_bits
+                for weight in weight_names(modules[name]) if is_recurrent(modules[name]) else ["weight"]:
+                    found[f"{name}.{weight}"] = scheme.weights.num_bits
         return found
 
     def activity(self, clock: Clock) -> str:

@@ -181,7 +181,13 @@ def _model_proto(
     """The checked model."""
     import onnx
 
-    from sparsify.onnx import rewrite_equal_tensors, rewrite_float_layers, rewrite_weight_only, rewrites
+    from sparsify.onnx import (
+        rewrite_equal_tensors,
+        rewrite_float_layers,
+        rewrite_recurrent,
+        rewrite_weight_only,
+        rewrites,
+    )
 
     name = type(model).__name__
     if any(parameter.dtype == torch.bfloat16 for parameter in model.parameters()):
@@ -238,6 +244,7 @@ def _model_proto(
     name_values(proto, call, checked_output_names(name, adapter.returned.names, call, output_names))
     rewrites.rewrite(proto)
     rewrite_weight_only.fuse(proto)
+    rewrite_recurrent.store_recurrent_weights(proto)
     rewrite_float_layers.keep_float_layers(proto)
     rewrites.unique_names(proto)
     rewrite_equal_tensors.share_equal_tensors(proto, _own_weights(deployed))

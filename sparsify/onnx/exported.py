@@ -106,7 +106,7 @@ def exported_model(
     """
     from onnx import TensorProto, numpy_helper
 
-    from sparsify.onnx.graph import STORAGE, GraphView
+    from sparsify.onnx.graph import RECURRENT_OPERATORS, STORAGE, GraphView
 
     graph = proto.graph
     view = GraphView(graph)
@@ -114,8 +114,8 @@ def exported_model(
     quantized: list[str] = []
     floating: list[str] = []
     for node in graph.node:
-        if node.op_type in ("LSTM", "GRU", "RNN"):
-            floating.append(node.name)
+        if node.op_type in RECURRENT_OPERATORS:
+            (quantized if view.scaled_integers(node.input[1]) else floating).append(node.name)
         position = {"Gather": 0, "Conv": 1, "ConvTranspose": 1, "Gemm": 1, "MatMul": 1}.get(node.op_type)
         if position is None:
             continue

@@ -56,6 +56,9 @@ STORAGE |= {"DequantizeLinear", "QuantizeLinear", "Cast"}
 repeats gives something else than the weight."""
 
 
+RECURRENT_OPERATORS = frozenset({"LSTM", "GRU", "RNN"})
+
+
 def only_moves(node: NodeProto) -> bool:
     """True if its results hold values of its first input and no others: a Resize may blend, a Pad put in a number."""
     if node.op_type == "Resize":
@@ -67,6 +70,9 @@ def only_moves(node: NodeProto) -> bool:
     if node.op_type == "Pad":
         return any(entry.name == "mode" and entry.s != b"constant" for entry in node.attribute)
     return node.op_type in MOVEMENT
+
+
+_NARROW = frozenset({TensorProto.INT8, TensorProto.UINT8, TensorProto.INT4, TensorProto.UINT4})
 
 
 class GraphView:
@@ -139,6 +145,20 @@ class GraphView:
         if attribute.name not in kind:
             return None
         return np.asarray(helper.get_attribute_value(attribute), kind[attribute.name])
+
+    def scaled_integers(self, name: str) -> tuple[str, tuple[str, ...]] | None:
+        """(stored integers, names of the constants beside them) of a value that is made of them, as recurrent weights
+        are: (Cast(integers) - zero point) * scale; None for any other value."""
+        beside: list[str] = []
+        node = self.producer.get(name)
+        for operator in ("Mul", "Sub"):
+            if node is not None and node.op_type == operator and node.input[1] in self.initializers:
+                beside.append(node.input[1])
+                node = self.producer.get(node.input[0])
+        if node is None or node.op_type != "Cast" or not beside or node.input[0] not in self.initializers:
+            return None
+        kind = self.initializers[node.input[0]].data_type
+        return (node.input[0], tuple(beside)) if kind in _NARROW else None
 
     def origin(self, name: str, through: Callable[[NodeProto], bool]) -> str:
         """The value that `name` stems from by first inputs of nodes of which `through` is true."""

@@ -36,6 +36,13 @@ from sparsify.quantization.layers import (
     QuantizedNorm,
 )
 from sparsify.quantization.qdq_ops import dequantize, quantize_dequantize
+from sparsify.quantization.recurrent import (
+    QuantizedGRU,
+    QuantizedLSTM,
+    QuantizedRecurrent,
+    flat_names,
+    recurrent_integers,
+)
 from sparsify.quantization.straight_through import GATES, gate_of
 from sparsify.quantization.weight_grid import WEIGHT_STEP, widened
 from sparsify.quantization.wiring import Converted, DeployedIntegers, wiring_of
@@ -135,6 +142,26 @@ class DeployedEmbedding(QuantizedEmbedding):
         return self._output(rows)
 
 
+class DeployedRecurrent(QuantizedRecurrent):
+    """A recurrent layer with the integers of its weights in buffers, as "weight_ih_l0_int8"."""
+
+    def __getattr__(self, name: str) -> Any:
+        if f"{name}_scale" in self.__dict__["_buffers"]:
+            return _weight(self.__dict__["_buffers"], self._wiring.axis, prefix=name)
+        return super().__getattr__(name)
+
+    def _operands(self) -> list[Tensor]:
+        return [getattr(self, name) for name in flat_names(self)]
+
+
+class DeployedLSTM(DeployedRecurrent, QuantizedLSTM):
+    pass
+
+
+class DeployedGRU(DeployedRecurrent, QuantizedGRU):
+    pass
+
+
 class DeployedNorm(QuantizedNorm):
     """A BatchNorm as a depthwise convolution; integers as of a `DeployedLayer`."""
 
@@ -205,6 +232,8 @@ _DEPLOYED: dict[type[nn.Module], type[nn.Module]] = {
     QuantizedEmbedding: DeployedEmbedding,
     QuantizedProjection: DeployedLinear,
     FakeQuantize: DeployedQuantize,
+    QuantizedLSTM: DeployedLSTM,
+    QuantizedGRU: DeployedGRU,
     **dict.fromkeys(NORMS.values(), DeployedNorm),
 }
 
@@ -229,8 +258,13 @@ def deployment_copy(model: nn.Module) -> nn.Module:
         if layer in own:
             _store_weight(layer, own[layer], OWN)
         _deploy_class(layer)
-    for module in deployed.modules():
-        if isinstance(module, FakeQuantize):
+    for module in list(deployed.modules()):
+        if isinstance(module, QuantizedRecurrent) and wiring_of(module).rounds:
+            for name, found in recurrent_integers(module).items():
+                module._parameters.pop(name)
+                _store_weight(module, found, name)
+            _deploy_class(module)
+        elif isinstance(module, FakeQuantize):
             _fix_grid(module)
         elif isinstance(module, QuantizedMultiheadAttention) and module.holds_integers(integers):
             module._parameters.update(dict.fromkeys(module._parameters))
@@ -244,8 +278,9 @@ def require_deployable(model: nn.Module) -> None:
     for quantizer in quantizers(model):
         if quantizer.enabled:
             quantizer.require_range()
+    with_numbers = (QuantizedLayer, QuantizedEmbedding, QuantizedRecurrent, QuantizedNorm, QuantizedMultiheadAttention)
     for name, module in model.named_modules():
-        if not isinstance(module, (QuantizedLayer, QuantizedEmbedding, QuantizedNorm, QuantizedMultiheadAttention)):
+        if not isinstance(module, with_numbers):
             continue
         for key, value in [*module._parameters.items(), *module._buffers.items()]:
             if value is not None and not is_finite(value):

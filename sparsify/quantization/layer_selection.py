@@ -13,6 +13,7 @@ from sparsify.quantization.attention import FORMS
 from sparsify.quantization.conversion import is_channel_affine, is_norm_and_more, is_weighted
 from sparsify.quantization.layers import NORMS, PROJECTION, WEIGHTED
 from sparsify.quantization.plan import Unquantized, WeightRead
+from sparsify.quantization.recurrent import RECURRENT, is_recurrent, weight_names
 from sparsify.quantization.scheme import QuantizationSettings, Scheme, below
 from sparsify.quantization.weight_grid import TRANSPOSED
 from sparsify.quantization.weight_readers import ProductOfWeight, WeightReaders
@@ -72,8 +73,10 @@ class QuantizedLayers:
                 why = self._why_no_attention(name, module)
             elif settings.per_layer(model, [name])[name] is None:
                 why = LEFT_OUT
-            elif isinstance(module, (nn.RNNBase, nn.RNNCellBase)):
-                why = f"{kind} computes its steps in one operator of torch, in which nothing can be quantized"
+            elif isinstance(module, nn.RNNBase):
+                why = self._why_not_recurrent(name, module)
+            elif isinstance(module, nn.RNNCellBase):
+                why = f"{kind} computes one step; an nn.{kind.removesuffix('Cell')} over all of them could be quantized"
             else:
                 why = f"{kind} is not one of {', '.join(cls.__name__ for cls in WEIGHTED)} exactly"
             if why is not None:
@@ -139,6 +142,30 @@ class QuantizedLayers:
                 # The layer that `plan.apply_plan` makes; here only its type counts.
                 self.modules[layer] = nn.Linear(1, 1, device="meta")
             self.nodes[layer], self.layers[layer] = [nodes[at] for nodes in calls.values()], scheme
+        return None
+
+    def _why_not_recurrent(self, name: str, module: nn.RNNBase) -> str | None:
+        """Takes a recurrent layer; or says why not."""
+        scheme = self.settings.per_layer(self.modules[""], [name])[name]
+        if scheme is None or scheme.weights is None:
+            return LEFT_OUT
+        if type(module) is nn.RNN:
+            return "RNN is written step by step, and would be turned to float at each; an nn.GRU or nn.LSTM is not"
+        if not is_recurrent(module):
+            return f"{type(module).__name__} is not one of {', '.join(cls.__name__ for cls in RECURRENT)} exactly"
+        if name not in self.trace.calls:
+            return NOT_CALLED
+        weights = [module._parameters.get(weight) for weight in weight_names(module)]
+        if any(weight is None for weight in weights):
+            return "its weights are recomputed before every forward (weight_norm or a parametrization)"
+        own = {id(weight) for weight in weights}
+        others = [one for path, one in self.modules.items() if path != name]
+        tied = any(id(parameter) in own for one in others for parameter in one._parameters.values())
+        full = {f"{name}.{weight}" if name else weight for weight in weight_names(module)}
+        read = any(full & set(node.parameters) and node.owner != name for node in self.trace.nodes)
+        if tied or read:
+            return "others read its weights"
+        self.layers[name], self.nodes[name] = scheme, []
         return None
 
     def _why_not(self, name: str) -> str | None:

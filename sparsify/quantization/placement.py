@@ -27,6 +27,7 @@ from sparsify.quantization.insertion_points import InsertionPoints, QuantizerRol
 from sparsify.quantization.layer_selection import QuantizedLayers
 from sparsify.quantization.layers import NORMS, PROJECTION, WEIGHTED
 from sparsify.quantization.plan import LayerPlan, NormPlan, QuantizationPlan, QuantizerSite, Unquantized
+from sparsify.quantization.recurrent import RECURRENT, is_recurrent
 from sparsify.quantization.scheme import ActivationScheme, QuantizationSettings, Scheme
 from sparsify.quantization.straight_through import GATES
 from sparsify.quantization.weight_grid import TRANSPOSED, channel_axis, stores_transposed
@@ -426,7 +427,7 @@ class _Planner:
         if isinstance(module, TRANSPOSED) and module.groups > 1:
             per_channel = False
         axis = channel_axis(module) if per_channel else None
-        learned = weights.observer == "lsq"
+        learned = weights.observer == "lsq" and not is_recurrent(module)
         linear = isinstance(module, nn.Linear) or stores_transposed(module)
         block = (weights.block_size or 0) if linear else 0
         affine = not weights.symmetric
@@ -445,7 +446,7 @@ class _Planner:
                     counts.pop(kind, None)
         for name in self.layers:
             if (
-                class_before_sharding(self.modules[name]) not in WEIGHTED
+                class_before_sharding(self.modules[name]) not in (*WEIGHTED, *RECURRENT)
                 and type(self.modules[name]).__name__ != PROJECTION
             ):
                 watched.setdefault(name, {})[LAYER] = 1

@@ -41,6 +41,7 @@ from sparsify.quantization.forward_ops import (
 from sparsify.quantization.layers import WEIGHTED, QuantizedLayer, QuantizedNorm
 from sparsify.quantization.learned_step import LearnedQuantize
 from sparsify.quantization.observers import Observer
+from sparsify.quantization.recurrent import RECURRENT, QuantizedRecurrent, is_recurrent
 from sparsify.quantization.straight_through import GATES
 from sparsify.quantization.weight_grid import WEIGHT_STEP, learned_step, weight_of
 from sparsify.quantization.wiring import Converted, add_child, wiring_of
@@ -323,11 +324,12 @@ def check_plan(model: nn.Module, plan: QuantizationPlan, *, again: bool = False)
     for layer in plan.layers:
         if layer.name in projections:
             continue
-        if not is_weighted(modules[layer.name]) and not (again and isinstance(modules[layer.name], Converted)):
+        weighted = is_weighted(modules[layer.name]) or is_recurrent(modules[layer.name])
+        if not weighted and not (again and isinstance(modules[layer.name], Converted)):
             raise StateError(
                 f"{layer.name} is a {type(modules[layer.name]).__name__}, not one of "
-                f"{', '.join(cls.__name__ for cls in WEIGHTED)}: it is quantized already, or the plan is of another "
-                "model."
+                f"{', '.join(cls.__name__ for cls in (*WEIGHTED, *RECURRENT))}: it is quantized already, or the plan "
+                "is of another model."
             )
     watched = {*plan.watched, *plan.norms}
     for site in plan.sites:
@@ -533,4 +535,4 @@ def _device(module: nn.Module, model: nn.Module) -> torch.device:
 
 def is_quantized(model: nn.Module) -> bool:
     """True if some layer of `model` computes with quantized weights or activations."""
-    return any(isinstance(module, (QuantizedLayer, FakeQuantize)) for module in model.modules())
+    return any(isinstance(module, (QuantizedLayer, QuantizedRecurrent, FakeQuantize)) for module in model.modules())

@@ -29,6 +29,7 @@ from sparsify.quantization.plan import (
     WeightRead,
     unquantized,
 )
+from sparsify.quantization.recurrent import QuantizedRecurrent
 from sparsify.quantization.weight_grid import WEIGHT_STEP
 from sparsify.quantization.wiring import Converted, wiring_of
 
@@ -57,7 +58,7 @@ def quantization_of(model: nn.Module) -> QuantizationPlan:
     slow = [name for name, module in converted.items() if _is_slowed(module)]
     attentions = [name for name, module in converted.items() if isinstance(module, QuantizedMultiheadAttention)]
     norms = {name: module for name, module in converted.items() if isinstance(module, QuantizedNorm)}
-    layers = {n: module for n, module in converted.items() if isinstance(module, QuantizedLayer | QuantizedEmbedding)}
+    layers = {n: module for n, module in converted.items() if isinstance(module, _WITH_WEIGHTS)}
     return QuantizationPlan(
         layers=tuple(_layer_plan(name, module, named) for name, module in layers.items()),
         sites=tuple(sites),
@@ -70,6 +71,9 @@ def quantization_of(model: nn.Module) -> QuantizationPlan:
         places=operation_places(model),
         reads=tuple(_weight_reads(converted, named)),
     )
+
+
+_WITH_WEIGHTS = (QuantizedLayer, QuantizedEmbedding, QuantizedRecurrent)
 
 
 class _Names:

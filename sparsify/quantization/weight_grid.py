@@ -92,15 +92,7 @@ def on_own_grid(layer: Converted) -> tuple[Tensor, Tensor, Tensor | None]:
     wiring = wiring_of(layer)
     weight, step = weight_of(layer).detach().float(), cast("LearnedStep | None", layer._modules.get(WEIGHT_STEP))
     values = in_blocks(weight, wiring.block, _inputs(wiring)) if wiring.block else weight
-    axis, zero = 0 if wiring.block else wiring.axis, None
-    if wiring.affine:
-        levels = 2 * wiring.q_max + 1
-        scale, zero = affine_grid(values, axis=axis, levels=levels)
-        q = affine_integers(values, scale, zero, levels)
-    else:
-        scale = weight_scale(values, axis=axis, q_max=wiring.q_max) if step is None else step.scale()
-        # Clips only where the step was learned: otherwise the largest weight is the largest integer.
-        q = weight_integers(values, scale).clamp_(-wiring.q_max, wiring.q_max)
+    q, scale, zero = grid_integers(values, 0 if wiring.block else wiring.axis, wiring, step)
     if not wiring.block:
         return q, scale, zero
 
@@ -109,6 +101,22 @@ def on_own_grid(layer: Converted) -> tuple[Tensor, Tensor, Tensor | None]:
         return blocks if _inputs(wiring) == 1 else blocks.t()
 
     return out_of_blocks(q, weight, _inputs(wiring)), laid_out(scale), None if zero is None else laid_out(zero)
+
+
+def grid_integers(
+    values: Tensor, axis: int | None, wiring: Wiring, step: LearnedStep | None = None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """(integers counted from zero on, in float; scales; zero points or None) of `values`, in float32 or wider.
+
+    Scales and zero points broadcast against `values`: per index of `axis`, or (None) one for all.
+    """
+    if wiring.affine:
+        levels = 2 * wiring.q_max + 1
+        scale, zero = affine_grid(values, axis=axis, levels=levels)
+        return affine_integers(values, scale, zero, levels), scale, zero
+    scale = weight_scale(values, axis=axis, q_max=wiring.q_max) if step is None else step.scale()
+    # Clips only where the step was learned: otherwise the largest weight is the largest integer.
+    return weight_integers(values, scale).clamp_(-wiring.q_max, wiring.q_max), scale, None
 
 
 def widened(scale: Tensor, like: Tensor, axis: int | None, block: int) -> Tensor:

@@ -476,13 +476,13 @@ class Odd(nn.Module):
         self.attention = Shared(False)
         self.zero = nn.MultiheadAttention(16, 2, batch_first=True, add_zero_attn=True)
         self.biased = nn.MultiheadAttention(16, 2, batch_first=True, add_bias_kv=True)
-        self.lstm = nn.LSTM(16, 16, batch_first=True)
+        self.rnn = nn.RNN(16, 16, batch_first=True)
         self.pruned = nn.MultiheadAttention(16, 2, batch_first=True)
         nn.utils.prune.identity(self.pruned, "in_proj_weight")
         self.head = nn.Linear(16, 2)
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.attention(self.lstm(x)[0], x)
+        y = self.attention(self.rnn(x)[0], x)
         for module in (self.zero, self.biased, self.pruned):
             y = module(y, x, x)[0]
         z: Tensor = self.head(y)
@@ -493,9 +493,9 @@ def test_what_stays_in_float_is_named_with_its_reason() -> None:
     model, x = Odd(), torch.randn(2, 4, 16)
     plan = quantized(model, x)
     why = {left.what: left.why for left in plan.left}
-    assert "one tensor in some of its calls" in why["attention.attention"] and "LSTM" in why["lstm"]
+    assert "one tensor in some of its calls" in why["attention.attention"] and "RNN" in why["rnn"]
     assert "add_zero_attn" in why["zero"] and "bias_k" in why["biased"] and "recomputed" in why["pruned"]
-    assert "in float: lstm: LSTM computes its steps" in str(plan)
+    assert "in float: rnn: RNN is written step by step" in str(plan)
     assert [layer.name for layer in plan.layers] == ["head"]
     assert all(left.unasked for left in plan.left)
     model(x)
