@@ -374,11 +374,7 @@ class _File:
                     sparsity=weight.sparsity if weight is not None else 0.0,
                     bits=weight.bits if weight is not None else 32,
                     why_not_prunable=why,
-                    why_not_quantizable=IN_A_BRANCH
-                    if layer.inside
-                    else SCAN_STEPS
-                    if layer.kind == "RNN"
-                    else why,
+                    why_not_quantizable=IN_A_BRANCH if layer.inside else SCAN_STEPS if layer.kind == "RNN" else why,
                 )
             )
         return tuple(found)

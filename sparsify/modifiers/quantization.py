@@ -31,7 +31,7 @@ from sparsify.quantization.plan import (
     is_quantized,
     undo_plan,
 )
-from sparsify.quantization.recurrent import RECURRENT, is_recurrent, weight_names
+from sparsify.quantization.recurrent import RECURRENT_FORMS, is_recurrent, weight_names
 from sparsify.quantization.scheme import Bits, Named, QuantizationSettings, Scheme
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 
 __all__ = ["QuantizationModifier"]
 
-LAYER_KINDS = (*(cls.__name__ for cls in (*WEIGHTED, *RECURRENT)), "MultiheadAttention")
+LAYER_KINDS = (*(cls.__name__ for cls in (*WEIGHTED, *RECURRENT_FORMS)), "MultiheadAttention")
 """What can be quantized, by type."""
 SHOWN = 10
 """Layers in float that a warning names."""

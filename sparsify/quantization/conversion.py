@@ -20,7 +20,7 @@ from sparsify.quantization.layers import (
     QuantizedLayer,
     QuantizedNorm,
 )
-from sparsify.quantization.recurrent import RECURRENT, QuantizedRecurrent
+from sparsify.quantization.recurrent import RECURRENT_FORMS, QuantizedRecurrent
 from sparsify.quantization.weight_grid import stores_transposed
 from sparsify.quantization.wiring import Converted, Wiring, revert_, wiring_of
 
@@ -33,7 +33,7 @@ def convert_(module: nn.Module, quantized: type[Converted] | None = None) -> Wir
         return wiring_of(module)
     wiring = Wiring(original=type(module))
     projection = isinstance(module, nn.Linear) and type(module).__name__ == PROJECTION
-    wanted = quantized or {**CONVERTED, **RECURRENT}[nn.Linear if projection else class_before_sharding(module)]
+    wanted = quantized or {**CONVERTED, **RECURRENT_FORMS}[nn.Linear if projection else class_before_sharding(module)]
     module.__class__ = fully_sharded_class(type(module), wanted) if is_fully_sharded(module) else wanted
     module.__dict__["_wiring"] = wiring
     return wiring

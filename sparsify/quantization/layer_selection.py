@@ -13,7 +13,7 @@ from sparsify.quantization.attention import FORMS
 from sparsify.quantization.conversion import is_channel_affine, is_norm_and_more, is_weighted
 from sparsify.quantization.layers import NORMS, PROJECTION, WEIGHTED
 from sparsify.quantization.plan import Unquantized, WeightRead
-from sparsify.quantization.recurrent import RECURRENT, is_recurrent, weight_names
+from sparsify.quantization.recurrent import RECURRENT_FORMS, is_recurrent, weight_names
 from sparsify.quantization.scheme import QuantizationSettings, Scheme, below
 from sparsify.quantization.weight_grid import TRANSPOSED
 from sparsify.quantization.weight_readers import ProductOfWeight, WeightReaders
@@ -152,7 +152,7 @@ class QuantizedLayers:
         if type(module) is nn.RNN:
             return "RNN is written step by step, and would be turned to float at each; an nn.GRU or nn.LSTM is not"
         if not is_recurrent(module):
-            return f"{type(module).__name__} is not one of {', '.join(cls.__name__ for cls in RECURRENT)} exactly"
+            return f"{type(module).__name__} is not one of {', '.join(cls.__name__ for cls in RECURRENT_FORMS)} exactly"
         if name not in self.trace.calls:
             return NOT_CALLED
         weights = [module._parameters.get(weight) for weight in weight_names(module)]

@@ -27,7 +27,7 @@ from sparsify.quantization.insertion_points import InsertionPoints, QuantizerRol
 from sparsify.quantization.layer_selection import QuantizedLayers
 from sparsify.quantization.layers import NORMS, PROJECTION, WEIGHTED
 from sparsify.quantization.plan import LayerPlan, NormPlan, QuantizationPlan, QuantizerSite, Unquantized
-from sparsify.quantization.recurrent import RECURRENT, is_recurrent
+from sparsify.quantization.recurrent import RECURRENT_FORMS, is_recurrent
 from sparsify.quantization.scheme import ActivationScheme, QuantizationSettings, Scheme
 from sparsify.quantization.straight_through import GATES
 from sparsify.quantization.weight_grid import TRANSPOSED, channel_axis, stores_transposed
@@ -446,7 +446,7 @@ class _Planner:
                     counts.pop(kind, None)
         for name in self.layers:
             if (
-                class_before_sharding(self.modules[name]) not in (*WEIGHTED, *RECURRENT)
+                class_before_sharding(self.modules[name]) not in (*WEIGHTED, *RECURRENT_FORMS)
                 and type(self.modules[name]).__name__ != PROJECTION
             ):
                 watched.setdefault(name, {})[LAYER] = 1

@@ -41,7 +41,7 @@ from sparsify.quantization.forward_ops import (
 from sparsify.quantization.layers import WEIGHTED, QuantizedLayer, QuantizedNorm
 from sparsify.quantization.learned_step import LearnedQuantize
 from sparsify.quantization.observers import Observer
-from sparsify.quantization.recurrent import RECURRENT, QuantizedRecurrent, is_recurrent
+from sparsify.quantization.recurrent import RECURRENT_FORMS, QuantizedRecurrent, is_recurrent
 from sparsify.quantization.straight_through import GATES
 from sparsify.quantization.weight_grid import WEIGHT_STEP, learned_step, weight_of
 from sparsify.quantization.wiring import Converted, add_child, wiring_of
@@ -328,7 +328,7 @@ def check_plan(model: nn.Module, plan: QuantizationPlan, *, again: bool = False)
         if not weighted and not (again and isinstance(modules[layer.name], Converted)):
             raise StateError(
                 f"{layer.name} is a {type(modules[layer.name]).__name__}, not one of "
-                f"{', '.join(cls.__name__ for cls in (*WEIGHTED, *RECURRENT))}: it is quantized already, or the plan "
+                f"{', '.join(cls.__name__ for cls in (*WEIGHTED, *RECURRENT_FORMS))}: it is quantized already, or the plan "
                 "is of another model."
             )
     watched = {*plan.watched, *plan.norms}

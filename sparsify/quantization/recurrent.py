@@ -49,7 +49,7 @@ class QuantizedGRU(QuantizedRecurrent, nn.GRU):
     pass
 
 
-RECURRENT: dict[type[nn.Module], type[Converted]] = {
+RECURRENT_FORMS: dict[type[nn.Module], type[Converted]] = {
     nn.LSTM: QuantizedLSTM,
     nn.GRU: QuantizedGRU,
 }
@@ -68,7 +68,7 @@ def weight_names(layer: nn.Module) -> list[str]:
 
 def is_recurrent(module: nn.Module) -> bool:
     """True for a recurrent layer of torch whose weights can be quantized; not for a user's subclass."""
-    return type(module) in RECURRENT
+    return type(module) in RECURRENT_FORMS
 
 
 @torch.no_grad()
