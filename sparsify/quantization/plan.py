@@ -328,8 +328,8 @@ def check_plan(model: nn.Module, plan: QuantizationPlan, *, again: bool = False)
         if not weighted and not (again and isinstance(modules[layer.name], Converted)):
             raise StateError(
                 f"{layer.name} is a {type(modules[layer.name]).__name__}, not one of "
-                f"{', '.join(cls.__name__ for cls in (*WEIGHTED, *RECURRENT_FORMS))}: it is quantized already, or the plan "
-                "is of another model."
+                f"{', '.join(cls.__name__ for cls in (*WEIGHTED, *RECURRENT_FORMS))}: it is quantized already, or the "
+                "plan is of another model."
             )
     watched = {*plan.watched, *plan.norms}
     for site in plan.sites:
