@@ -287,6 +287,35 @@ def run_one_shot(arguments: Namespace) -> int:
     return FINE
 
 
+def run_compare(arguments: Namespace) -> int:
+    from sparsify.experiments.comparing import PLOTS, compare
+    from sparsify.experiments.settings import image_size_of
+    from sparsify.optimize.references import inputs_of, model_of
+
+    if arguments.plot is not None and Path(arguments.plot).suffix not in PLOTS:
+        raise ArgumentError(f"{arguments.plot}: a plot is written as .png, .pdf or .svg.")
+    found = compare(
+        {reference: model_of(reference) for reference in arguments.variants},
+        arguments.data,
+        arguments.metric,
+        levels=arguments.levels,
+        samples=arguments.samples,
+        sample_inputs=inputs_of(arguments.input),
+        image_size=None if arguments.image_size is None else image_size_of(arguments.image_size),
+        mean=arguments.mean,
+        std=arguments.std,
+        preprocessor=arguments.preprocessor,
+        tokenizer=arguments.tokenizer,
+        max_length=arguments.max_length,
+        threads=arguments.threads,
+        rounds=arguments.rounds,
+    )
+    if arguments.plot is not None:
+        found.plot(arguments.plot)
+    _say(arguments, found.to_json, lambda: str(found))
+    return FINE
+
+
 def run_pack(arguments: Namespace) -> int:
     from sparsify.onnx.packing import pack_onnx
 

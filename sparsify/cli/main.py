@@ -222,6 +222,14 @@ def _parser() -> ArgumentParser:
     made.add_argument("--report-json", metavar="FILE")
     samples(made, 256)
 
+    made = command("compare", commands.run_compare, "Accuracy, size and time of files and models beside the first.")
+    made.add_argument("variants", nargs="+", metavar="MODEL", help="ONNX files or package.module:function, dense first")
+    made.add_argument("--input", action="append", metavar="SHAPE", help="an input of a model; may be repeated")
+    made.add_argument("--levels", type=float, nargs="+", default=(), help="compresses the first at these, and compares")
+    made.add_argument("--rounds", type=int, default=21, help="of all files in turn")
+    made.add_argument("--plot", metavar="FILE", help="the trade-off, as a .png, .pdf or .svg file")
+    samples(made, 256)
+
     made = command("pack", commands.run_pack, "An ONNX file in fewer bytes, with the same outputs to the bit.")
     made.add_argument("file", help="an ONNX file")
     made.add_argument("--output", required=True, metavar="FILE")

@@ -6,6 +6,7 @@ Imports `optimize` and below; transformers, timm and pillow inside functions alo
 from sys import modules
 from typing import TYPE_CHECKING
 
+from sparsify.experiments.comparing import *
 from sparsify.experiments.compressing import *
 from sparsify.experiments.experiment import *
 from sparsify.experiments.result import *

@@ -52,7 +52,7 @@ class PalettizationModifier(Modifier):
     different values a palette, which `pack_onnx` stores as indices of nbits bits.
 
     Zeros of pruned weights stay exactly 0. With QuantizationModifier a palette of a whole weight is one of integers:
-    the weight has one scale then, also where the scheme says one a channel. Memory: the weight twice and about 100 MB
+    the weight has one scale then, also where the scheme says one a channel. Memory: the weight twice and about 10 MB
     for the largest one, whatever the bits.
     """
 

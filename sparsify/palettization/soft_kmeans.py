@@ -9,7 +9,7 @@ values to rest run between steps and have no gradient, and the one in the forwar
 nothing (the gradient through the last iteration alone is that of IDKM-JFB, https://arxiv.org/abs/2312.07759).
 
 Memory: shares are computed in chunks of at most `SHARES_AT_ONCE` numbers, and once more in backward, instead of being
-kept. A forward and a backward need the weight twice and about six chunks of 16 MiB each, whatever the number of values.
+kept. A forward and a backward need the weight twice and about six chunks of one MiB, whatever the number of values.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from torch import Tensor
 
 __all__: list[str] = []
 
-SHARES_AT_ONCE = 2**22
-"""Numbers that are held at once for the shares of weights in values."""
+SHARES_AT_ONCE = 2**18
+"""Numbers that are held at once for the shares of weights in values: few enough to stay in a core's cache."""
 LEAST_SHARE = 1e-6
 """A value that has less of all weights together stays where it is."""
 
@@ -59,7 +59,7 @@ def nearest_codes(weights: Tensor, values: Tensor) -> Tensor:
         return order.gather(1, torch.searchsorted(between, weights.squeeze(2).contiguous()))
     found = torch.empty(weights.shape[:2], dtype=torch.int64, device=weights.device)
     for rows in _rows_at_once(weights, values):
-        found[:, rows] = _distances(weights[:, rows], values).argmin(2)
+        found[:, rows] = _distances(weights[:, rows], values).argmin(1)
     return found
 
 
@@ -73,7 +73,7 @@ def means_of(weights: Tensor, codes: Tensor, values: Tensor, pinned: Tensor) -> 
 
     Weights of 0 are not counted where a value of their palette is pinned.
     """
-    ones = _counted(torch.ones_like(weights[:, :, :1]), weights, pinned)
+    ones = _counting(weights, pinned).unsqueeze(2).to(weights.dtype)
     index = codes.unsqueeze(2)
     sums = torch.zeros_like(values).scatter_add(1, index.expand_as(weights), weights * ones)
     counts = torch.zeros_like(values[:, :, :1]).scatter_add(1, index, ones)
@@ -86,51 +86,68 @@ def _rows_at_once(weights: Tensor, values: Tensor) -> Iterator[slice]:
         yield slice(start, start + rows)
 
 
+def _components(each: Tensor) -> list[Tensor]:
+    """The d components of (palettes, m, d), each (palettes, m, 1)."""
+    return [each[:, :, at : at + 1] for at in range(each.shape[2])]
+
+
+def _component_rows(each: Tensor) -> list[Tensor]:
+    """The d components of (palettes, m, d), each (palettes, 1, m)."""
+    return [column.transpose(1, 2) for column in _components(each)]
+
+
+# Shares are (palettes, k, n): the long dimension last, where kernels run over neighbors, is ten times as fast as the
+# short one. No products of matrices: autocast would compute them in half precision, and differences of squares lose
+# digits.
+
+
 def _distances(weights: Tensor, values: Tensor) -> Tensor:
-    """(palettes, n, k)."""
-    # No product of matrices: autocast would compute it in half precision, and differences of squares lose digits.
-    if weights.shape[2] == 1:
-        return (weights - values.transpose(1, 2)).square_()
-    return (weights.unsqueeze(2) - values.unsqueeze(1)).square_().sum(3)
+    """(palettes, k, n)."""
+    first, *others = ((v - w).square_() for v, w in zip(_components(values), _component_rows(weights), strict=True))
+    for other in others:
+        first += other
+    return first
 
 
 def _shares(weights: Tensor, values: Tensor, tau: Tensor) -> Tensor:
-    """a of the formula above: (palettes, n, k)."""
-    return torch.softmax(_distances(weights, values).mul_(-1 / tau.reshape(-1, 1, 1)), dim=2)
+    """a of the formula above: (palettes, k, n)."""
+    found = _distances(weights, values)
+    found.sub_(found.amin(1, keepdim=True)).mul_(-1 / tau.reshape(-1, 1, 1))
+    # A share of 1e-26 is none; below 1e-38 numbers are subnormal, and arithmetic with these takes ten times as long.
+    found.clamp_(min=-60.0).exp_()
+    return found.div_(found.sum(1, keepdim=True))
+
+
+def _counting(weights: Tensor, pinned: Tensor) -> Tensor:
+    """Which weights pull at values: all but zeros of palettes with a value that is pinned at 0; (palettes, n)."""
+    return (weights != 0).any(2) | ~pinned.any(1, keepdim=True)
 
 
 def _counted(shares: Tensor, weights: Tensor, pinned: Tensor | None) -> Tensor:
-    """`shares` without those of zeros, where one value of the palette is pinned at 0."""
-    if pinned is None:
-        return shares
-    free = (weights != 0).any(2, keepdim=True) | ~pinned.any(1).reshape(-1, 1, 1)
-    return shares * free
+    return shares if pinned is None else shares * _counting(weights, pinned).unsqueeze(1)
 
 
 def _products(each: Tensor, values: Tensor) -> Tensor:
-    """each_i . values_j: (palettes, n, k)."""
-    if each.shape[2] == 1:
-        return each * values.transpose(1, 2)
-    return (each.unsqueeze(2) * values.unsqueeze(1)).sum(3)
+    """each_i . values_j: (palettes, k, n)."""
+    first, *others = (v * w for v, w in zip(_components(values), _component_rows(each), strict=True))
+    for other in others:
+        first += other
+    return first
 
 
 def _by_weight(shares: Tensor, each: Tensor) -> Tensor:
     """sum_j shares_ij each_j: (palettes, n, d)."""
-    if each.shape[2] == 1:
-        return (shares * each.transpose(1, 2)).sum(2, keepdim=True)
-    return (shares.unsqueeze(3) * each.unsqueeze(1)).sum(2)
+    return torch.stack([(shares * column).sum(1) for column in _components(each)], 2)
 
 
 def _by_value(shares: Tensor, each: Tensor) -> Tensor:
     """sum_i shares_ij each_i: (palettes, k, d)."""
-    if each.shape[2] == 1:
-        return (shares * each).sum(1).unsqueeze(2)
-    return (shares.unsqueeze(3) * each.unsqueeze(2)).sum(1)
+    return torch.stack([(shares * row).sum(2) for row in _component_rows(each)], 2)
 
 
 def _slopes(shares: Tensor, by_share: Tensor) -> Tensor:
     """The gradient by the logits of a softmax, from the one by its result."""
-    return shares * (by_share - (shares * by_share).sum(2, keepdim=True))
+    return shares * (by_share - (shares * by_share).sum(1, keepdim=True))
 
 
 class _SoftMeans(torch.autograd.Function):
@@ -141,7 +158,7 @@ class _SoftMeans(torch.autograd.Function):
             part = weights[:, rows]
             shares = _counted(_shares(part, values, tau), part, pinned)
             sums += _by_value(shares, part)
-            total += shares.sum(1).unsqueeze(2)
+            total += shares.sum(2, keepdim=True)
         stays = total < LEAST_SHARE if pinned is None else (total < LEAST_SHARE) | pinned.unsqueeze(2)
         total = total.clamp(min=LEAST_SHARE)
         means = torch.where(stays, values, sums / total)
@@ -154,12 +171,12 @@ class _SoftMeans(torch.autograd.Function):
         pinned = rest[0] if rest else None
         grad = torch.where(stays, 0.0, grad) / total
         found = torch.empty_like(weights)
-        moved = (grad * means).sum(2).unsqueeze(1)
+        moved = (grad * means).sum(2, keepdim=True)
         for rows in _rows_at_once(weights, values):
             part = weights[:, rows]
             plain = _shares(part, values, tau)
             counted = _counted(plain, part, pinned)
-            free = _counted(torch.ones_like(plain[:, :, :1]), part, pinned)
+            free = _counted(torch.ones_like(plain[:, :1]), part, pinned)
             # By a share: g_j (w_i - c_j') / S_j, nothing for weights that are not counted.
             slopes = _slopes(plain, (_products(part, grad) - moved) * free)
             found[:, rows] = _by_weight(counted, grad) + _by_weight(slopes, values) * (2 / tau.reshape(-1, 1, 1))
@@ -185,7 +202,7 @@ class _SoftValues(torch.autograd.Function):
             shares = _shares(part, values, tau)
             slopes = _slopes(shares, _products(given, values)) * sharpness
             found[:, rows] = _by_weight(slopes, values)
-            by_value += _by_value(shares, given) + _by_value(slopes, part) - slopes.sum(1).unsqueeze(2) * values
+            by_value += _by_value(shares, given) + _by_value(slopes, part) - slopes.sum(2, keepdim=True) * values
         return found, by_value, None, None
 
 
