@@ -22,7 +22,7 @@ from sparsify.oneshot.compression_config import (
 )
 from sparsify.oneshot.module_weights import CandidateWeight, module_weights, parameter_values, put_weight
 from sparsify.oneshot.weight_forms import LaidOutWeight, compressed
-from sparsify.output.tables import Column, Table
+from sparsify.output.tables import Column, Displayed, Table
 from sparsify.palettization.config import PalettizerConfig, WeightConfig
 
 __all__ = [
@@ -68,7 +68,7 @@ class CompressedWeight:
 
 
 @dataclass(frozen=True)
-class CompressedWeightsFile(os.PathLike[str]):
+class CompressedWeightsFile(Displayed, os.PathLike[str]):
     """A file with compressed weights. Usable wherever a path is.
 
     Attributes:
@@ -85,8 +85,8 @@ class CompressedWeightsFile(os.PathLike[str]):
     def __fspath__(self) -> str:
         return str(self.path)
 
-    def __str__(self) -> str:
-        return self.report.text()
+    def _parts(self) -> list[Table | str]:
+        return [self.report]
 
 
 def linear_quantize_weights(model: Any, config: Any, path: Any = None) -> Any:

@@ -9,12 +9,12 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib import resources
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
 from sparsify.analysis.loss import COSTS, HOW
-from sparsify.errors import ArgumentError
+from sparsify.errors import DISTRIBUTION, ArgumentError
 from sparsify.modifiers.base import Modifier
 from sparsify.modifiers.quantization import QuantizationModifier
 from sparsify.modifiers.training import TrainableParamsModifier
@@ -129,7 +129,7 @@ class Report:
         pruning_profile(self.curves, self.settings)
         parts = {
             "@title@": html.escape(self.analysis.model),
-            "@footer@": f"Written by sparsify {html.escape(version('sparsify'))}. Nothing leaves this page.",
+            "@footer@": f"Written by sparsify{html.escape(_version_behind_the_name())}. Nothing leaves this page.",
             "@style@": _file("screen.css"),
             "@script@": "\n".join(_file(name) for name in SCRIPTS),
         }
@@ -237,3 +237,11 @@ def _performance(one: PerformanceProfile) -> dict[str, Any]:
         "layers": [[layer.name, layer.type, layer.ms, layer.int8_ms] for layer in one.layers],
         "others": sum(one.others.values()),
     }
+
+
+def _version_behind_the_name() -> str:
+    """The version behind the name; nothing where the package runs from its source folder."""
+    try:
+        return f" {version(DISTRIBUTION)}"
+    except PackageNotFoundError:
+        return ""

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from sparsify.analysis.analyze import analyze_model
 from sparsify.analysis.loss import LossProfile, loss_profile
 from sparsify.analysis.performance import SPARSITIES, LayerPerformance, PerformanceProfile
-from sparsify.errors import ArgumentError, TargetError
+from sparsify.errors import ArgumentError, DataError, TargetError
 from sparsify.modifiers import SetLearningRateModifier
 from sparsify.optimize.allocation import pruning_profile
 from sparsify.optimize.latency import LatencyPlan
@@ -346,8 +346,10 @@ def test_what_cannot_be_meant_is_refused(model: Net, fields: dict[str, Any], mes
 
 
 def test_other_models_and_profiles_are_refused(model: Net) -> None:
-    with pytest.raises(ArgumentError, match="model is a str: give a torch"):
-        create_recipe("model.onnx")  # type: ignore[arg-type]
+    with pytest.raises(DataError, match=r"model\.onnx: no such file"):
+        create_recipe("model.onnx")
+    with pytest.raises(ArgumentError, match="model is a int: give a torch"):
+        create_recipe(3)  # type: ignore[arg-type]
     with pytest.raises(ArgumentError, match="loss: a profile of quantization"):
         create_recipe(model, loss=loss_profile(model, of="quantization", progress=False))
     with pytest.raises(TargetError):
