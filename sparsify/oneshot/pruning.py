@@ -21,7 +21,6 @@ from sparsify.model.signature import batch_arguments
 from sparsify.model.targets import is_finite, is_prunable_layer, named_modules
 from sparsify.model.trace import Trace, trace
 from sparsify.oneshot import bias_correction, layer_inputs, reconstruction, rounding
-from sparsify.oneshot.data_free import simulated_norms
 from sparsify.oneshot.weights import MEMORY
 from sparsify.output.tables import track
 
@@ -46,7 +45,8 @@ class PrunedWeights:
         layer: its name.
         weights: number of them.
         zeros: of these.
-        method: "reconstruction", or "magnitude" where what the layer reads is not known.
+        method: "reconstruction"; "magnitude times inputs" where a layer reads too many for it; "magnitude" where what
+            the layer reads is not known.
         error: the mean square of the change of the layer's output on the samples, as a share of the output's own mean
             square, both without their means where the bias takes care of these; None where it was not measured.
         error_magnitude: the same for plain magnitude pruning with as many zeros.
@@ -103,8 +103,8 @@ def prune_model_(
 ) -> tuple[PrunedWeights, ...]:
     """Prunes a trained model in eval mode, in place: round(`sparsity` x prunable weights) zeros in all layers together.
 
-    Without data, what layers read is known by the statistics of BatchNorms alone: weights go by their size times that
-    of what they multiply, and biases make up for the mean. Where there is no BatchNorm, by their share of the layer.
+    Without data nothing is known of what layers read: weights go by the square of their size, as a share of the
+    layer's, and nothing makes up for them.
 
     Args:
         model: its weights are changed.
@@ -172,29 +172,24 @@ class LayerPruning:
     def _moments(self, names: Sequence[str], *, full: bool) -> dict[str, layer_inputs.Moments]:
         """Moments of what the layers read; `full`: beside what they read in the model that is not pruned."""
         names = [name for name in names if name in self.matrices]
-        if not names:
+        # What BatchNorms remember is not enough: where branches meet, values made up from it mislead. ResNet-20 on
+        # digits keeps 81 % right answers with it and 94 % by magnitudes alone, of 98 %.
+        if not names or not self.data:
             return {}
-        if self.data:
-            found = {}
-            for wide in (False, True):
-                part = [name for name in names if (_width(self.layers[name]) > WIDEST) is wide]
-                found.update(
-                    layer_inputs.gather(
-                        self.model,
-                        part,
-                        self.data if part else [],
-                        reference=self.reference if full and not wide else None,
-                        calls=self.trace.calls,
-                        with_second=not wide,
-                    )
+        found = {}
+        for wide in (False, True):
+            part = [name for name in names if (_width(self.layers[name]) > WIDEST) is wide]
+            found.update(
+                layer_inputs.gather(
+                    self.model,
+                    part,
+                    self.data if part else [],
+                    reference=self.reference if full and not wide else None,
+                    calls=self.trace.calls,
+                    with_second=not wide,
                 )
-            return found
-        try:
-            # Of made-up values the products say nothing.
-            with simulated_norms(self.reference):
-                return layer_inputs.gather(self.reference, names, [self.sample], with_second=False)
-        except DataError:
-            return {}
+            )
+        return found
 
     def _scores(self, progress: bool | None) -> dict[str, Tensor]:
         """The growth of each layer's error without each of its weights, as a share of its output."""
@@ -220,8 +215,8 @@ class LayerPruning:
         return (scores / rounding.output_error(weight, known).sum().clamp(min=1e-30)).reshape(-1)
 
     def _known(self, name: str, moments: layer_inputs.Moments) -> Tensor:
-        """The products of what a layer reads (G, K, K), damped, or their diagonal (G, K) where these are too many or
-        made up; without their means where the bias takes back the shift of the output's.
+        """The products of what a layer reads (G, K, K), damped, or their diagonal (G, K) where these are too
+        many; without their means where the bias takes back the shift of the output's.
         """
         corrected = bias_correction.can_correct(self.layers[name], self.norms.get(name))
         if not moments.second.dim():
@@ -301,7 +296,7 @@ class LayerPruning:
             shift = bias_correction.mean_shift(weight, moments.mean_float, found, moments.mean)
             bias_correction.correct(module, norm, shift)  # type: ignore[arg-type]
         power = power or 1.0
-        method = "reconstruction" if known.dim() == 3 else "magnitude by statistics"
+        method = "reconstruction" if known.dim() == 3 else "magnitude times inputs"
         return PrunedWeights(name, count, int((found == 0).sum()), method, error / power, error_plain / power)
 
 

@@ -64,15 +64,22 @@ def test_zeros_are_as_many_as_asked_and_cost_less_than_by_magnitude(build: type[
     assert all(layer.error <= 1.01 * layer.error_magnitude for layer in measured if layer.error_magnitude)  # type: ignore[operator]
 
 
-def test_without_data_statistics_of_batch_norm_stand_in() -> None:
+def test_without_data_magnitudes_as_shares_of_their_layers_are_all_that_is_known() -> None:
     torch.manual_seed(0)
     model = calibrated(ResidualNet())
     pruned = copy.deepcopy(model)
     layers = prune_model_(pruned, [], 0.4, sample_inputs=inputs()[0][:2])
     found, count = zeros(pruned)
     assert found == round(0.4 * count)
-    assert off(pruned, model) < off(by_magnitude(model, 0.4), model)
-    assert {layer.method for layer in layers} == {"magnitude by statistics"}
+    assert {layer.method for layer in layers} == {"magnitude"}
+    kept, gone = [], []
+    for name, weight in model.named_parameters():
+        if weight.dim() > 1 and (now := pruned.get_parameter(name)).eq(0).any():
+            share = weight.detach().square() / weight.detach().square().sum()
+            kept.append(float(share[now != 0].min()))
+            gone.append(float(share[now == 0].max()))
+            assert torch.equal(now[now != 0], weight[now != 0])
+    assert max(gone) <= min(kept), "no layer is at its bound here: one threshold for all"
 
 
 def test_zeros_that_are_there_count_and_stay() -> None:
