@@ -183,6 +183,8 @@ class Reference:
             return kernels.softmax(x, grid, int(attributes.get("axis", -1)))
         if kind == "Concat":
             return np.concatenate([kernels.quantize(each.floats(), grid) for each in read], int(attributes["axis"]))
+        if kind == "Sigmoid":
+            return kernels.by_table(x, grid, kernels.sigmoid)
         # Of the rest every result is one of 256.
         return kernels.by_table(x, grid, lambda table: compute(node, [table], self.opset)[0])
 

@@ -34,9 +34,6 @@ FEW = 3
 FLOAT_ROUNDING = 1e-4
 """Likewise of a product that onnxruntime computes in float: the fraction of its largest value up to which a difference
 is float32's rounding. It is the tolerance of an output."""
-LOOKUP_KERNELS = frozenset({"QLinearSigmoid"})
-"""Integer kernels that look up what onnxruntime computes in float32, one number for each integer (`QLinearLookupBase`,
-seen in 1.31.1)."""
 FLOAT_KERNELS = frozenset({"QuantizeLinear", "Gemm", "MatMul", "FusedMatMul", "FusedGemm"})
 """Operators in the optimized graph that compute a tensor from floats."""
 
@@ -82,9 +79,7 @@ class TensorDifference:
     @property
     def why(self) -> str | None:
         """Says what diverges, and where to look; None where nothing does."""
-        # A table that is computed in float: a value of it on the edge between two steps may fall to either side.
-        table = self.kernel in LOOKUP_KERNELS and self.optimized is not None and self.optimized.steps <= 1
-        if self.optimized is not None and self.exact and self.optimized.count and not table:
+        if self.optimized is not None and self.exact and self.optimized.count:
             return (
                 f"onnxruntime's {self.kernel} gives other integers than exact arithmetic ({_words(self.optimized)}). "
                 "On a CPU without VNNI sums of int8 products saturate where onnxruntime cannot follow "

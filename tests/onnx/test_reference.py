@@ -411,3 +411,43 @@ def test_a_loop_reads_values_from_outside_and_what_fails_in_it_is_one_line() -> 
         Reference(loop("MatMulInteger")).run(feed)
     assert str(caught.value).startswith("beams: the reference evaluator does not run the graphs inside of Loop: ")
     assert "\n" not in str(caught.value)
+
+
+def test_a_sigmoid_is_the_one_of_onnxruntime_to_the_bit() -> None:
+    """By exp in double precision two entries of these tables lie on the other side of an edge."""
+    value = helper.make_tensor_value_info
+    nodes = [
+        helper.make_node("Sigmoid", ["f"], ["g"]),
+        helper.make_node("QLinearSigmoid", ["x", "xs", "xz", "ys", ""], ["y"], domain="com.microsoft"),
+    ]
+    draw = np.random.default_rng(0)
+    floats = (draw.standard_normal(4096) * 10 ** draw.uniform(-3, 1.5, 4096)).astype(np.float32)
+    every = np.arange(256, dtype=np.uint8)
+    for scale, zero, step in (
+        (0.023062005639076233, 211, 0.00390625),
+        (0.0011687675723806024, 233, 0.0033651140984147787),
+    ):
+        stored = [
+            numpy_helper.from_array(np.float32(scale), "xs"),
+            numpy_helper.from_array(np.uint8(zero), "xz"),
+            numpy_helper.from_array(np.float32(step), "ys"),
+        ]
+        graph = helper.make_graph(
+            nodes,
+            "sigmoids",
+            [value("f", TensorProto.FLOAT, [4096]), value("x", TensorProto.UINT8, [256])],
+            [value("g", TensorProto.FLOAT, [4096]), value("y", TensorProto.UINT8, [256])],
+            stored,
+        )
+        opsets = [helper.make_opsetid("", 17), helper.make_opsetid("com.microsoft", 1)]
+        model = helper.make_model(graph, opset_imports=opsets, ir_version=8)
+        session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+        found, table = session.run(None, {"f": floats, "x": every})
+        np.testing.assert_array_equal(integer_kernels.sigmoid(floats), found)
+        grid = QuantizationGrid(np.float32(step), np.uint8(0))
+        x = Quantized(every, QuantizationGrid(np.float32(scale), np.uint8(zero)))
+        np.testing.assert_array_equal(integer_kernels.by_table(x, grid, integer_kernels.sigmoid), table)
+        by_exp = integer_kernels.by_table(
+            x, grid, lambda t: (1 / (1 + np.exp(-t.astype(np.float64)))).astype(np.float32)
+        )
+        assert (by_exp != table).sum() == 1
