@@ -250,7 +250,6 @@ def run_export(arguments: Namespace) -> int:
 
 def run_one_shot(arguments: Namespace) -> int:
     from sparsify.experiments.compressing import one_shot
-    from sparsify.experiments.settings import image_size_of
     from sparsify.optimize.references import inputs_of, model_of
 
     pages = [page for page in (arguments.report_html, arguments.report_json) if page is not None]
@@ -270,12 +269,7 @@ def run_one_shot(arguments: Namespace) -> int:
         measure=not arguments.no_measure,
         packed=not arguments.no_pack,
         samples=arguments.samples,
-        image_size=None if arguments.image_size is None else image_size_of(arguments.image_size),
-        mean=arguments.mean,
-        std=arguments.std,
-        preprocessor=arguments.preprocessor,
-        tokenizer=arguments.tokenizer,
-        max_length=arguments.max_length,
+        **_ways_of_reading(arguments),
         opset=arguments.opset,
         threads=arguments.threads,
     )
@@ -289,7 +283,6 @@ def run_one_shot(arguments: Namespace) -> int:
 
 def run_compare(arguments: Namespace) -> int:
     from sparsify.experiments.comparing import PLOTS, compare
-    from sparsify.experiments.settings import image_size_of
     from sparsify.optimize.references import inputs_of, model_of
 
     if arguments.plot is not None and Path(arguments.plot).suffix not in PLOTS:
@@ -301,12 +294,7 @@ def run_compare(arguments: Namespace) -> int:
         levels=arguments.levels,
         samples=arguments.samples,
         sample_inputs=inputs_of(arguments.input),
-        image_size=None if arguments.image_size is None else image_size_of(arguments.image_size),
-        mean=arguments.mean,
-        std=arguments.std,
-        preprocessor=arguments.preprocessor,
-        tokenizer=arguments.tokenizer,
-        max_length=arguments.max_length,
+        **_ways_of_reading(arguments),
         threads=arguments.threads,
         rounds=arguments.rounds,
     )
@@ -332,6 +320,15 @@ def run_unpack(arguments: Namespace) -> int:
 
 
 # ---------------------------------------------------------------------- what they have in common
+
+
+def _ways_of_reading(arguments: Namespace) -> dict[str, Any]:
+    """Arguments of `one_shot` and `compare` that say how samples are read."""
+    from sparsify.experiments.settings import image_size_of
+
+    size = None if arguments.image_size is None else image_size_of(arguments.image_size)
+    names = ("mean", "std", "preprocessor", "tokenizer", "max_length")
+    return {"image_size": size, **{name: getattr(arguments, name) for name in names}}
 
 
 def _trained(arguments: Namespace) -> nn.Module:

@@ -252,12 +252,7 @@ class Graph:
         return self.shapes.get(name)
 
     def fresh(self, name: str) -> str:
-        candidate, count = name, 1
-        while candidate in self.names:
-            count += 1
-            candidate = f"{name}_{count}"
-        self.names.add(candidate)
-        return candidate
+        return fresh_name(name, self.names)
 
     def renamed(self, node: NodeProto, old: str, new: str) -> str:
         """The name of `node` with its operator, `old`, called `new`; of no node before."""
@@ -424,3 +419,13 @@ def integer(node: NodeProto, name: str, default: int) -> int:
 def attribute(node: NodeProto, name: str, default: float) -> float:
     """An attribute that is a float."""
     return next((float(entry.f) for entry in node.attribute if entry.name == name), default)
+
+
+def fresh_name(name: str, taken: set[str]) -> str:
+    """`name`, numbered where it is taken; it is taken from then on."""
+    candidate, count = name, 1
+    while candidate in taken:
+        count += 1
+        candidate = f"{name}_{count}"
+    taken.add(candidate)
+    return candidate

@@ -13,7 +13,7 @@ from onnx import ModelProto, NodeProto, helper, numpy_helper
 from torch import Tensor, nn
 
 from sparsify.errors import ExportError
-from sparsify.onnx.graph import copied
+from sparsify.onnx.graph import copied, fresh_name
 from sparsify.onnx.importing import ImportedModel, Step
 from sparsify.quantization.deployment import DeployedLayer, DeployedNorm, DeployedQuantize
 from sparsify.quantization.layers import QuantizedEmbedding, QuantizedNorm
@@ -378,9 +378,4 @@ class _Writer:
         return name
 
     def fresh(self, name: str) -> str:
-        candidate, count = name, 1
-        while candidate in self.names:
-            count += 1
-            candidate = f"{name}_{count}"
-        self.names.add(candidate)
-        return candidate
+        return fresh_name(name, self.names)
