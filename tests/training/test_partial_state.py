@@ -155,11 +155,17 @@ def check(name: str, step: int, kind: str, names: list[str]) -> None:
             assert set(manager.sparsity()) == fits
         go_on(model, optimizer, manager, range(step, EPOCHS * PER_EPOCH + 1))
         manager.load_state_dict(manager.state_dict())
-        # "global" and "M-FAC" rank all weights together, so that the share of one may be any.
-        if name not in ("int8", "learned steps", "parameters", "global", "M-FAC", "AC/DC"):
+        if name not in ("int8", "learned steps", "parameters", "global", "AC/DC"):
             # Masks of parameters that the recipe does not name stay as they were saved.
             found = {parameter: s for parameter, s in manager.sparsity().items() if parameter in names}
-            assert all(0.4 < sparsity < 0.9 for sparsity in found.values()), found
+            if name == "M-FAC":
+                # It ranks all weights together: the share of one may be any, that of all is exact where all take part.
+                sizes = {parameter: model.get_parameter(parameter).numel() for parameter in found}
+                zeros = sum(round(share * sizes[parameter]) for parameter, share in found.items())
+                assert 0.4 < zeros / sum(sizes.values()) < 0.9, found
+                assert zeros == round(0.6 * sum(sizes.values())) or found.keys() != set(LAYERS), found
+            else:
+                assert all(0.4 < sparsity < 0.9 for sparsity in found.values()), found
         manager.finalize()
 
 
